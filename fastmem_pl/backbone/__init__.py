@@ -1,0 +1,24 @@
+"""The frozen language model: loading, the trunk/tail split, model families, chat pieces."""
+
+from fastmem_pl.backbone.backbone import Backbone, Split
+from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, EncodedContext, derive_pieces
+from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
+from fastmem_pl.backbone.loading import load_model
+from fastmem_pl.backbone.split import Tail, TailInputs, Trunk, fork
+
+__all__ = [
+    "FFN",
+    "Backbone",
+    "BaseActivations",
+    "ChatEncoder",
+    "ChatPieces",
+    "Delta",
+    "EncodedContext",
+    "Split",
+    "Tail",
+    "TailInputs",
+    "Trunk",
+    "derive_pieces",
+    "fork",
+    "load_model",
+]

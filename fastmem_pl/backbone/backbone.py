@@ -1,0 +1,239 @@
+"""The frozen language model behind every memory and every answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from fastmem_pl.backbone.chat import ChatEncoder
+from fastmem_pl.backbone.families import find_anatomy
+from fastmem_pl.backbone.loading import load_model
+from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
+from fastmem_pl.errors import FastMemError, unknown
+
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+_WEIGHT_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
+# Relative error of tail(trunk(ids)) against the model's own logits that rounding explains.
+_SPLIT_TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 0.03, "bf16-true": 0.03}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Trunk and tail of one backbone for a number of trained layers."""
+
+    trunk: Trunk
+    tail: Tail
+
+
+class Backbone:
+    """A frozen causal language model, split into a trunk and a tail that memories act on.
+
+    Base weights are never written to: a memory is a delta that the tail adds while it computes.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        precision: ``32-true``; ``bf16-true`` (weights in bfloat16); ``bf16-mixed`` (float32 weights,
+            bfloat16 products). In all of them deltas, norms and losses are float32.
+        name: how the model is called in records.
+
+    Raises:
+        FastMemError: when the model has no recognizable last FFN, or splitting it changes its logits.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, precision: Precision = "32-true", name: str = "model"
+    ) -> None:
+        self.precision = normalize_precision(precision)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.anatomy = find_anatomy(model)
+        self.chat = ChatEncoder(tokenizer)
+        self._splits: dict[int, Split] = {}
+        self._fingerprint: str | None = None
+        self._check_split()
+
+    @classmethod
+    def load(
+        cls,
+        source: str = "demo",
+        precision: Precision = "32-true",
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+    ) -> Backbone:
+        """Load a backbone from a Hub id, a folder, a ``.gguf`` file, or the packaged ``"demo"`` model.
+
+        Raises:
+            FastMemError: when there is no such model or it does not fit.
+        """
+        precision = normalize_precision(precision)
+        # Weights made under inference_mode could not take part in memorizing.
+        with torch.inference_mode(False):
+            model, tokenizer = load_model(source, _WEIGHT_DTYPE[precision], trust_remote_code)
+            model = model.to(device)
+        return cls(model, tokenizer, precision, name=source)
+
+    @property
+    def device(self) -> torch.device:
+        return self.anatomy.head.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which the tail's matrix products run."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens (prompt and answer) that the model takes."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(limit or 1 << 30, self.tokenizer.model_max_length)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end an answer: the model's eos ids and the chat's end of turn."""
+        eos = self.model.generation_config.eos_token_id
+        ids = set(eos if isinstance(eos, list) else [eos]) | {self.tokenizer.eos_token_id}
+        end_of_turn = self.tokenizer.convert_tokens_to_ids(self.chat.pieces.end_of_turn or None)
+        if isinstance(end_of_turn, int) and end_of_turn != self.tokenizer.unk_token_id:
+            ids.add(end_of_turn)
+        return sorted(i for i in ids if i is not None)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else (self.stop_ids or [0])[0]
+
+    def split(self, num_layers: int = 1) -> Split:
+        """Trunk and tail with the FFNs of the last ``num_layers`` blocks trainable.
+
+        Raises:
+            FastMemError: when the model has fewer blocks.
+        """
+        total = len(self.anatomy.blocks)
+        if not 1 <= num_layers <= total:
+            raise FastMemError(f"model.num_layers: {num_layers} is out of range; allowed: 1 to {total}")
+        if num_layers not in self._splits:
+            trunk = Trunk(self.anatomy, num_layers)
+            self._splits[num_layers] = Split(
+                trunk, Tail(self.anatomy, num_layers, self.compute_dtype, self.device)
+            )
+        return self._splits[num_layers]
+
+    def run_trunk(
+        self,
+        num_layers: int,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> TailInputs:
+        """Run the trunk without gradients in the backbone's precision; arguments as :class:`Trunk`."""
+        with self.numerics(), self._autocast():
+            return self.split(num_layers).trunk(input_ids, attention_mask, position_ids, cache)
+
+    def new_cache(self) -> Cache:
+        return DynamicCache(config=self.model.config)
+
+    @contextmanager
+    def numerics(self, grad: bool = False) -> Iterator[None]:
+        """Shut out what a surrounding trainer sets: inference mode, autocast, default dtype.
+
+        Lightning predicts under ``inference_mode`` by default, holds one autocast region open over a
+        whole step, and ``bf16-true`` makes bfloat16 the default dtype; each would break memorizing.
+        """
+        default = torch.get_default_dtype()
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(grad),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            torch.set_default_dtype(torch.float32)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(default)
+
+    def fingerprint(self) -> str:
+        """A short hash of the architecture and of a sample of every weight.
+
+        Weights are hashed as bfloat16, so a model loaded as float32 and as bfloat16 has one fingerprint.
+        """
+        if self._fingerprint is not None:
+            return self._fingerprint
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for name, parameter in sorted(self.model.named_parameters()):
+            flat = parameter.detach().flatten()
+            stride = max(1, flat.numel() // 64)
+            sample = flat[::stride].to("cpu", torch.bfloat16).view(torch.int16)
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        # Frozen weights are not kept in autocast's cache, so opening it per call costs nothing extra.
+        mixed = self.precision == "bf16-mixed"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed):
+            yield
+
+    @torch.no_grad()
+    def _check_split(self) -> None:
+        """Compare tail(trunk(ids)) with the model's own logits once."""
+        vocabulary = self.anatomy.head.weight.shape[0]
+        ids = torch.arange(8, device=self.device).remainder(vocabulary)[None]
+        with self.numerics(), self._autocast():
+            expected = self.model(input_ids=ids).logits.float()
+        inputs = self.run_trunk(1, ids)
+        with self.numerics():
+            tail = self.split(1).tail
+            found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
+        error = ((found - expected).norm() / expected.norm()).item()
+        if not error <= _SPLIT_TOLERANCE[self.precision]:
+            raise FastMemError(
+                f"model.backbone: {type(self.model).__name__} does not fit: splitting off its last "
+                f"feed-forward network changes the logits by {error:.1%} (family "
+                f"{self.anatomy.family.name!r}); allowed: decoder-only models whose last block ends in "
+                "residual + FFN, then the final norm and the LM head (docs/families.md)"
+            )
+
+
+def normalize_precision(precision: str | int) -> Precision:
+    """Map Lightning's spellings to one of the three supported precisions.
+
+    Raises:
+        FastMemError: for any other precision.
+
+    >>> normalize_precision(32)
+    '32-true'
+    """
+    name = _PRECISIONS.get(str(precision), str(precision))
+    if name not in _WEIGHT_DTYPE:
+        raise unknown("trainer.precision", precision, _WEIGHT_DTYPE)
+    return name
+
+
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Pad token id lists to ``(ids, mask)``, both ``(B, T)``; mask is 1 on real tokens.
+
+    >>> pad([[5, 6], [7]], 0, "left", torch.device("cpu"))[0].tolist()
+    [[5, 6], [0, 7]]
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,166 @@
+"""Where each model family keeps its last feed-forward networks, final norm and head.
+
+A family is recognized by the attribute names of its blocks, never by the model's name. Because the
+trunk hands over the FFN's *input* as the model itself computes it (see :mod:`.backbone`), a family need
+not say where the input norm is, nor whether the residual is sequential or parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastmem_pl.errors import FastMemError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute names of one FFN layout, relative to the FFN module ``block.mlp``."""
+
+    name: str
+    up: str
+    down: str
+    activation: str
+    gate: str | None = None
+
+    def fits(self, ffn: nn.Module) -> bool:
+        parts = [self.up, self.down, self.activation] + ([self.gate] if self.gate else [])
+        return all(hasattr(ffn, part) for part in parts)
+
+
+FAMILIES = (
+    # Llama, Qwen2, Qwen3, Mistral, Gemma 2 and 3, OLMo 2
+    Family("gated", gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn"),
+    # Phi-3: gate and up in one matrix, gate rows first
+    Family(
+        "fused gated",
+        gate="gate_up_proj",
+        up="gate_up_proj",
+        down="down_proj",
+        activation="activation_fn",
+    ),
+    Family("GPT-NeoX", up="dense_h_to_4h", down="dense_4h_to_h", activation="act"),
+    Family("GPT-2", up="c_fc", down="c_proj", activation="act"),
+)
+_LAYERS = ("layers", "h")
+_FINAL_NORM = ("norm", "final_layer_norm", "ln_f")
+_POST_NORM = "post_feedforward_layernorm"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of an FFN: ``weight`` is ``(out, in)``, ``bias`` ``(out,)`` or ``None``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The named parts of a loaded causal language model that FastMem works on.
+
+    Attributes:
+        body: the decoder stack (embeddings, blocks, final norm).
+        layers_name: attribute of ``body`` that holds the blocks.
+        norm_name: attribute of ``body`` that holds the final norm.
+        head: the LM head module.
+        softcap: bound of the logits (Gemma 2), or ``None``.
+    """
+
+    family: Family
+    body: nn.Module
+    layers_name: str
+    norm_name: str
+    head: nn.Module
+    softcap: float | None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return getattr(self.body, self.layers_name)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return getattr(self.body, self.norm_name)
+
+    def post_norm(self, layer: int) -> nn.Module | None:
+        """The norm on the FFN's output (Gemma 2 and 3, OLMo 2), or ``None``."""
+        return getattr(self.blocks[layer], _POST_NORM, None)
+
+    def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return getattr(self.blocks[layer].mlp, self.family.activation)
+
+    def projections(self, layer: int) -> dict[str, Projection]:
+        """Views of the FFN's base weights under the names ``gate`` (if gated), ``up`` and ``down``."""
+        ffn, family = self.blocks[layer].mlp, self.family
+        if family.gate is not None and family.gate == family.up:
+            fused = _projection(getattr(ffn, family.up))
+            half = fused.weight.shape[0] // 2
+            bias = (None, None) if fused.bias is None else fused.bias.split(half)
+            return {
+                "gate": Projection(fused.weight[:half], bias[0]),
+                "up": Projection(fused.weight[half:], bias[1]),
+                "down": _projection(getattr(ffn, family.down)),
+            }
+        names = {"gate": family.gate, "up": family.up, "down": family.down}
+        return {
+            part: _projection(getattr(ffn, attribute))
+            for part, attribute in names.items()
+            if attribute is not None
+        }
+
+
+def _projection(module: nn.Module) -> Projection:
+    weight = module.weight.detach()
+    # GPT-2's Conv1D stores its weight as (in, out).
+    weight = weight.t() if isinstance(module, Conv1D) else weight
+    return Projection(weight, None if module.bias is None else module.bias.detach())
+
+
+def find_anatomy(model: Any) -> Anatomy:
+    """Recognize the parts of a Hugging Face causal language model.
+
+    Raises:
+        FastMemError: when the last block has no FFN of a known layout; names what was found.
+    """
+    name = type(model).__name__
+    # A multimodal model keeps its language model one level down.
+    body = getattr(model.base_model, "language_model", model.base_model)
+    layers_name = next((n for n in _LAYERS if isinstance(getattr(body, n, None), nn.ModuleList)), None)
+    norm_name = next((n for n in _FINAL_NORM if isinstance(getattr(body, n, None), nn.Module)), None)
+    head = model.get_output_embeddings()
+    if layers_name is None or norm_name is None or head is None:
+        children = ", ".join(child for child, _ in body.named_children())
+        raise FastMemError(
+            f"model.backbone: {name} has no decoder blocks, final norm and LM head under known names; "
+            f"its parts: {children}; allowed: decoder-only models (docs/families.md)"
+        )
+    block = getattr(body, layers_name)[-1]
+    ffn = getattr(block, "mlp", None)
+    family = next((f for f in FAMILIES if ffn is not None and f.fits(ffn)), None)
+    if family is None:
+        found = type(ffn).__name__ if ffn is not None else "no attribute 'mlp'"
+        children = ", ".join(child for child, _ in (block if ffn is None else ffn).named_children())
+        raise FastMemError(
+            f"model.backbone: {name} has no recognizable feed-forward network in its last block "
+            f"({found} with {children}); allowed layouts: {', '.join(f.name for f in FAMILIES)}"
+        )
+    return Anatomy(
+        family=family,
+        body=body,
+        layers_name=layers_name,
+        norm_name=norm_name,
+        head=head,
+        softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+    )
+
+
+def float_copy(norm: nn.Module, device: torch.device) -> nn.Module:
+    """Return a frozen float32 copy of a norm (a few KB), so that it takes float32 activations."""
+    import copy
+
+    return copy.deepcopy(norm).to(device=device, dtype=torch.float32).requires_grad_(False)

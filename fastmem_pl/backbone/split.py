@@ -1,0 +1,223 @@
+"""The trunk/tail split: what memorizing can change, and what it cannot.
+
+The trunk is everything up to the last FFN that is not trained. It gives, for every position, the
+residual stream without that FFN's contribution and the FFN's input. Both are constant while the FFN is
+trained, and so is the KV cache of the trunk. The tail is the rest: the trained FFN, for
+``num_layers > 1`` the blocks above it, the final norm and the LM head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from fastmem_pl.backbone.families import Anatomy, float_copy
+from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
+
+
+@dataclass
+class TailInputs:
+    """What the tail needs of a trunk pass.
+
+    Attributes:
+        residual: residual stream without the first trained FFN's output, ``(B, T, D)``.
+        ffn_input: input of the first trained FFN, ``(B, T, D)``.
+        calls: keyword arguments with which the model called each block above that FFN
+            (attention mask, position embeddings, cache); empty for ``num_layers == 1``.
+    """
+
+    residual: Tensor
+    ffn_input: Tensor
+    calls: tuple[dict[str, Any], ...] = field(default=())
+
+    def last(self) -> TailInputs:
+        """Keep the last position only; blocks above the FFN attend to all, so it needs none of them."""
+        if self.calls:
+            return self
+        return TailInputs(self.residual[:, -1:], self.ffn_input[:, -1:])
+
+
+class Trunk:
+    """The model's own body, with the first trained FFN tapped and all above it passed through.
+
+    It is a shallow copy that shares every parameter with the model; the model itself is not altered.
+    """
+
+    def __init__(self, anatomy: Anatomy, num_layers: int) -> None:
+        self._tap = _Tap()
+        blocks = list(anatomy.blocks)
+        first = len(blocks) - num_layers
+        blocks[first] = shallow_copy(blocks[first], mlp=self._tap)
+        self._recorders = [_Recorder(block) for block in blocks[first + 1 :]]
+        blocks[first + 1 :] = self._recorders
+        self.body = shallow_copy(
+            anatomy.body,
+            **{anatomy.layers_name: nn.ModuleList(blocks), anatomy.norm_name: nn.Identity()},
+        )
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> TailInputs:
+        """Run the trunk on ``input_ids`` ``(B, T)``; a given ``cache`` grows by ``T``.
+
+        ``attention_mask`` is ``(B, past + T)``; without one the plain causal mask applies, which is
+        what right-padded rows need.
+        """
+        residual = self.body(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        calls = tuple(recorder.take() for recorder in self._recorders)
+        return TailInputs(residual, self._tap.take(), calls)
+
+
+class Tail:
+    """First trained FFN, blocks above it, final norm and LM head, with optional per-sample deltas."""
+
+    def __init__(self, anatomy: Anatomy, num_layers: int, dtype: torch.dtype, device: torch.device) -> None:
+        total = len(anatomy.blocks)
+        self.layers = list(range(total - num_layers, total))
+        self.ffns = [FFN(anatomy.projections(i), anatomy.activation(i), dtype) for i in self.layers]
+        post_norm = anatomy.post_norm(self.layers[0])
+        self._post_norm = None if post_norm is None else float_copy(post_norm, device)
+        self._final_norm = float_copy(anatomy.final_norm, device)
+        self._upper_ffns = [_MemorizedFFN(ffn) for ffn in self.ffns[1:]]
+        self._upper = [
+            shallow_copy(anatomy.blocks[i], mlp=module)
+            for i, module in zip(self.layers[1:], self._upper_ffns, strict=True)
+        ]
+        self._block_dtype = anatomy.head.weight.dtype
+        self.head_weight = anatomy.head.weight.detach().to(dtype)
+        bias = getattr(anatomy.head, "bias", None)
+        self._head_bias = None if bias is None else bias.detach().float()
+        self.softcap = anatomy.softcap
+
+    def base(self, inputs: TailInputs) -> BaseActivations:
+        """Products of the base weights with the first trained FFN's input."""
+        return self.ffns[0].base(inputs.ffn_input)
+
+    def hidden(
+        self,
+        inputs: TailInputs,
+        base: BaseActivations,
+        deltas: Sequence[Delta] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return the head's input, ``(B, T, D)`` float32.
+
+        Args:
+            inputs: of the trunk.
+            base: :meth:`base` of the same inputs.
+            deltas: one per trained layer, lowest first; ``None`` applies the base model.
+            cache: KV cache of the blocks above the first trained FFN (``num_layers > 1`` only).
+        """
+        output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
+        if self._post_norm is not None:
+            output = self._post_norm(output)
+        hidden = inputs.residual.float() + output
+        if self._upper:
+            with self._memorized(deltas):
+                for block, call in zip(self._upper, inputs.calls, strict=True):
+                    call = {k: cache if isinstance(v, Cache) else v for k, v in call.items()}
+                    hidden = block(hidden.to(self._block_dtype), **call)
+        return self._final_norm(hidden.float())
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """Product of the head with ``hidden`` ``(..., D)``, without bias and soft-cap, float32."""
+        return F.linear(hidden.to(self.head_weight.dtype), self.head_weight).float()
+
+    def finish_logits(self, raw: Tensor) -> Tensor:
+        """Add the head's bias and apply the soft-cap."""
+        if self._head_bias is not None:
+            raw = raw + self._head_bias
+        if self.softcap is not None:
+            raw = self.softcap * torch.tanh(raw / self.softcap)
+        return raw
+
+    @contextmanager
+    def _memorized(self, deltas: Sequence[Delta] | None) -> Iterator[None]:
+        for module, delta in zip(self._upper_ffns, (deltas or [None] * len(self.ffns))[1:], strict=True):
+            module.delta = delta
+        try:
+            yield
+        finally:
+            for module in self._upper_ffns:
+                module.delta = None
+
+
+def fork(cache: Cache) -> Cache:
+    """Return a cache that shares the past with ``cache`` and grows on its own.
+
+    Dynamic cache layers append by concatenation, never in place, so nothing needs to be copied.
+    """
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
+def shallow_copy(module: nn.Module, **replaced: nn.Module) -> nn.Module:
+    """Copy a module but not its parameters and submodules; put ``replaced`` submodules in the copy."""
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **replaced}
+    return twin
+
+
+class _Tap(nn.Module):
+    """Stands in for an FFN: remembers its input and contributes nothing to the residual stream."""
+
+    def forward(self, ffn_input: Tensor) -> Tensor:
+        self._input = ffn_input
+        return torch.zeros_like(ffn_input)
+
+    def take(self) -> Tensor:
+        return self.__dict__.pop("_input")
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: remembers how the model called it and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["block"], name)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self._call = kwargs
+        return hidden_states
+
+    def take(self) -> dict[str, Any]:
+        return self.__dict__.pop("_call")
+
+
+class _MemorizedFFN(nn.Module):
+    """An FFN inside a block above the first trained one, with the deltas of the call in progress."""
+
+    def __init__(self, ffn: FFN) -> None:
+        super().__init__()
+        self.ffn = ffn
+        self.delta: Delta | None = None
+
+    def forward(self, ffn_input: Tensor) -> Tensor:
+        base = self.ffn.base(ffn_input)
+        output = base.output if self.delta is None else self.ffn.memorized(ffn_input, self.delta, base)
+        return output.to(ffn_input.dtype)

@@ -1,0 +1,84 @@
+"""The LightningDataModule over one data file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from fastmem_pl.data.reader import read_samples
+from fastmem_pl.data.samples import ContextSample
+from fastmem_pl.errors import FastMemError, unknown
+
+DEMO = "demo"
+_FIELDS = ("context", "question", "answers", "answer", "id")
+
+
+class FastMemDataModule(LightningDataModule):
+    """Samples of one data file, batch by batch in the file's order.
+
+    Args:
+        task: nqswap, nq, memotrap, hotpotqa; qa for a file of your own; mixed where every record names
+            its task. It fixes the record format, the prompt and the scores.
+        path: JSON list or JSON Lines file; "demo" is the packaged one (task mixed).
+        limit: use the first records only; leave out for all.
+        batch_size: samples memorized and answered together. More is faster and takes more memory; the
+            answers do not depend on it.
+        answer_prefix: text that opens the assistant's turn, such as "The answer is:"; it counts as part
+            of the answer when it is scored.
+        fields: the file's own field names for task qa, such as {context: passage, question: q,
+            answers: gold}.
+    """
+
+    def __init__(
+        self,
+        task: str = "mixed",
+        path: str = DEMO,
+        limit: int | None = None,
+        batch_size: int = 8,
+        answer_prefix: str = "",
+        fields: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise FastMemError(f"data.{name}: {value} is out of range; allowed: at least 1")
+        if fields and task != "qa":
+            raise FastMemError(f"data.fields: only task 'qa' takes field names, not {task!r}")
+        for field in fields or ():
+            if field not in _FIELDS:
+                raise unknown("data.fields", field, _FIELDS)
+        self.task, self.limit, self.batch_size = task, limit, batch_size
+        self.answer_prefix, self.fields = answer_prefix, fields
+        self.path = Path(__file__).parent / "demo" / "conflicts.jsonl" if path == DEMO else Path(path)
+        self.samples: list[ContextSample] = []
+        self._done: Container[int] = ()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the file once.
+
+        Raises:
+            FastMemError: naming file, line and field of what does not fit.
+        """
+        if not self.samples:
+            self.samples = read_samples(self.path, self.task, self.fields, self.answer_prefix, self.limit)
+
+    def file_hash(self) -> str:
+        """Short hash of the data file, by which a run folder knows its data again."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+    def skip(self, done: Container[int]) -> None:
+        """Leave out samples with these indices: they are done."""
+        self._done = done
+
+    @property
+    def remaining(self) -> list[ContextSample]:
+        """Samples that are still to do, in the file's order."""
+        return [sample for sample in self.samples if sample.index not in self._done]
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(self.remaining, batch_size=self.batch_size, collate_fn=list)

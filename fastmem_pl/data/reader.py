@@ -1,0 +1,94 @@
+"""Reading a JSON list or JSON Lines file, with the line of every record for messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastmem_pl.data.samples import ContextSample
+from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Record
+from fastmem_pl.errors import FastMemError, nearest, unknown
+
+_SKIPPED = " \t\r\n,"
+
+
+def read_samples(
+    path: str | Path,
+    task: str,
+    fields: Mapping[str, str] | None = None,
+    answer_prefix: str = "",
+    limit: int | None = None,
+) -> list[ContextSample]:
+    """Read the samples of one file.
+
+    Args:
+        path: JSON list or JSON Lines.
+        task: name of the task, or ``"mixed"`` where every record names its own.
+        fields: for the ``qa`` task, the file's names of ``context``, ``question``, ``answers``, ``id``.
+        answer_prefix: opens the assistant's turn.
+        limit: read this many records only.
+
+    Raises:
+        FastMemError: naming file, line and field of the first record that does not fit.
+    """
+    if task != MIXED and task not in TASKS:
+        raise unknown("data.task", task, [*TASKS, MIXED])
+    path = Path(path)
+    if not path.is_file():
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.json*")))
+        raise FastMemError(f"data.path: no such file: {path}{near}")
+    samples: list[ContextSample] = []
+    for line, data in _records(path):
+        if limit is not None and len(samples) >= limit:
+            break
+        try:
+            record = Record(data, fields)
+            name = record.text("task") if task == MIXED else task
+            read = TASKS[name].read(record)
+        except (FieldError, FastMemError) as error:
+            raise FastMemError(f"{path}, line {line}: {error}") from None
+        index = len(samples)
+        sample_id = str(record.value("id")) if record.has("id") else str(index)
+        samples.append(
+            ContextSample(
+                index,
+                sample_id,
+                name,
+                read.context,
+                read.question,
+                read.references,
+                read.originals,
+                answer_prefix,
+            )
+        )
+    if not samples:
+        raise FastMemError(f"data.path: {path} holds no records")
+    return samples
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield ``(line, value)`` of every JSON value, in a list or one after another."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FastMemError(f"data.path: {path} is not UTF-8 text (byte {error.start})") from None
+    decoder = json.JSONDecoder()
+    start = len(text) - len(text.lstrip())
+    in_list = text[start : start + 1] == "["
+    position, line, counted = start + in_list, 1, 0
+    while True:
+        while position < len(text) and text[position] in _SKIPPED:
+            position += 1
+        if position == len(text) or (in_list and text[position] == "]"):
+            break
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise FastMemError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        yield line, value
+    if in_list and position == len(text):
+        raise FastMemError(f"{path}, line {text.count(chr(10)) + 1}: the list does not end with ']'")

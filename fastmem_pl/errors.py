@@ -1,0 +1,41 @@
+"""Errors that a user can act on, and the near-name suggestions in them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastMemError(ValueError):
+    """A mistake or a condition that the user can mend: one line that says what and how.
+
+    The command line prints the message without a traceback and exits with status 2.
+    """
+
+
+class OutOfMemoryError(FastMemError):
+    """The device had no room for one sample; the message says which setting to lower."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest allowed name, or an empty string.
+
+    >>> nearest("nqswop", ["nqswap", "nq"])
+    "; did you mean 'nqswap'?"
+    >>> nearest("zzz", ["nqswap", "nq"])
+    ''
+    """
+    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def unknown(field: str, value: object, allowed: Iterable[str]) -> FastMemError:
+    """Build the error for a name that is not among ``allowed``.
+
+    >>> print(unknown("data.task", "nqswop", ["nqswap", "nq"]))
+    data.task: 'nqswop' is unknown; allowed: nq, nqswap; did you mean 'nqswap'?
+    """
+    names = sorted(allowed)
+    return FastMemError(
+        f"{field}: {value!r} is unknown; allowed: {', '.join(names)}{nearest(str(value), names)}"
+    )

@@ -1,0 +1,29 @@
+"""Memories: the delta on the last FFN, the objective, fitting and saving."""
+
+from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
+from fastmem_pl.memory.memorize import MemorizationModule, Memorizer
+from fastmem_pl.memory.memory import Curve, Memory, text_hash
+from fastmem_pl.memory.objective import (
+    Losses,
+    MemorizationBatch,
+    Reference,
+    memorization_loss,
+    prepare,
+)
+from fastmem_pl.memory.settings import MemorizationSettings
+
+__all__ = [
+    "Curve",
+    "DeltaAdamW",
+    "FFNDelta",
+    "Losses",
+    "MemorizationBatch",
+    "MemorizationModule",
+    "MemorizationSettings",
+    "Memorizer",
+    "Memory",
+    "Reference",
+    "memorization_loss",
+    "prepare",
+    "text_hash",
+]

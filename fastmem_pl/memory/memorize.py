@@ -1,0 +1,173 @@
+"""Memorizing: a tiny LightningModule over the deltas, and the Fabric loop that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import SingleDeviceStrategy
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from fastmem_pl.backbone import Backbone, EncodedContext
+from fastmem_pl.backbone.backbone import pad
+from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
+from fastmem_pl.memory.memory import Curve, Memory
+from fastmem_pl.memory.objective import MemorizationBatch, memorization_loss, prepare
+from fastmem_pl.memory.settings import MemorizationSettings
+
+
+class MemorizationModule(LightningModule):
+    """Fits the deltas of ``B`` samples at once; one training step is one update of every sample.
+
+    A plain :class:`lightning.Trainer` can fit it as well as :class:`Memorizer`: give it a loader that
+    yields the same :class:`MemorizationBatch` once an epoch and ``max_epochs=settings.steps``.
+
+    Args:
+        backbone: whose last FFNs the deltas change.
+        num_samples: ``B``.
+        settings: of memorizing.
+    """
+
+    def __init__(self, backbone: Backbone, num_samples: int, settings: MemorizationSettings) -> None:
+        super().__init__()
+        self._backbone = backbone
+        self._tail = backbone.split(settings.num_layers).tail
+        self._settings = settings
+        self.deltas = nn.ModuleList(
+            FFNDelta(ffn.shapes, num_samples, backbone.device) for ffn in self._tail.ffns
+        )
+        kl_coeff = torch.full((num_samples,), settings.kl_coeff, device=backbone.device, dtype=torch.float32)
+        self.register_buffer("kl_coeff", kl_coeff, persistent=False)
+        self._history: list[tuple[Tensor, Tensor]] = []
+        self._norms: list[Tensor] = []
+
+    def training_step(self, batch: MemorizationBatch, batch_idx: int = 0) -> Tensor:
+        """Return the sum over samples of their losses; each sample's gradient is its own."""
+        with self._backbone.numerics(grad=True):
+            deltas = [delta.tensors() for delta in self.deltas]
+            hidden = self._tail.hidden(batch.inputs, batch.base, deltas)
+            losses = memorization_loss(self._tail, hidden, batch, self.kl_coeff.float())
+        self._history.append((losses.cross_entropy, losses.kl))
+        return losses.total.sum()
+
+    def configure_optimizers(self) -> DeltaAdamW:
+        pairs = [
+            (delta.weights[name], ffn.base_weights[name])
+            for delta, ffn in zip(self.deltas, self._tail.ffns, strict=True)
+            for name in delta.weights
+        ]
+        return DeltaAdamW(pairs, self._settings.learning_rate, self._settings.weight_decay)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``.
+
+        The rule of :func:`torch.nn.utils.clip_grad_norm_`, row by row: a batch must equal single runs.
+        """
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+        scale = (self._settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale[:, None, None])
+        self._norms.append(norms)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch where the backbone made it."""
+        return batch
+
+    def memory(self) -> Memory:
+        """The deltas so far with their curves; rows that met a non-finite value get zero deltas."""
+        deltas = [{n: t.detach() for n, t in delta.tensors().items()} for delta in self.deltas]
+        num_samples = self.kl_coeff.shape[0]
+        if not self._history:
+            return self._pack(deltas, [Curve() for _ in range(num_samples)], ["ok"] * num_samples)
+        cross_entropy = torch.stack([ce for ce, _ in self._history])
+        kl = torch.stack([kl for _, kl in self._history])
+        norms = torch.stack(self._norms)
+        finite_steps = cross_entropy.isfinite() & kl.isfinite() & norms.isfinite()
+        finite_deltas = torch.stack(
+            [t.flatten(1).isfinite().all(1) for layer in deltas for t in layer.values()]
+        ).all(0)
+        failed = ~(finite_steps.all(0) & finite_deltas)
+        for layer in deltas:
+            for tensor in layer.values():
+                tensor[failed] = 0.0
+        curves = [Curve(*(v.T.tolist()[row] for v in (cross_entropy, kl, norms))) for row in range(num_samples)]
+        status = ["ok"] * num_samples
+        for row in failed.nonzero().flatten().tolist():
+            bad = (~finite_steps[:, row]).nonzero().flatten()
+            step = int(bad[0]) if len(bad) else len(self._history)
+            status[row] = f"failed: the memorization loss is not finite at step {step}; answered by the base model"
+        return self._pack(deltas, curves, status)
+
+    def _pack(self, deltas: list[dict[str, Tensor]], curves: list[Curve], status: list[str]) -> Memory:
+        return Memory(deltas, curves, status, self._settings.as_dict(), self._backbone.fingerprint())
+
+
+class Memorizer:
+    """Turns contexts into a :class:`Memory`, driving :class:`MemorizationModule` through Fabric.
+
+    Args:
+        backbone: the frozen model.
+        settings: of memorizing; keyword arguments of :class:`MemorizationSettings` do as well.
+        fabric: a Fabric of your own. It must be single-device, since a distributed one would average
+            the gradients of different samples. By default one is made for the backbone's device.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: MemorizationSettings | None = None,
+        fabric: Fabric | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = backbone
+        self.settings = settings or MemorizationSettings(**kwargs)
+        backbone.split(self.settings.num_layers)
+        # 32-true concerns the deltas; the backbone's tail chooses the type of its products itself.
+        self.fabric = fabric or Fabric(
+            accelerator=backbone.device.type, strategy=SingleDeviceStrategy(backbone.device), precision="32-true"
+        )
+
+    def __call__(self, contexts: Sequence[str]) -> Memory:
+        """Memorize ``B`` contexts together; equal to ``B`` separate calls up to rounding."""
+        return self.fit([self.encode(context) for context in contexts])
+
+    def encode(self, context: str) -> EncodedContext:
+        """Token ids of the memorization sequence, cut to what the settings and the model allow."""
+        chat = self.backbone.chat
+        limit = min(self.settings.max_context_tokens, self.backbone.context_length - 32)
+        return chat.context(context, limit)
+
+    def prepare(self, encoded: Sequence[EncodedContext]) -> MemorizationBatch:
+        """Run the trunk once and compute all that stays constant over the steps."""
+        backbone = self.backbone
+        ids, mask = pad([e.input_ids for e in encoded], backbone.pad_id, "right", backbone.device)
+        inputs = backbone.run_trunk(self.settings.num_layers, ids)
+        # Position t predicts token t + 1; the last one predicts nothing.
+        label_mask = torch.zeros_like(mask, dtype=torch.bool)
+        for row, item in enumerate(encoded):
+            label_mask[row, max(item.header_length, 1) - 1 : len(item.input_ids) - 1] = True
+        with backbone.numerics():
+            tail = backbone.split(self.settings.num_layers).tail
+            return prepare(tail, inputs, ids.roll(-1, dims=1), label_mask)
+
+    def fit(self, encoded: Sequence[EncodedContext]) -> Memory:
+        """Memorize encoded contexts. The base weights are not touched, whatever happens."""
+        with self.backbone.numerics(grad=True):
+            module = MemorizationModule(self.backbone, len(encoded), self.settings)
+            if self.settings.steps:
+                batch = self.prepare(encoded)
+                self._run(module, batch)
+            return module.memory()
+
+    def _run(self, module: MemorizationModule, batch: MemorizationBatch) -> None:
+        wrapped, optimizer = self.fabric.setup(module, module.configure_optimizers(), move_to_device=False)
+        for step in range(self.settings.steps):
+            loss = wrapped.training_step(batch, step)
+            self.fabric.backward(loss)
+            module.configure_gradient_clipping()
+            optimizer.step()
+            optimizer.zero_grad()

@@ -1,0 +1,54 @@
+"""The settings of memorizing, with the paper's defaults for question answering."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from fastmem_pl.errors import FastMemError
+
+
+@dataclass(frozen=True)
+class MemorizationSettings:
+    """How a context is memorized (Zhu et al., arXiv 2406.16069, section 3 and appendix).
+
+    Args:
+        steps: full-context updates (the paper's epochs); 0 leaves the model as it is.
+        learning_rate: constant AdamW learning rate.
+        kl_coeff: weight of ``KL(p_0 || p_n)``, which holds the model near itself.
+        num_layers: train the FFNs of this many last blocks.
+        weight_decay: decoupled AdamW decay of the trained weights.
+        max_grad_norm: bound of each sample's own gradient norm.
+        max_context_tokens: context tokens memorized at most; the rest is cut off.
+
+    Raises:
+        FastMemError: when a value is out of its range.
+    """
+
+    steps: int = 10
+    learning_rate: float = 1e-5
+    kl_coeff: float = 0.1
+    num_layers: int = 1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_context_tokens: int = 7500
+
+    def __post_init__(self) -> None:
+        for name, smallest, open_end in (
+            ("steps", 0, False),
+            ("learning_rate", 0, True),
+            ("kl_coeff", 0, False),
+            ("num_layers", 1, False),
+            ("weight_decay", 0, False),
+            ("max_grad_norm", 0, True),
+            ("max_context_tokens", 1, False),
+        ):
+            value = getattr(self, name)
+            fits = value > smallest if open_end else value >= smallest
+            if not (fits and math.isfinite(value)):
+                bound = "above" if open_end else "at least"
+                raise FastMemError(f"model.{name}: {value} is out of range; allowed: {bound} {smallest}")
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain numbers by name."""
+        return asdict(self)

@@ -1,0 +1,21 @@
+"""Scores of answers and their aggregation as torchmetrics."""
+
+from fastmem_pl.metrics.aggregate import McNemar, SampleMean
+from fastmem_pl.metrics.scores import SCORES, Score
+from fastmem_pl.metrics.text import (
+    contains_answer,
+    extract_answer,
+    has_answer_format,
+    normalize_answer,
+)
+
+__all__ = [
+    "SCORES",
+    "McNemar",
+    "SampleMean",
+    "Score",
+    "contains_answer",
+    "extract_answer",
+    "has_answer_format",
+    "normalize_answer",
+]

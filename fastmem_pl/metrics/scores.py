@@ -1,0 +1,107 @@
+"""Scores of one answer; each is the mean over samples in the table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastmem_pl.metrics.text import (
+    contains_answer,
+    extract_answer,
+    has_answer_format,
+    normalize_answer,
+)
+from fastmem_pl.registry import Registry
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number per answer.
+
+    Attributes:
+        name: in records and ``metrics.json``.
+        label: heading in tables.
+        function: ``(prediction, references, originals) -> number``, ``None`` where it does not apply.
+        percent: show as a percentage.
+    """
+
+    name: str
+    label: str
+    function: Callable[[str, Sequence[str], Sequence[str]], float | None]
+    percent: bool = True
+
+
+def accuracy(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
+    """Whether a reference is part of what follows "The answer is:" (the published accuracy).
+
+    >>> accuracy("The answer is: Paris, France", ["Paris"])
+    1.0
+    >>> accuracy("Paris", ["Paris"])
+    0.0
+    """
+    return float(contains_answer(extract_answer(prediction), list(references))) if references else None
+
+
+def contained(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
+    """Whether a reference is part of the output, in whatever format.
+
+    >>> contained("Paris it is", ["Paris"])
+    1.0
+    """
+    return float(contains_answer(prediction, list(references))) if references else None
+
+
+def exact_match(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
+    """Whether the answer equals a reference after normalization.
+
+    >>> exact_match("The answer is: the Paris.", ["Paris"])
+    1.0
+    """
+    answer = normalize_answer(extract_answer(prediction))
+    return float(any(answer == normalize_answer(r) for r in references)) if references else None
+
+
+def f1(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
+    """Harmonic mean of word precision and recall against the best reference (SQuAD's F1).
+
+    >>> f1("The answer is: Paris France", ["Paris"])
+    0.6666666666666666
+    """
+    answer = normalize_answer(extract_answer(prediction)).split()
+    return max((_word_f1(answer, normalize_answer(r).split()) for r in references), default=None)
+
+
+def format_failure(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float:
+    """Whether the output lacks "The answer is:".
+
+    >>> format_failure("Paris", [])
+    1.0
+    """
+    return float(not has_answer_format(prediction))
+
+
+def original(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
+    """Whether the output holds the answer that the context contradicts.
+
+    >>> original("The answer is: Paris", ["Lyon"], ["Paris"])
+    1.0
+    """
+    return float(contains_answer(prediction, list(originals))) if originals else None
+
+
+def _word_f1(answer: list[str], reference: list[str]) -> float:
+    common = sum((Counter(answer) & Counter(reference)).values())
+    return 2 * common / (len(answer) + len(reference)) if common else 0.0
+
+
+SCORES: Registry[Score] = Registry("metric")
+for _score in (
+    Score("accuracy", "accuracy", accuracy),
+    Score("contained", "contained", contained),
+    Score("exact_match", "exact", exact_match),
+    Score("f1", "F1", f1),
+    Score("format_failure", "format failure", format_failure),
+    Score("original", "original fact", original),
+):
+    SCORES.register(_score.name, _score)

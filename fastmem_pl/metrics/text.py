@@ -1,0 +1,48 @@
+"""Text normalization of the published evaluation, kept exactly (its quirks included)."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_ANSWER_MARK = re.compile(r"the answer is:\s*", re.IGNORECASE)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+UNKNOWN = "Unknown"
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-case, drop articles, fold white space, drop punctuation and symbols, in this order.
+
+    Spaces on both sides of dropped punctuation remain, as in the published evaluation.
+
+    >>> normalize_answer("The Beatles, (1960)")
+    'beatles 1960'
+    >>> normalize_answer("Rolls - Royce")
+    'rolls  royce'
+    """
+    text = _ARTICLES.sub("", text.lower())
+    text = " ".join(text.split())
+    return "".join(c for c in text if unicodedata.category(c)[0] not in "PS").strip()
+
+
+def extract_answer(text: str) -> str:
+    """Return what follows the last "The answer is:", or ``"Unknown"`` where it is missing.
+
+    >>> extract_answer("I think. The answer is: Paris.")
+    'Paris.'
+    >>> extract_answer("Paris.")
+    'Unknown'
+    """
+    parts = _ANSWER_MARK.split(text)
+    return parts[-1].strip() if len(parts) > 1 else UNKNOWN
+
+
+def has_answer_format(text: str) -> bool:
+    """Whether the text says "The answer is:" as the prompt asks."""
+    return _ANSWER_MARK.search(text) is not None
+
+
+def contains_answer(text: str, answers: list[str]) -> bool:
+    """Whether a normalized answer is part of the normalized text."""
+    normalized = normalize_answer(text)
+    return any(normalize_answer(answer) in normalized for answer in answers)

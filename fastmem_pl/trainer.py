@@ -1,0 +1,253 @@
+"""FastMemTrainer: Lightning's predict loop over samples, with a run folder around it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+
+from fastmem_pl.callbacks import MetricAggregation, PredictionWriter, SampleProgress
+from fastmem_pl.data import FastMemDataModule
+from fastmem_pl.errors import FastMemError
+from fastmem_pl.module import FastMemModule, Mode, memory_path
+from fastmem_pl.run import SCHEMA_VERSION, RunFolder
+
+_PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
+# Settings that do not change an answer.
+_FREE = {"model": {"auto_batch", "strict", "_instantiator"}, "data": {"batch_size", "path", "_instantiator"}}
+
+
+@dataclass
+class RunResult:
+    """What a run leaves: its folder, ``metrics.json``, and how many samples it had.
+
+    ``metrics`` is empty after ``fit``, which answers nothing.
+    """
+
+    path: Path
+    mode: Mode
+    num_samples: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class FastMemTrainer(Trainer):
+    """A Trainer whose ``fit``, ``predict`` and ``fit_predict`` run one loop over samples.
+
+    Memorizing happens inside the predict step, so devices, precision, callbacks and loggers are those of
+    any Lightning program.
+
+    Args:
+        inference_mode: Lightning's default is true; memorizing works under both.
+        logger: none by default; results are in the run folder.
+        enable_checkpointing: off, as there is nothing to checkpoint.
+        enable_model_summary: off; the outer module has no parameters of its own.
+        enable_progress_bar: shows samples done, rate and time left.
+        callbacks: further callbacks.
+        kwargs: as :class:`lightning.Trainer`.
+    """
+
+    config_text: str | None = None
+    """Resolved configuration to keep in the run folder; the command line sets it."""
+
+    def __init__(
+        self,
+        *,
+        inference_mode: bool = False,
+        logger: Any = False,
+        enable_checkpointing: bool | None = False,
+        enable_model_summary: bool | None = False,
+        enable_progress_bar: bool | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+        own: list[Callback] = [] if enable_progress_bar is False else [SampleProgress()]
+        super().__init__(
+            inference_mode=inference_mode,
+            logger=logger,
+            enable_checkpointing=enable_checkpointing,
+            enable_model_summary=enable_model_summary,
+            enable_progress_bar=enable_progress_bar,
+            callbacks=[*given, *own],
+            **kwargs,
+        )
+
+    def fit_predict(
+        self, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None = None
+    ) -> RunResult:
+        """Memorize each context and answer about it by every method; keeps the answers.
+
+        Args:
+            model: the methods and their settings.
+            datamodule: the samples.
+            run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
+                runs/ and the name of the config.
+        """
+        return self._run_samples("fit-predict", model, datamodule, run_dir)
+
+    def fit(  # type: ignore[override]
+        self, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None = None
+    ) -> RunResult:
+        """Memorize each context and save its memory under the run folder's memories/.
+
+        Args:
+            model: the settings of memorizing.
+            datamodule: the samples.
+            run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
+                runs/ and the name of the config.
+        """
+        return self._run_samples("fit", model, datamodule, run_dir)
+
+    def predict(  # type: ignore[override]
+        self, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None = None
+    ) -> RunResult:
+        """Answer with saved memories (model.memories, or those in the run folder); without any, zero-shot.
+
+        Args:
+            model: the methods and their settings.
+            datamodule: the samples.
+            run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
+                runs/ and the name of the config.
+        """
+        return self._run_samples("predict", model, datamodule, run_dir)
+
+    def _run_samples(
+        self, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None
+    ) -> RunResult:
+        if self.num_devices * self.num_nodes > 1:
+            raise FastMemError(
+                f"trainer.devices: {self.num_devices} on {self.num_nodes} node(s); allowed: 1 device, as "
+                "samples are not yet shared out over several (--trainer.devices 1)"
+            )
+        start = time.perf_counter()
+        datamodule.setup()
+        path = Path(run_dir or Path("runs") / datamodule.task)
+        model.use_mode(mode, path / "memories")
+        methods = [method.name for method in model.methods]
+        run = RunFolder(path, self._identity(model, datamodule, methods), methods)
+        # All that can be refused is refused before the model is loaded and anything is written.
+        run.check()
+        model.load_backbone(str(self.precision), self.strategy.root_device)
+        model.check_contexts(datamodule.samples)
+        run.open(self.config_text or self._config_text(model, datamodule, path))
+        try:
+            if mode == "fit":
+                return self._memorize_all(run, model, datamodule)
+            return self._answer_all(run, mode, model, datamodule, start)
+        finally:
+            run.close()
+
+    def _memorize_all(
+        self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule
+    ) -> RunResult:
+        run.memories_path.mkdir(exist_ok=True)
+        # A memory file is written whole or not at all, so its presence says that the sample is done.
+        datamodule.skip(
+            {s.index for s in datamodule.samples if memory_path(run.memories_path, s.index).is_file()}
+        )
+        self._loop(model, datamodule, [])
+        return RunResult(run.path, "fit", len(datamodule.samples))
+
+    def _answer_all(
+        self, run: RunFolder, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, start: float
+    ) -> RunResult:
+        aggregation = MetricAggregation()
+        wanted = {sample.index for sample in datamodule.samples}
+        earlier = [record for record in run.records() if record["index"] in wanted]
+        aggregation.feed(earlier)
+        datamodule.skip({record["index"] for record in earlier})
+        remaining = len(datamodule.remaining)
+        if remaining:
+            self._loop(model, datamodule, [aggregation, PredictionWriter(run)])
+        if remaining or not run.metrics_path.is_file():
+            metrics = self._metrics(aggregation, model, run)
+            metrics["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
+            run.write_metrics(metrics)
+        else:
+            metrics = run.metrics()
+        return RunResult(run.path, mode, len(datamodule.samples), metrics)
+
+    def _loop(self, model: FastMemModule, datamodule: FastMemDataModule, callbacks: list[Callback]) -> None:
+        """Run Lightning's predict loop over the remaining samples."""
+        if not datamodule.remaining:
+            return
+        usual = list(self.callbacks)
+        self.callbacks = [*callbacks, *usual]
+        try:
+            super().predict(model, datamodule=datamodule, return_predictions=False)
+        finally:
+            self.callbacks = usual
+
+    def _identity(
+        self, model: FastMemModule, datamodule: FastMemDataModule, methods: list[str]
+    ) -> dict[str, Any]:
+        """Settings that the answers depend on."""
+        settings = {
+            "model": {k: v for k, v in model.hparams.items() if k not in _FREE["model"]},
+            "data": {k: v for k, v in datamodule.hparams.items() if k not in _FREE["data"]},
+            "trainer": {"precision": str(self.precision)},
+        }
+        settings["model"]["methods"] = methods
+        settings["data"]["file_hash"] = datamodule.file_hash()
+        return settings
+
+    def _config_text(self, model: FastMemModule, datamodule: FastMemDataModule, path: Path) -> str:
+        config = {
+            "trainer": {"precision": str(self.precision)},
+            "model": {k: v for k, v in model.hparams.items() if k != "_instantiator"},
+            "data": {k: v for k, v in datamodule.hparams.items() if k != "_instantiator"},
+            "run_dir": str(path),
+        }
+        return yaml.safe_dump(config, sort_keys=False)
+
+    def _metrics(self, aggregation: MetricAggregation, model: FastMemModule, run: RunFolder) -> dict[str, Any]:
+        backbone = model.backbone
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "groups": aggregation.compute(),
+            "model": {
+                "backbone": backbone.name,
+                "class": type(backbone.model).__name__,
+                "fingerprint": backbone.fingerprint(),
+                "precision": backbone.precision,
+            },
+            "peak_memory_gib": model.meter.peak_gib(),
+            "environment": environment(backbone.device),
+            "settings": run.identity,
+        }
+
+
+# LightningCLI calls the trainer's attribute named like the subcommand.
+setattr(FastMemTrainer, "fit-predict", FastMemTrainer.fit_predict)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device, as kept with every result."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
