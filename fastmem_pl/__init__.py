@@ -1,0 +1,37 @@
+"""FastMem for PyTorch Lightning: make a language model read its context before it answers.
+
+Zhu et al., *FastMem: Fast Memorization of Prompt Improves Context Awareness of Large Language Models*,
+arXiv 2406.16069.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "Backbone": "fastmem_pl.backbone",
+    "ContextSample": "fastmem_pl.data",
+    "FastMemDataModule": "fastmem_pl.data",
+    "FastMemError": "fastmem_pl.errors",
+    "FastMemModule": "fastmem_pl.module",
+    "FastMemTrainer": "fastmem_pl.trainer",
+    "MemorizationModule": "fastmem_pl.memory",
+    "MemorizationSettings": "fastmem_pl.memory",
+    "Memorizer": "fastmem_pl.memory",
+    "Memory": "fastmem_pl.memory",
+    "answer": "fastmem_pl.answering",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that `fastmem --help` does not wait for torch.
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fastmem_pl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

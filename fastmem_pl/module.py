@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding import BASELINE, DECODERS, METHODS, DecodingSettings, Method, Prefill, select_methods
 from fastmem_pl.errors import FastMemError, OutOfMemoryError
-from fastmem_pl.memory import Memorizer, MemorizationSettings, Memory, text_hash
+from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, text_hash
 from fastmem_pl.metrics import SCORES
 from fastmem_pl.phases import PhaseMeter
 
@@ -78,6 +79,11 @@ class FastMemModule(LightningModule):
 
     @property
     def backbone(self) -> Backbone:
+        """The loaded model.
+
+        Raises:
+            FastMemError: before :meth:`load_backbone`.
+        """
         if self._backbone is None:
             raise FastMemError("the backbone is not loaded; call load_backbone() or run a FastMemTrainer")
         return self._backbone
@@ -117,15 +123,14 @@ class FastMemModule(LightningModule):
 
     def predict_step(self, batch: list[ContextSample], batch_idx: int = 0) -> list[dict[str, Any]]:
         """Memorize and answer a batch; returns one record per sample and method (``fit``: per sample)."""
-        out_of_memory = False
         try:
             return self._process(batch)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            out_of_memory = True
         # Outside the handler, so that the traceback no longer keeps the tensors alive.
-        if out_of_memory and self.backbone.device.type == "cuda":
+        gc.collect()
+        if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch) == 1 or not self.hparams.auto_batch:
             raise OutOfMemoryError(
@@ -146,8 +151,8 @@ class FastMemModule(LightningModule):
             if encoded.truncated:
                 kept = encoded.context_tokens
                 raise FastMemError(
-                    f"data: the context of sample {sample.id} has {kept + encoded.truncated} tokens, allowed: {kept}; "
-                    "shorten it, raise --model.max_context_tokens, or run without --model.strict"
+                    f"data: the context of sample {sample.id} has {kept + encoded.truncated} tokens, "
+                    f"allowed: {kept}; shorten it, raise --model.max_context_tokens, or run without --model.strict"
                 )
 
     def _process(self, samples: list[ContextSample]) -> list[dict[str, Any]]:

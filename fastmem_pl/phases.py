@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -45,10 +45,8 @@ class PhaseMeter:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.device.type == "cpu":
-            try:
+            with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            except OSError:
-                pass
 
     def _peak(self) -> int:
         if self.device.type == "cuda":

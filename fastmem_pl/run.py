@@ -39,14 +39,17 @@ class RunFolder:
 
     @property
     def predictions_path(self) -> Path:
+        """One record per sample and method."""
         return self.path / "predictions.jsonl"
 
     @property
     def metrics_path(self) -> Path:
+        """Aggregated results."""
         return self.path / "metrics.json"
 
     @property
     def memories_path(self) -> Path:
+        """Folder of saved memories."""
         return self.path / "memories"
 
     def check(self) -> None:
@@ -152,7 +155,8 @@ class RunFolder:
                 complete = False
             if not complete and number < len(lines):
                 raise FastMemError(
-                    f"{self.predictions_path}, line {number}: not a record; remove the line or give another --run_dir"
+                    f"{self.predictions_path}, line {number}: not a record; "
+                    "remove the line or give another --run_dir"
                 )
             if not complete and whole and whole[-1][0] is line:
                 whole.pop()

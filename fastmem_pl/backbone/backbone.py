@@ -84,6 +84,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.anatomy.head.weight.device
 
     @property
@@ -109,6 +110,7 @@ class Backbone:
 
     @property
     def pad_id(self) -> int:
+        """Token id that fills rows up; it is masked wherever it could count."""
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.stop_ids or [0])[0]
 
@@ -141,6 +143,7 @@ class Backbone:
             return self.split(num_layers).trunk(input_ids, attention_mask, position_ids, cache)
 
     def new_cache(self) -> Cache:
+        """An empty KV cache of the model's own layer types."""
         return DynamicCache(config=self.model.config)
 
     @contextmanager
@@ -191,7 +194,7 @@ class Backbone:
         vocabulary = self.anatomy.head.weight.shape[0]
         ids = torch.arange(8, device=self.device).remainder(vocabulary)[None]
         with self.numerics(), self._autocast():
-            expected = self.model(input_ids=ids).logits.float()
+            expected = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
         inputs = self.run_trunk(1, ids)
         with self.numerics():
             tail = self.split(1).tail
@@ -221,9 +224,7 @@ def normalize_precision(precision: str | int) -> Precision:
     return name
 
 
-def pad(
-    rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad token id lists to ``(ids, mask)``, both ``(B, T)``; mask is 1 on real tokens.
 
     >>> pad([[5, 6], [7]], 0, "left", torch.device("cpu"))[0].tolist()

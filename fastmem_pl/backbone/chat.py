@@ -7,7 +7,6 @@ uses none.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
@@ -62,8 +61,15 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
     end_of_turn = _first_special(tokenizer, between) or between.strip() or (tokenizer.eos_token or "")
     # What stands before both user turns: an injected system turn or bos stands before the first only.
     next_header = between.split(end_of_turn, 1)[-1].lstrip()
-    user_header = os.path.commonprefix([before[::-1], next_header[::-1]])[::-1]
+    user_header = _common_suffix(before, next_header)
     return ChatPieces(user_header, user_end, header, end_of_turn)
+
+
+def _common_suffix(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]
 
 
 def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:

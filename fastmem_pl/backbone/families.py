@@ -7,6 +7,7 @@ not say where the input norm is, nor whether the residual is sequential or paral
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Family:
     gate: str | None = None
 
     def fits(self, ffn: nn.Module) -> bool:
+        """Whether an FFN module has these attributes."""
         parts = [self.up, self.down, self.activation] + ([self.gate] if self.gate else [])
         return all(hasattr(ffn, part) for part in parts)
 
@@ -81,10 +83,12 @@ class Anatomy:
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, lowest first."""
         return getattr(self.body, self.layers_name)
 
     @property
     def final_norm(self) -> nn.Module:
+        """The norm before the head."""
         return getattr(self.body, self.norm_name)
 
     def post_norm(self, layer: int) -> nn.Module | None:
@@ -92,6 +96,7 @@ class Anatomy:
         return getattr(self.blocks[layer], _POST_NORM, None)
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """The nonlinearity of a block's FFN."""
         return getattr(self.blocks[layer].mlp, self.family.activation)
 
     def projections(self, layer: int) -> dict[str, Projection]:
@@ -161,6 +166,4 @@ def find_anatomy(model: Any) -> Anatomy:
 
 def float_copy(norm: nn.Module, device: torch.device) -> nn.Module:
     """Return a frozen float32 copy of a norm (a few KB), so that it takes float32 activations."""
-    import copy
-
     return copy.deepcopy(norm).to(device=device, dtype=torch.float32).requires_grad_(False)

@@ -82,7 +82,8 @@ def _resolve(source: str) -> str:
         hint = nearest(source, [DEMO])
         if hint:
             raise FastMemError(
-                f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, a .gguf file{hint}"
+                f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, "
+                f"a .gguf file{hint}"
             )
     return source
 
@@ -114,7 +115,8 @@ def _converted(gguf_file: Path) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     except OSError as error:
         raise FastMemError(
-            f"cannot write the model cache {target.parent}: {error.strerror}; set FASTMEM_CACHE to another folder"
+            f"cannot write the model cache {target.parent}: {error.strerror}; "
+            "set FASTMEM_CACHE to another folder"
         ) from error
     try:
         _convert(gguf_file, partial)

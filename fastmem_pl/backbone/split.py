@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,19 +24,32 @@ from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
 
 
 @dataclass
+class BlockCall:
+    """Arguments of one call of a block, after the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def with_cache(self, cache: Cache | None) -> BlockCall:
+        """The same call with another KV cache."""
+        args = tuple(cache if isinstance(v, Cache) else v for v in self.args)
+        return BlockCall(args, {k: cache if isinstance(v, Cache) else v for k, v in self.kwargs.items()})
+
+
+@dataclass
 class TailInputs:
     """What the tail needs of a trunk pass.
 
     Attributes:
         residual: residual stream without the first trained FFN's output, ``(B, T, D)``.
         ffn_input: input of the first trained FFN, ``(B, T, D)``.
-        calls: keyword arguments with which the model called each block above that FFN
+        calls: arguments, hidden states aside, with which the model called each block above that FFN
             (attention mask, position embeddings, cache); empty for ``num_layers == 1``.
     """
 
     residual: Tensor
     ffn_input: Tensor
-    calls: tuple[dict[str, Any], ...] = field(default=())
+    calls: tuple[BlockCall, ...] = ()
 
     def last(self) -> TailInputs:
         """Keep the last position only; blocks above the FFN attend to all, so it needs none of them."""
@@ -133,8 +146,8 @@ class Tail:
         if self._upper:
             with self._memorized(deltas):
                 for block, call in zip(self._upper, inputs.calls, strict=True):
-                    call = {k: cache if isinstance(v, Cache) else v for k, v in call.items()}
-                    hidden = block(hidden.to(self._block_dtype), **call)
+                    call = call.with_cache(cache)
+                    hidden = block(hidden.to(self._block_dtype), *call.args, **call.kwargs)
         return self._final_norm(hidden.float())
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
@@ -201,11 +214,11 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self._modules["block"], name)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self._call = kwargs
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._call = BlockCall(args, kwargs)
         return hidden_states
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> BlockCall:
         return self.__dict__.pop("_call")
 
 

@@ -55,7 +55,9 @@ class MetricAggregation(Callback):
                     continue
                 baseline = baselines[record["index"]]
                 for name in set(_PAIRED) & record["scores"].keys() & baseline.keys():
-                    self.tests[group, record["method"], name].update([baseline[name]], [record["scores"][name]])
+                    self.tests[group, record["method"], name].update(
+                        [baseline[name]], [record["scores"][name]]
+                    )
 
     def compute(self) -> dict[str, dict[str, Any]]:
         """Values with standard errors and paired tests, by group and method."""
@@ -86,5 +88,7 @@ class MetricAggregation(Callback):
         for methods in groups.values():
             for entry in methods.values():
                 order = [*SCORES, *entry["metrics"]]
-                entry["metrics"] = dict(sorted(entry["metrics"].items(), key=lambda item: order.index(item[0])))
+                entry["metrics"] = dict(
+                    sorted(entry["metrics"].items(), key=lambda item: order.index(item[0]))
+                )
         return groups

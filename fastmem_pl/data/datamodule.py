@@ -81,4 +81,5 @@ class FastMemDataModule(LightningDataModule):
         return [sample for sample in self.samples if sample.index not in self._done]
 
     def predict_dataloader(self) -> DataLoader:
+        """Batches of the remaining samples, as lists."""
         return DataLoader(self.remaining, batch_size=self.batch_size, collate_fn=list)

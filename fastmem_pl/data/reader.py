@@ -41,8 +41,6 @@ def read_samples(
         raise FastMemError(f"data.path: no such file: {path}{near}")
     samples: list[ContextSample] = []
     for line, data in _records(path):
-        if limit is not None and len(samples) >= limit:
-            break
         try:
             record = Record(data, fields)
             name = record.text("task") if task == MIXED else task
@@ -63,6 +61,8 @@ def read_samples(
                 answer_prefix,
             )
         )
+        if limit is not None and len(samples) >= limit:
+            break
     if not samples:
         raise FastMemError(f"data.path: {path} holds no records")
     return samples

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass
 class ContextSample:
     """One record of a data file, read by its task.
+
+    Not frozen: Lightning's half-precision plugins copy the dataclasses of a batch field by field.
 
     Attributes:
         index: place in the data file, from 0.

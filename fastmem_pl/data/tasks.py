@@ -29,21 +29,32 @@ class Record:
         self.names = names or {}
 
     def has(self, field: str) -> bool:
+        """Whether the record has the field."""
         return self.names.get(field, field) in self.data
 
     def value(self, field: str) -> Any:
+        """The field's value.
+
+        Raises:
+            FieldError: when it is missing.
+        """
         name = self.names.get(field, field)
         if name not in self.data:
             found = ", ".join(map(str, self.data)) or "none"
             raise FieldError(f"field {name!r} is missing; found: {found}{nearest(name, map(str, self.data))}")
         return self.data[name]
 
-    def text(self, field: str, empty: bool = False) -> str:
+    def text(self, field: str) -> str:
+        """The field's value as text that is not empty.
+
+        Raises:
+            FieldError: when it is missing, no text, or empty.
+        """
         value = self.value(field)
         name = self.names.get(field, field)
         if not isinstance(value, str):
             raise FieldError(f"field {name!r} must be text, found {type(value).__name__}")
-        if not empty and not value.strip():
+        if not value.strip():
             raise FieldError(f"field {name!r} is empty; every record needs a {field}")
         return value
 

@@ -100,7 +100,7 @@ class _Views:
                 logits = tail.finish_logits(tail.raw_logits(hidden))
                 return StepLogits(logits, logits if self.needs_base else None)
             base_hidden = tail.hidden(inputs, base, None, self.caches[1])[:, -1]
-            # The head on the change of the hidden state: one product for both, and bfloat16 keeps the contrast.
+            # The head on the change of the hidden state: one product for both, and bfloat16 keeps it.
             base_raw, change = tail.raw_logits(torch.stack([base_hidden, hidden - base_hidden]))
             return StepLogits(tail.finish_logits(base_raw + change), tail.finish_logits(base_raw))
 

@@ -51,9 +51,7 @@ class DeltaAdamW(torch.optim.AdamW):
         self._pairs = list(pairs)
         deltas = [delta for delta, _ in self._pairs]
         fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas)
-        super().__init__(
-            deltas, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused or None
-        )
+        super().__init__(deltas, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused or None)
         self._weight_decay = weight_decay
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -54,6 +54,7 @@ class MemorizationModule(LightningModule):
         return losses.total.sum()
 
     def configure_optimizers(self) -> DeltaAdamW:
+        """AdamW on the deltas that decays the weights they belong to."""
         pairs = [
             (delta.weights[name], ffn.base_weights[name])
             for delta, ffn in zip(self.deltas, self._tail.ffns, strict=True)
@@ -94,12 +95,16 @@ class MemorizationModule(LightningModule):
         for layer in deltas:
             for tensor in layer.values():
                 tensor[failed] = 0.0
-        curves = [Curve(*(v.T.tolist()[row] for v in (cross_entropy, kl, norms))) for row in range(num_samples)]
+        curves = [
+            Curve(*(v.T.tolist()[row] for v in (cross_entropy, kl, norms))) for row in range(num_samples)
+        ]
         status = ["ok"] * num_samples
         for row in failed.nonzero().flatten().tolist():
             bad = (~finite_steps[:, row]).nonzero().flatten()
             step = int(bad[0]) if len(bad) else len(self._history)
-            status[row] = f"failed: the memorization loss is not finite at step {step}; answered by the base model"
+            status[row] = (
+                f"failed: the memorization loss is not finite at step {step}; answered by the base model"
+            )
         return self._pack(deltas, curves, status)
 
     def _pack(self, deltas: list[dict[str, Tensor]], curves: list[Curve], status: list[str]) -> Memory:
@@ -112,24 +117,14 @@ class Memorizer:
     Args:
         backbone: the frozen model.
         settings: of memorizing; keyword arguments of :class:`MemorizationSettings` do as well.
-        fabric: a Fabric of your own. It must be single-device, since a distributed one would average
-            the gradients of different samples. By default one is made for the backbone's device.
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        settings: MemorizationSettings | None = None,
-        fabric: Fabric | None = None,
-        **kwargs: Any,
+        self, backbone: Backbone, settings: MemorizationSettings | None = None, **kwargs: Any
     ) -> None:
         self.backbone = backbone
         self.settings = settings or MemorizationSettings(**kwargs)
         backbone.split(self.settings.num_layers)
-        # 32-true concerns the deltas; the backbone's tail chooses the type of its products itself.
-        self.fabric = fabric or Fabric(
-            accelerator=backbone.device.type, strategy=SingleDeviceStrategy(backbone.device), precision="32-true"
-        )
 
     def __call__(self, contexts: Sequence[str]) -> Memory:
         """Memorize ``B`` contexts together; equal to ``B`` separate calls up to rounding."""
@@ -164,10 +159,16 @@ class Memorizer:
             return module.memory()
 
     def _run(self, module: MemorizationModule, batch: MemorizationBatch) -> None:
-        wrapped, optimizer = self.fabric.setup(module, module.configure_optimizers(), move_to_device=False)
+        # Single-device whatever the outer program runs on: a distributed Fabric would average the
+        # gradients of different samples. 32-true concerns the deltas; the tail chooses the type of its
+        # products itself. The module needs no wrapping for either, and Fabric would keep every module
+        # that it wrapped, with gradients and optimizer moments, in its list of callbacks.
+        device = self.backbone.device
+        fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), precision="32-true")
+        optimizer = fabric.setup_optimizers(module.configure_optimizers())
         for step in range(self.settings.steps):
-            loss = wrapped.training_step(batch, step)
-            self.fabric.backward(loss)
+            loss = module.training_step(batch, step)
+            fabric.backward(loss)
             module.configure_gradient_clipping()
             optimizer.step()
             optimizer.zero_grad()

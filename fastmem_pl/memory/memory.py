@@ -127,7 +127,9 @@ class Memory:
             raise FastMemError(f"cannot write the memory {path}: {error.strerror}") from error
 
     @classmethod
-    def load(cls, path: str | Path, fingerprint: str | None = None, device: str | torch.device = "cpu") -> Memory:
+    def load(
+        cls, path: str | Path, fingerprint: str | None = None, device: str | torch.device = "cpu"
+    ) -> Memory:
         """Read one memory (nothing in the file is executed).
 
         Args:
@@ -174,7 +176,9 @@ def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise FastMemError(f"memory {path} is damaged ({error}); memorize it again with fastmem fit") from error
+        raise FastMemError(
+            f"memory {path} is damaged ({error}); memorize it again with fastmem fit"
+        ) from error
     if header.get("format") != "fastmem" or header.get("version") != FORMAT_VERSION or not tensors:
         raise FastMemError(f"{path} is not a FastMem memory of format version {FORMAT_VERSION}")
     return header, tensors

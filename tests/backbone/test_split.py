@@ -1,0 +1,100 @@
+"""The trunk/tail split equals the model itself, for every family."""
+
+import pytest
+import torch
+from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_tokenizer, snapshot
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastmem_pl import Backbone, FastMemError, Memorizer
+from fastmem_pl.backbone import fork
+
+FAMILIES = sorted(FAMILY_CONFIGS)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tail_of_trunk_is_the_model(make_tiny, family, num_layers):
+    backbone = make_tiny(family)
+    ids = torch.randint(0, 250, (2, 40))
+    expected = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    inputs = backbone.run_trunk(num_layers, ids)
+    tail = backbone.split(num_layers).tail
+    with backbone.numerics():
+        found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memorizing_lowers_the_loss_and_leaves_the_base_alone(make_tiny, contexts, family, num_layers):
+    backbone = make_tiny(family)
+    before = snapshot(backbone)
+    memory = Memorizer(backbone, steps=4, learning_rate=1e-3, num_layers=num_layers)(contexts)
+    for curve in memory.curves:
+        assert curve.cross_entropy[-1] < curve.cross_entropy[0]
+        assert curve.kl[0] == 0.0
+        assert curve.kl[-1] > 0.0
+    assert_untouched(backbone, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_trunk_is_the_full_forward(make_tiny, family):
+    backbone = make_tiny(family)
+    ids = torch.randint(0, 250, (2, 30))
+    full = backbone.run_trunk(1, ids)
+    cache = backbone.new_cache()
+    backbone.run_trunk(1, ids[:, :25], torch.ones(2, 25, dtype=torch.long), cache=cache)
+    mask, positions = torch.ones(2, 30, dtype=torch.long), torch.arange(25, 30).expand(2, 5)
+    continued = backbone.run_trunk(1, ids[:, 25:], mask, positions, cache)
+    torch.testing.assert_close(continued.residual, full.residual[:, 25:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(continued.ffn_input, full.ffn_input[:, 25:], rtol=1e-4, atol=1e-4)
+
+
+def test_fork_grows_apart(tiny):
+    cache = tiny.new_cache()
+    ids = torch.randint(0, 250, (1, 5))
+    tiny.run_trunk(1, ids, torch.ones(1, 5, dtype=torch.long), cache=cache)
+    twin = fork(cache)
+    tiny.run_trunk(1, ids[:, :1], torch.ones(1, 6, dtype=torch.long), torch.tensor([[5]]), twin)
+    assert (cache.get_seq_length(), twin.get_seq_length()) == (5, 6)
+
+
+def test_a_model_without_known_ffn_is_refused_by_name():
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, vocab_size=259,
+    )  # fmt: skip
+    with pytest.raises(FastMemError, match=r"MixtralForCausalLM has no recognizable feed-forward network"):
+        Backbone(AutoModelForCausalLM.from_config(config), make_tokenizer())
+
+
+def test_a_model_whose_logits_differ_is_refused(monkeypatch):
+    model = make_model()
+    head = model.lm_head
+    # As a model family that scales its logits would.
+    monkeypatch.setattr(model, "lm_head", nn.Sequential(head, nn.Threshold(0.0, 0.0)))
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
+    with pytest.raises(FastMemError, match=r"LlamaForCausalLM does not fit: .*changes the logits by"):
+        Backbone(model, make_tokenizer())
+
+
+@pytest.mark.parametrize("num_layers", [0, 4])
+def test_num_layers_out_of_range(tiny, num_layers):
+    with pytest.raises(FastMemError, match=r"model\.num_layers: .* allowed: 1 to 3"):
+        tiny.split(num_layers)
+
+
+def test_fingerprint_is_of_the_weights_not_their_type(make_tiny):
+    assert make_tiny().fingerprint() == make_tiny(precision="bf16-true").fingerprint()
+    assert make_tiny().fingerprint() != make_tiny(seed=1).fingerprint()
+
+
+@pytest.mark.parametrize(("given", "found"), [(32, "32-true"), ("bf16", "bf16-mixed")])
+def test_precision_spellings(given, found):
+    assert Backbone(make_model(), make_tokenizer(), given).precision == found
+
+
+def test_unknown_precision():
+    with pytest.raises(FastMemError, match=r"trainer\.precision: '16-mixed' is unknown; allowed"):
+        Backbone(make_model(), make_tokenizer(), "16-mixed")

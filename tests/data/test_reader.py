@@ -1,0 +1,147 @@
+"""Reading data files: every task's format, and messages that name file, line and field."""
+
+import json
+
+import pytest
+
+from fastmem_pl import FastMemDataModule, FastMemError
+from fastmem_pl.data import read_samples
+
+SWAP = {"input": "who", "context": "It was A.", "answer": "A", "sub_context": "It was B.", "sub_answer": "B"}
+TRAP = {
+    "prompt": 'Write a quote that ends in the word "early": Better late than: ever or',
+    "classes": "[' never.', ' early!']",
+    "answer_index": 1,
+}
+HOTPOT = {
+    "id": "h1",
+    "question": "Who was it?!",
+    "answer": "B",
+    "context": {"title": ["t", "u"], "sentences": [["One.", " Two."], ["Three."]]},
+}
+
+
+def write(path, records):
+    text = "\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records, indent=1)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "context", "question", "references", "originals"),
+    [
+        ("nqswap", SWAP, "It was B.", "who?", ("B",), ("A",)),
+        ("nq", SWAP, "It was A.", "who?", ("A",), ()),
+        ("memotrap", TRAP, 'Write a quote that ends in the word "early".',
+         'Better late than: ever or\nCandidates: "never" or "early"', ("early",), ("never",)),
+        ("hotpotqa", HOTPOT, "One.  Two.\nThree.", "Who was it?", ("B",), ()),
+        ("qa", {"context": "c", "question": "q", "answers": ["a", "b"]}, "c", "q", ("a", "b"), ()),
+        ("qa", {"context": "c", "question": "q", "answer": "a"}, "c", "q", ("a",), ()),
+        ("qa", {"context": "c", "question": "q", "answers": {"text": ["a"]}}, "c", "q", ("a",), ()),
+        ("qa", {"context": "c", "question": "q"}, "c", "q", (), ()),
+        ("mixed", {"task": "nqswap", **SWAP}, "It was B.", "who?", ("B",), ("A",)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_tasks(tmp_path, suffix, task, record, context, question, references, originals):
+    (sample,) = read_samples(write(tmp_path / f"data{suffix}", [record]), task)
+    assert (sample.context, sample.question) == (context, question)
+    assert (sample.references, sample.originals) == (references, originals)
+    assert sample.id == record.get("id", "0")
+
+
+@pytest.mark.parametrize(
+    ("task", "records", "message"),
+    [
+        ("nqswap", [SWAP, {**SWAP, "sub_context": " "}], r"line 2: field 'sub_context' is empty"),
+        ("nqswap", [{**SWAP, "input": 3}], r"line 1: field 'input' must be text, found int"),
+        ("nqswap", [SWAP, {"input": "q", "answer": "a", "sub_answer": "b", "sub_contxt": "c"}],
+         r"line 2: field 'sub_context' is missing; found: .*sub_contxt; did you mean 'sub_contxt'\?"),
+        ("qa", [{"context": "c", "question": ""}], r"line 1: field 'question' is empty"),
+        ("qa", [{"context": "c", "question": "q", "answers": 4}], r"line 1: field 'answers' must be text or a list"),
+        ("qa", ["text"], r"line 1: expected an object with named fields, found str"),
+        ("memotrap", [{**TRAP, "prompt": "no colon"}], r"line 1: field 'prompt' has no ':'"),
+        ("memotrap", [{**TRAP, "classes": "[oops"}], r"line 1: fields 'classes' and 'answer_index' must be"),
+        ("hotpotqa", [{**HOTPOT, "context": "text"}], r"line 1: field 'context' must hold 'sentences'"),
+        ("mixed", [{**SWAP, "task": "nqswop"}], r"line 1: data\.task: 'nqswop' is unknown; .* 'nqswap'"),
+    ],
+)  # fmt: skip
+def test_malformed_records(tmp_path, task, records, message):
+    path = write(tmp_path / "data.jsonl", records)
+    with pytest.raises(FastMemError, match=r"data\.jsonl, " + message):
+        read_samples(path, task)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"context": "c",\n "question": }', r"line 2: not valid JSON"),
+        ('[{"context": "c", "question": "q"}', r"line 1: the list does not end with '\]'"),
+        ('[\n{"context": "c", "question": "q"},\n{"question": "q"}]', r"line 3: field 'context' is missing"),
+        ("", "holds no records"),
+        ("[]", "holds no records"),
+    ],
+)
+def test_malformed_files(tmp_path, text, message):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(FastMemError, match=message):
+        read_samples(tmp_path / "data.json", "qa")
+
+
+def test_other_encoding(tmp_path):
+    (tmp_path / "data.json").write_bytes('{"context": "é"}'.encode("latin-1"))
+    with pytest.raises(FastMemError, match="is not UTF-8 text"):
+        read_samples(tmp_path / "data.json", "qa")
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path / "nqswap.json", [SWAP])
+    with pytest.raises(FastMemError, match=r"data\.path: no such file: .*did you mean 'nqswap\.json'\?"):
+        read_samples(tmp_path / "nqswop.json", "nqswap")
+
+
+def test_own_field_names(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"passage": "c", "q": "q", "gold": "a", "key": "k7"}])
+    fields = {"context": "passage", "question": "q", "answers": "gold", "id": "key"}
+    (sample,) = read_samples(path, "qa", fields)
+    assert (sample.context, sample.question, sample.references, sample.id) == ("c", "q", ("a",), "k7")
+
+
+def test_limit_does_not_read_further(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(SWAP) + "\n{broken")
+    assert len(read_samples(path, "nqswap", limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"limit": 0}, r"data\.limit: 0 is out of range"),
+        ({"batch_size": 0}, r"data\.batch_size: 0 is out of range"),
+        ({"task": "nqswap", "fields": {"context": "c"}}, "only task 'qa' takes field names"),
+        ({"task": "qa", "fields": {"contxt": "c"}}, "data.fields: 'contxt' is unknown; .* 'context'"),
+    ],
+)
+def test_datamodule_arguments(arguments, message):
+    with pytest.raises(FastMemError, match=message):
+        FastMemDataModule(**arguments)
+
+
+def test_packaged_demo_data():
+    data = FastMemDataModule()
+    data.setup()
+    tasks = [sample.task for sample in data.samples]
+    assert tasks.count("nqswap") >= 40
+    assert tasks.count("memotrap") >= 10
+    for sample in data.samples:
+        if sample.task == "nqswap":
+            assert sample.references[0] in sample.context
+            assert sample.originals[0].lower() not in sample.context.lower()
+    assert len({sample.question for sample in data.samples}) == len(data.samples)
+
+
+def test_prompt_keeps_braces_of_the_data():
+    from fastmem_pl.data import TASKS
+
+    text = TASKS["qa"].prompt_text("{question} {0}", "{context}?")
+    assert text.endswith("Context: {question} {0}\nQuestion: {context}?")

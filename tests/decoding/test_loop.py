@@ -1,0 +1,144 @@
+"""Decoding: generate's tokens without memory, a merged model's tokens with one, row by row."""
+
+import copy
+
+import pytest
+import torch
+from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
+
+from fastmem_pl import Memorizer, answer
+from fastmem_pl.decoding import DECODERS, Contrastive, DecodingSettings, Greedy, Prefill
+from fastmem_pl.errors import FastMemError
+
+PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
+STRONG = {"steps": 5, "learning_rate": 3e-3}
+
+
+def generate(model, prompt, tokens):
+    """transformers' own greedy decoding of one prompt."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def merged(backbone, memory, row):
+    """A copy of the model whose weights hold one memory."""
+    model = copy.deepcopy(backbone.model)
+    blocks = model.model.layers[-memory.num_layers :]
+    for block, deltas in zip(blocks, memory.deltas, strict=True):
+        for name, delta in deltas.items():
+            getattr(block.mlp, f"{name}_proj").weight.data += delta[row]
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+def test_zero_shot_is_generate(make_tiny, family):
+    backbone = make_tiny(family)
+    prompts = [backbone.chat.prompt(text) for text in PROMPTS]
+    found = Prefill(backbone, prompts).decode(Greedy(), None, 12)
+    assert found == [generate(backbone.model, prompt, 12) for prompt in prompts]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_memory_is_the_merged_model(tiny, contexts, num_layers):
+    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
+    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
+    before = snapshot(tiny)
+    found = Prefill(tiny, prompts, num_layers).decode(Greedy(), memory.deltas, 12)
+    base = Prefill(tiny, prompts, num_layers).decode(Greedy(), None, 12)
+    assert_untouched(tiny, before)
+    assert found == [generate(merged(tiny, memory, row), p, 12) for row, p in enumerate(prompts)]
+    assert found != base
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_contrast_is_the_formula_on_two_models(tiny, contexts, num_layers):
+    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
+    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
+    found = Prefill(tiny, prompts, num_layers).decode(Contrastive(0.8), memory.deltas, 8)
+    for row, prompt in enumerate(prompts):
+        tuned, ids = merged(tiny, memory, row), list(prompt)
+        for _ in range(8):
+            after = tuned(input_ids=torch.tensor([ids])).logits[0, -1]
+            before = tiny.model(input_ids=torch.tensor([ids])).logits[0, -1]
+            ids.append(int((1.8 * after - 0.8 * before).argmax()))
+            if ids[-1] in tiny.stop_ids:
+                break
+        assert found[row] == ids[len(prompt) :]
+
+
+def test_alpha_zero_is_greedy(tiny, contexts):
+    memory = Memorizer(tiny, **STRONG)(contexts[:3])
+    prefill = Prefill(tiny, [tiny.chat.prompt(text) for text in PROMPTS])
+    greedy = prefill.decode(Greedy(), memory.deltas, 12)
+    assert prefill.decode(Contrastive(0.0), memory.deltas, 12) == greedy
+
+
+def test_contrast_without_memory_is_the_base(tiny):
+    prefill = Prefill(tiny, [tiny.chat.prompt(text) for text in PROMPTS])
+    assert prefill.decode(Contrastive(0.5), None, 12) == prefill.decode(Greedy(), None, 12)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_batch_is_one_by_one_and_methods_do_not_disturb_each_other(tiny, contexts, num_layers):
+    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
+    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
+    prefill = Prefill(tiny, prompts, num_layers)
+    for decoder in (Greedy(), Contrastive(0.5), Greedy()):
+        together = prefill.decode(decoder, memory.deltas, 12)
+        for row, prompt in enumerate(prompts):
+            alone = Prefill(tiny, [prompt], num_layers)
+            assert alone.decode(decoder, memory.rows([row]).deltas, 12) == [together[row]]
+
+
+def test_stops_after_the_end_token(tiny):
+    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
+    prefill = Prefill(tiny, prompts)
+    free = prefill.decode(Greedy(), None, 12)
+    tiny.model.generation_config.eos_token_id = [free[0][2], tiny.tokenizer.eos_token_id]
+    try:
+        stopped = prefill.decode(Greedy(), None, 12)
+    finally:
+        tiny.model.generation_config.eos_token_id = tiny.tokenizer.eos_token_id
+    first = free[0].index(free[0][2])
+    assert stopped[0] == free[0][: first + 1]
+
+
+def test_answers_from_python(tiny, contexts):
+    memory = Memorizer(tiny, **STRONG)(contexts[:1])
+    together = answer(tiny, ["a?", "b?"], contexts[0], memory, "cd", 6, answer_prefix="So")
+    assert together == [
+        answer(tiny, q, contexts[0], memory, "cd", 6, answer_prefix="So")[0] for q in ("a?", "b?")
+    ]
+    assert all(text.startswith("So") for text in together)
+
+
+def test_answer_refuses_what_does_not_match(tiny, make_tiny, contexts):
+    memory = Memorizer(tiny, steps=1)(contexts[:2])
+    with pytest.raises(FastMemError, match="3 questions but 2 memories"):
+        answer(tiny, ["a", "b", "c"], memory=memory)
+    with pytest.raises(FastMemError, match="1 questions but 2 contexts"):
+        answer(tiny, "a", contexts[:2])
+    with pytest.raises(FastMemError, match="the memory belongs to the model"):
+        answer(make_tiny(seed=3), "a", memory=memory.rows([0]))
+    with pytest.raises(FastMemError, match=r"decoder: 'gready' is unknown; .* did you mean 'greedy'"):
+        answer(tiny, "a", decoder="gready")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, r"model\.max_new_tokens: 0 is out of range; allowed: at least 1"),
+        ({"alpha": -1.0}, r"model\.alpha: -1.0 is out of range; allowed: 0 or above"),
+    ],
+)
+def test_decoding_settings_out_of_range(settings, message):
+    with pytest.raises(FastMemError, match=message):
+        DecodingSettings(**settings)
+
+
+def test_every_decoder_can_be_built():
+    for name in DECODERS:
+        assert isinstance(DECODERS[name](DecodingSettings()).needs_base, bool)

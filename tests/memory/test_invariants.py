@@ -1,0 +1,217 @@
+"""Several ways to memorize give the same curves and deltas."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_untouched, snapshot
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from fastmem_pl import MemorizationModule, MemorizationSettings, Memorizer
+from fastmem_pl.memory import objective
+
+STRONG = {"steps": 6, "learning_rate": 1e-3, "kl_coeff": 0.3}
+
+
+def assert_same(one, other, rtol=1e-4):
+    for name in ("cross_entropy", "kl", "grad_norm"):
+        found = torch.tensor([getattr(c, name) for c in one.curves])
+        expected = torch.tensor([getattr(c, name) for c in other.curves])
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-6)
+    for found, expected in zip(one.deltas, other.deltas, strict=True):
+        for name in found:
+            # Adam's first steps divide by the gradient's size: where that is near 0, rounding decides.
+            error = (found[name] - expected[name]).norm() / expected[name].norm()
+            assert error < 1e-3, name
+
+
+def plain_loop(backbone, encoded, steps, learning_rate, kl_coeff, num_layers=1):
+    """The published algorithm: edit a copy of the model's own weights, one sample at a time."""
+    model = copy.deepcopy(backbone.model)
+    trained = [p for block in model.model.layers[-num_layers:] for p in block.mlp.parameters()]
+    originals = [p.detach().clone() for p in trained]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
+    ids = torch.tensor([encoded.input_ids])
+    labels = ids[0, encoded.header_length :]
+    curve, reference = [], None
+    for _ in range(steps):
+        logits = model(input_ids=ids).logits[0, encoded.header_length - 1 : -1]
+        log_p = logits.log_softmax(-1)
+        reference = log_p.detach() if reference is None else reference
+        cross_entropy = F.nll_loss(log_p, labels)
+        kl = F.kl_div(log_p, reference, reduction="batchmean", log_target=True)
+        optimizer.zero_grad()
+        (cross_entropy + kl_coeff * kl).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        curve.append((cross_entropy.item(), kl.item(), norm.item()))
+    return torch.tensor(curve), [p.detach() - o for p, o in zip(trained, originals, strict=True)]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_equals_the_published_algorithm(tiny, contexts, num_layers):
+    memorizer = Memorizer(tiny, num_layers=num_layers, **STRONG)
+    memory = memorizer(contexts)
+    for row, context in enumerate(contexts):
+        expected, deltas = plain_loop(tiny, memorizer.encode(context), num_layers=num_layers, **STRONG)
+        curve = memory.curves[row]
+        found = torch.tensor([curve.cross_entropy, curve.kl, curve.grad_norm]).T
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
+        ours = [layer[name][row] for layer in memory.deltas for name in ("gate", "up", "down")]
+        for delta, wanted in zip(ours, deltas, strict=True):
+            assert (delta - wanted).norm() / wanted.norm() < 2e-3
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_batch_is_one_by_one(tiny, contexts, num_layers):
+    memorizer = Memorizer(tiny, num_layers=num_layers, **STRONG)
+    batch = memorizer(contexts)
+    for row, context in enumerate(contexts):
+        assert_same(batch.rows([row]), memorizer([context]))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_trainer_is_fabric(tiny, contexts, tmp_path, precision):
+    settings = MemorizationSettings(**STRONG)
+    memorizer = Memorizer(tiny, settings)
+    by_fabric = memorizer(contexts)
+    module = MemorizationModule(tiny, len(contexts), settings)
+    batch = memorizer.prepare([memorizer.encode(context) for context in contexts])
+    trainer = Trainer(
+        max_epochs=settings.steps, accelerator="cpu", precision=precision, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([batch], batch_size=None))
+    assert_same(by_fabric, module.memory())
+
+
+def test_chunked_is_unchunked_and_kept_is_recomputed(tiny, contexts, monkeypatch):
+    memorizer = Memorizer(tiny, **STRONG)
+    whole = memorizer(contexts)
+    monkeypatch.setattr(objective, "_CHUNK_BYTES", {"cpu": 1, "other": 1})
+    encoded = [memorizer.encode(context) for context in contexts]
+    assert len(memorizer.prepare(encoded).reference.chunks) > 1
+    assert_same(whole, memorizer(contexts), rtol=1e-5)
+    prepare = objective.prepare
+    monkeypatch.setattr(
+        "fastmem_pl.memory.memorize.prepare", lambda *args: prepare(*args, reference_budget=0)
+    )
+    assert memorizer.prepare(encoded).reference.chunks is None
+    assert_same(whole, memorizer(contexts), rtol=1e-5)
+
+
+def test_soft_cap_gradient(make_tiny, contexts):
+    memorizer = Memorizer(make_tiny("gemma2", final_logit_softcapping=2.0), **STRONG)
+    batch = memorizer.prepare([memorizer.encode(context) for context in contexts])
+    tail = memorizer.backbone.split(1).tail
+    torch.manual_seed(0)
+    reference = batch.reference.hidden
+    hidden = (reference + 0.1 * torch.randn_like(reference)).requires_grad_(True)
+    kl_coeff = torch.full((len(contexts),), 0.3)
+    total, _, _ = objective._SoftTargetLoss.apply(hidden, tail, batch, kl_coeff)
+    (written,) = torch.autograd.grad(total.sum(), hidden)
+    log_p = tail.finish_logits(tail.raw_logits(hidden)).log_softmax(-1)
+    p_0 = tail.finish_logits(tail.raw_logits(reference)).log_softmax(-1)
+    per_token = F.nll_loss(log_p, batch.labels, reduction="none") + 0.3 * (p_0.exp() * (p_0 - log_p)).sum(-1)
+    expected_total = (per_token * batch.weights).sum()
+    (by_autograd,) = torch.autograd.grad(expected_total, hidden)
+    torch.testing.assert_close(total.sum(), expected_total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(written, by_autograd, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16_follows_float32(make_tiny, contexts, precision):
+    settings = {"steps": 10, "learning_rate": 1e-5}
+    exact = Memorizer(make_tiny(), **settings)(contexts)
+    rounded = Memorizer(make_tiny(precision=precision), **settings)(contexts)
+    fall = sum(c.cross_entropy[0] - c.cross_entropy[-1] for c in exact.curves)
+    found = sum(c.cross_entropy[0] - c.cross_entropy[-1] for c in rounded.curves)
+    assert found == pytest.approx(fall, rel=0.05)
+
+
+@pytest.mark.parametrize("guard", [torch.inference_mode, torch.no_grad])
+def test_memorizes_inside_guards(tiny, contexts, guard):
+    expected = Memorizer(tiny, **STRONG)(contexts)
+    with guard():
+        found = Memorizer(tiny, **STRONG)(contexts)
+    assert_same(found, expected, rtol=1e-6)
+
+
+def test_memorizes_under_a_bfloat16_default_and_autocast(tiny, contexts):
+    expected = Memorizer(tiny, **STRONG)(contexts)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = Memorizer(tiny, **STRONG)(contexts)
+        assert torch.get_default_dtype() is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(found, expected, rtol=1e-6)
+
+
+def test_non_finite_sample_fails_alone(tiny, contexts):
+    memorizer = Memorizer(tiny, **STRONG)
+    encoded = [memorizer.encode(context) for context in contexts]
+    expected = memorizer.fit(encoded)
+    prepare = memorizer.prepare
+
+    def poisoned(items):
+        batch = prepare(items)
+        batch.inputs.residual[1] = float("nan")
+        return batch
+
+    memorizer.prepare = poisoned
+    memory = memorizer.fit(encoded)
+    assert memory.status[1].startswith("failed: the memorization loss is not finite at step 0")
+    assert [memory.status[i] for i in (0, 2, 3)] == ["ok"] * 3
+    assert all(not tensor[1].any() for layer in memory.deltas for tensor in layer.values())
+    assert_same(memory.rows([0, 2, 3]), expected.rows([0, 2, 3]))
+
+
+def test_an_exception_in_the_middle_leaves_the_base_alone(tiny, contexts, monkeypatch):
+    before = snapshot(tiny)
+    calls = []
+
+    def fail(self, *args):
+        calls.append(self)
+        if len(calls) == 3:
+            raise RuntimeError("pulled the plug")
+
+    monkeypatch.setattr(MemorizationModule, "configure_gradient_clipping", fail)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        Memorizer(tiny, **STRONG)(contexts)
+    assert_untouched(tiny, before)
+    assert all(p.grad is None for p in tiny.model.parameters())
+
+
+def test_nothing_of_a_fit_outlives_it_but_the_memory(tiny, contexts, monkeypatch):
+    alive = []
+    setup = MemorizationModule.configure_optimizers
+
+    def watched(module):
+        optimizer = setup(module)
+        alive.extend((weakref.ref(module), weakref.ref(optimizer)))
+        return optimizer
+
+    monkeypatch.setattr(MemorizationModule, "configure_optimizers", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        memory = Memorizer(tiny, **STRONG)(contexts)
+        assert [reference() for reference in alive] == [None, None]
+        assert len(memory) == len(contexts)
+    finally:
+        gc.enable()
+
+
+def test_zero_steps_is_the_base(tiny, contexts):
+    memory = Memorizer(tiny, steps=0)(contexts)
+    assert memory.curves[0].cross_entropy == []
+    assert not any(tensor.any() for layer in memory.deltas for tensor in layer.values())

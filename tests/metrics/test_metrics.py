@@ -1,0 +1,91 @@
+"""Normalization as published, means with standard errors, the paired test."""
+
+import pytest
+import torch
+from scipy import stats
+
+from fastmem_pl.metrics import SCORES, McNemar, SampleMean, extract_answer, normalize_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        ("  The  Beatles ", "beatles"),
+        ("a. The answer is: b", "answer is b"),
+        ("1,340 moons", "1340 moons"),
+        ("Rolls - Royce", "rolls  royce"),
+        ("Rolls-Royce", "rollsroyce"),
+        ("“Café” $5 – ok", "café 5  ok"),
+        ("Theatre an ant", "theatre ant"),
+    ],
+)
+def test_normalization(text, expected):
+    assert normalize_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("THE ANSWER IS:   \n\t Paris  ", "Paris"),
+        ("the answer is:x. The answer is: y", "y"),
+        ("The answer is Paris", "Unknown"),
+        ("", "Unknown"),
+    ],
+)
+def test_extraction(text, expected):
+    assert extract_answer(text) == expected
+
+
+def test_text_functions_of_the_reference_run(shared):
+    import json
+
+    golden = json.loads((shared / "golden" / "text_functions.json").read_text())
+    for pair in golden["pairs"]:
+        assert normalize_answer(pair["input"]) == pair["normalize_text"]
+        assert extract_answer(pair["input"]) == pair["postprocess_text"]
+    for case in golden["scoring"]:
+        found = SCORES["accuracy"].function(case["output_text"], case["answers"], ())
+        assert bool(found) == case["matched"]
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "references", "originals", "expected"),
+    [
+        ("accuracy", "The answer is: the Lyon area", ["Lyon"], [], 1.0),
+        ("accuracy", "Lyon", ["Lyon"], [], 0.0),
+        ("contained", "Lyon", ["Lyon"], [], 1.0),
+        ("exact_match", "The answer is: the Lyon area", ["Lyon"], [], 0.0),
+        ("f1", "The answer is: Lyon area", ["Paris", "Lyon"], [], 2 / 3),
+        ("f1", "The answer is: x", ["Paris"], [], 0.0),
+        ("format_failure", "the ANSWER is: x", ["x"], [], 0.0),
+        ("original", "It is Paris.", ["Lyon"], ["Paris"], 1.0),
+        ("original", "It is Paris.", ["Lyon"], [], None),
+        ("accuracy", "The answer is: x", [], [], None),
+    ],
+)
+def test_scores(name, prediction, references, originals, expected):
+    assert SCORES[name].function(prediction, references, originals) == pytest.approx(expected)
+
+
+def test_mean_and_standard_error():
+    values = torch.rand(37, dtype=torch.float64)
+    metric = SampleMean()
+    metric.update(values[:20])
+    metric.update(values[20:].tolist())
+    assert metric.compute().item() == pytest.approx(values.mean().item())
+    assert metric.standard_error().item() == pytest.approx(stats.sem(values.numpy()))
+
+
+def test_standard_error_needs_two_samples():
+    metric = SampleMean()
+    metric.update([1.0])
+    assert metric.standard_error().isnan()
+
+
+def test_mcnemar_counts_only_changes():
+    test = McNemar()
+    test.update([1, 1, 0, 0, 0], [1, 0, 1, 1, 1])
+    assert (int(test.gained), int(test.lost)) == (3, 1)
+    assert test.compute().item() == pytest.approx(stats.binomtest(3, 4).pvalue)
+    assert McNemar().compute().item() == 1.0

@@ -1,0 +1,76 @@
+"""The same invariants on a GPU; skipped where there is none."""
+
+import pytest
+import torch
+from conftest import assert_untouched, make_model, make_tokenizer, snapshot
+
+from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer, Memorizer
+from fastmem_pl.decoding import Contrastive, Greedy, Prefill
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+STRONG = {"steps": 6, "learning_rate": 1e-3}
+PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
+
+
+def on_gpu(precision="32-true", **overrides):
+    model = make_model(**overrides).cuda()
+    model = model.bfloat16() if precision == "bf16-true" else model
+    return Backbone(model, make_tokenizer(), precision)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_curves_are_those_of_the_cpu(tiny, contexts, num_layers):
+    on_cpu = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts)
+    found = Memorizer(on_gpu(), num_layers=num_layers, **STRONG)(contexts)
+    for one, other in zip(found.curves, on_cpu.curves, strict=True):
+        assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-4)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+
+
+def test_batch_is_one_by_one(contexts):
+    memorizer = Memorizer(on_gpu(), **STRONG)
+    batch = memorizer(contexts)
+    for row, context in enumerate(contexts):
+        alone = memorizer([context]).curves[0]
+        assert batch.curves[row].cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-4)
+
+
+@pytest.mark.parametrize("decoder", [Greedy(), Contrastive(0.5)])
+def test_answers_are_those_of_the_cpu(tiny, contexts, decoder):
+    gpu = on_gpu()
+    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
+    memory, on_cpu = Memorizer(gpu, **STRONG)(contexts[:3]), Memorizer(tiny, **STRONG)(contexts[:3])
+    before = snapshot(gpu)
+    found = Prefill(gpu, prompts).decode(decoder, memory.deltas, 12)
+    assert found == Prefill(tiny, prompts).decode(decoder, on_cpu.deltas, 12)
+    assert_untouched(gpu, before)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_whole_run(tmp_path, tiny_folder, precision):
+    trainer = FastMemTrainer(accelerator="gpu", devices=1, precision=precision, enable_progress_bar=False)
+    module = FastMemModule(str(tiny_folder), steps=4, learning_rate=1e-3, max_new_tokens=6)
+    result = trainer.fit_predict(module, FastMemDataModule(limit=5), run_dir=str(tmp_path / "run"))
+    assert result.metrics["groups"]["all"]["fastmem+cd"]["n"] == 5
+    assert result.metrics["peak_memory_gib"]["memorize"] > 0
+    assert module.backbone.device.type == "cuda"
+
+
+def test_real_out_of_memory_halves_the_batch(tmp_path, tiny_folder, caplog):
+    # Room for a few of the samples' float32 reference predictions (tokens x vocabulary), not for all.
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    wide = {"hidden_size": 512, "intermediate_size": 4096}
+    backbone = on_gpu(**wide)
+    used = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((used + (1 << 30)) / total)
+    try:
+        trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False)
+        module = FastMemModule(steps=2, max_new_tokens=4)
+        object.__setattr__(module, "_backbone", backbone)
+        data = FastMemDataModule(limit=12, batch_size=12)
+        result = trainer.fit_predict(module, data, run_dir=str(tmp_path / "run"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory with 12 samples at once; trying 6" in caplog.text
+    assert result.metrics["groups"]["all"]["fastmem"]["n"] == 12

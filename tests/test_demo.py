@@ -1,0 +1,79 @@
+"""The main job on the real 135M model: the command, its files, and what must be equal in it."""
+
+import json
+
+import pytest
+import torch
+from conftest import assert_untouched, snapshot
+
+from fastmem_pl import FastMemDataModule, Memorizer
+from fastmem_pl.cli import main
+from fastmem_pl.data import TASKS
+from fastmem_pl.decoding import Contrastive, Greedy, Prefill
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.fixture(scope="module")
+def samples():
+    data = FastMemDataModule(answer_prefix="The answer is:", limit=8)
+    data.setup()
+    return data.samples
+
+
+@pytest.fixture
+def prompts(demo, samples):
+    return [
+        demo.chat.prompt(TASKS[s.task].prompt_text(s.context, s.question), s.answer_prefix) for s in samples
+    ]
+
+
+def test_command(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    arguments = [
+        "fit-predict", "--config", "demo", "--data.limit", "6", "--run_dir", str(run_dir),
+        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "6 samples, mean ± standard error" in output
+    assert "fastmem+cd against zero-shot, accuracy:" in output
+    assert f"run folder: {run_dir}" in output
+    records = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    assert len(records) == 18
+    assert all(r["prediction"].startswith("The answer is:") for r in records)
+    curves = [r["curve"]["cross_entropy"] for r in records if r["method"] == "fastmem"]
+    assert all(len(curve) == 10 and curve[-1] < 0.8 * curve[0] for curve in curves)
+    # Again: nothing to do, the same table.
+    before = (run_dir / "predictions.jsonl").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == output
+    assert (run_dir / "predictions.jsonl").stat().st_mtime_ns == before
+
+
+def test_zero_shot_is_generate(demo, prompts):
+    found = Prefill(demo, prompts).decode(Greedy(), None, 20)
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        expected = demo.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
+        )
+        assert answer == expected[0, len(prompt) :].tolist()
+
+
+def test_batch_of_eight_is_eight_single_runs(demo, samples, prompts):
+    before = snapshot(demo)
+    memorizer = Memorizer(demo, steps=10, learning_rate=3e-4)
+    batch = memorizer([s.context for s in samples])
+    prefill = Prefill(demo, prompts)
+    together = {d: prefill.decode(d, batch.deltas, 16) for d in (Greedy(), Contrastive(0.5))}
+    for row, sample in enumerate(samples):
+        single = memorizer([sample.context])
+        for name in ("cross_entropy", "grad_norm"):
+            assert getattr(batch.curves[row], name) == pytest.approx(
+                getattr(single.curves[0], name), rel=1e-4
+            )
+        alone = Prefill(demo, [prompts[row]])
+        for decoder, answers in together.items():
+            assert alone.decode(decoder, single.deltas, 16) == [answers[row]]
+    assert_untouched(demo, before)
