@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fastmem_pl.cli import COMMANDS, USAGE
 from fastmem_pl.data import FastMemDataModule
@@ -41,7 +43,9 @@ class FastMemArgumentParser(LightningArgumentParser):
 
     def _suggestion(self, message: str) -> str:
         unknown = re.search(
-            r"unrecognized arguments: (\S+)|key '([^']+)' is not expected", message, re.IGNORECASE
+            r"unrecognized arguments: (\S+)|key '([^']+)' is not expected|not accept option '([^']+)'",
+            message,
+            re.IGNORECASE,
         )
         if not unknown:
             return ""
@@ -87,7 +91,13 @@ class FastMemCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> FastMemTrainer:
         """Make the trainer and hand it the resolved configuration."""
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+            message = " ".join(str(error).split())
+            settings = self._get(self.config, "trainer")
+            named = [name for name in settings if re.search(rf"\b{name}\b", message)]
+            raise FastMemError(f"{'.'.join(['trainer', *named[:1]])}: {message}") from error
         parser = self._parser(self.subcommand)
         trainer.config_text = parser.dump(self.config[self.subcommand], skip_none=False)
         return trainer
@@ -103,6 +113,10 @@ def run_command(arguments: list[str]) -> int:
     Raises:
         FastMemError: for a mistake of the user's.
     """
+    # Lightning sets its own log level and handler when it is imported, so this comes after.
+    logging.getLogger("lightning").propagate = False
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     description = "FastMem: memorize the context, then answer (arXiv 2406.16069)."
     cli = FastMemCLI(
         model_class=FastMemModule,
@@ -122,6 +136,8 @@ def run_command(arguments: list[str]) -> int:
     result = cli.result
     if result.mode == "fit":
         print(f"{result.num_samples} memories in {result.path / 'memories'}")
+        if result.num_failed:
+            print(f"{result.num_failed} of them failed (loss not finite) and hold the base model")
         print(f"answer with them: fastmem predict {' '.join(arguments[1:])}")
     else:
         print_run(result.path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,7 @@ from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding import BASELINE, DECODERS, METHODS, DecodingSettings, Method, Prefill, select_methods
 from fastmem_pl.errors import FastMemError, OutOfMemoryError
-from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, text_hash
+from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, read_header, text_hash
 from fastmem_pl.metrics import SCORES
 from fastmem_pl.phases import PhaseMeter
 
@@ -152,8 +154,33 @@ class FastMemModule(LightningModule):
                 kept = encoded.context_tokens
                 raise FastMemError(
                     f"data: the context of sample {sample.id} has {kept + encoded.truncated} tokens, "
-                    f"allowed: {kept}; shorten it, raise --model.max_context_tokens, or run without --model.strict"
+                    f"allowed: {kept}; shorten it, raise --model.max_context_tokens, or drop --model.strict"
                 )
+
+    def check_memories(self, samples: list[ContextSample]) -> None:
+        """Refuse saved memories of another model, other contexts or other settings, or missing ones."""
+        if self.memories is None or not any(method.memory for method in self.methods):
+            return
+        fingerprint, wanted = self.backbone.fingerprint(), self.settings.as_dict()
+        for sample in samples:
+            path = memory_path(self.memories, sample.index)
+            if not path.is_file():
+                raise FastMemError(
+                    f"no memory of sample {sample.id} in {self.memories}; run fastmem fit on this data first"
+                )
+            header = read_header(path, fingerprint)
+            if header.get("context_hash") != text_hash(sample.context):
+                raise FastMemError(
+                    f"memory {path} is of another context than sample {sample.id}'s; "
+                    "run fastmem fit on this data first"
+                )
+            made = json.loads(header["settings"])
+            for name, value in made.items():
+                if wanted.get(name) != value:
+                    raise FastMemError(
+                        f"model.{name}: {wanted.get(name)}, but the memories in {self.memories} were "
+                        f"made with {value}; give --model.{name} {value}, or run fastmem fit again"
+                    )
 
     def _process(self, samples: list[ContextSample]) -> list[dict[str, Any]]:
         encoded, prompts = zip(*(self._encode(sample) for sample in samples), strict=True)
@@ -208,21 +235,8 @@ class FastMemModule(LightningModule):
 
     def _load(self, samples: list[ContextSample]) -> Memory:
         fingerprint, device = self.backbone.fingerprint(), self.backbone.device
-        rows = []
-        for sample in samples:
-            path = memory_path(self.memories, sample.index)
-            if not path.is_file():
-                raise FastMemError(
-                    f"no memory of sample {sample.id} in {self.memories}; run fastmem fit on this data first"
-                )
-            memory = Memory.load(path, fingerprint, device)
-            if memory.context_hash != text_hash(sample.context):
-                raise FastMemError(
-                    f"memory {path} is of another context than sample {sample.id}'s; "
-                    "run fastmem fit on this data first"
-                )
-            rows.append(memory)
-        return Memory.stack(rows)
+        paths = [memory_path(self.memories, sample.index) for sample in samples]
+        return Memory.stack([Memory.load(path, fingerprint, device) for path in paths])
 
     def _save(self, samples: list[ContextSample], memory: Memory) -> list[dict[str, Any]]:
         for row, sample in enumerate(samples):
@@ -277,6 +291,17 @@ class FastMemModule(LightningModule):
 def memory_path(folder: Path, index: int) -> Path:
     """File of the memory of the sample at ``index`` of the data."""
     return folder / f"{index:06d}.safetensors"
+
+
+def saved_memories(folder: Path, samples: list[ContextSample]) -> dict[int, dict[str, str]]:
+    """Headers of the whole memory files in ``folder`` by sample index; damaged ones are left out."""
+    headers = {}
+    for sample in samples:
+        path = memory_path(folder, sample.index)
+        if path.is_file():
+            with suppress(FastMemError):
+                headers[sample.index] = read_header(path)
+    return headers
 
 
 def _memories_folder(path: Path) -> Path:

@@ -20,6 +20,9 @@ except ImportError:  # Windows: two processes in one folder go unnoticed there
     fcntl = None
 
 SCHEMA_VERSION = 1
+_OWN_FILES = ("predictions.jsonl", "metrics.json", "config.yaml")
+# Compared only where both runs state them: `fit` has no methods, and the fingerprint is known late.
+_OPTIONAL = {"model.methods", "model.fingerprint"}
 
 
 class RunFolder:
@@ -36,6 +39,7 @@ class RunFolder:
         self.identity = json.loads(json.dumps(identity))
         self.methods = list(methods)
         self._lock: Any = None
+        self._found: Mapping[str, Any] = {}
 
     @property
     def predictions_path(self) -> Path:
@@ -62,10 +66,11 @@ class RunFolder:
             raise FastMemError(f"run_dir: {self.path} is a file; give a folder")
         manifest = self.path / "run.json"
         if not manifest.is_file():
-            if self.predictions_path.exists():
+            foreign = [name for name in _OWN_FILES if (self.path / name).exists()]
+            if foreign:
                 raise FastMemError(
-                    f"run_dir: {self.path} holds predictions.jsonl but no run.json, so they are not from "
-                    "fastmem; give another --run_dir"
+                    f"run_dir: {self.path} holds {foreign[0]} but no run.json, so it is not from fastmem; "
+                    "give another --run_dir"
                 )
             return
         try:
@@ -74,6 +79,7 @@ class RunFolder:
             raise FastMemError(
                 f"run_dir: {manifest} is damaged; remove it or give another --run_dir"
             ) from None
+        self._found = found
         differences = _differences(found, self.identity)
         if differences:
             raise FastMemError(
@@ -91,9 +97,11 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            write_atomic(self.path / "config.yaml", config_text)
-            manifest = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
+            identity = _merged(self._found, self.identity)
+            manifest = {"schema_version": SCHEMA_VERSION, "identity": identity}
+            # First, since a folder with any other file but without this one is taken for somebody else's.
             write_atomic(self.path / "run.json", json.dumps(manifest, indent=2) + "\n")
+            write_atomic(self.path / "config.yaml", config_text)
         except OSError as error:
             raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror}") from error
         self._repair()
@@ -116,7 +124,7 @@ class RunFolder:
         Raises:
             FastMemError: when the disk is full or gone; what was there before stays.
         """
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        text = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
         try:
             with open(self.predictions_path, "ab") as file:
                 file.write(text.encode())
@@ -195,11 +203,21 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     there, here = _flatten(found), _flatten(wanted)
     differences = []
     for name in sorted(there.keys() | here.keys()):
+        if name in _OPTIONAL and not (name in there and name in here):
+            continue
         old, new = there.get(name), here.get(name)
         grown = name == "data.limit" and old is not None and (new is None or new >= old)
         if old != new and not grown:
             differences.append(f"{name}: there {old!r}, here {new!r}")
     return differences
+
+
+def _merged(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Wanted settings, and those that only the earlier run stated."""
+    merged = {key: dict(value) for key, value in found.items()}
+    for key, value in wanted.items():
+        merged.setdefault(key, {}).update(value)
+    return merged
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from fastmem_pl.callbacks import MetricAggregation, PredictionWriter, SampleProgress
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.module import FastMemModule, Mode, memory_path
+from fastmem_pl.module import FastMemModule, Mode, saved_memories
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
 
 _PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
@@ -26,15 +26,21 @@ _FREE = {"model": {"auto_batch", "strict", "_instantiator"}, "data": {"batch_siz
 
 @dataclass
 class RunResult:
-    """What a run leaves: its folder, ``metrics.json``, and how many samples it had.
+    """What a run leaves.
 
-    ``metrics`` is empty after ``fit``, which answers nothing.
+    Attributes:
+        path: the run folder.
+        mode: the command.
+        num_samples: samples of the data.
+        metrics: content of ``metrics.json``; empty after ``fit``, which answers nothing.
+        num_failed: after ``fit``, memories whose loss was not finite.
     """
 
     path: Path
     mode: Mode
     num_samples: int
     metrics: dict[str, Any] = field(default_factory=dict)
+    num_failed: int = 0
 
 
 class FastMemTrainer(Trainer):
@@ -135,11 +141,19 @@ class FastMemTrainer(Trainer):
         path = Path(run_dir or Path("runs") / datamodule.task)
         model.use_mode(mode, path / "memories")
         methods = [method.name for method in model.methods]
-        run = RunFolder(path, self._identity(model, datamodule, methods), methods)
-        # All that can be refused is refused before the model is loaded and anything is written.
+        identity = self._identity(model, datamodule)
+        if mode != "fit":
+            identity["model"]["methods"] = methods
+        run = RunFolder(path, identity, methods)
+        # All that can be refused is refused before anything is written, and what needs no model before
+        # it is loaded.
         run.check()
         model.load_backbone(str(self.precision), self.strategy.root_device)
+        run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
+        run.check()
         model.check_contexts(datamodule.samples)
+        if mode == "predict":
+            model.check_memories(datamodule.samples)
         run.open(self.config_text or self._config_text(model, datamodule, path))
         try:
             if mode == "fit":
@@ -150,12 +164,12 @@ class FastMemTrainer(Trainer):
 
     def _memorize_all(self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> RunResult:
         run.memories_path.mkdir(exist_ok=True)
-        # A memory file is written whole or not at all, so its presence says that the sample is done.
-        datamodule.skip(
-            {s.index for s in datamodule.samples if memory_path(run.memories_path, s.index).is_file()}
-        )
+        whole = saved_memories(run.memories_path, datamodule.samples)
+        datamodule.skip(whole.keys())
         self._loop(model, datamodule, [])
-        return RunResult(run.path, "fit", len(datamodule.samples))
+        headers = saved_memories(run.memories_path, datamodule.samples)
+        failed = sum(header["status"] != "ok" for header in headers.values())
+        return RunResult(run.path, "fit", len(datamodule.samples), num_failed=failed)
 
     def _answer_all(
         self, run: RunFolder, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, start: float
@@ -187,16 +201,14 @@ class FastMemTrainer(Trainer):
         finally:
             self.callbacks = usual
 
-    def _identity(
-        self, model: FastMemModule, datamodule: FastMemDataModule, methods: list[str]
-    ) -> dict[str, Any]:
+    def _identity(self, model: FastMemModule, datamodule: FastMemDataModule) -> dict[str, Any]:
         """Settings that the answers depend on."""
         settings = {
             "model": {k: v for k, v in model.hparams.items() if k not in _FREE["model"]},
             "data": {k: v for k, v in datamodule.hparams.items() if k not in _FREE["data"]},
             "trainer": {"precision": str(self.precision)},
         }
-        settings["model"]["methods"] = methods
+        del settings["model"]["methods"]
         settings["data"]["file_hash"] = datamodule.file_hash()
         return settings
 

@@ -230,9 +230,8 @@ def test_records_hold_true_values(base: Path) -> None:
     for record in records:
         source = NQ[record["index"]]
         assert record["references"] == [source["sub_answer"]]
-        assert record["n_context_tokens"] == len(
-            source["sub_context"].encode()
-        )  # byte-level, no control tokens
+        # a token is a byte here, also in text that looks like a control token
+        assert record["n_context_tokens"] == len(source["sub_context"].encode())
         assert record["n_prompt_tokens"] > record["n_context_tokens"]
         assert set(record["seconds"]) == {"memorize", "decode"}
         assert all(math.isfinite(value) for value in record["scores"].values())
@@ -261,9 +260,8 @@ def test_metrics_are_means_with_standard_errors(base: Path) -> None:
             found = groups["all"][method]["metrics"][name]
             assert found["value"] == pytest.approx(statistics.mean(values))
             assert found["standard_error"] == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)))
-    assert groups["all"]["zero-shot"]["metrics"]["contained"]["value"] == pytest.approx(
-        0.4
-    )  # two of five: Rome
+    # the prefix names Rome, which is right for two of the five
+    assert groups["all"]["zero-shot"]["metrics"]["contained"]["value"] == pytest.approx(0.4)
 
 
 def test_metrics_say_where_they_come_from(base: Path, tiny_folder: Path) -> None:
@@ -285,9 +283,7 @@ def test_table_names_folder_test_and_differences(run, capsys: pytest.CaptureFixt
         assert word in out
     assert "McNemar" in out
     assert re.search(r"^run folder:? +run$", out, re.MULTILINE)
-    assert sum(f"{question}?" in out for question, *_ in FACTS) == 3, (
-        "not three samples where the methods differ"
-    )
+    assert sum(f"{question}?" in out for question, *_ in FACTS) == 3, "not three samples that differ"
     assert re.search(r"5/5 \[.*<.*sample/s", err), "no bar with samples done, rate and time left"
 
 
@@ -712,13 +708,13 @@ def without(record: dict, key: str) -> dict:
     [
         ("nqswap", without(NQ[1], "sub_context"), ("sub_context",)),
         ("nqswap", without(NQ[1], "sub_answer") | {"sub_answr": "x"}, ("sub_answer", "sub_answr")),
-        ("nqswap", NQ[1] | {"sub_context": 3}, ("sub_context", "3")),
+        ("nqswap", NQ[1] | {"sub_context": 4711}, ("sub_context", "4711")),
         ("nqswap", NQ[1] | {"sub_context": "  \n"}, ("sub_context", "empty")),
         ("nqswap", NQ[1] | {"input": ""}, ("input", "empty")),
         ("nqswap", NQ[1] | {"sub_answer": None}, ("sub_answer",)),
         ("nq", without(NQ[1], "answer"), ("answer",)),
         ("nq", NQ[1] | {"context": ""}, ("context", "empty")),
-        ("memotrap", MEMOTRAP[1] | {"answer_index": 7}, ("answer_index", "7")),
+        ("memotrap", MEMOTRAP[1] | {"answer_index": 4711}, ("answer_index", "4711")),
         ("memotrap", MEMOTRAP[1] | {"classes": "[' race.'"}, ("classes",)),
         ("memotrap", MEMOTRAP[1] | {"prompt": "no colon"}, ("prompt",)),
         ("hotpotqa", HOTPOT[1] | {"context": {"title": ["Bob"]}}, ("context", "sentences")),
@@ -728,7 +724,7 @@ def without(record: dict, key: str) -> dict:
         ("qa", QA[1] | {"context": ""}, ("context", "empty")),
         ("qa", QA[1] | {"question": "\t"}, ("question", "empty")),
         ("qa", without(QA[1], "question") | {"qestion": "x"}, ("question", "qestion")),
-        ("qa", QA[1] | {"answers": [3]}, ("answers", "3")),
+        ("qa", QA[1] | {"answers": [4711]}, ("answers", "4711")),
         ("qa", ["not", "an", "object"], ("object",)),
     ],
 )
@@ -736,13 +732,9 @@ def test_a_malformed_record_is_refused_by_file_line_and_field(
     refused, tmp_path: Path, task: str, bad: dict, parts: tuple[str, ...]
 ) -> None:
     good = TASKS[task][0][0]
-    data = write(tmp_path / "mine.jsonl", [good, bad, good])
-    line = refused("--data.task", task, "--data.path", data)
-    assert [
-        part
-        for part in ("mine.jsonl", "line 2", *parts)
-        if part not in line.replace("mine.jsonl:2", "line 2")
-    ] == []
+    write(tmp_path / "mine.jsonl", [good, bad, good])
+    line = refused("--data.task", task, "--data.path", "mine.jsonl")
+    assert [part for part in ("mine.jsonl", "line 2", *parts) if part not in line] == []
 
 
 def test_a_malformed_record_of_a_json_list_is_found_too(refused, tmp_path: Path) -> None:
@@ -787,9 +779,7 @@ def test_blank_lines_crlf_and_a_bom_are_no_fault(run, tmp_path: Path) -> None:
 def test_a_long_context_is_cut_off_and_counted(run, capsys: pytest.CaptureFixture) -> None:
     folder = run("--model.max_context_tokens", 20)
     assert Counter(r["n_context_tokens"] for r in read(folder)) == {20: 12, 9: 3}
-    assert re.search(
-        r"4 .*(cut|truncated)|(cut|truncated).* 4\b", capsys.readouterr().out
-    )  # "Eve rang." is 9 bytes
+    assert re.search(r"\b4 .*(cut|truncated)|(cut|truncated).* 4\b", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "mamba", "bert"])

@@ -91,7 +91,7 @@ def test_two_processes_do_not_write_to_one_folder(run):
 
 def test_foreign_predictions_are_not_touched(tmp_path):
     (tmp_path / "predictions.jsonl").write_text("mine\n")
-    with pytest.raises(FastMemError, match=r"no run\.json, so they are not from fastmem"):
+    with pytest.raises(FastMemError, match=r"no run\.json, so it is not from fastmem"):
         folder(tmp_path).open("")
     assert (tmp_path / "predictions.jsonl").read_text() == "mine\n"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastmem_pl.errors import FastMemError, nearest
 
@@ -54,8 +55,8 @@ def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise FastMemError(f"model.backbone: cannot load {source!r}: {_first_line(error)}") from error
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise FastMemError(f"model.backbone: cannot load {source!r}: {_one_line(error)}") from error
     return model, tokenizer
 
 
@@ -128,7 +129,7 @@ def _converted(gguf_file: Path) -> Path:
                 raise
     except OSError as error:
         raise FastMemError(
-            f"cannot write the model cache {target}: {_first_line(error)}; "
+            f"cannot write the model cache {target}: {_one_line(error)}; "
             "free some disk or set FASTMEM_CACHE to another folder"
         ) from error
     finally:
@@ -146,7 +147,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
         raise FastMemError(
-            f"model.backbone: cannot read the GGUF file {gguf_file}: {_first_line(error)}"
+            f"model.backbone: cannot read the GGUF file {gguf_file}: {_one_line(error)}"
         ) from error
     _repair_tokenizer(tokenizer, gguf_file)
     tokenizer.save_pretrained(folder)
@@ -185,6 +186,6 @@ def _repair_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
         tokenizer.model_max_length = int(context_length.contents())
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"

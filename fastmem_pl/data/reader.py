@@ -36,6 +36,8 @@ def read_samples(
     if task != MIXED and task not in TASKS:
         raise unknown("data.task", task, [*TASKS, MIXED])
     path = Path(path)
+    if path.is_dir():
+        raise FastMemError(f"data.path: {path} is a folder; give a JSON or JSONL file")
     if not path.is_file():
         near = nearest(path.name, (p.name for p in path.parent.glob("*.json*")))
         raise FastMemError(f"data.path: no such file: {path}{near}")

@@ -53,20 +53,34 @@ class Record:
         value = self.value(field)
         name = self.names.get(field, field)
         if not isinstance(value, str):
-            raise FieldError(f"field {name!r} must be text, found {type(value).__name__}")
+            raise FieldError(f"field {name!r} must be text, found {_shown(value)}")
         if not value.strip():
             raise FieldError(f"field {name!r} is empty; every record needs a {field}")
         return value
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:39] + '…'}"
+
+
 @dataclass(frozen=True)
 class Fields:
-    """What a task reads out of one record."""
+    """What a task reads out of one record.
+
+    Raises:
+        FieldError: when context or question hold no letter or digit.
+    """
 
     context: str
     question: str
     references: tuple[str, ...] = ()
     originals: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("context", "question"):
+            if not any(character.isalnum() for character in getattr(self, name)):
+                raise FieldError(f"the {name} is empty: {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -122,20 +136,25 @@ def _read_memotrap(record: Record) -> Fields:
     try:
         classes = ast.literal_eval(classes) if isinstance(classes, str) else classes
         candidates = [str(c).strip().strip(string.punctuation + " ") for c in classes]
-        good, bad = candidates[(i := int(record.value("answer_index")))], candidates[1 - i]
-    except (ValueError, SyntaxError, TypeError, IndexError):
-        raise FieldError(
-            "fields 'classes' and 'answer_index' must be a list of two endings and 0 or 1"
-        ) from None
+    except (ValueError, SyntaxError, TypeError):
+        candidates = []
+    if len(candidates) != 2 or not all(candidates):
+        raise FieldError(f"field 'classes' must be a list of two endings, found {_shown(classes)}")
+    index = record.value("answer_index")
+    if index not in (0, 1):
+        raise FieldError(f"field 'answer_index' must be 0 or 1, found {_shown(index)}")
     question = f'{sentence.strip()}\nCandidates: "{candidates[0]}" or "{candidates[1]}"'
-    return Fields(instruction.strip() + ".", question, (good,), (bad,))
+    return Fields(instruction.strip() + ".", question, (candidates[index],), (candidates[1 - index],))
 
 
 def _read_hotpotqa(record: Record) -> Fields:
     try:
         paragraphs = [" ".join(sentences) for sentences in record.value("context")["sentences"]]
     except (TypeError, KeyError):
-        raise FieldError("field 'context' must hold 'sentences', a list of lists of text") from None
+        found = _shown(record.value("context"))
+        raise FieldError(
+            f"field 'context' must hold 'sentences', a list of lists of text, found {found}"
+        ) from None
     question = record.text("question").rstrip(string.punctuation) + "?"
     return Fields("\n".join(paragraphs), question, (record.text("answer"),))
 
@@ -145,11 +164,14 @@ def _read_qa(record: Record) -> Fields:
     answers = record.value(name) if record.has(name) else []
     if isinstance(answers, dict) and "text" in answers:  # SQuAD
         answers = answers["text"]
-    if isinstance(answers, str):
-        answers = [answers]
+    if isinstance(answers, str) or answers is None:
+        answers = [answers or ""]
     if not (isinstance(answers, list) and all(isinstance(a, str) for a in answers)):
-        raise FieldError(f"field {record.names.get(name, name)!r} must be text or a list of texts")
-    return Fields(record.text("context"), record.text("question"), tuple(answers))
+        field = record.names.get(name, name)
+        raise FieldError(f"field {field!r} must be text or a list of texts, found {_shown(answers)}")
+    # A blank answer would be part of any output.
+    known = tuple(answer for answer in answers if answer.strip())
+    return Fields(record.text("context"), record.text("question"), known)
 
 
 TASKS: Registry[Task] = Registry("data.task")

@@ -2,7 +2,7 @@
 
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.memorize import MemorizationModule, Memorizer
-from fastmem_pl.memory.memory import Curve, Memory, text_hash
+from fastmem_pl.memory.memory import Curve, Memory, read_header, text_hash
 from fastmem_pl.memory.objective import (
     Losses,
     MemorizationBatch,
@@ -25,5 +25,6 @@ __all__ = [
     "Reference",
     "memorization_loss",
     "prepare",
+    "read_header",
     "text_hash",
 ]

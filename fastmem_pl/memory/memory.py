@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,12 @@ class Curve:
     kl: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, list[float]]:
-        """The three lists by name."""
-        return {"cross_entropy": self.cross_entropy, "kl": self.kl, "grad_norm": self.grad_norm}
+    def as_dict(self) -> dict[str, list[float | None]]:
+        """The three lists by name, for JSON: values that are not finite become ``None``."""
+        return {
+            name: [value if math.isfinite(value) else None for value in getattr(self, name)]
+            for name in ("cross_entropy", "kl", "grad_norm")
+        }
 
 
 @dataclass
@@ -140,12 +145,9 @@ class Memory:
         Raises:
             FastMemError: when the file is missing, damaged, or belongs to another model.
         """
-        header, tensors = read_file(path)
-        if fingerprint is not None and header["fingerprint"] != fingerprint:
-            raise FastMemError(
-                f"memory {path} belongs to another model: its fingerprint is {header['fingerprint']}, "
-                f"this model's {fingerprint}"
-            )
+        with _opened(path, fingerprint) as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         num_layers = 1 + max(int(name.split(".", 1)[0]) for name in tensors)
         deltas: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
         for name, tensor in tensors.items():
@@ -161,12 +163,22 @@ class Memory:
         )
 
 
-def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read header and tensors of a memory file.
+def read_header(path: str | Path, fingerprint: str | None = None) -> dict[str, str]:
+    """Read the header of a memory file, not its tensors.
+
+    Args:
+        path: of the file.
+        fingerprint: refuse a memory of another backbone.
 
     Raises:
-        FastMemError: when it is missing or not a whole memory file.
+        FastMemError: when the file is missing, damaged, or belongs to another model.
     """
+    with _opened(path, fingerprint) as file:
+        return file.metadata()
+
+
+@contextmanager
+def _opened(path: str | Path, fingerprint: str | None) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -174,14 +186,18 @@ def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header.get("format") != "fastmem" or header.get("version") != FORMAT_VERSION:
+                raise FastMemError(f"{path} is not a FastMem memory of format version {FORMAT_VERSION}")
+            if fingerprint is not None and header["fingerprint"] != fingerprint:
+                raise FastMemError(
+                    f"memory {path} belongs to another model: its fingerprint is {header['fingerprint']}, "
+                    f"this model's {fingerprint}"
+                )
+            yield file
     except (SafetensorError, OSError) as error:
         raise FastMemError(
             f"memory {path} is damaged ({error}); memorize it again with fastmem fit"
         ) from error
-    if header.get("format") != "fastmem" or header.get("version") != FORMAT_VERSION or not tensors:
-        raise FastMemError(f"{path} is not a FastMem memory of format version {FORMAT_VERSION}")
-    return header, tensors
 
 
 def text_hash(text: str) -> str:

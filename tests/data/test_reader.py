@@ -61,7 +61,7 @@ def test_tasks(tmp_path, suffix, task, record, context, question, references, or
         ("qa", [{"context": "c", "question": "q", "answers": 4}], r"line 1: field 'answers' must be text or a list"),
         ("qa", ["text"], r"line 1: expected an object with named fields, found str"),
         ("memotrap", [{**TRAP, "prompt": "no colon"}], r"line 1: field 'prompt' has no ':'"),
-        ("memotrap", [{**TRAP, "classes": "[oops"}], r"line 1: fields 'classes' and 'answer_index' must be"),
+        ("memotrap", [{**TRAP, "classes": "[oops"}], r"line 1: field 'classes' must be a list of two endings, found str"),
         ("hotpotqa", [{**HOTPOT, "context": "text"}], r"line 1: field 'context' must hold 'sentences'"),
         ("mixed", [{**SWAP, "task": "nqswop"}], r"line 1: data\.task: 'nqswop' is unknown; .* 'nqswap'"),
     ],
