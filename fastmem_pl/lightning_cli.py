@@ -95,7 +95,7 @@ class FastMemCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             message = " ".join(str(error).split())
-            settings = self._get(self.config, "trainer")
+            settings = self._get(self.config, "trainer").as_dict()
             named = [name for name in settings if re.search(rf"\b{name}\b", message)]
             raise FastMemError(f"{'.'.join(['trainer', *named[:1]])}: {message}") from error
         parser = self._parser(self.subcommand)
