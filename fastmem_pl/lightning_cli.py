@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,7 +139,9 @@ def run_command(arguments: list[str]) -> int:
         print(f"{result.num_samples} memories in {result.path / 'memories'}")
         if result.num_failed:
             print(f"{result.num_failed} of them failed (loss not finite) and hold the base model")
-        print(f"answer with them: fastmem predict {' '.join(arguments[1:])}")
+        print(f"answer with them: fastmem predict {shlex.join(arguments[1:])}")
     else:
+        if not result.num_new:
+            print("this run was complete already; nothing was left to do")
         print_run(result.path)
     return 0

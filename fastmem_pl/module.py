@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
-from fastmem_pl.backbone import Backbone, EncodedContext
+from fastmem_pl.backbone import Backbone, EncodedContext, normalize_precision
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding import BASELINE, DECODERS, METHODS, DecodingSettings, Method, Prefill, select_methods
 from fastmem_pl.errors import FastMemError, OutOfMemoryError
@@ -91,23 +91,35 @@ class FastMemModule(LightningModule):
         return self._backbone
 
     def load_backbone(self, precision: str, device: torch.device, backbone: Backbone | None = None) -> None:
-        """Load the model named in the settings, or take a given one.
+        """Load the model named in the settings, or keep a given or loaded one that fits.
 
         It is kept out of the module tree: precision plugins would convert its rotary tables, and
         strategies would wrap parameters that nothing trains.
         """
-        if backbone is None and self._backbone is None:
-            log.info("loading %s (%s)", self.hparams.backbone, precision)
-            backbone = Backbone.load(
-                self.hparams.backbone, precision, device, trust_remote_code=self.hparams.trust_remote_code
-            )
-        object.__setattr__(self, "_backbone", backbone or self._backbone)
+        backbone = backbone or self._backbone
+        if backbone is None or (backbone.precision, backbone.device) != (
+            normalize_precision(precision),
+            device,
+        ):
+            try:
+                backbone = Backbone.load(
+                    self.hparams.backbone, precision, device, self.hparams.trust_remote_code
+                )
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(
+                    f"out of memory while loading {self.hparams.backbone}; use "
+                    "--trainer.precision bf16-true, a smaller --model.backbone or another device"
+                ) from error
+        object.__setattr__(self, "_backbone", backbone)
         self.memorizer = Memorizer(self.backbone, self.settings)
         self.meter = PhaseMeter(self.backbone.device)
 
     def use_mode(self, mode: Mode, run_memories: Path) -> None:
         """Choose what a step does; ``run_memories`` is the run folder's ``memories/``."""
         self.mode = mode
+        self.methods = select_methods(self.hparams.methods)
         if mode == "fit":
             self.memories = run_memories
         elif mode == "predict":
@@ -115,7 +127,6 @@ class FastMemModule(LightningModule):
             self.memories = _memories_folder(Path(given)) if given else None
             if given is None and run_memories.is_dir():
                 self.memories = run_memories
-            self.methods = select_methods(self.hparams.methods)
             if self.memories is None:
                 self.methods = [m for m in self.methods if not m.memory] or [METHODS[BASELINE]]
 
@@ -144,21 +155,24 @@ class FastMemModule(LightningModule):
         log.warning("out of memory with %d samples at once; trying %d", len(batch), half)
         return self.predict_step(batch[:half]) + self.predict_step(batch[half:])
 
-    def check_contexts(self, samples: list[ContextSample]) -> None:
-        """Under ``strict``, refuse contexts that would be cut off, before anything is answered."""
-        if not self.hparams.strict:
-            return
+    def check_samples(self, samples: list[ContextSample]) -> None:
+        """Refuse what cannot be answered before anything is: questions without room, memories that do
+        not fit, and under ``strict`` contexts that would be cut off.
+        """
         for sample in samples:
-            encoded, _ = self._encode(sample)
-            if encoded.truncated:
-                kept = encoded.context_tokens
-                raise FastMemError(
-                    f"data: the context of sample {sample.id} has {kept + encoded.truncated} tokens, "
-                    f"allowed: {kept}; shorten it, raise --model.max_context_tokens, or drop --model.strict"
-                )
+            room = self._room(sample)
+            if self.hparams.strict:
+                _, kept, cut = self.backbone.chat.truncate(sample.context, room)
+                if cut:
+                    raise FastMemError(
+                        f"data: the context of sample {sample.id} has {kept + cut} tokens, allowed: {kept}; "
+                        "shorten it, raise --model.max_context_tokens, or drop --model.strict"
+                    )
+        if self.mode == "predict":
+            self._check_memories(samples)
 
-    def check_memories(self, samples: list[ContextSample]) -> None:
-        """Refuse saved memories of another model, other contexts or other settings, or missing ones."""
+    def _check_memories(self, samples: list[ContextSample]) -> None:
+        """Refuse saved memories of another model, other texts or other settings, or missing ones."""
         if self.memories is None or not any(method.memory for method in self.methods):
             return
         fingerprint, wanted = self.backbone.fingerprint(), self.settings.as_dict()
@@ -169,7 +183,7 @@ class FastMemModule(LightningModule):
                     f"no memory of sample {sample.id} in {self.memories}; run fastmem fit on this data first"
                 )
             header = read_header(path, fingerprint)
-            if header.get("context_hash") != text_hash(sample.context):
+            if header.get("context_hash") != text_hash(self._context(sample)[0]):
                 raise FastMemError(
                     f"memory {path} is of another context than sample {sample.id}'s; "
                     "run fastmem fit on this data first"
@@ -208,20 +222,33 @@ class FastMemModule(LightningModule):
                 )
         return [record for of_sample in records for record in of_sample]
 
-    def _encode(self, sample: ContextSample) -> tuple[EncodedContext, list[int]]:
-        """Encode memorization sequence and prompt; both hold the same, possibly cut, context."""
-        chat, task = self.backbone.chat, TASKS[sample.task]
-        bare = len(chat.prompt(task.prompt_text("", sample.question), sample.answer_prefix))
-        room = self.backbone.context_length - bare - self.decoding.max_new_tokens
-        limit = min(self.settings.max_context_tokens, room)
-        if limit < 1:
+    def _room(self, sample: ContextSample) -> int:
+        """Most context tokens that fit the settings and the model beside question and answer."""
+        chat, limit = self.backbone.chat, self.backbone.context_length
+        bare = TASKS[sample.task].prompt_text("", sample.question)
+        # Every token is at least a byte, so short texts need no counting.
+        overhead = len((bare + sample.answer_prefix).encode()) + 64
+        if overhead + self.settings.max_context_tokens + self.decoding.max_new_tokens > limit:
+            overhead = len(chat.prompt(bare, sample.answer_prefix))
+        room = limit - overhead - self.decoding.max_new_tokens
+        if room < 1:
             raise FastMemError(
                 f"data: the question of sample {sample.id} leaves no room for its context in the model's "
-                f"{self.backbone.context_length} tokens; shorten it or lower --model.max_new_tokens"
+                f"{limit} tokens; shorten it or lower --model.max_new_tokens"
             )
-        text, _, cut = chat.truncate(sample.context, limit)
+        return min(self.settings.max_context_tokens, room)
+
+    def _context(self, sample: ContextSample) -> tuple[str, int]:
+        """The context that fits, and how many tokens were cut off."""
+        text, _, cut = self.backbone.chat.truncate(sample.context, self._room(sample))
+        return text, cut
+
+    def _encode(self, sample: ContextSample) -> tuple[EncodedContext, list[int]]:
+        """Encode memorization sequence and prompt; both hold the same, possibly cut, context."""
+        text, cut = self._context(sample)
+        prompt = TASKS[sample.task].prompt_text(text, sample.question)
         encoded = replace(self.memorizer.encode(text), truncated=cut)
-        return encoded, chat.prompt(task.prompt_text(text, sample.question), sample.answer_prefix)
+        return encoded, self.backbone.chat.prompt(prompt, sample.answer_prefix)
 
     def _obtain_memory(
         self, samples: list[ContextSample], encoded: tuple[EncodedContext, ...]
@@ -244,7 +271,7 @@ class FastMemModule(LightningModule):
                 memory_path(self.memories, sample.index),
                 row,
                 self.backbone.compute_dtype,
-                context_hash=text_hash(sample.context),
+                context_hash=text_hash(self._context(sample)[0]),
                 id=sample.id,
             )
         return [{"index": s.index, "curve": c.as_dict()} for s, c in zip(samples, memory.curves, strict=True)]
@@ -313,4 +340,5 @@ def _memories_folder(path: Path) -> Path:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

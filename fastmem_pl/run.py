@@ -21,8 +21,15 @@ except ImportError:  # Windows: two processes in one folder go unnoticed there
 
 SCHEMA_VERSION = 1
 _OWN_FILES = ("predictions.jsonl", "metrics.json", "config.yaml")
-# Compared only where both runs state them: `fit` has no methods, and the fingerprint is known late.
-_OPTIONAL = {"model.methods", "model.fingerprint"}
+# Compared only where both runs state them: `fit` answers nothing, and the fingerprint is known late.
+_OPTIONAL = {
+    "model.methods",
+    "model.alpha",
+    "model.max_new_tokens",
+    "model.memories",
+    "model.fingerprint",
+    "data.answer_prefix",
+}
 
 
 class RunFolder:
@@ -31,7 +38,7 @@ class RunFolder:
     Args:
         path: of the folder.
         identity: nested settings that the results depend on; another run's folder is refused.
-        methods: names of the methods, one record each per sample.
+        methods: names of the methods, one record each per sample; none where nothing is answered.
     """
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any], methods: Sequence[str]) -> None:
@@ -93,18 +100,22 @@ class RunFolder:
         Raises:
             FastMemError: when the folder cannot be written or another process writes to it.
         """
-        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            self.check()
             identity = _merged(self._found, self.identity)
             manifest = {"schema_version": SCHEMA_VERSION, "identity": identity}
             # First, since a folder with any other file but without this one is taken for somebody else's.
             write_atomic(self.path / "run.json", json.dumps(manifest, indent=2) + "\n")
             write_atomic(self.path / "config.yaml", config_text)
+            self._repair()
         except OSError as error:
+            self.close()
             raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror}") from error
-        self._repair()
+        except FastMemError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the lock back."""
@@ -113,10 +124,8 @@ class RunFolder:
             self._lock = None
 
     def records(self) -> list[dict[str, Any]]:
-        """All complete records in the order of the data, methods in the order of the run."""
-        order = {name: i for i, name in enumerate(self.methods)}
-        records = [json.loads(line) for line in self._lines() if line.endswith(b"\n")]
-        return sorted(records, key=lambda r: (r["index"], order.get(r["method"], len(order))))
+        """All records, as they stand in the file."""
+        return [json.loads(line) for line in self._lines()]
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add the records of a batch; on disk when this returns.
@@ -135,6 +144,19 @@ class RunFolder:
                 f"cannot write {self.predictions_path}: {error.strerror}; what was answered before stays, "
                 "and the same command goes on from there"
             ) from error
+
+    def sort(self) -> None:
+        """Bring the records into the order of the data; batches were formed by length."""
+        order = {name: i for i, name in enumerate(self.methods)}
+        lines = self._lines()
+
+        def place(line: bytes) -> tuple[int, int]:
+            record = json.loads(line)
+            return record["index"], order.get(record["method"], len(order))
+
+        ordered = sorted(lines, key=place)
+        if ordered != lines:
+            write_atomic(self.predictions_path, b"".join(ordered))
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json`` at once."""

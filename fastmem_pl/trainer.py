@@ -21,6 +21,7 @@ from fastmem_pl.run import SCHEMA_VERSION, RunFolder
 
 _PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
 # Settings that do not change an answer.
+_ANSWER_ONLY = {"model": {"methods", "alpha", "max_new_tokens", "memories"}, "data": {"answer_prefix"}}
 _FREE = {"model": {"auto_batch", "strict", "_instantiator"}, "data": {"batch_size", "path", "_instantiator"}}
 
 
@@ -34,6 +35,7 @@ class RunResult:
         num_samples: samples of the data.
         metrics: content of ``metrics.json``; empty after ``fit``, which answers nothing.
         num_failed: after ``fit``, memories whose loss was not finite.
+        num_new: samples that were not done before this session.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class RunResult:
     num_samples: int
     metrics: dict[str, Any] = field(default_factory=dict)
     num_failed: int = 0
+    num_new: int = 0
 
 
 class FastMemTrainer(Trainer):
@@ -140,20 +143,15 @@ class FastMemTrainer(Trainer):
         datamodule.setup()
         path = Path(run_dir or Path("runs") / datamodule.task)
         model.use_mode(mode, path / "memories")
-        methods = [method.name for method in model.methods]
-        identity = self._identity(model, datamodule)
-        if mode != "fit":
-            identity["model"]["methods"] = methods
-        run = RunFolder(path, identity, methods)
+        methods = [] if mode == "fit" else [method.name for method in model.methods]
+        run = RunFolder(path, self._identity(model, datamodule, methods), methods)
         # All that can be refused is refused before anything is written, and what needs no model before
         # it is loaded.
         run.check()
         model.load_backbone(str(self.precision), self.strategy.root_device)
         run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
         run.check()
-        model.check_contexts(datamodule.samples)
-        if mode == "predict":
-            model.check_memories(datamodule.samples)
+        model.check_samples(datamodule.samples)
         run.open(self.config_text or self._config_text(model, datamodule, path))
         try:
             if mode == "fit":
@@ -169,7 +167,8 @@ class FastMemTrainer(Trainer):
         self._loop(model, datamodule, [])
         headers = saved_memories(run.memories_path, datamodule.samples)
         failed = sum(header["status"] != "ok" for header in headers.values())
-        return RunResult(run.path, "fit", len(datamodule.samples), num_failed=failed)
+        new = len(datamodule.remaining)
+        return RunResult(run.path, "fit", len(datamodule.samples), num_failed=failed, num_new=new)
 
     def _answer_all(
         self, run: RunFolder, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, start: float
@@ -181,14 +180,18 @@ class FastMemTrainer(Trainer):
         datamodule.skip({record["index"] for record in earlier})
         remaining = len(datamodule.remaining)
         if remaining:
+            # Those of an earlier session would be stale, should this one be killed.
+            run.metrics_path.unlink(missing_ok=True)
             self._loop(model, datamodule, [aggregation, PredictionWriter(run)])
+        run.sort()
         if remaining or not run.metrics_path.is_file():
             metrics = self._metrics(aggregation, model, run)
+            metrics["num_samples"] = len(datamodule.samples)
             metrics["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
             run.write_metrics(metrics)
         else:
             metrics = run.metrics()
-        return RunResult(run.path, mode, len(datamodule.samples), metrics)
+        return RunResult(run.path, mode, len(datamodule.samples), metrics, num_new=remaining)
 
     def _loop(self, model: FastMemModule, datamodule: FastMemDataModule, callbacks: list[Callback]) -> None:
         """Run Lightning's predict loop over the remaining samples."""
@@ -201,14 +204,18 @@ class FastMemTrainer(Trainer):
         finally:
             self.callbacks = usual
 
-    def _identity(self, model: FastMemModule, datamodule: FastMemDataModule) -> dict[str, Any]:
-        """Settings that the answers depend on."""
-        settings = {
-            "model": {k: v for k, v in model.hparams.items() if k not in _FREE["model"]},
-            "data": {k: v for k, v in datamodule.hparams.items() if k not in _FREE["data"]},
+    def _identity(
+        self, model: FastMemModule, datamodule: FastMemDataModule, methods: list[str]
+    ) -> dict[str, Any]:
+        """Settings that the results depend on; memories depend on fewer than answers."""
+        left_out = {part: _FREE[part] | (set() if methods else _ANSWER_ONLY[part]) for part in _FREE}
+        settings: dict[str, Any] = {
+            "model": {k: v for k, v in model.hparams.items() if k not in left_out["model"]},
+            "data": {k: v for k, v in datamodule.hparams.items() if k not in left_out["data"]},
             "trainer": {"precision": str(self.precision)},
         }
-        del settings["model"]["methods"]
+        if methods:
+            settings["model"]["methods"] = methods
         settings["data"]["file_hash"] = datamodule.file_hash()
         return settings
 

@@ -1,5 +1,7 @@
 """Every shipped config parses, instantiates and says what it is."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from fastmem_pl import FastMemDataModule, FastMemModule
-from fastmem_pl.cli import main, packaged_configs
+from fastmem_pl.cli import packaged_configs
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -30,7 +32,11 @@ def test_config(path):
     assert header[2].startswith(f"# run:   fastmem fit-predict --config {path.stem}")
 
 
-def test_help_is_quick_and_names_every_config(capsys):
-    assert main(["--help"]) == 0
-    output = capsys.readouterr().out
-    assert all(path.stem in output for path in CONFIGS)
+def test_help_names_every_config_and_does_not_wait_for_torch():
+    script = (
+        "import sys; from fastmem_pl.cli import main; main(['--help']); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert all(path.stem in done.stdout for path in CONFIGS)

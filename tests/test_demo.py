@@ -1,6 +1,8 @@
 """The main job on the real 135M model: the command, its files, and what must be equal in it."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,8 +49,21 @@ def test_command(tmp_path, capsys):
     # Again: nothing to do, the same table.
     before = (run_dir / "predictions.jsonl").stat().st_mtime_ns
     assert main(arguments) == 0
-    assert capsys.readouterr().out == output
+    assert capsys.readouterr().out == "this run was complete already; nothing was left to do\n" + output
     assert (run_dir / "predictions.jsonl").stat().st_mtime_ns == before
+
+
+def test_readme_example(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(example.strip().splitlines()) < 12
+    exec(compile(example, "README.md", "exec"), {})
+    output = capsys.readouterr().out.splitlines()
+    curve = json.loads(output[-1])
+    assert len(curve) == 10
+    assert curve[-1] < curve[0]
+    # Each question is followed by the plain and the memorized answer.
+    assert len(output) >= 7
 
 
 def test_zero_shot_is_generate(demo, prompts):

@@ -20,6 +20,7 @@ import transformers
 import yaml
 from conftest import make_model, make_tokenizer
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fastmem_pl.cli import main
 
@@ -331,7 +332,7 @@ def test_print_config_round_trips(small: list[str], tmp_path: Path, capsys: pyte
         ("model.max_new_tokens", "2", lambda rs, _: max(len(r["token_ids"]) for r in rs) == 2),
         ("trainer.precision", "bf16-true", lambda _, m: m["model"]["precision"] == "bf16-true"),
         ("trainer.precision", "bf16-mixed", lambda _, m: m["model"]["precision"] == "bf16-mixed"),
-        ("trainer.limit_predict_batches", "1", lambda rs, _: {r["index"] for r in rs} == {0, 1}),
+        ("trainer.limit_predict_batches", "1", lambda rs, _: len({r["index"] for r in rs}) == 2),
     ],
 )
 def test_overrides_take_effect(run, base: Path, option: str, value: str, check) -> None:
@@ -562,9 +563,12 @@ def test_predict_does_not_claim_other_settings_than_its_memories(
 def test_fit_makes_a_damaged_memory_again(run) -> None:
     memory = min((run(command="fit") / "memories").rglob("*.safetensors"))
     whole = memory.read_bytes()
+    expected = {name: tensor.clone() for name, tensor in load_file(memory).items()}  # not mapped
     memory.write_bytes(whole[: len(whole) // 2])
     run(command="fit")
-    assert len(memory.read_bytes()) == len(whole)
+    # Made again in a batch of its own: equal up to rounding, not to the byte.
+    for name, tensor in load_file(memory).items():
+        assert (tensor - expected[name]).norm() < 1e-3 * expected[name].norm()
 
 
 def cut_in_a_line(content: bytes) -> bytes:
@@ -629,7 +633,7 @@ def test_a_killed_run_goes_on(run, small: list[str], tmp_path: Path) -> None:
     assert written.count(b"\n") < 20 * len(METHODS)
     folder = run(*options)
     assert set(answers(folder)) == {(i, m) for i in range(20) for m in METHODS}
-    assert predictions.read_bytes().startswith(b"".join(whole_samples(written)))
+    assert set(whole_samples(written)) <= set(predictions.read_bytes().splitlines(keepends=True))
     assert answers(folder) == answers(run(*options, run_dir="whole"))
 
 

@@ -58,6 +58,17 @@ def test_batch_size_does_not_change_answers(run):
             assert one["curve"]["cross_entropy"] == pytest.approx(other["curve"]["cross_entropy"], rel=1e-4)
 
 
+def test_results_stand_in_the_order_of_the_data(run, monkeypatch):
+    sizes = []
+    encode = FastMemModule._encode
+    monkeypatch.setattr(
+        FastMemModule, "_encode", lambda self, s: sizes.append(len(s.context)) or encode(self, s)
+    )
+    records = run()
+    assert sizes == sorted(sizes, reverse=True)
+    assert [r["index"] for r in records] == sorted(r["index"] for r in records)
+
+
 def test_fit_then_predict_is_fit_predict(run, tmp_path):
     expected = run(name="both")
     run("fit", name="apart")
@@ -85,6 +96,64 @@ def test_fit_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     run("fit")
     assert seen == [1]
     assert (memories / "000001.safetensors").stat().st_mtime_ns == kept
+
+
+def test_fit_keeps_the_predictions_of_its_folder(run, tmp_path):
+    expected = run("predict")  # no memories yet: zero-shot
+    run("fit")
+    kept = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == expected
+
+
+def test_metrics_are_not_stale_after_a_kill(run, tmp_path):
+    run(limit=2)
+    stale = (tmp_path / "run" / "metrics.json").read_text()
+    run(limit=4)
+    path = tmp_path / "run" / "metrics.json"
+    # As if killed between the last record and the metrics: they must be made anew from the records.
+    path.unlink()
+    run(limit=4)
+    assert json.loads(path.read_text())["groups"]["all"]["fastmem"]["n"] == 4
+    assert json.loads(stale)["groups"]["all"]["fastmem"]["n"] == 2
+
+
+def test_metrics_of_an_earlier_session_go_when_a_new_one_starts(run, tmp_path, monkeypatch):
+    run(limit=2)
+    monkeypatch.setattr(FastMemModule, "_process", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(limit=4)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_predict_with_a_failed_memory(run):
+    run("fit", learning_rate=1e30)
+    records = run("predict", learning_rate=1e30)
+    by_method = {m: [r["token_ids"] for r in records if r["method"] == m] for m in ("zero-shot", "fastmem")}
+    assert by_method["fastmem"] == by_method["zero-shot"]
+
+
+def test_question_without_room_is_refused_before_anything_is_answered(run, tmp_path, data_file):
+    long = dict(RECORDS[0], question="why? " * 1000)
+    data_file.write_text("\n".join(map(json.dumps, [*RECORDS, long])))
+    with pytest.raises(FastMemError, match=r"question of sample 4 leaves no room for its context"):
+        run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_of_a_cut_context_serves_only_the_same_cut(run, tmp_path, data_file):
+    data_file.write_text(json.dumps(dict(RECORDS[0], context="The door is red. " * 200)))
+    run("fit", max_new_tokens=6)
+    with pytest.raises(FastMemError, match="is of another context than sample 0's"):
+        run("predict", name="other", memories=str(tmp_path / "run"), max_new_tokens=400)
+
+
+def test_a_module_can_be_used_again(run, tmp_path, data_file, tiny):
+    module = FastMemModule(steps=1, max_new_tokens=4)
+    data = FastMemDataModule("qa", str(data_file), limit=2)
+    trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False)
+    trainer.predict(module, data, run_dir=str(tmp_path / "one"))
+    result = trainer.fit_predict(module, data, run_dir=str(tmp_path / "two"))
+    assert set(result.metrics["groups"]["all"]) == {"zero-shot", "fastmem", "fastmem+cd"}
 
 
 def test_predict_names_a_missing_memory(run, tmp_path):

@@ -115,6 +115,14 @@ def test_full_disk_keeps_what_was_there(run, monkeypatch):
     assert {r["index"] for r in reopened(run)} >= {0, 1}
 
 
+def test_sorting_brings_back_the_order_of_the_data(run):
+    in_order = run.predictions_path.read_bytes()
+    lines = in_order.splitlines(keepends=True)
+    run.predictions_path.write_bytes(b"".join(lines[2:] + lines[:2]))
+    run.sort()
+    assert run.predictions_path.read_bytes() == in_order
+
+
 def test_metrics_are_replaced_whole(run):
     run.write_metrics({"a": 1})
     run.write_metrics({"a": 2})

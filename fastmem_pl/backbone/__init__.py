@@ -1,6 +1,6 @@
 """The frozen language model: loading, the trunk/tail split, model families, chat pieces."""
 
-from fastmem_pl.backbone.backbone import Backbone, Split
+from fastmem_pl.backbone.backbone import Backbone, Split, normalize_precision
 from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, EncodedContext, derive_pieces
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
 from fastmem_pl.backbone.loading import load_model
@@ -21,4 +21,5 @@ __all__ = [
     "derive_pieces",
     "fork",
     "load_model",
+    "normalize_precision",
 ]

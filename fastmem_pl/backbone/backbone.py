@@ -22,6 +22,8 @@ Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 _WEIGHT_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
 # Relative error of tail(trunk(ids)) against the model's own logits that rounding explains.
+_CONSTANTS = ("rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window", "num_attention_heads")
+_SAMPLED, _STRIDE = 256, 1_000_003
 _SPLIT_TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 0.03, "bf16-true": 0.03}
 
 
@@ -124,6 +126,7 @@ class Backbone:
         if not 1 <= num_layers <= total:
             raise FastMemError(f"model.num_layers: {num_layers} is out of range; allowed: 1 to {total}")
         if num_layers not in self._splits:
+            self._check_layers(total - num_layers)
             trunk = Trunk(self.anatomy, num_layers)
             self._splits[num_layers] = Split(
                 trunk, Tail(self.anatomy, num_layers, self.compute_dtype, self.device)
@@ -166,27 +169,47 @@ class Backbone:
                 torch.set_default_dtype(default)
 
     def fingerprint(self) -> str:
-        """A short hash of the architecture and of a sample of every weight.
+        """A short hash of the architecture, its constants, and a sample of every weight.
 
         Weights are hashed as bfloat16, so a model loaded as float32 and as bfloat16 has one fingerprint.
         """
         if self._fingerprint is not None:
             return self._fingerprint
-        digest = hashlib.sha256(type(self.model).__name__.encode())
+        config = self.model.config.get_text_config()
+        constants = {name: getattr(config, name, None) for name in _CONSTANTS}
+        digest = hashlib.sha256(f"{type(self.model).__name__}{constants}".encode())
         for name, parameter in sorted(self.model.named_parameters()):
             flat = parameter.detach().flatten()
-            stride = max(1, flat.numel() // 64)
-            sample = flat[::stride].to("cpu", torch.bfloat16).view(torch.int16)
+            # A stride prime to any row length, so that the sample is spread over rows and columns.
+            places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
+            sample = flat[places].to("cpu", torch.bfloat16).view(torch.int16)
             digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
         self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        # Frozen weights are not kept in autocast's cache, so opening it per call costs nothing extra.
+        # Autocast keeps no copies of frozen weights, so bf16-mixed casts them anew in every call.
         mixed = self.precision == "bf16-mixed"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed):
             yield
+
+    def _check_layers(self, first: int) -> None:
+        """Refuse trained blocks of another layout, and attention types that only the upper blocks have."""
+        for block in list(self.anatomy.blocks)[first:]:
+            if not self.anatomy.family.fits(block.mlp):
+                raise FastMemError(
+                    f"model.num_layers: a block of the last {len(self.anatomy.blocks) - first} has another "
+                    f"feed-forward network ({type(block.mlp).__name__}); lower it"
+                )
+        # The model sizes an attention mask by the first cached layer of its type, which the trunk must hold.
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
+        missing = set(types[first + 1 :]) - set(types[: first + 1])
+        if missing:
+            raise FastMemError(
+                f"model.num_layers: {len(self.anatomy.blocks) - first} leaves no {missing.pop()} block "
+                f"in the trunk; allowed: fewer layers"
+            )
 
     @torch.no_grad()
     def _check_split(self) -> None:

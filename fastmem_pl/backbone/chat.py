@@ -8,7 +8,7 @@ uses none.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -58,6 +58,10 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
     opened = render([user], tokenize=False, add_generation_prompt=True)
     closed = render([user], tokenize=False)
     header = opened[len(closed) :] if opened.startswith(closed) else ""
+    # The template's own generation prompt, unless it has none although its turns have a header.
+    generation = opened.split(_QUESTION)[-1]
+    if header or user_end.strip() == generation.strip():
+        user_end = generation
     end_of_turn = _first_special(tokenizer, between) or between.strip() or (tokenizer.eos_token or "")
     # What stands before both user turns: an injected system turn or bos stands before the first only.
     next_header = between.split(end_of_turn, 1)[-1].lstrip()
@@ -101,7 +105,7 @@ class EncodedContext:
 class ChatEncoder:
     """Builds memorization and prompt token ids for one tokenizer.
 
-    Text that comes from data is never parsed as control tokens: a context that contains
+    Text that comes from data is never parsed as special tokens: a context that contains
     ``<|im_end|>`` literally is encoded as those characters.
     """
 
@@ -111,8 +115,12 @@ class ChatEncoder:
         self._special = _special_pattern(tokenizer)
         self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         self._ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-        with_bos = tokenizer("a").input_ids
-        self._bos = [tokenizer.bos_token_id] if with_bos[:1] == [tokenizer.bos_token_id] else []
+        with_bos, without = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+        self._bos = with_bos[: len(with_bos) - len(without)] if with_bos[-1:] == without[-1:] else []
+        if self._bos:
+            # A template that puts bos before each user turn must not bring a second one.
+            header = self.pieces.user_header.removeprefix(tokenizer.decode(self._bos))
+            self.pieces = replace(self.pieces, user_header=header)
 
     def context(self, context: str, limit: int) -> EncodedContext:
         """Encode ``[bos] assistant_header + context + end_of_turn`` (paper, section 3.1).
@@ -176,4 +184,7 @@ class ChatEncoder:
         return ids + self._plain(plain.lstrip() if strip_next else plain).input_ids
 
     def _plain(self, text: str, **kwargs):
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, **kwargs)
+        # verbose=False: transformers warns of texts over the model's length, which are cut after this.
+        return self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False, **kwargs
+        )

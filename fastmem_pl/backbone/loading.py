@@ -103,10 +103,10 @@ def _demo_file() -> Path:
 
 def _converted(gguf_file: Path) -> Path:
     """Return the folder with the converted copy of a GGUF file, making it when it is missing."""
-    stat = gguf_file.stat()
+    with open(gguf_file, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
     # v1 names the conversion below: raise it when the conversion changes.
-    key = f"v1:{gguf_file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"v1:{content}".encode()).hexdigest()[:16]
     target = cache_dir() / f"{gguf_file.stem}-{digest}"
     if (target / "config.json").is_file():
         return target

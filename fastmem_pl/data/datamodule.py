@@ -18,7 +18,7 @@ _FIELDS = ("context", "question", "answers", "answer", "id")
 
 
 class FastMemDataModule(LightningDataModule):
-    """Samples of one data file, batch by batch in the file's order.
+    """Samples of one data file; results stand in the file's order.
 
     Args:
         task: nqswap, nq, memotrap, hotpotqa; qa for a file of your own; mixed where every record names
@@ -81,5 +81,10 @@ class FastMemDataModule(LightningDataModule):
         return [sample for sample in self.samples if sample.index not in self._done]
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of the remaining samples, as lists."""
-        return DataLoader(self.remaining, batch_size=self.batch_size, collate_fn=list)
+        """Batches of the remaining samples, as lists: of like length, the longest first.
+
+        Rows are padded to the longest of their batch, so mixing lengths wastes most of the work where
+        they differ much; and a batch that does not fit in memory shows at the start of a run.
+        """
+        by_length = sorted(self.remaining, key=lambda sample: -len(sample.context))
+        return DataLoader(by_length, batch_size=self.batch_size, collate_fn=list)

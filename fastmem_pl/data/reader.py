@@ -11,7 +11,7 @@ from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Record
 from fastmem_pl.errors import FastMemError, nearest, unknown
 
-_SKIPPED = " \t\r\n,"
+_SPACE = " \t\r\n"
 
 
 def read_samples(
@@ -79,12 +79,8 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     decoder = json.JSONDecoder()
     start = len(text) - len(text.lstrip())
     in_list = text[start : start + 1] == "["
-    position, line, counted = start + in_list, 1, 0
-    while True:
-        while position < len(text) and text[position] in _SKIPPED:
-            position += 1
-        if position == len(text) or (in_list and text[position] == "]"):
-            break
+    position, line, counted = _skip(text, start + in_list), 1, 0
+    while position < len(text) and not (in_list and text[position] == "]"):
         line += text.count("\n", counted, position)
         counted = position
         try:
@@ -92,5 +88,22 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             raise FastMemError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
         yield line, value
-    if in_list and position == len(text):
-        raise FastMemError(f"{path}, line {text.count(chr(10)) + 1}: the list does not end with ']'")
+        position = _skip(text, position)
+        if in_list and text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+        elif in_list and text[position : position + 1] != "]":
+            raise FastMemError(f"{path}, line {_line(text, position)}: expected ',' or ']' after a record")
+    if in_list:
+        end = _skip(text, position + 1)
+        if end < len(text):
+            raise FastMemError(f"{path}, line {_line(text, end)}: there is more after the list's ']'")
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _SPACE:
+        position += 1
+    return position
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1

@@ -42,11 +42,12 @@ class StepLogits:
 
     Attributes:
         model: of the model that answers: with its memory if it has one, else the base model.
-        base: of the base model on the same prompt; ``None`` unless the decoder asked for it.
+        base: of the base model on the same prompt. Equal to ``model`` where the answer has no memory, or
+            the decoder does not ask for it.
     """
 
     model: Tensor
-    base: Tensor | None = None
+    base: Tensor
 
 
 class Decoder(Protocol):

@@ -83,8 +83,10 @@ class _Views:
         self.backbone = backbone
         self.tail = backbone.split(num_layers).tail
         self.deltas = deltas
-        self.contrast = decoder.needs_base and deltas is not None
-        self.needs_base = decoder.needs_base
+        # bfloat16 products lose small changes, so memorized logits are the base's plus the head's product
+        # with the change of the hidden state, whatever the decoder; float32 needs that only to contrast.
+        exact = backbone.compute_dtype is torch.float32
+        self.with_base = deltas is not None and (decoder.needs_base or not exact)
         # Keys and values of blocks above a trained FFN depend on the memory: one cache a view.
         self.caches: list[Cache | None] = [None, None]
         if num_layers > 1:
@@ -96,11 +98,10 @@ class _Views:
         with self.backbone.numerics():
             base = tail.base(inputs)
             hidden = tail.hidden(inputs, base, self.deltas, self.caches[0])[:, -1]
-            if not self.contrast:
+            if not self.with_base:
                 logits = tail.finish_logits(tail.raw_logits(hidden))
-                return StepLogits(logits, logits if self.needs_base else None)
+                return StepLogits(logits, logits)
             base_hidden = tail.hidden(inputs, base, None, self.caches[1])[:, -1]
-            # The head on the change of the hidden state: one product for both, and bfloat16 keeps it.
             base_raw, change = tail.raw_logits(torch.stack([base_hidden, hidden - base_hidden]))
             return StepLogits(tail.finish_logits(base_raw + change), tail.finish_logits(base_raw))
 

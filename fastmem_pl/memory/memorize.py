@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.backbone.backbone import pad
+from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.objective import MemorizationBatch, memorization_loss, prepare
@@ -123,11 +124,16 @@ class Memorizer:
         self, backbone: Backbone, settings: MemorizationSettings | None = None, **kwargs: Any
     ) -> None:
         self.backbone = backbone
+        if settings is not None and kwargs:
+            raise FastMemError(
+                f"Memorizer: give settings or keyword arguments, not both ({', '.join(kwargs)})"
+            )
         self.settings = settings or MemorizationSettings(**kwargs)
         backbone.split(self.settings.num_layers)
 
-    def __call__(self, contexts: Sequence[str]) -> Memory:
-        """Memorize ``B`` contexts together; equal to ``B`` separate calls up to rounding."""
+    def __call__(self, contexts: str | Sequence[str]) -> Memory:
+        """Memorize one context, or ``B`` together; equal to ``B`` separate calls up to rounding."""
+        contexts = [contexts] if isinstance(contexts, str) else contexts
         return self.fit([self.encode(context) for context in contexts])
 
     def encode(self, context: str) -> EncodedContext:

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,14 @@ class Curve:
     def as_dict(self) -> dict[str, list[float | None]]:
         """The three lists by name, for JSON: values that are not finite become ``None``."""
         return {
-            name: [value if math.isfinite(value) else None for value in getattr(self, name)]
-            for name in ("cross_entropy", "kl", "grad_norm")
+            field.name: [value if math.isfinite(value) else None for value in getattr(self, field.name)]
+            for field in fields(self)
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, list[float | None]]) -> Curve:
+        """Inverse of :meth:`as_dict`."""
+        return cls(**{n: [math.nan if v is None else v for v in values[n]] for n in values})
 
 
 @dataclass
@@ -148,19 +153,22 @@ class Memory:
         with _opened(path, fingerprint) as file:
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        num_layers = 1 + max(int(name.split(".", 1)[0]) for name in tensors)
-        deltas: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
-        for name, tensor in tensors.items():
-            layer, part = name.split(".", 1)
-            deltas[int(layer)][part] = tensor.to(device)[None]
-        return cls(
-            deltas,
-            [Curve(**json.loads(header["curve"]))],
-            [header["status"]],
-            json.loads(header["settings"]),
-            header["fingerprint"],
-            header.get("context_hash"),
-        )
+        try:
+            num_layers = 1 + max(int(name.split(".", 1)[0]) for name in tensors)
+            deltas: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
+            for name, tensor in tensors.items():
+                layer, part = name.split(".", 1)
+                deltas[int(layer)][part] = tensor.to(device)[None]
+            return cls(
+                deltas,
+                [Curve.from_dict(json.loads(header["curve"]))],
+                [header["status"]],
+                json.loads(header["settings"]),
+                header["fingerprint"],
+                header.get("context_hash"),
+            )
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise FastMemError(f"memory {path} is damaged ({error!r}); memorize it again") from error
 
 
 def read_header(path: str | Path, fingerprint: str | None = None) -> dict[str, str]:
@@ -188,10 +196,10 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[Any]:
             header = file.metadata() or {}
             if header.get("format") != "fastmem" or header.get("version") != FORMAT_VERSION:
                 raise FastMemError(f"{path} is not a FastMem memory of format version {FORMAT_VERSION}")
-            if fingerprint is not None and header["fingerprint"] != fingerprint:
+            if fingerprint is not None and header.get("fingerprint") != fingerprint:
                 raise FastMemError(
-                    f"memory {path} belongs to another model: its fingerprint is {header['fingerprint']}, "
-                    f"this model's {fingerprint}"
+                    f"memory {path} belongs to another model: its fingerprint is "
+                    f"{header.get('fingerprint')}, this model's {fingerprint}"
                 )
             yield file
     except (SafetensorError, OSError) as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
+from collections.abc import Sequence
 
 _ANSWER_MARK = re.compile(r"the answer is:\s*", re.IGNORECASE)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -42,7 +44,21 @@ def has_answer_format(text: str) -> bool:
     return _ANSWER_MARK.search(text) is not None
 
 
-def contains_answer(text: str, answers: list[str]) -> bool:
-    """Whether a normalized answer is part of the normalized text."""
+def contains_answer(text: str, answers: Sequence[str], published: bool = False) -> bool:
+    """Whether a normalized answer is part of the normalized text.
+
+    An answer of which normalization leaves nothing (the choice "A", a symbol) is looked for as a word of
+    its own. ``published`` restores the published evaluation, where such an answer is part of any text.
+
+    >>> contains_answer("The answer is: B", ["A"]), contains_answer("The answer is: A.", ["A"])
+    (False, True)
+    >>> contains_answer("The answer is: B", ["A"], published=True)
+    True
+    """
     normalized = normalize_answer(text)
-    return any(normalize_answer(answer) in normalized for answer in answers)
+    words = {word.strip(string.punctuation) or word for word in text.lower().split()}
+    for answer in answers:
+        key = normalize_answer(answer)
+        if (key in normalized) if key or published else (answer.strip().lower() in words):
+            return True
+    return False

@@ -81,6 +81,9 @@ def _cell(name: str, metric: Mapping[str, Any] | None) -> str:
 def _notices(metrics: Mapping[str, Any]) -> list[str]:
     methods = next(iter(metrics["groups"].values()))
     lines = []
+    answered = max(entry["n"] for entry in methods.values())
+    if answered < metrics["num_samples"]:
+        lines.append(f"only {answered} of {metrics['num_samples']} samples are answered so far")
     for name, text in (
         ("truncated", "had a context over the limit, which was cut off"),
         ("failed", "could not be memorized and were answered by the base model (see 'status')"),

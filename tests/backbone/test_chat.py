@@ -16,6 +16,10 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% set r = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<turn>' + r + '\n' + m['content'] | trim + '<end_turn>\n' }}{% endfor %}"
@@ -39,16 +43,26 @@ def build(template, special=(), eos="<|im_end|>"):
         (LLAMA3, ("<|start|>", "<|end|>", "<|eot|>"), "<|eos|>",
          ("<|start|>user<|end|>\n\n", "<|eot|><|start|>assistant<|end|>\n\n",
           "<|start|>assistant<|end|>\n\n", "<|eot|>")),
-        (MISTRAL, (), "</s>", ("[INST] ", " [/INST] ", "", "</s>")),
+        (MISTRAL, (), "</s>", ("[INST] ", " [/INST]", "", "</s>")),
+        (LLAMA2, (), "</s>", ("<|bos|>[INST] ", " [/INST]", "", "</s>")),
         (GEMMA, ("<turn>", "<end_turn>"), "<|eos|>",
          ("<turn>user\n", "<end_turn>\n<turn>model\n", "<turn>model\n", "<end_turn>")),
         (None, (), "</s>", ("", "\n", "", "</s>")),
     ],
-    ids=["chatml", "llama3 with injected system turn", "mistral", "gemma", "no template"],
+    ids=["chatml", "llama3 with injected system turn", "mistral", "llama2 with a bos a turn", "gemma", "no template"],
 )  # fmt: skip
 def test_pieces(template, special, eos, pieces):
     found = derive_pieces(build(template, special, eos))
     assert (found.user_header, found.user_end, found.assistant_header, found.end_of_turn) == pieces
+
+
+@pytest.mark.parametrize("template", [CHATML, MISTRAL, GEMMA])
+def test_prompt_is_the_templates_own(template):
+    tokenizer = build(template, ("<turn>", "<end_turn>"))
+    messages = [{"role": "user", "content": "Why?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = tokenizer(text.removeprefix("<|bos|>")).input_ids
+    assert ChatEncoder(tokenizer).prompt("Why?") == expected
 
 
 def test_injected_system_turn_is_left_out():
@@ -96,6 +110,19 @@ def test_bos_only_where_the_tokenizer_adds_it(tokenizer):
     with_bos = ChatEncoder(tokenizer).context("x", 10)
     assert with_bos.input_ids == [bos, *plain.input_ids]
     assert with_bos.header_length == plain.header_length + 1
+
+
+def test_no_second_bos_from_the_template():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build(LLAMA2, (), "</s>")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+    )
+    ids = ChatEncoder(tokenizer).prompt("Why?")
+    assert ids.count(bos) == 1
+    assert tokenizer.decode(ids) == "<|bos|>[INST] Why? [/INST]"
 
 
 def test_truncation_keeps_the_text_as_written(tokenizer):

@@ -79,6 +79,11 @@ def test_a_model_whose_logits_differ_is_refused(monkeypatch):
         Backbone(model, make_tokenizer())
 
 
+def test_trunk_must_keep_a_block_of_every_attention_type(make_tiny):
+    with pytest.raises(FastMemError, match="leaves no full_attention block in the trunk"):
+        make_tiny("gemma3_text").split(3)
+
+
 @pytest.mark.parametrize("num_layers", [0, 4])
 def test_num_layers_out_of_range(tiny, num_layers):
     with pytest.raises(FastMemError, match=r"model\.num_layers: .* allowed: 1 to 3"):

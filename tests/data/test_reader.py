@@ -76,7 +76,12 @@ def test_malformed_records(tmp_path, task, records, message):
     ("text", "message"),
     [
         ('{"context": "c",\n "question": }', r"line 2: not valid JSON"),
-        ('[{"context": "c", "question": "q"}', r"line 1: the list does not end with '\]'"),
+        ('[{"context": "c", "question": "q"}', r"line 1: expected ',' or '\]' after a record"),
+        (
+            '[{"context": "c", "question": "q"}\n{"context": "c", "question": "q"}]',
+            r"line 2: expected ',' or",
+        ),
+        ('[{"context": "c", "question": "q"}]\n{"x": 1}', r"line 2: there is more after the list's '\]'"),
         ('[\n{"context": "c", "question": "q"},\n{"question": "q"}]', r"line 3: field 'context' is missing"),
         ("", "holds no records"),
         ("[]", "holds no records"),

@@ -69,9 +69,12 @@ def test_contrast_is_the_formula_on_two_models(tiny, contexts, num_layers):
         assert found[row] == ids[len(prompt) :]
 
 
-def test_alpha_zero_is_greedy(tiny, contexts):
-    memory = Memorizer(tiny, **STRONG)(contexts[:3])
-    prefill = Prefill(tiny, [tiny.chat.prompt(text) for text in PROMPTS])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_alpha_zero_is_greedy(make_tiny, contexts, precision, num_layers):
+    tiny = make_tiny(precision=precision)
+    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
+    prefill = Prefill(tiny, [tiny.chat.prompt(text) for text in PROMPTS], num_layers)
     greedy = prefill.decode(Greedy(), memory.deltas, 12)
     assert prefill.decode(Contrastive(0.0), memory.deltas, 12) == greedy
 
@@ -115,6 +118,10 @@ def test_answers_from_python(tiny, contexts):
     assert all(text.startswith("So") for text in together)
 
 
+def test_one_text_is_one_context(tiny):
+    assert len(Memorizer(tiny, steps=1)("hello")) == 1
+
+
 def test_answer_refuses_what_does_not_match(tiny, make_tiny, contexts):
     memory = Memorizer(tiny, steps=1)(contexts[:2])
     with pytest.raises(FastMemError, match="3 questions but 2 memories"):
@@ -125,6 +132,10 @@ def test_answer_refuses_what_does_not_match(tiny, make_tiny, contexts):
         answer(make_tiny(seed=3), "a", memory=memory.rows([0]))
     with pytest.raises(FastMemError, match=r"decoder: 'gready' is unknown; .* did you mean 'greedy'"):
         answer(tiny, "a", decoder="gready")
+    with pytest.raises(FastMemError, match="'cd' contrasts a memory with the base model; give a memory"):
+        answer(tiny, "a", decoder="cd")
+    with pytest.raises(FastMemError, match=r"prompt and answer take \d+ tokens, allowed: 2048"):
+        answer(tiny, "a" * 3000)
 
 
 @pytest.mark.parametrize(
