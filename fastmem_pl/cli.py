@@ -27,7 +27,8 @@ first run:
 your own data (JSON or JSONL with context, question and, if known, answers):
   fastmem fit-predict --config qa_smollm2 --data.path my.jsonl
 your own model (Hub id, folder or .gguf file):
-  fastmem fit-predict --config qa_smollm2 --data.path my.jsonl --model.backbone Qwen/Qwen2.5-0.5B-Instruct
+  fastmem fit-predict --config qa_smollm2 --data.path my.jsonl \\
+      --model.backbone Qwen/Qwen2.5-7B-Instruct --model.learning_rate 1e-5
 
 options used most (all of them: fastmem <command> --help):
   --run_dir DIR              results; the same command goes on there after a stop
