@@ -55,6 +55,7 @@ class FastMemTrainer(Trainer):
     Args:
         precision: 32-true; bf16-true halves the memory and is fastest; bf16-mixed keeps float32 weights.
             Memories are float32 in all of them, and bfloat16 follows the float32 loss curve.
+        devices: one device so far; "[1]" picks the second GPU.
         inference_mode: Lightning's default is true; memorizing works under both.
         logger: none by default; results are in the run folder.
         enable_checkpointing: off, as there is nothing to checkpoint.
@@ -71,6 +72,7 @@ class FastMemTrainer(Trainer):
         self,
         *,
         precision: Literal["32-true", "bf16-mixed", "bf16-true", "32", "bf16"] = "32-true",
+        devices: list[int] | str | int = 1,
         inference_mode: bool = False,
         logger: Any = False,
         enable_checkpointing: bool | None = False,
@@ -83,6 +85,7 @@ class FastMemTrainer(Trainer):
         own: list[Callback] = [] if enable_progress_bar is False else [SampleProgress()]
         super().__init__(
             precision=precision,
+            devices=devices,
             inference_mode=inference_mode,
             logger=logger,
             enable_checkpointing=enable_checkpointing,
