@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.module import FastMemModule, Mode, saved_memories
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
 # Settings that do not change an answer.
@@ -182,6 +185,9 @@ class FastMemTrainer(Trainer):
         aggregation.feed(earlier)
         datamodule.skip({record["index"] for record in earlier})
         remaining = len(datamodule.remaining)
+        if remaining and earlier:
+            total = len(datamodule.samples)
+            log.warning("going on in %s: %d of %d samples are done", run.path, total - remaining, total)
         if remaining:
             # Those of an earlier session would be stale, should this one be killed.
             run.metrics_path.unlink(missing_ok=True)

@@ -71,7 +71,8 @@ class MetricAggregation(Callback):
             )
             count = int(mean.count)
             entry["n"] = max(entry["n"], count)
-            error = mean.standard_error().item()
+            # Seconds are shares of a batch, not independent values.
+            error = float("nan") if name.startswith("seconds") else mean.standard_error().item()
             entry["metrics"][name] = {
                 "value": mean.compute().item(),
                 "standard_error": error if error == error else None,

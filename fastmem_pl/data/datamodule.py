@@ -51,7 +51,8 @@ class FastMemDataModule(LightningDataModule):
             raise FastMemError(f"data.fields: only task 'qa' takes field names, not {task!r}")
         for field in fields or ():
             if field not in _FIELDS:
-                raise unknown("data.fields", field, _FIELDS)
+                error = unknown("data.fields", field, _FIELDS)
+                raise FastMemError(f"{error}; write {{context: name of that field in your file}}")
         self.task, self.limit, self.batch_size = task, limit, batch_size
         self.answer_prefix, self.fields = answer_prefix, fields
         self.path = Path(__file__).parent / "demo" / "conflicts.jsonl" if path == DEMO else Path(path)

@@ -48,7 +48,8 @@ def read_samples(
             name = record.text("task") if task == MIXED else task
             read = TASKS[name].read(record)
         except (FieldError, FastMemError) as error:
-            raise FastMemError(f"{path}, line {line}: {error}") from None
+            hint = "; other names: --data.fields '{context: your_name}'" if _name_missing(error, task) else ""
+            raise FastMemError(f"{path}, line {line}: {error}{hint}") from None
         index = len(samples)
         sample_id = str(record.value("id")) if record.has("id") else str(index)
         samples.append(
@@ -70,6 +71,11 @@ def read_samples(
     return samples
 
 
+def _name_missing(error: Exception, task: str) -> bool:
+    """Whether a user's own file lacks a field that it may have under another name."""
+    return task == "qa" and "is missing" in str(error)
+
+
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield ``(line, value)`` of every JSON value, in a list or one after another."""
     try:
@@ -86,13 +92,16 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise FastMemError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+            where = f" (found on line {error.lineno})" if error.lineno != line else ""
+            raise FastMemError(f"{path}, line {line}: not valid JSON: {error.msg}{where}") from None
         yield line, value
         position = _skip(text, position)
         if in_list and text[position : position + 1] == ",":
             position = _skip(text, position + 1)
         elif in_list and text[position : position + 1] != "]":
             raise FastMemError(f"{path}, line {_line(text, position)}: expected ',' or ']' after a record")
+    if in_list and position == len(text):
+        raise FastMemError(f"{path}, line {_line(text, position)}: the list does not end with ']'")
     if in_list:
         end = _skip(text, position + 1)
         if end < len(text):

@@ -75,7 +75,9 @@ def test_malformed_records(tmp_path, task, records, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"context": "c",\n "question": }', r"line 2: not valid JSON"),
+        ('{"context": "c",\n "question": }', r"line 1: not valid JSON: .* \(found on line 2\)"),
+        ('[{"context": "c", "question": "q"},', r"line 1: the list does not end with '\]'"),
+        ('{"passage": "c", "question": "q"}', r"'context' is missing; .* other names: --data\.fields"),
         ('[{"context": "c", "question": "q"}', r"line 1: expected ',' or '\]' after a record"),
         (
             '[{"context": "c", "question": "q"}\n{"context": "c", "question": "q"}]',
