@@ -61,9 +61,10 @@ def comparison_lines(methods: Mapping[str, Any]) -> list[str]:
         for name in _COMPARED:
             test = entry["against_zero_shot"].get(name)
             if test:
+                p_value = "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
                 lines.append(
                     f"{method} against zero-shot, {SCORES[name].label}: {test['gained']} samples gained, "
-                    f"{test['lost']} lost, p = {test['p_value']:.3f} ({test['test']})"
+                    f"{test['lost']} lost, {p_value} ({test['test']})"
                 )
     return lines
 
