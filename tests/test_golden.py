@@ -78,7 +78,7 @@ def check_deltas(memory, samples):
             # The reference decays float32 weights by 1e-7 of their value, less than half their rounding
             # step: its deltas carry that rounding, ours do not (docs/LOG.md).
             assert delta.norm().item() == pytest.approx(golden["delta_l2"], rel=6e-5)
-            assert delta[0, :8].tolist() == pytest.approx(golden["delta_row0_first8"], abs=1e-6)
+            assert delta[0, :8].tolist() == pytest.approx(golden["delta_row0_first8"], abs=5e-7)
 
 
 def test_tokenization(demo, shared):

@@ -82,7 +82,10 @@ class _Views:
     ) -> None:
         self.backbone = backbone
         self.tail = backbone.split(num_layers).tail
-        self.deltas = deltas
+        # Products with a memory run in the compute type: cast once, not at every token.
+        self.deltas = deltas and [
+            {name: tensor.to(backbone.compute_dtype) for name, tensor in layer.items()} for layer in deltas
+        ]
         # bfloat16 products lose small changes, so memorized logits are the base's plus the head's product
         # with the change of the hidden state, whatever the decoder; float32 needs that only to contrast.
         exact = backbone.compute_dtype is torch.float32

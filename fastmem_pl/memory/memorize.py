@@ -96,9 +96,8 @@ class MemorizationModule(LightningModule):
         for layer in deltas:
             for tensor in layer.values():
                 tensor[failed] = 0.0
-        curves = [
-            Curve(*(v.T.tolist()[row] for v in (cross_entropy, kl, norms))) for row in range(num_samples)
-        ]
+        by_row = (values.T.tolist() for values in (cross_entropy, kl, norms))
+        curves = [Curve(*values) for values in zip(*by_row, strict=True)]
         status = ["ok"] * num_samples
         for row in failed.nonzero().flatten().tolist():
             bad = (~finite_steps[:, row]).nonzero().flatten()
