@@ -12,6 +12,7 @@ from typing import Any
 _EXPORTS = {
     "Backbone": "fastmem_pl.backbone",
     "ContextSample": "fastmem_pl.data",
+    "DecodingSettings": "fastmem_pl.decoding",
     "FastMemDataModule": "fastmem_pl.data",
     "FastMemError": "fastmem_pl.errors",
     "FastMemModule": "fastmem_pl.module",
@@ -21,6 +22,7 @@ _EXPORTS = {
     "Memorizer": "fastmem_pl.memory",
     "Memory": "fastmem_pl.memory",
     "answer": "fastmem_pl.answering",
+    "stream_answer": "fastmem_pl.answering",
 }
 
 __all__ = sorted(_EXPORTS)

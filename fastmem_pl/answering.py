@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.data import TASKS
-from fastmem_pl.decoding import DECODERS, DecodingSettings, Prefill
+from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory import Memory
 
@@ -20,6 +21,7 @@ def answer(
     max_new_tokens: int = 100,
     alpha: float = 0.5,
     answer_prefix: str = "",
+    **settings: Any,
 ) -> list[str]:
     """Answer questions together.
 
@@ -28,45 +30,101 @@ def answer(
         questions: one or several.
         context: put in the prompt; one for all questions or one each. Without it the question alone.
         memory: of one context for all questions, or one row a question.
-        decoder: ``"greedy"`` or ``"cd"`` (contrast memorized with base logits).
+        decoder: ``"greedy"``, ``"cd"`` (contrast memorized with base logits), ``"cad"`` (contrast logits
+            with and without the context) or ``"dola"`` (contrast layers).
         max_new_tokens: most tokens of an answer.
-        alpha: strength of ``"cd"``.
+        alpha: strength of ``"cd"`` and ``"cad"``.
         answer_prefix: text that opens the answer; part of what is returned.
+        settings: further :class:`DecodingSettings`, such as ``temperature``, ``seed`` or ``stop``.
 
     Returns:
         one text a question.
 
     Raises:
-        FastMemError: when counts do not match, or the memory is of another model.
+        FastMemError: when counts do not match, a setting is unknown or out of its range, the decoder lacks
+            what it contrasts, or the memory is of another model.
     """
     questions = [questions] if isinstance(questions, str) else list(questions)
+    made = _settings(max_new_tokens=max_new_tokens, alpha=alpha, **settings)
+    decoding = _decoding(backbone, questions, context, memory, decoder, made, answer_prefix)
+    return [answer_prefix + generated.text for generated in decoding.run()]
+
+
+def stream_answer(
+    backbone: Backbone,
+    question: str,
+    context: str | None = None,
+    memory: Memory | None = None,
+    decoder: str = "greedy",
+    answer_prefix: str = "",
+    **settings: Any,
+) -> Iterator[str]:
+    """Answer one question piece by piece, as the tokens come; arguments as :func:`answer`.
+
+    Joined, the pieces are what :func:`answer` returns.
+    """
+    decoding = _decoding(backbone, [question], context, memory, decoder, _settings(**settings), answer_prefix)
+    if answer_prefix:
+        yield answer_prefix
+    yield from decoding.texts()
+
+
+def _settings(**given: Any) -> DecodingSettings:
+    try:
+        return DecodingSettings(**given)
+    except TypeError as error:
+        raise FastMemError(f"answer: {str(error).split('() ', 1)[-1]}") from None
+
+
+def _decoding(
+    backbone: Backbone,
+    questions: Sequence[str],
+    context: str | Sequence[str] | None,
+    memory: Memory | None,
+    decoder: str,
+    settings: DecodingSettings,
+    answer_prefix: str,
+) -> Decoding:
     contexts = [context] * len(questions) if context is None or isinstance(context, str) else list(context)
     if len(contexts) != len(questions):
         raise FastMemError(f"answer: {len(questions)} questions but {len(contexts)} contexts")
-    if memory is not None:
-        if memory.fingerprint != backbone.fingerprint():
-            raise FastMemError(
-                f"answer: the memory belongs to the model {memory.fingerprint}, "
-                f"this one is {backbone.fingerprint()}"
-            )
-        if len(memory) not in (1, len(questions)):
-            raise FastMemError(f"answer: {len(questions)} questions but {len(memory)} memories")
-        if len(memory) < len(questions):
-            memory = memory.rows([0] * len(questions))
+    memory = _memory_of_each(backbone, memory, len(questions))
     qa = TASKS["qa"]
     texts = [q if c is None else qa.prompt_text(c, q) for q, c in zip(questions, contexts, strict=True)]
     prompts = [backbone.chat.prompt(text, answer_prefix) for text in texts]
-    longest = max(map(len, prompts)) + max_new_tokens
+    chosen = DECODERS[decoder](settings, backbone)
+    longest = max(map(len, prompts)) + (chosen.max_new_tokens or settings.max_new_tokens)
     if longest > backbone.context_length:
         raise FastMemError(
             f"answer: prompt and answer take {longest} tokens, allowed: {backbone.context_length}; "
             "shorten the context or lower max_new_tokens"
         )
-    chosen = DECODERS[decoder](DecodingSettings(max_new_tokens, alpha))
-    prefill = Prefill(backbone, prompts, memory.num_layers if memory else 1)
     if chosen.needs_base and memory is None:
         raise FastMemError(
             f"answer: decoder {decoder!r} contrasts a memory with the base model; give a memory"
         )
-    answers = prefill.decode(chosen, memory and memory.deltas, max_new_tokens)
-    return [answer_prefix + backbone.chat.decode(ids) for ids in answers]
+    num_layers = memory.num_layers if memory else 1
+    without_context = None
+    if chosen.needs_without_context:
+        if context is None:
+            raise FastMemError(f"answer: decoder {decoder!r} contrasts with and without context; give one")
+        bare = [
+            backbone.chat.prompt(qa.prompt_text("", q, "without_context"), answer_prefix) for q in questions
+        ]
+        without_context = Prefill(backbone, bare, num_layers)
+    prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
+    return Decoding(prefill, decoder, settings, memory and memory.deltas, without_context)
+
+
+def _memory_of_each(backbone: Backbone, memory: Memory | None, count: int) -> Memory | None:
+    """One row a question."""
+    if memory is None:
+        return None
+    if memory.fingerprint != backbone.fingerprint():
+        raise FastMemError(
+            f"answer: the memory belongs to the model {memory.fingerprint}, "
+            f"this one is {backbone.fingerprint()}"
+        )
+    if len(memory) not in (1, count):
+        raise FastMemError(f"answer: {count} questions but {len(memory)} memories")
+    return memory.rows([0] * count) if len(memory) < count else memory

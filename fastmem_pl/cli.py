@@ -15,31 +15,34 @@ from fastmem_pl.errors import FastMemError, nearest
 OVERVIEW = """\
 fastmem: make a language model read its context before it answers (FastMem, arXiv 2406.16069)
 
-usage: fastmem <command> --config NAME_OR_FILE [options]
+usage: fastmem <command> --config NAME_OR_FILE[,NAME_OR_FILE ...] [options]
 
 commands:
   fit-predict   memorize each context, answer about it, compare methods
   fit           memorize each context and save the memories
   predict       answer with saved memories; without any, zero-shot
+  tasks [NAME]  show the tasks with their prompts
 
 first run:
   fastmem fit-predict --config demo
 your own data (JSON or JSONL with context, question and, if known, answers):
-  fastmem fit-predict --config qa_smollm2 --data.path my.jsonl
+  fastmem fit-predict --config smollm2,qa --data.path my.jsonl
 your own model (Hub id, folder or .gguf file):
-  fastmem fit-predict --config qa_smollm2 --data.path my.jsonl \\
-      --model.backbone Qwen/Qwen2.5-7B-Instruct --model.learning_rate 1e-5
+  fastmem fit-predict --config base,qa --data.path my.jsonl --model.backbone Qwen/Qwen2.5-7B-Instruct
+a row of the paper (model, task, method):
+  fastmem fit-predict --config base,llama3-8b,nqswap,fastmem+cd --data.path nqswap.json
 
 options used most (all of them: fastmem <command> --help):
   --run_dir DIR              results; the same command goes on there after a stop
   --data.limit N             the first N records only
   --data.batch_size N        samples at once
-  --model.methods '[zero-shot, fastmem, fastmem+cd]'
+  --model.methods '[zero-shot, one-shot, cad, dola, fastmem, fastmem+cd, fastmem+cad, fastmem+dola]'
   --model.steps N --model.learning_rate X --model.kl_coeff X
   --trainer.precision 32-true|bf16-mixed|bf16-true   --trainer.accelerator cpu|gpu
   --print_config             show the resolved settings and stop
 
-packaged configs: {configs}
+packaged configs, later ones on top of earlier ones:
+{configs}
 """
 USAGE = "fastmem {command} --config NAME_OR_FILE [--data.path FILE] [--run_dir DIR] [options]"
 COMMANDS = ("fit-predict", "fit", "predict")
@@ -49,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for a mistake, 130 for an interrupt)."""
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(OVERVIEW.format(configs=", ".join(sorted(packaged_configs()))))
+        print(OVERVIEW.format(configs=_config_overview()))
         return 0
     if arguments[0] == "--version":
         from importlib.metadata import version
@@ -57,9 +60,12 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"fastmem-pl {version('fastmem-pl')}")
         return 0
     try:
+        if arguments[0] == "tasks":
+            return _show_tasks(arguments[1:])
         if arguments[0] not in COMMANDS:
-            hint = nearest(arguments[0], COMMANDS)
-            raise FastMemError(f"{arguments[0]!r} is no command; allowed: {', '.join(COMMANDS)}{hint}")
+            known = (*COMMANDS, "tasks")
+            hint = nearest(arguments[0], known)
+            raise FastMemError(f"{arguments[0]!r} is no command; allowed: {', '.join(known)}{hint}")
         return _run(_resolve_configs(arguments))
     except FastMemError as error:
         print(f"fastmem: error: {error}", file=sys.stderr)
@@ -73,17 +79,56 @@ def packaged_configs() -> dict[str, Path]:
     package = Path(__file__).parent
     # In a checkout they lie beside the package; in a wheel inside it.
     folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
-    return {path.stem: path for path in folder.glob("*.yaml")} if folder else {}
+    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))} if folder else {}
+
+
+def _config_overview() -> str:
+    kinds: dict[str, list[str]] = {}
+    for name, path in packaged_configs().items():
+        kinds.setdefault(path.parent.name if path.parent.name != "configs" else "", []).append(name)
+    return "\n".join(f"  {kind + ':' if kind else '':<9}{', '.join(names)}" for kind, names in kinds.items())
+
+
+def _show_tasks(names: list[str]) -> int:
+    """Print the tasks, or all about those that are named."""
+    from fastmem_pl.data import TASKS
+
+    if "-h" in names or "--help" in names:
+        print("usage: fastmem tasks [NAME ...]\n\nshow the tasks, or all prompts of those that are named")
+        return 0
+    for task in [TASKS[name] for name in names] or TASKS.values():
+        print(f"{task.name}: {task.description}")
+        print(f"  scores: {', '.join(task.scores)}")
+        forms = {"prompt": task.prompt}
+        if names:
+            forms |= {"one-shot": task.one_shot, "without context (cad)": task.without_context}
+            if task.context != "{context}":
+                forms = {"memorized text, {context} of the prompts": task.context, **forms}
+        for label, text in forms.items():
+            print(f"  {label}:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
+        print()
+    if not names:
+        print("all prompts of one task: fastmem tasks NAME; a data file: --data.task NAME --data.path FILE")
+    return 0
 
 
 def _resolve_configs(arguments: list[str]) -> list[str]:
-    """Let ``--config`` take the name of a packaged config as well as a file."""
-    resolved = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument in ("-c", "--config") and i + 1 < len(arguments):
-            resolved[i + 1] = _config_path(arguments[i + 1])
+    """Let ``--config`` take names of packaged configs as well as files, several with commas between."""
+    resolved: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("-c", "--config"):
+            values = next(rest, None)
+            if values is None:
+                resolved.append(argument)
+                continue
         elif argument.startswith("--config="):
-            resolved[i] = "--config=" + _config_path(argument.split("=", 1)[1])
+            values = argument.split("=", 1)[1]
+        else:
+            resolved.append(argument)
+            continue
+        for value in [values] if os.path.isfile(values) else values.split(","):
+            resolved += ["--config", _config_path(value)]
     return resolved
 
 
@@ -91,14 +136,15 @@ def _config_path(value: str) -> str:
     if os.path.isfile(value):
         return value
     packaged = packaged_configs()
-    # "configs/demo.yaml" names the packaged config from any folder.
+    # "nqswap", "task/nqswap" and "configs/task/nqswap.yaml" name the packaged config from any folder.
     path = Path(value)
-    if path.stem in packaged and (str(path) in (path.stem, path.name) or path.parent.name == "configs"):
-        return str(packaged[path.stem])
+    name = path.name.removesuffix(".yaml")
+    if name in packaged and set(path.parent.parts) <= {"configs", packaged[name].parent.name}:
+        return str(packaged[name])
     names = sorted(packaged)
     raise FastMemError(
         f"--config: no such file or packaged config: {value}; "
-        f"packaged: {', '.join(names)}{nearest(path.stem, names)}"
+        f"packaged: {', '.join(names)}{nearest(name, names)}"
     )
 
 

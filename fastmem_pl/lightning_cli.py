@@ -83,11 +83,11 @@ class FastMemCLI(LightningCLI):
         return {command: {"model", "datamodule"} for command in COMMANDS}
 
     def before_instantiate_classes(self) -> None:
-        """Name the run folder after the config."""
+        """Name the run folder after the configs."""
         config = self.config[self.subcommand]
         if config.get("run_dir") is None:
             files = [Path(str(f)) for f in config.get("config") or []]
-            name = files[-1].stem if files else config.data.task
+            name = "-".join(file.stem for file in files) if files else config.data.task
             config["run_dir"] = str(Path("runs") / name)
 
     def instantiate_trainer(self, **kwargs: Any) -> FastMemTrainer:

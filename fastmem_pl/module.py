@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 
-from fastmem_pl.backbone import Backbone, EncodedContext, normalize_precision
+from fastmem_pl.backbone import Backbone, ChatSettings, normalize_precision
 from fastmem_pl.data import TASKS, ContextSample
-from fastmem_pl.decoding import BASELINE, DECODERS, METHODS, DecodingSettings, Method, Prefill, select_methods
+from fastmem_pl.decoding import (
+    BASELINE,
+    DECODERS,
+    METHODS,
+    Decoding,
+    DecodingSettings,
+    Generated,
+    Method,
+    Prefill,
+    select_methods,
+)
+from fastmem_pl.encoding import EncodedSample, SampleEncoder
 from fastmem_pl.errors import FastMemError, OutOfMemoryError
-from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, read_header, text_hash
+from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
 from fastmem_pl.metrics import SCORES
 from fastmem_pl.phases import PhaseMeter
+from fastmem_pl.published import select_quirks
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["fit", "predict", "fit-predict"]
+Settings = TypeVar("Settings")
 
 
 class FastMemModule(LightningModule):
@@ -33,19 +45,41 @@ class FastMemModule(LightningModule):
 
     Args:
         backbone: "demo" (SmolLM2-135M-Instruct), a Hub id, a model folder, or a .gguf file.
-        methods: what to compare on every sample: zero-shot, fastmem, fastmem+cd.
+        methods: what to compare on every sample: zero-shot, one-shot, cad, dola, fastmem, fastmem+cd,
+            fastmem+cad, fastmem+dola.
         steps: updates on each context (the paper's epochs). 0 memorizes nothing.
         learning_rate: of AdamW, constant. Higher moves answers more and keeps the format less.
         kl_coeff: weight of the term that holds the model near itself.
+        kl_target: adapt kl_coeff from step to step so that the KL nears this value (nats a token); left
+            out, it is constant.
+        kl_gain: how fast kl_coeff adapts.
         num_layers: train the feed-forward networks of this many last blocks; 1 is by far the fastest.
         weight_decay: of AdamW.
         max_grad_norm: bound of each sample's gradient norm.
         max_context_tokens: longer contexts are cut off here, and counted in the report.
         strict: refuse a context that would be cut off instead.
+        chat_template: use the tokenizer's chat template; off, prompts are plain text.
+        system_prompt: text of a system turn; none by default, as in the paper.
         max_new_tokens: most tokens of an answer.
-        alpha: strength of contrastive decoding (fastmem+cd); 0 is greedy decoding.
+        alpha: strength of contrastive decoding (cad, fastmem+cd, fastmem+cad); 0 is no contrast.
+        temperature: 0 takes the best token; above 0, tokens are drawn from the softmax of scores divided by
+            it, under every method.
+        top_p: draw from the fewest tokens whose probabilities reach this sum.
+        top_k: draw from this many most likely tokens; 0 for all.
+        repetition_penalty: weakens tokens that were said already; left out, 1.2 for dola and none for the
+            others.
+        seed: of the draws; an answer depends on it and its sample, not on the batch.
+        stop: texts that end an answer, which is cut before them.
+        dola_layers: premature layers: auto, low or high half, or a list of numbers or fractions of the depth.
+        relative_top: dola keeps tokens of at least this share of the highest probability.
+        published_quirks: faults of the published code to bring back, for comparison with its results:
+            norm-every-layer, round-weights, dola-unlimited, context-round-trip, parse-special-tokens.
         memories: folder of memories saved by `fastmem fit`, for `fastmem predict`. Left out, those in
             the run folder are used, and without any it answers zero-shot.
+        bertscore_model: encoder of the score bert_precision of summaries (a Hub id or a folder; the paper's
+            is roberta-large); left out, it is not computed.
+        factkb_model: sequence classifier of the score factkb of summaries (the paper's is
+            bunsenfeng/FactKB); left out, it is not computed.
         auto_batch: when a batch does not fit in memory, halve it and try again.
         trust_remote_code: run model code that comes with a checkpoint. Off unless you trust its source.
     """
@@ -57,27 +91,61 @@ class FastMemModule(LightningModule):
         steps: int = 10,
         learning_rate: float = 1e-5,
         kl_coeff: float = 0.1,
+        kl_target: float | None = None,
+        kl_gain: float = 0.1,
         num_layers: int = 1,
         weight_decay: float = 0.01,
         max_grad_norm: float = 1.0,
         max_context_tokens: int = 7500,
         strict: bool = False,
+        chat_template: bool = True,
+        system_prompt: str | None = None,
         max_new_tokens: int = 100,
         alpha: float = 0.5,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+        stop: list[str] = [],  # noqa: B006
+        dola_layers: str | list[float] = "auto",
+        relative_top: float = 0.1,
+        published_quirks: list[str] = [],  # noqa: B006
         memories: str | None = None,
+        bertscore_model: str | None = None,
+        factkb_model: str | None = None,
         auto_batch: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.settings = MemorizationSettings(
-            steps, learning_rate, kl_coeff, num_layers, weight_decay, max_grad_norm, max_context_tokens
+        quirks = select_quirks(published_quirks)
+        self.settings = self._pick(
+            MemorizationSettings,
+            norm_every_layer="norm-every-layer" in quirks,
+            round_weights="round-weights" in quirks,
         )
-        self.decoding = DecodingSettings(max_new_tokens, alpha)
+        layers = dola_layers if isinstance(dola_layers, str) else tuple(dola_layers)
+        self.decoding = self._pick(
+            DecodingSettings,
+            stop=stop if isinstance(stop, str) else tuple(stop),
+            dola_layers=layers,
+            dola_unlimited="dola-unlimited" in quirks,
+        )
+        self.chat = self._pick(
+            ChatSettings,
+            round_trip="context-round-trip" in quirks,
+            parse_special_tokens="parse-special-tokens" in quirks,
+        )
         self.methods = select_methods(methods)
         self.memories = Path(memories) if memories else None
         self.mode: Mode = "fit-predict"
         self._backbone: Backbone | None = None
+
+    def _pick(self, kind: type[Settings], **further: Any) -> Settings:
+        """Build one of the settings classes from the arguments of the same names."""
+        given = {f.name: self.hparams[f.name] for f in fields(kind) if f.name in self.hparams}
+        return kind(**{**given, **further})
 
     @property
     def backbone(self) -> Backbone:
@@ -112,9 +180,10 @@ class FastMemModule(LightningModule):
                     f"out of memory while loading {self.hparams.backbone}; use "
                     "--trainer.precision bf16-true, a smaller --model.backbone or another device"
                 ) from error
-        object.__setattr__(self, "_backbone", backbone)
+        object.__setattr__(self, "_backbone", backbone.with_chat(self.chat))
         self.memorizer = Memorizer(self.backbone, self.settings)
         self.meter = PhaseMeter(self.backbone.device)
+        self._prepare_methods()
 
     def use_mode(self, mode: Mode, run_memories: Path) -> None:
         """Choose what a step does; ``run_memories`` is the run folder's ``memories/``."""
@@ -124,11 +193,21 @@ class FastMemModule(LightningModule):
             self.memories = run_memories
         elif mode == "predict":
             given = self.hparams.memories
-            self.memories = _memories_folder(Path(given)) if given else None
+            self.memories = MemoryFolder.find(Path(given)).path if given else None
             if given is None and run_memories.is_dir():
                 self.memories = run_memories
             if self.memories is None:
                 self.methods = [m for m in self.methods if not m.memory] or [METHODS[BASELINE]]
+
+    def _prepare_methods(self) -> None:
+        """Find out what the methods need of every batch; refuse decoders that do not fit the model."""
+        decoders = {m.name: DECODERS[m.decoder](self.decoding, self.backbone) for m in self.methods}
+        self._forms = {"prompt", *(method.prompt for method in self.methods)}
+        if any(decoder.needs_without_context for decoder in decoders.values()):
+            self._forms.add("without_context")
+        self._early_layers = sorted({n for decoder in decoders.values() for n in decoder.early_layers})
+        longest = max(decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders.values())
+        self.encoder = SampleEncoder(self.backbone, self.settings.max_context_tokens, longest, self._forms)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the texts alone."""
@@ -160,118 +239,80 @@ class FastMemModule(LightningModule):
         not fit, and under ``strict`` contexts that would be cut off.
         """
         for sample in samples:
-            room = self._room(sample)
+            self.encoder.room(sample)
             if self.hparams.strict:
-                _, kept, cut = self.backbone.chat.truncate(sample.context, room)
-                if cut:
-                    raise FastMemError(
-                        f"data: the context of sample {sample.id} has {kept + cut} tokens, allowed: {kept}; "
-                        "shorten it, raise --model.max_context_tokens, or drop --model.strict"
-                    )
-        if self.mode == "predict":
-            self._check_memories(samples)
-
-    def _check_memories(self, samples: list[ContextSample]) -> None:
-        """Refuse saved memories of another model, other texts or other settings, or missing ones."""
-        if self.memories is None or not any(method.memory for method in self.methods):
-            return
-        fingerprint, wanted = self.backbone.fingerprint(), self.settings.as_dict()
-        for sample in samples:
-            path = memory_path(self.memories, sample.index)
-            if not path.is_file():
-                raise FastMemError(
-                    f"no memory of sample {sample.id} in {self.memories}; run fastmem fit on this data first"
-                )
-            header = read_header(path, fingerprint)
-            if header.get("context_hash") != text_hash(self._context(sample)[0]):
-                raise FastMemError(
-                    f"memory {path} is of another context than sample {sample.id}'s; "
-                    "run fastmem fit on this data first"
-                )
-            made = json.loads(header["settings"])
-            for name, value in made.items():
-                if wanted.get(name) != value:
-                    raise FastMemError(
-                        f"model.{name}: {wanted.get(name)}, but the memories in {self.memories} were "
-                        f"made with {value}; give --model.{name} {value}, or run fastmem fit again"
-                    )
+                self.encoder.check_whole(sample)
+        if self.mode == "predict" and self.memories and any(method.memory for method in self.methods):
+            folder, wanted = MemoryFolder(self.memories), self.settings.as_dict()
+            for sample in samples:
+                context_hash = self.encoder(sample).context_hash
+                folder.check(sample.index, sample.id, context_hash, self.backbone.fingerprint(), wanted)
 
     def _process(self, samples: list[ContextSample]) -> list[dict[str, Any]]:
-        encoded, prompts = zip(*(self._encode(sample) for sample in samples), strict=True)
+        encoded = [self.encoder(sample) for sample in samples]
         memory, memorize_seconds = self._obtain_memory(samples, encoded)
         if self.mode == "fit":
-            return self._save(samples, memory)
+            return self._save(samples, encoded, memory)
         num_layers = memory.num_layers if memory else self.settings.num_layers
-        with self.meter.measure("decode") as prefill:
-            prefilled = Prefill(self.backbone, prompts, num_layers)
+        prefills: dict[str, Prefill] = {}
+        prefill_seconds: dict[str, float] = {}
+        for form in self._forms & {"without_context", *(method.prompt for method in self.methods)}:
+            with self.meter.measure("decode") as timing:
+                prompts = [sample.prompts[form] for sample in encoded]
+                prefills[form] = Prefill(self.backbone, prompts, num_layers, self._early_layers)
+            prefill_seconds[form] = timing["seconds"]
         records: list[list[dict[str, Any]]] = [[] for _ in samples]
         for method in self.methods:
             used = memory if method.memory else None
             with self.meter.measure("decode") as timing:
-                decoder = DECODERS[method.decoder](self.decoding)
-                answers = prefilled.decode(decoder, used and used.deltas, self.decoding.max_new_tokens)
+                decoding = Decoding(
+                    prefills[method.prompt],
+                    method.decoder,
+                    self.decoding,
+                    used and used.deltas,
+                    prefills.get("without_context"),
+                    [sample.index for sample in samples],
+                )
+                answers = decoding.run()
+            read = [method.prompt]
+            if decoding.decoder.needs_without_context:
+                read.append("without_context")
             seconds = {
                 "memorize": memorize_seconds / len(samples) if used else 0.0,
-                "decode": (prefill["seconds"] + timing["seconds"]) / len(samples),
+                "decode": (sum(prefill_seconds[form] for form in read) + timing["seconds"]) / len(samples),
             }
             for row, sample in enumerate(samples):
-                records[row].append(
-                    self._record(
-                        sample, method, answers[row], encoded[row], len(prompts[row]), seconds, used, row
-                    )
-                )
+                record = self._record(sample, method, answers[row], encoded[row], seconds)
+                record["curve"] = used.curves[row].as_dict() if used else None
+                record["status"] = used.status[row] if used else "ok"
+                records[row].append(record)
         return [record for of_sample in records for record in of_sample]
 
-    def _room(self, sample: ContextSample) -> int:
-        """Most context tokens that fit the settings and the model beside question and answer."""
-        chat, limit = self.backbone.chat, self.backbone.context_length
-        bare = TASKS[sample.task].prompt_text("", sample.question)
-        # Every token is at least a byte, so short texts need no counting.
-        overhead = len((bare + sample.answer_prefix).encode()) + 64
-        if overhead + self.settings.max_context_tokens + self.decoding.max_new_tokens > limit:
-            overhead = len(chat.prompt(bare, sample.answer_prefix))
-        room = limit - overhead - self.decoding.max_new_tokens
-        if room < 1:
-            raise FastMemError(
-                f"data: the question of sample {sample.id} leaves no room for its context in the model's "
-                f"{limit} tokens; shorten it or lower --model.max_new_tokens"
-            )
-        return min(self.settings.max_context_tokens, room)
-
-    def _context(self, sample: ContextSample) -> tuple[str, int]:
-        """The context that fits, and how many tokens were cut off."""
-        text, _, cut = self.backbone.chat.truncate(sample.context, self._room(sample))
-        return text, cut
-
-    def _encode(self, sample: ContextSample) -> tuple[EncodedContext, list[int]]:
-        """Encode memorization sequence and prompt; both hold the same, possibly cut, context."""
-        text, cut = self._context(sample)
-        prompt = TASKS[sample.task].prompt_text(text, sample.question)
-        encoded = replace(self.memorizer.encode(text), truncated=cut)
-        return encoded, self.backbone.chat.prompt(prompt, sample.answer_prefix)
-
     def _obtain_memory(
-        self, samples: list[ContextSample], encoded: tuple[EncodedContext, ...]
+        self, samples: Sequence[ContextSample], encoded: Sequence[EncodedSample]
     ) -> tuple[Memory | None, float]:
         """Memorize or load; ``(None, 0)`` where no method needs a memory."""
         if self.mode != "fit" and not any(method.memory for method in self.methods):
             return None, 0.0
         with self.meter.measure("memorize") as timing:
-            memory = self._load(samples) if self.mode == "predict" else self.memorizer.fit(encoded)
+            if self.mode == "predict":
+                indices = [sample.index for sample in samples]
+                fingerprint, device = self.backbone.fingerprint(), self.backbone.device
+                memory = MemoryFolder(self.memories).load(indices, fingerprint, device)
+            else:
+                memory = self.memorizer.fit([sample.context for sample in encoded])
         return memory, timing["seconds"]
 
-    def _load(self, samples: list[ContextSample]) -> Memory:
-        fingerprint, device = self.backbone.fingerprint(), self.backbone.device
-        paths = [memory_path(self.memories, sample.index) for sample in samples]
-        return Memory.stack([Memory.load(path, fingerprint, device) for path in paths])
-
-    def _save(self, samples: list[ContextSample], memory: Memory) -> list[dict[str, Any]]:
+    def _save(
+        self, samples: Sequence[ContextSample], encoded: Sequence[EncodedSample], memory: Memory
+    ) -> list[dict[str, Any]]:
+        folder = MemoryFolder(self.memories)
         for row, sample in enumerate(samples):
             memory.save(
-                memory_path(self.memories, sample.index),
+                folder.file(sample.index),
                 row,
                 self.backbone.compute_dtype,
-                context_hash=text_hash(self._context(sample)[0]),
+                context_hash=encoded[row].context_hash,
                 id=sample.id,
             )
         return [{"index": s.index, "curve": c.as_dict()} for s, c in zip(samples, memory.curves, strict=True)]
@@ -280,18 +321,15 @@ class FastMemModule(LightningModule):
         self,
         sample: ContextSample,
         method: Method,
-        token_ids: list[int],
-        encoded: EncodedContext,
-        prompt_tokens: int,
+        answer: Generated,
+        encoded: EncodedSample,
         seconds: dict[str, float],
-        memory: Memory | None,
-        row: int,
     ) -> dict[str, Any]:
-        text = self.backbone.chat.decode(token_ids)
-        prediction = sample.answer_prefix + text
+        prediction = sample.answer_prefix + answer.text
         scores = {}
         for name in TASKS[sample.task].scores if sample.references else ():
-            value = SCORES[name].function(prediction, sample.references, sample.originals)
+            function = SCORES[name].function
+            value = function(prediction, sample.references, sample.originals) if function else None
             if value is not None:
                 scores[name] = value
         return {
@@ -301,42 +339,17 @@ class FastMemModule(LightningModule):
             "method": method.name,
             "question": sample.question,
             "prediction": prediction,
-            "token_ids": token_ids,
+            "token_ids": answer.token_ids,
             "references": list(sample.references),
             "originals": list(sample.originals),
             "scores": scores,
-            "output_words": len(text.split()),
-            "curve": memory.curves[row].as_dict() if memory else None,
-            "n_context_tokens": encoded.context_tokens,
-            "n_truncated_tokens": encoded.truncated,
-            "n_prompt_tokens": prompt_tokens,
+            "output_words": len(answer.text.split()),
+            "n_context_tokens": encoded.context.context_tokens,
+            "n_truncated_tokens": encoded.context.truncated,
+            "n_prompt_tokens": len(encoded.prompts[method.prompt]),
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            "status": memory.status[row] if memory else "ok",
+            **answer.details,
         }
-
-
-def memory_path(folder: Path, index: int) -> Path:
-    """File of the memory of the sample at ``index`` of the data."""
-    return folder / f"{index:06d}.safetensors"
-
-
-def saved_memories(folder: Path, samples: list[ContextSample]) -> dict[int, dict[str, str]]:
-    """Headers of the whole memory files in ``folder`` by sample index; damaged ones are left out."""
-    headers = {}
-    for sample in samples:
-        path = memory_path(folder, sample.index)
-        if path.is_file():
-            with suppress(FastMemError):
-                headers[sample.index] = read_header(path)
-    return headers
-
-
-def _memories_folder(path: Path) -> Path:
-    """Accept the folder of memories or the run folder around it."""
-    folder = path / "memories" if (path / "memories").is_dir() else path
-    if not any(folder.glob("*.safetensors")):
-        raise FastMemError(f"model.memories: no memories in {path}; make them with fastmem fit")
-    return folder
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

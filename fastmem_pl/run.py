@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fastmem_pl.decoding import DecodingSettings
 from fastmem_pl.errors import FastMemError
 
 try:
@@ -22,14 +24,8 @@ except ImportError:  # Windows: two processes in one folder go unnoticed there
 SCHEMA_VERSION = 1
 _OWN_FILES = ("predictions.jsonl", "metrics.json", "config.yaml")
 # Compared only where both runs state them: `fit` answers nothing, and the fingerprint is known late.
-_OPTIONAL = {
-    "model.methods",
-    "model.alpha",
-    "model.max_new_tokens",
-    "model.memories",
-    "model.fingerprint",
-    "data.answer_prefix",
-}
+_OPTIONAL_FIELDS = ("methods", "memories", "fingerprint", *(f.name for f in fields(DecodingSettings)))
+_OPTIONAL = {"data.answer_prefix", *(f"model.{name}" for name in _OPTIONAL_FIELDS)}
 
 
 class RunFolder:
@@ -133,7 +129,7 @@ class RunFolder:
         Raises:
             FastMemError: when the disk is full or gone; what was there before stays.
         """
-        text = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+        text = "".join(_line(record) for record in records)
         try:
             with open(self.predictions_path, "ab") as file:
                 file.write(text.encode())
@@ -157,6 +153,10 @@ class RunFolder:
         ordered = sorted(lines, key=place)
         if ordered != lines:
             write_atomic(self.predictions_path, b"".join(ordered))
+
+    def replace(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write all records anew, at once."""
+        write_atomic(self.predictions_path, "".join(_line(record) for record in records))
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json`` at once."""
@@ -208,6 +208,10 @@ class RunFolder:
             raise FastMemError(
                 f"run_dir: another process is writing to {self.path}; wait for it or give another --run_dir"
             ) from None
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +15,26 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 
 from fastmem_pl.callbacks import MetricAggregation, PredictionWriter, SampleProgress
-from fastmem_pl.data import FastMemDataModule
+from fastmem_pl.data import TASKS, FastMemDataModule
+from fastmem_pl.decoding import DecodingSettings
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.module import FastMemModule, Mode, saved_memories
+from fastmem_pl.memory import MemoryFolder
+from fastmem_pl.module import FastMemModule, Mode
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
+from fastmem_pl.scoring import add_model_scores
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
-# Settings that do not change an answer.
-_ANSWER_ONLY = {"model": {"methods", "alpha", "max_new_tokens", "memories"}, "data": {"answer_prefix"}}
-_FREE = {"model": {"auto_batch", "strict", "_instantiator"}, "data": {"batch_size", "path", "_instantiator"}}
+# Settings that memories do not depend on, and those that not even answers depend on.
+_ANSWER_ONLY = {
+    "model": {"methods", "memories", *(f.name for f in fields(DecodingSettings))},
+    "data": {"answer_prefix"},
+}
+_FREE = {
+    "model": {"auto_batch", "strict", "bertscore_model", "factkb_model", "_instantiator"},
+    "data": {"batch_size", "path", "_instantiator"},
+}
 
 
 @dataclass
@@ -107,7 +116,7 @@ class FastMemTrainer(Trainer):
             model: the methods and their settings.
             datamodule: the samples.
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
-                runs/ and the name of the config.
+                runs/ and the names of the configs.
         """
         return self._run_samples("fit-predict", model, datamodule, run_dir)
 
@@ -120,7 +129,7 @@ class FastMemTrainer(Trainer):
             model: the settings of memorizing.
             datamodule: the samples.
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
-                runs/ and the name of the config.
+                runs/ and the names of the configs.
         """
         return self._run_samples("fit", model, datamodule, run_dir)
 
@@ -133,7 +142,7 @@ class FastMemTrainer(Trainer):
             model: the methods and their settings.
             datamodule: the samples.
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
-                runs/ and the name of the config.
+                runs/ and the names of the configs.
         """
         return self._run_samples("predict", model, datamodule, run_dir)
 
@@ -168,10 +177,11 @@ class FastMemTrainer(Trainer):
 
     def _memorize_all(self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> RunResult:
         run.memories_path.mkdir(exist_ok=True)
-        whole = saved_memories(run.memories_path, datamodule.samples)
-        datamodule.skip(whole.keys())
+        indices = [sample.index for sample in datamodule.samples]
+        folder = MemoryFolder(run.memories_path)
+        datamodule.skip(folder.headers(indices).keys())
         self._loop(model, datamodule, [])
-        headers = saved_memories(run.memories_path, datamodule.samples)
+        headers = folder.headers(indices)
         failed = sum(header["status"] != "ok" for header in headers.values())
         new = len(datamodule.remaining)
         return RunResult(run.path, "fit", len(datamodule.samples), num_failed=failed, num_new=new)
@@ -180,6 +190,7 @@ class FastMemTrainer(Trainer):
         self, run: RunFolder, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, start: float
     ) -> RunResult:
         aggregation = MetricAggregation()
+        earlier_sources = run.metrics().get("metric_models", {}) if run.metrics_path.is_file() else {}
         wanted = {sample.index for sample in datamodule.samples}
         earlier = [record for record in run.records() if record["index"] in wanted]
         aggregation.feed(earlier)
@@ -193,14 +204,37 @@ class FastMemTrainer(Trainer):
             run.metrics_path.unlink(missing_ok=True)
             self._loop(model, datamodule, [aggregation, PredictionWriter(run)])
         run.sort()
-        if remaining or not run.metrics_path.is_file():
+        model_scores = self._score_with_models(run, model, datamodule, earlier_sources)
+        if remaining or not run.metrics_path.is_file() or model_scores != earlier_sources:
+            if model_scores:
+                aggregation = MetricAggregation()
+                aggregation.feed([r for r in run.records() if r["index"] in wanted])
             metrics = self._metrics(aggregation, model, run)
+            metrics["metric_models"] = model_scores
             metrics["num_samples"] = len(datamodule.samples)
             metrics["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
             run.write_metrics(metrics)
         else:
             metrics = run.metrics()
         return RunResult(run.path, mode, len(datamodule.samples), metrics, num_new=remaining)
+
+    def _score_with_models(
+        self,
+        run: RunFolder,
+        model: FastMemModule,
+        datamodule: FastMemDataModule,
+        known: dict[str, str],
+    ) -> dict[str, str]:
+        """Add the scores that need a model of their own; returns whose they are."""
+        given = {"bert_precision": model.hparams.bertscore_model, "factkb": model.hparams.factkb_model}
+        wanted = {name: source for name, source in given.items() if source}
+        if not any(name in TASKS[sample.task].scores for name in wanted for sample in datamodule.samples):
+            return known
+        records = run.records()
+        sources = add_model_scores(records, datamodule.samples, wanted, known, model.backbone.device)
+        if sources:
+            run.replace(records)
+        return sources
 
     def _loop(self, model: FastMemModule, datamodule: FastMemDataModule, callbacks: list[Callback]) -> None:
         """Run Lightning's predict loop over the remaining samples."""

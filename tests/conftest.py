@@ -75,6 +75,14 @@ def make_model(family: str = "llama", seed: int = 0, **overrides):
     return model.eval()
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say how many records of reference runs were compared."""
+    passed = terminalreporter.getreports("passed")
+    counts = [value for r in passed for name, value in r.user_properties if name == "golden records"]
+    if counts:
+        terminalreporter.write_line(f"golden traces: {sum(counts)} records of {len(counts)} runs agree")
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()

@@ -8,28 +8,88 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from fastmem_pl import FastMemDataModule, FastMemModule
+from fastmem_pl import DecodingSettings, FastMemDataModule, FastMemModule, MemorizationSettings
+from fastmem_pl.backbone import ChatSettings
 from fastmem_pl.cli import packaged_configs
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(ROOT.rglob("*.yaml"))
+MODELS = sorted(path.stem for path in (ROOT / "model").iterdir())
+TASK_NAMES = sorted(path.stem for path in (ROOT / "task").iterdir() if "+" not in path.stem)
+METHOD_NAMES = sorted(path.stem for path in (ROOT / "method").iterdir())
+
+
+def instantiate(*configs):
+    """Module and data module of configs, later ones on top of earlier ones, as the command makes them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(FastMemModule, "model")
+    parser.add_class_arguments(FastMemDataModule, "data")
+    found = parser.get_defaults()
+    for name in configs:
+        config = yaml.safe_load(packaged_configs()[name].read_text())
+        config.pop("trainer", None)
+        found = parser.parse_object(config, cfg_base=found)
+    made = parser.instantiate_classes(found)
+    return made.model, made.data
 
 
 def test_all_configs_are_packaged_by_name():
     assert {path.stem for path in CONFIGS} == set(packaged_configs())
+    assert len(CONFIGS) == len(packaged_configs())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config(path):
     config = yaml.safe_load(path.read_text())
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(FastMemModule, "model")
-    parser.add_class_arguments(FastMemDataModule, "data")
-    made = parser.instantiate_classes(parser.parse_object(config))
-    assert [m.name for m in made.model.methods] == config["model"]["methods"]
-    assert made.data.task == config["data"]["task"]
+    model, data = instantiate(path.stem)
+    for name, value in config.get("model", {}).items():
+        assert model.hparams[name] == value
+    for name, value in config.get("data", {}).items():
+        assert data.hparams[name] == value
     header = path.read_text().splitlines()[:3]
     assert header[1].startswith("# needs: ")
-    assert header[2].startswith(f"# run:   fastmem fit-predict --config {path.stem}")
+    assert header[2].startswith("# run:   fastmem fit-predict --config ")
+    named = header[2].split()[5].split(",")
+    assert path.stem in named
+    assert set(named) <= set(packaged_configs())
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_every_row_of_the_paper_fits_a_model(tiny, model_name, task):
+    for method in METHOD_NAMES:
+        model, data = instantiate("base", model_name, task, method)
+        model.load_backbone("32-true", tiny.device, tiny)
+        if method != "all-methods":
+            assert [m.name for m in model.methods] == [method]
+        assert data.task == task
+        assert (model.hparams.backbone == "demo") == (model_name == "smollm2")
+
+
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        (("nqswap",), (1e-5, 0.1, 10, 100)),
+        (("hotpotqa", "fastmem+cd"), (1e-5, 0.1, 10, 100)),
+        (("cnndm",), (3e-6, 1.0, 10, 400)),
+        (("cnndm", "cnndm+cd", "fastmem+cd"), (3e-6, 0.01, 10, 400)),
+        (("xsum",), (1e-5, 1.0, 10, 400)),
+        (("xsum", "xsum+cd", "fastmem+cd"), (1e-5, 0.3, 10, 400)),
+        (("wikihow", "fastmem+cd"), (1e-5, 0.03, 20, 400)),
+    ],
+)
+def test_hyperparameters_are_the_published_ones(configs, expected):
+    """Those that the published scripts state for Llama-3-8B-Instruct."""
+    model, _ = instantiate("base", "llama3-8b", *configs)
+    found = model.settings
+    assert (found.learning_rate, found.kl_coeff, found.steps, model.decoding.max_new_tokens) == expected
+
+
+def test_settings_have_one_default():
+    model = FastMemModule()
+    assert model.settings == MemorizationSettings()
+    assert model.decoding == DecodingSettings()
+    assert model.chat == ChatSettings()
 
 
 def test_help_names_every_config_and_does_not_wait_for_torch():

@@ -11,7 +11,7 @@ from conftest import assert_untouched, snapshot
 from fastmem_pl import FastMemDataModule, Memorizer
 from fastmem_pl.cli import main
 from fastmem_pl.data import TASKS
-from fastmem_pl.decoding import Contrastive, Greedy, Prefill
+from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
 
 pytestmark = pytest.mark.demo
 
@@ -28,6 +28,11 @@ def prompts(demo, samples):
     return [
         demo.chat.prompt(TASKS[s.task].prompt_text(s.context, s.question), s.answer_prefix) for s in samples
     ]
+
+
+def decode(prefill, decoder, deltas, tokens):
+    decoding = Decoding(prefill, decoder, DecodingSettings(max_new_tokens=tokens), deltas)
+    return [generated.token_ids for generated in decoding.run()]
 
 
 def test_command(tmp_path, capsys):
@@ -67,7 +72,7 @@ def test_readme_example(capsys):
 
 
 def test_zero_shot_is_generate(demo, prompts):
-    found = Prefill(demo, prompts).decode(Greedy(), None, 20)
+    found = decode(Prefill(demo, prompts), "greedy", None, 20)
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
         expected = demo.model.generate(
@@ -81,7 +86,7 @@ def test_batch_of_eight_is_eight_single_runs(demo, samples, prompts):
     memorizer = Memorizer(demo, steps=10, learning_rate=3e-4)
     batch = memorizer([s.context for s in samples])
     prefill = Prefill(demo, prompts)
-    together = {d: prefill.decode(d, batch.deltas, 16) for d in (Greedy(), Contrastive(0.5))}
+    together = {d: decode(prefill, d, batch.deltas, 16) for d in ("greedy", "cd")}
     for row, sample in enumerate(samples):
         single = memorizer([sample.context])
         for name in ("cross_entropy", "grad_norm"):
@@ -90,5 +95,5 @@ def test_batch_of_eight_is_eight_single_runs(demo, samples, prompts):
             )
         alone = Prefill(demo, [prompts[row]])
         for decoder, answers in together.items():
-            assert alone.decode(decoder, single.deltas, 16) == [answers[row]]
+            assert decode(alone, decoder, single.deltas, 16) == [answers[row]]
     assert_untouched(demo, before)

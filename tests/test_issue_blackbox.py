@@ -351,10 +351,10 @@ def test_overrides_take_effect(run, base: Path, option: str, value: str, check) 
 
 
 @pytest.mark.parametrize("task", ["nqswap", "nq", "memotrap", "hotpotqa", "qa"])
-@pytest.mark.parametrize("spelling", ["{}", "configs/{}.yaml"])
+@pytest.mark.parametrize("spelling", ["smollm2,{}", "configs/model/smollm2.yaml,configs/task/{}.yaml"])
 def test_packaged_configs(capsys: pytest.CaptureFixture, monkeypatch, task: str, spelling: str) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
-    name = spelling.format(f"{task}_smollm2")
+    name = spelling.format(task)
     assert main(["fit-predict", "--config", name, "--data.path", "some.json", "--print_config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     assert settings["data"]["task"] == task
@@ -673,7 +673,7 @@ def test_a_killed_run_goes_on(run, small: list[str], tmp_path: Path) -> None:
         ("--model.backbone nope.gguf", ("model.backbone", "nope.gguf")),
         ("--model.backbone ./nope", ("model.backbone", "nope")),
         ("--model.max_context_tokens 8 --model.strict true", ("max_context_tokens", "25", "8")),
-        ("--config dmeo", ("--config", "dmeo", "qa_smollm2", "did you mean 'demo'")),
+        ("--config dmeo", ("--config", "dmeo", "smollm2", "did you mean 'demo'")),
         ("--data.task qa --data.fields {contxt:input}", ("data.fields", "contxt", "context")),
         ("--data.fields {context:input}", ("data.fields", "qa")),
     ],

@@ -7,6 +7,7 @@ import torch
 from conftest import assert_untouched, snapshot
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer, Memorizer
+from fastmem_pl.encoding import SampleEncoder
 from fastmem_pl.errors import OutOfMemoryError
 from fastmem_pl.report import print_run
 
@@ -60,9 +61,9 @@ def test_batch_size_does_not_change_answers(run):
 
 def test_results_stand_in_the_order_of_the_data(run, monkeypatch):
     sizes = []
-    encode = FastMemModule._encode
+    encode = SampleEncoder.__call__
     monkeypatch.setattr(
-        FastMemModule, "_encode", lambda self, s: sizes.append(len(s.context)) or encode(self, s)
+        SampleEncoder, "__call__", lambda self, s: sizes.append(len(s.context)) or encode(self, s)
     )
     records = run()
     assert sizes == sorted(sizes, reverse=True)

@@ -1,7 +1,7 @@
 """The frozen language model: loading, the trunk/tail split, model families, chat pieces."""
 
-from fastmem_pl.backbone.backbone import Backbone, Split, normalize_precision
-from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, EncodedContext, derive_pieces
+from fastmem_pl.backbone.backbone import Backbone, normalize_precision
+from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, ChatSettings, EncodedContext, derive_pieces
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
 from fastmem_pl.backbone.loading import load_model
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk, fork
@@ -12,9 +12,9 @@ __all__ = [
     "BaseActivations",
     "ChatEncoder",
     "ChatPieces",
+    "ChatSettings",
     "Delta",
     "EncodedContext",
-    "Split",
     "Tail",
     "TailInputs",
     "Trunk",

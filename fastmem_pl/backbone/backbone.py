@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from fastmem_pl.backbone.chat import ChatEncoder
+from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
 from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.backbone.loading import load_model
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
@@ -21,18 +21,11 @@ from fastmem_pl.errors import FastMemError, unknown
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 _WEIGHT_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
-# Relative error of tail(trunk(ids)) against the model's own logits that rounding explains.
+# What the fingerprint hashes of the config, and how it samples the weights.
 _CONSTANTS = ("rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window", "num_attention_heads")
 _SAMPLED, _STRIDE = 256, 1_000_003
+# Relative error of tail(trunk(ids)) against the model's own logits that rounding explains.
 _SPLIT_TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 0.03, "bf16-true": 0.03}
-
-
-@dataclass(frozen=True)
-class Split:
-    """Trunk and tail of one backbone for a number of trained layers."""
-
-    trunk: Trunk
-    tail: Tail
 
 
 class Backbone:
@@ -60,7 +53,8 @@ class Backbone:
         self.name = name
         self.anatomy = find_anatomy(model)
         self.chat = ChatEncoder(tokenizer)
-        self._splits: dict[int, Split] = {}
+        self._tails: dict[int, Tail] = {}
+        self._trunks: dict[tuple[int, ...], Trunk] = {}
         self._fingerprint: str | None = None
         self._check_split()
 
@@ -83,6 +77,12 @@ class Backbone:
             model, tokenizer = load_model(source, _WEIGHT_DTYPE[precision], trust_remote_code)
             model = model.to(device)
         return cls(model, tokenizer, precision, name=source)
+
+    def with_chat(self, settings: ChatSettings) -> Backbone:
+        """This backbone, sharing all of its parts, with texts encoded in another way."""
+        twin = copy.copy(self)
+        twin.chat = ChatEncoder(self.tokenizer, settings)
+        return twin
 
     @property
     def device(self) -> torch.device:
@@ -116,22 +116,25 @@ class Backbone:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.stop_ids or [0])[0]
 
-    def split(self, num_layers: int = 1) -> Split:
-        """Trunk and tail with the FFNs of the last ``num_layers`` blocks trainable.
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks."""
+        return len(self.anatomy.blocks)
+
+    def tail(self, num_layers: int = 1) -> Tail:
+        """The part of the model that memories act on, with the last ``num_layers`` FFNs trainable.
 
         Raises:
-            FastMemError: when the model has fewer blocks.
+            FastMemError: when the model has fewer blocks, or they differ.
         """
-        total = len(self.anatomy.blocks)
-        if not 1 <= num_layers <= total:
-            raise FastMemError(f"model.num_layers: {num_layers} is out of range; allowed: 1 to {total}")
-        if num_layers not in self._splits:
-            self._check_layers(total - num_layers)
-            trunk = Trunk(self.anatomy, num_layers)
-            self._splits[num_layers] = Split(
-                trunk, Tail(self.anatomy, num_layers, self.compute_dtype, self.device)
-            )
-        return self._splits[num_layers]
+        if num_layers not in self._tails:
+            if not 1 <= num_layers <= self.num_blocks:
+                raise FastMemError(
+                    f"model.num_layers: {num_layers} is out of range; allowed: 1 to {self.num_blocks}"
+                )
+            self._check_layers(self.num_blocks - num_layers)
+            self._tails[num_layers] = Tail(self.anatomy, num_layers, self.compute_dtype, self.device)
+        return self._tails[num_layers]
 
     def run_trunk(
         self,
@@ -140,10 +143,24 @@ class Backbone:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
+        early: Sequence[int] = (),
     ) -> TailInputs:
-        """Run the trunk without gradients in the backbone's precision; arguments as :class:`Trunk`."""
+        """Run the trunk below the last ``num_layers`` FFNs, without gradients.
+
+        Args:
+            num_layers: trained layers.
+            input_ids: ``(B, T)``; the other tensors as :meth:`Trunk.__call__` takes them.
+            attention_mask: ``(B, past + T)``.
+            position_ids: ``(B, T)``.
+            cache: grows by ``T``.
+            early: numbers of hidden states to hand over, none above the first trained block's input.
+        """
+        self.tail(num_layers)
+        key = (num_layers, *early)
+        if key not in self._trunks:
+            self._trunks[key] = Trunk(self.anatomy, num_layers, early)
         with self.numerics(), self._autocast():
-            return self.split(num_layers).trunk(input_ids, attention_mask, position_ids, cache)
+            return self._trunks[key](input_ids, attention_mask, position_ids, cache)
 
     def new_cache(self) -> Cache:
         """An empty KV cache of the model's own layer types."""
@@ -220,7 +237,7 @@ class Backbone:
             expected = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
         inputs = self.run_trunk(1, ids)
         with self.numerics():
-            tail = self.split(1).tail
+            tail = self.tail()
             found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
         error = ((found - expected).norm() / expected.norm()).item()
         if not error <= _SPLIT_TOLERANCE[self.precision]:

@@ -10,11 +10,32 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from fastmem_pl.errors import FastMemError
 
-_QUESTION, _ANSWER, _NEXT = "sentinelquestion", "sentinelanswer", "sentinelnext"
+_QUESTION, _ANSWER, _NEXT, _SYSTEM = "sentinelquestion", "sentinelanswer", "sentinelnext", "sentinelsystem"
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How texts become token sequences.
+
+    Args:
+        chat_template: use the tokenizer's chat template; off, prompts are plain text.
+        system_prompt: text of a system turn before the question; none by default, as in the paper.
+        round_trip: encode a context with special tokens, cut it, and decode it again before use, as the
+            published code does: a bos that the tokenizer adds stays in the text, and spaces go where the
+            tokenizer cleans them up.
+        parse_special_tokens: let text from data that looks like a control token become one, as the
+            published code does.
+    """
+
+    chat_template: bool = True
+    system_prompt: str | None = None
+    round_trip: bool = False
+    parse_special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,11 @@ class ChatPieces:
     end_of_turn: str
 
 
+def plain_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
+    """Pieces of plain text: a newline between question and answer, eos after it."""
+    return ChatPieces("", "\n", "", tokenizer.eos_token or "")
+
+
 def derive_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
     """Cut the chat pieces out of the tokenizer's template; plain text where it has none.
 
@@ -41,7 +67,7 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
         FastMemError: when the template drops or reorders the turns.
     """
     if not tokenizer.chat_template:
-        return ChatPieces("", "\n", "", tokenizer.eos_token or "")
+        return plain_pieces(tokenizer)
     user = {"role": "user", "content": _QUESTION}
     turns = [user, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
     render = tokenizer.apply_chat_template
@@ -57,16 +83,39 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
         ) from None
     opened = render([user], tokenize=False, add_generation_prompt=True)
     closed = render([user], tokenize=False)
-    header = opened[len(closed) :] if opened.startswith(closed) else ""
-    # The template's own generation prompt, unless it has none although its turns have a header.
+    end_of_turn = _first_special(tokenizer, between) or between.strip() or (tokenizer.eos_token or "")
     generation = opened.split(_QUESTION)[-1]
+    if opened.startswith(closed):
+        header = opened[len(closed) :]
+    else:
+        # Phi-3 ends a chat that does not go on with eos: cut after the user's own end of turn instead.
+        header = generation.partition(end_of_turn)[2].lstrip()
+    # The template's own generation prompt, unless it has none although its turns have a header.
     if header or user_end.strip() == generation.strip():
         user_end = generation
-    end_of_turn = _first_special(tokenizer, between) or between.strip() or (tokenizer.eos_token or "")
     # What stands before both user turns: an injected system turn or bos stands before the first only.
     next_header = between.split(end_of_turn, 1)[-1].lstrip()
     user_header = _common_suffix(before, next_header)
     return ChatPieces(user_header, user_end, header, end_of_turn)
+
+
+def derive_system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """Cut out what stands before and after the system prompt, up to the user's text.
+
+    Returns:
+        ``None`` where the template has no place for a system prompt.
+    """
+    turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _QUESTION}]
+    try:
+        # Bos is the encoder's to add.
+        chat = tokenizer.apply_chat_template(turns, tokenize=False, bos_token="")
+    except jinja2.TemplateError:
+        return None
+    before = chat.split(_QUESTION)[0]
+    if before.count(_SYSTEM) != 1:
+        return None
+    opening, closing = before.split(_SYSTEM)
+    return opening, closing
 
 
 def _common_suffix(one: str, other: str) -> str:
@@ -105,13 +154,15 @@ class EncodedContext:
 class ChatEncoder:
     """Builds memorization and prompt token ids for one tokenizer.
 
-    Text that comes from data is never parsed as special tokens: a context that contains
-    ``<|im_end|>`` literally is encoded as those characters.
+    Text that comes from data is never parsed as special tokens, unless the settings ask for it: a
+    context that contains ``<|im_end|>`` literally is encoded as those characters.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings | None = None) -> None:
         self.tokenizer = tokenizer
-        self.pieces = derive_pieces(tokenizer)
+        self.settings = settings or ChatSettings()
+        templated = self.settings.chat_template and tokenizer.chat_template
+        self.pieces = derive_pieces(tokenizer) if templated else plain_pieces(tokenizer)
         self._special = _special_pattern(tokenizer)
         self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         self._ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
@@ -121,6 +172,15 @@ class ChatEncoder:
             # A template that puts bos before each user turn must not bring a second one.
             header = self.pieces.user_header.removeprefix(tokenizer.decode(self._bos))
             self.pieces = replace(self.pieces, user_header=header)
+        self._opening = [(self.pieces.user_header, True)]
+        if self.settings.system_prompt:
+            system = self.settings.system_prompt
+            around = derive_system_turn(tokenizer) if templated else None
+            if around is None:
+                self._opening += [(f"{system}\n\n", False)]
+            else:
+                opening = around[0].removeprefix(tokenizer.decode(self._bos))
+                self._opening = [(opening, True), (system, False), (around[1], True)]
 
     def context(self, context: str, limit: int) -> EncodedContext:
         """Encode ``[bos] assistant_header + context + end_of_turn`` (paper, section 3.1).
@@ -129,29 +189,35 @@ class ChatEncoder:
             context: the text to memorize.
             limit: most context tokens to keep; the rest is cut off at the end.
         """
-        text, kept, cut = self.truncate(context, limit)
+        return self.whole_context(*self.truncate(context, limit))
+
+    def whole_context(self, text: str, kept: int, cut: int) -> EncodedContext:
+        """Encode what :meth:`truncate` returned."""
         pieces = self.pieces
         header_length = len(self._bos) + len(self._encode([(pieces.assistant_header, True)]))
         ids = self._encode([(pieces.assistant_header, True), (text, False), (pieces.end_of_turn, True)])
         return EncodedContext(self._bos + ids, header_length, kept, cut)
 
     def prompt(self, user_text: str, answer_prefix: str = "") -> list[int]:
-        """Encode a user turn and the opened assistant turn that starts with ``answer_prefix``."""
-        pieces = self.pieces
-        return self._bos + self._encode(
-            [
-                (pieces.user_header, True),
-                (user_text, False),
-                (pieces.user_end, True),
-                (answer_prefix, False),
-            ]
-        )
+        """Encode a user turn, after a system turn if there is one, and the opened assistant turn.
+
+        Args:
+            user_text: the user's words.
+            answer_prefix: opens the assistant's turn.
+        """
+        end = (self.pieces.user_end, True)
+        return self._bos + self._encode([*self._opening, (user_text, False), end, (answer_prefix, False)])
 
     def truncate(self, text: str, limit: int) -> tuple[str, int, int]:
         """Cut ``text`` after ``limit`` tokens and return ``(text, kept tokens, tokens cut off)``.
 
-        The text is cut by character offset, so what is kept stays as it was written.
+        The text is cut by character offset, so what is kept stays as it was written, unless the settings
+        ask for the published round trip.
         """
+        if self.settings.round_trip:
+            ids = self.tokenizer(text, verbose=False).input_ids
+            kept = ids[:limit]
+            return self.tokenizer.decode(kept), len(kept), len(ids) - len(kept)
         encoded = self._plain(text, return_offsets_mapping=True)
         count = len(encoded.input_ids)
         if count <= limit:
@@ -166,7 +232,7 @@ class ChatEncoder:
     def _encode(self, segments: list[tuple[str, bool]]) -> list[int]:
         """Encode the joined segments; only those marked trusted may hold control tokens."""
         untrusted = "".join(text for text, trusted in segments if not trusted)
-        if self._special is None or not self._special.search(untrusted):
+        if self.settings.parse_special_tokens or self._special is None or not self._special.search(untrusted):
             return self.tokenizer("".join(t for t, _ in segments), add_special_tokens=False).input_ids
         ids: list[int] = []
         plain = ""

@@ -9,9 +9,9 @@ trained, and so is the KV cache of the trunk. The tail is the rest: the trained 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,30 +45,41 @@ class TailInputs:
         ffn_input: input of the first trained FFN, ``(B, T, D)``.
         calls: arguments, hidden states aside, with which the model called each block above that FFN
             (attention mask, position embeddings, cache); empty for ``num_layers == 1``.
+        early: hidden states at the last position by number, ``(B, 1, D)``, where the trunk was asked for
+            them: number ``l`` is the input of block ``l``, as in a model's ``hidden_states``.
     """
 
     residual: Tensor
     ffn_input: Tensor
     calls: tuple[BlockCall, ...] = ()
+    early: Mapping[int, Tensor] = field(default_factory=dict)
 
     def last(self) -> TailInputs:
-        """Keep the last position only; blocks above the FFN attend to all, so it needs none of them."""
+        """Keep the last position only; blocks above the FFN attend to all, so with them all stay."""
         if self.calls:
             return self
-        return TailInputs(self.residual[:, -1:], self.ffn_input[:, -1:])
+        return TailInputs(self.residual[:, -1:], self.ffn_input[:, -1:], early=self.early)
 
 
 class Trunk:
     """The model's own body, with the first trained FFN tapped and all above it passed through.
 
     It is a shallow copy that shares every parameter with the model; the model itself is not altered.
+
+    Args:
+        anatomy: the model's parts.
+        num_layers: trained layers.
+        early: numbers of hidden states to hand over, none above the first trained block's input.
     """
 
-    def __init__(self, anatomy: Anatomy, num_layers: int) -> None:
+    def __init__(self, anatomy: Anatomy, num_layers: int, early: Sequence[int] = ()) -> None:
         self._tap = _Tap()
         blocks = list(anatomy.blocks)
         first = len(blocks) - num_layers
         blocks[first] = shallow_copy(blocks[first], mlp=self._tap)
+        self._probes = {number: _Probe(blocks[number]) for number in early}
+        for number, probe in self._probes.items():
+            blocks[number] = probe
         self._recorders = [_Recorder(block) for block in blocks[first + 1 :]]
         blocks[first + 1 :] = self._recorders
         self.body = shallow_copy(
@@ -96,7 +107,8 @@ class Trunk:
             use_cache=cache is not None,
         ).last_hidden_state
         calls = tuple(recorder.take() for recorder in self._recorders)
-        return TailInputs(residual, self._tap.take(), calls)
+        early = {number: probe.take() for number, probe in self._probes.items()}
+        return TailInputs(residual, self._tap.take(), calls, early)
 
 
 class Tail:
@@ -108,7 +120,7 @@ class Tail:
         self.ffns = [FFN(anatomy.projections(i), anatomy.activation(i), dtype) for i in self.layers]
         post_norm = anatomy.post_norm(self.layers[0])
         self._post_norm = None if post_norm is None else float_copy(post_norm, device)
-        self._final_norm = float_copy(anatomy.final_norm, device)
+        self.final_norm = float_copy(anatomy.final_norm, device)
         self._upper_ffns = [_MemorizedFFN(ffn) for ffn in self.ffns[1:]]
         self._upper = [
             shallow_copy(anatomy.blocks[i], mlp=module)
@@ -131,24 +143,37 @@ class Tail:
         deltas: Sequence[Delta] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Return the head's input, ``(B, T, D)`` float32.
+        """Return the head's input, ``(B, T, D)`` float32; arguments as :meth:`residuals`."""
+        return self.final_norm(self.residuals(inputs, base, deltas, cache)[-1])
+
+    def residuals(
+        self,
+        inputs: TailInputs,
+        base: BaseActivations,
+        deltas: Sequence[Delta] | None = None,
+        cache: Cache | None = None,
+        norm_every_layer: bool = False,
+    ) -> list[Tensor]:
+        """Return the residual stream above each trained block, lowest first, ``(B, T, D)`` float32.
 
         Args:
             inputs: of the trunk.
             base: :meth:`base` of the same inputs.
             deltas: one per trained layer, lowest first; ``None`` applies the base model.
             cache: KV cache of the blocks above the first trained FFN (``num_layers > 1`` only).
+            norm_every_layer: apply the final norm between the trained blocks as well, as the published
+                code does from the second step on.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
         if self._post_norm is not None:
             output = self._post_norm(output)
-        hidden = inputs.residual.float() + output
-        if self._upper:
-            with self._memorized(deltas):
-                for block, call in zip(self._upper, inputs.calls, strict=True):
-                    call = call.with_cache(cache)
-                    hidden = block(hidden.to(self._block_dtype), *call.args, **call.kwargs)
-        return self._final_norm(hidden.float())
+        states = [inputs.residual.float() + output]
+        with self._memorized(deltas):
+            for block, call in zip(self._upper, inputs.calls, strict=True):
+                call = call.with_cache(cache)
+                hidden = self.final_norm(states[-1]) if norm_every_layer else states[-1]
+                states.append(block(hidden.to(self._block_dtype), *call.args, **call.kwargs).float())
+        return states
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """Product of the head with ``hidden`` ``(..., D)``, without bias and soft-cap, float32."""
@@ -201,8 +226,8 @@ class _Tap(nn.Module):
         return self.__dict__.pop("_input")
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: remembers how the model called it and passes the hidden states on."""
+class _Wrapper(nn.Module):
+    """Stands in for a block; the model reads the block's attributes through it."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -213,6 +238,21 @@ class _Recorder(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._modules["block"], name)
+
+
+class _Probe(_Wrapper):
+    """Runs its block and remembers the block's input at the last position."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._input = hidden_states[:, -1:]
+        return self.block(hidden_states, *args, **kwargs)
+
+    def take(self) -> Tensor:
+        return self.__dict__.pop("_input")
+
+
+class _Recorder(_Wrapper):
+    """Remembers how the model called the block and passes the hidden states on."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._call = BlockCall(args, kwargs)

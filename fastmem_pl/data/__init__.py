@@ -1,6 +1,5 @@
-"""Samples, tasks (prompt and scoring per data set), and the datamodule."""
+"""Samples, tasks (prompts and scores per data set), and the datamodule."""
 
-from fastmem_pl.data.datamodule import FastMemDataModule
 from fastmem_pl.data.reader import read_samples
 from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Fields, Record, Task
@@ -16,3 +15,12 @@ __all__ = [
     "Task",
     "read_samples",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Imported on first use, so that `fastmem tasks` does not wait for torch.
+    if name == "FastMemDataModule":
+        from fastmem_pl.data.datamodule import FastMemDataModule
+
+        return FastMemDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

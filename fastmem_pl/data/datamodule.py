@@ -11,18 +11,19 @@ from torch.utils.data import DataLoader
 
 from fastmem_pl.data.reader import read_samples
 from fastmem_pl.data.samples import ContextSample
+from fastmem_pl.data.tasks import OWN_FIELDS
 from fastmem_pl.errors import FastMemError, unknown
 
 DEMO = "demo"
-_FIELDS = ("context", "question", "answers", "answer", "id")
 
 
 class FastMemDataModule(LightningDataModule):
     """Samples of one data file; results stand in the file's order.
 
     Args:
-        task: nqswap, nq, memotrap, hotpotqa; qa for a file of your own; mixed where every record names
-            its task. It fixes the record format, the prompt and the scores.
+        task: nqswap, nq, memotrap, hotpotqa, xsum, cnndm, wikihow; qa or summary for a file of your own;
+            mixed where every record names its task. It fixes the record format, the prompts and the
+            scores; `fastmem tasks` shows them.
         path: JSON list or JSON Lines file; "demo" is the packaged one (task mixed).
         limit: use the first records only; leave out for all.
         batch_size: samples memorized and answered together. More is faster and takes more memory; the
@@ -30,7 +31,7 @@ class FastMemDataModule(LightningDataModule):
         answer_prefix: text that opens the assistant's turn, such as "The answer is:"; it counts as part
             of the answer when it is scored.
         fields: the file's own field names for task qa, such as {context: passage, question: q,
-            answers: gold}.
+            answers: gold}, or summary ({article: text, summary: gold}).
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class FastMemDataModule(LightningDataModule):
         for name, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise FastMemError(f"data.{name}: {value} is out of range; allowed: at least 1")
-        if fields and task != "qa":
-            raise FastMemError(f"data.fields: only task 'qa' takes field names, not {task!r}")
+        if fields and task not in OWN_FIELDS:
+            raise FastMemError(f"data.fields: only tasks {' and '.join(OWN_FIELDS)} take names, not {task!r}")
         for field in fields or ():
-            if field not in _FIELDS:
-                error = unknown("data.fields", field, _FIELDS)
+            if field not in OWN_FIELDS[task]:
+                error = unknown("data.fields", field, OWN_FIELDS[task])
                 raise FastMemError(f"{error}; write {{context: name of that field in your file}}")
         self.task, self.limit, self.batch_size = task, limit, batch_size
         self.answer_prefix, self.fields = answer_prefix, fields

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmem_pl.data.samples import ContextSample
-from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Record
+from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, Record
 from fastmem_pl.errors import FastMemError, nearest, unknown
 
 _SPACE = " \t\r\n"
@@ -26,7 +26,7 @@ def read_samples(
     Args:
         path: JSON list or JSON Lines.
         task: name of the task, or ``"mixed"`` where every record names its own.
-        fields: for the ``qa`` task, the file's names of ``context``, ``question``, ``answers``, ``id``.
+        fields: for the tasks ``qa`` and ``summary``, the file's own names of their fields.
         answer_prefix: opens the assistant's turn.
         limit: read this many records only.
 
@@ -48,7 +48,10 @@ def read_samples(
             name = record.text("task") if task == MIXED else task
             read = TASKS[name].read(record)
         except (FieldError, FastMemError) as error:
-            hint = "; other names: --data.fields '{context: your_name}'" if _name_missing(error, task) else ""
+            own = OWN_FIELDS.get(task, ("",))[0]
+            hint = (
+                f"; other names: --data.fields '{{{own}: your_name}}'" if _name_missing(error, task) else ""
+            )
             raise FastMemError(f"{path}, line {line}: {error}{hint}") from None
         index = len(samples)
         sample_id = str(record.value("id")) if record.has("id") else str(index)
@@ -73,7 +76,7 @@ def read_samples(
 
 def _name_missing(error: Exception, task: str) -> bool:
     """Whether a user's own file lacks a field that it may have under another name."""
-    return task == "qa" and "is missing" in str(error)
+    return task in OWN_FIELDS and "is missing" in str(error)
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:

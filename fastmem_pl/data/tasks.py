@@ -6,10 +6,14 @@ Prompts and record formats follow the published evaluation (IAAR-Shanghai/FastMe
 from __future__ import annotations
 
 import ast
+import re
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fastmem_pl.errors import nearest
 from fastmem_pl.registry import Registry
@@ -69,63 +73,85 @@ class Fields:
     """What a task reads out of one record.
 
     Raises:
-        FieldError: when context or question hold no letter or digit.
+        FieldError: when the context holds no letter or digit.
     """
 
     context: str
-    question: str
+    question: str = ""
     references: tuple[str, ...] = ()
     originals: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("context", "question"):
-            if not any(character.isalnum() for character in getattr(self, name)):
-                raise FieldError(f"the {name} is empty: {getattr(self, name)!r}")
+        _require_words("context", self.context)
+
+
+def _require_words(name: str, text: str) -> str:
+    if not any(character.isalnum() for character in text):
+        raise FieldError(f"the {name} is empty: {text!r}")
+    return text
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of data with its prompt and scores.
+    """A kind of data with its prompts and scores; the shipped ones stand in ``tasks.yaml``.
 
     Attributes:
         name: as in ``--data.task``.
         description: one line for humans.
-        prompt: user turn with the places ``{context}`` and ``{question}``.
-        read: reads one record.
+        format: name of the record format in :data:`FORMATS`.
+        prompt: user turn with the places ``{context}`` and, where the task has questions, ``{question}``.
+        one_shot: the same with one worked example before it.
+        without_context: the same with nothing of the context.
         scores: names in :data:`fastmem_pl.metrics.SCORES`, computed where references are known.
+        context: form of the text that is memorized and put in the prompt's place ``{context}``.
     """
 
     name: str
     description: str
+    format: str
     prompt: str
-    read: Callable[[Record], Fields]
-    scores: tuple[str, ...] = ("accuracy", "contained", "exact_match", "f1", "format_failure", "original")
+    one_shot: str
+    without_context: str
+    scores: tuple[str, ...]
+    context: str = "{context}"
 
-    def prompt_text(self, context: str, question: str) -> str:
-        """Fill the prompt; braces in the data stay as they are."""
-        before, rest = self.prompt.split("{context}")
-        between, after = rest.split("{question}")
-        return before + context + between + question + after
+    @property
+    def is_summary(self) -> bool:
+        """Whether there is a text to summarize rather than a question."""
+        return "{question}" not in self.prompt
+
+    def read(self, record: Record) -> Fields:
+        """Read one record.
+
+        Raises:
+            FieldError: when it does not fit the task's format.
+        """
+        fields = FORMATS[self.format](record)
+        return replace(fields, context=_fill(self.context, fields.context, fields.question))
+
+    def prompt_text(self, context: str, question: str, form: str = "prompt") -> str:
+        """Fill one of the task's prompts; braces in the data stay as they are."""
+        return _fill(getattr(self, form), context, question)
 
 
-_EXTRACT = (
-    "Please extract from the context the span that best answers the question and provide the answer in "
-    'the following format: "The answer is: ...".\nContext: {context}\nQuestion: {question}'
-)
-_CANDIDATES = (
-    "Please choose the candidate that best fits the instructions and provide the answer in the following "
-    'format: "The answer is: ...".\nInstruction: {context}\nSentence: {question}'
-)
+def _fill(template: str, context: str, question: str) -> str:
+    parts = re.split(r"\{(context|question)\}", template)
+    values = {"context": context, "question": question}
+    return "".join(values[part] if place % 2 else part for place, part in enumerate(parts))
+
+
+def _question(record: Record, field: str) -> str:
+    return _require_words("question", record.text(field)) + "?"
 
 
 def _read_nq(record: Record) -> Fields:
-    return Fields(record.text("context"), record.text("input") + "?", (record.text("answer"),))
+    return Fields(record.text("context"), _question(record, "input"), (record.text("answer"),))
 
 
 def _read_nqswap(record: Record) -> Fields:
     answer, original = record.text("sub_answer"), record.text("answer")
     originals = () if original == answer else (original,)
-    return Fields(record.text("sub_context"), record.text("input") + "?", (answer,), originals)
+    return Fields(record.text("sub_context"), _question(record, "input"), (answer,), originals)
 
 
 def _read_memotrap(record: Record) -> Fields:
@@ -155,7 +181,7 @@ def _read_hotpotqa(record: Record) -> Fields:
         raise FieldError(
             f"field 'context' must hold 'sentences', a list of lists of text, found {found}"
         ) from None
-    question = record.text("question").rstrip(string.punctuation) + "?"
+    question = _require_words("question", record.text("question")).rstrip(string.punctuation) + "?"
     return Fields("\n".join(paragraphs), question, (record.text("answer"),))
 
 
@@ -171,18 +197,39 @@ def _read_qa(record: Record) -> Fields:
         raise FieldError(f"field {field!r} must be text or a list of texts, found {_shown(answers)}")
     # A blank answer would be part of any output.
     known = tuple(answer for answer in answers if answer.strip())
-    return Fields(record.text("context"), record.text("question"), known)
+    return Fields(record.text("context"), _require_words("question", record.text("question")), known)
+
+
+def _read_summary(record: Record) -> Fields:
+    summary = record.text("summary") if record.has("summary") else None
+    return Fields(record.text("article"), references=(summary,) if summary else ())
+
+
+FORMATS: dict[str, Callable[[Record], Fields]] = {
+    "nqswap": _read_nqswap,
+    "nq": _read_nq,
+    "memotrap": _read_memotrap,
+    "hotpotqa": _read_hotpotqa,
+    "qa": _read_qa,
+    "summary": _read_summary,
+}
+
+
+def load_tasks(path: Path) -> list[Task]:
+    """Read tasks from a YAML file of the form of ``tasks.yaml``."""
+    tasks = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [Task(name, **{**task, "scores": tuple(task["scores"])}) for name, task in tasks.items()]
 
 
 TASKS: Registry[Task] = Registry("data.task")
-for _task in (
-    Task("nqswap", "NQ-Swap: the answer in the context was swapped for another", _EXTRACT, _read_nqswap),
-    Task("nq", "Natural Questions with the original contexts (same file as nqswap)", _EXTRACT, _read_nq),
-    Task("memotrap", "MemoTrap: end a proverb otherwise than it ends", _CANDIDATES, _read_memotrap),
-    Task("hotpotqa", "HotpotQA: ten paragraphs, two of them needed", _EXTRACT, _read_hotpotqa),
-    Task("qa", "your own file: context, question, and answer(s) if known", _EXTRACT, _read_qa),
-):
+for _task in load_tasks(Path(__file__).with_name("tasks.yaml")):
     TASKS.register(_task.name, _task)
+
+OWN_FIELDS = {
+    "qa": ("context", "question", "answers", "answer", "id"),
+    "summary": ("article", "summary", "id"),
+}
+"""Fields of the tasks for a user's own file, which may have other names there."""
 
 MIXED = "mixed"
 """Pseudo task of files whose records name their own task in the field ``task``."""

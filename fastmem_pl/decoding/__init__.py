@@ -2,22 +2,28 @@
 
 from fastmem_pl.decoding.decoders import (
     DECODERS,
+    ContextAware,
     Contrastive,
     Decoder,
-    DecodingSettings,
+    DoLa,
     Greedy,
     StepLogits,
 )
-from fastmem_pl.decoding.loop import Prefill
+from fastmem_pl.decoding.loop import Decoding, Generated, Prefill
 from fastmem_pl.decoding.methods import BASELINE, METHODS, Method, select_methods
+from fastmem_pl.decoding.settings import DecodingSettings
 
 __all__ = [
     "BASELINE",
     "DECODERS",
     "METHODS",
+    "ContextAware",
     "Contrastive",
     "Decoder",
+    "Decoding",
     "DecodingSettings",
+    "DoLa",
+    "Generated",
     "Greedy",
     "Method",
     "Prefill",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +12,28 @@ from transformers.cache_utils import Cache
 
 from fastmem_pl.backbone import Backbone, Delta, TailInputs, fork
 from fastmem_pl.backbone.backbone import pad
-from fastmem_pl.decoding.decoders import Decoder, StepLogits
+from fastmem_pl.decoding.decoders import DECODERS, Decoder, StepLogits
+from fastmem_pl.decoding.sampling import TokenChooser
+from fastmem_pl.decoding.settings import DecodingSettings
+from fastmem_pl.errors import FastMemError
 
 # Looking whether all rows have stopped waits for the device, so elsewhere it is done every few tokens.
 _STOP_CHECK_EVERY = {"cpu": 1, "other": 8}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One decoded answer.
+
+    Attributes:
+        token_ids: generated tokens, the end token included where one was produced.
+        text: without control tokens, and cut before a stop text.
+        details: what the decoder keeps beside it.
+    """
+
+    token_ids: list[int]
+    text: str
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Prefill:
@@ -25,63 +45,199 @@ class Prefill:
         backbone: the frozen model.
         prompts: token ids of ``B`` prompts.
         num_layers: trained layers of the memories that will be used.
+        early_layers: numbers of the hidden states that decoders will look at.
     """
 
-    def __init__(self, backbone: Backbone, prompts: Sequence[Sequence[int]], num_layers: int = 1) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompts: Sequence[Sequence[int]],
+        num_layers: int = 1,
+        early_layers: Sequence[int] = (),
+    ) -> None:
         self.backbone = backbone
         self.num_layers = num_layers
-        ids, self.mask = pad(prompts, backbone.pad_id, "left", backbone.device)
+        # Those above the first trained block depend on the memory and come from the tail.
+        self.trunk_layers = [n for n in early_layers if n <= backbone.num_blocks - num_layers]
+        self.ids, self.mask = pad(prompts, backbone.pad_id, "left", backbone.device)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.next_position = positions[:, -1:] + 1
         self.cache = backbone.new_cache()
         # Filled by the blocks above the first trained FFN; empty for one trained layer.
-        self.inputs = backbone.run_trunk(num_layers, ids, self.mask, positions, self.cache).last()
+        self.inputs = backbone.run_trunk(
+            num_layers, self.ids, self.mask, positions, self.cache, self.trunk_layers
+        ).last()
 
     def __len__(self) -> int:
         return self.mask.shape[0]
 
+
+class Continuation:
+    """A prefill that grows token by token; the prefill itself stays as it was."""
+
+    def __init__(self, prefill: Prefill) -> None:
+        self._prefill = prefill
+        self._cache = fork(prefill.cache)
+        self._mask, self._position = prefill.mask, prefill.next_position
+        self.inputs: TailInputs = prefill.inputs
+
+    def advance(self, tokens: Tensor) -> None:
+        """Read one more token ``(B,)`` of every row."""
+        prefill = self._prefill
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(prefill), 1)], dim=1)
+        self.inputs = prefill.backbone.run_trunk(
+            prefill.num_layers,
+            tokens[:, None],
+            self._mask,
+            self._position,
+            self._cache,
+            prefill.trunk_layers,
+        )
+        self._position = self._position + 1
+
+
+class Decoding:
+    """One decode of ``B`` prompts in progress.
+
+    Args:
+        prefill: of the prompts.
+        decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`.
+        settings: of decoding.
+        deltas: one per trained layer with a row a prompt, or ``None`` for the base model.
+        without_context: prefill of the prompts without their contexts, for decoders that look at it.
+        keys: one number a row that its draws depend on; its place in the batch by default.
+
+    Raises:
+        FastMemError: when the decoder needs a prefill that is not given.
+    """
+
+    def __init__(
+        self,
+        prefill: Prefill,
+        decoder: str,
+        settings: DecodingSettings,
+        deltas: Sequence[Delta] | None = None,
+        without_context: Prefill | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> None:
+        backbone = prefill.backbone
+        self.settings = settings
+        self.decoder = DECODERS[decoder](settings, backbone)
+        if self.decoder.needs_without_context and without_context is None:
+            raise FastMemError(
+                f"decoder {decoder!r} contrasts with the prompt without its context; give both"
+            )
+        missing = [n for n in self.decoder.early_layers if n <= backbone.num_blocks - prefill.num_layers]
+        if not set(missing) <= set(prefill.trunk_layers):
+            raise FastMemError(f"decoder {decoder!r} looks at layers {missing}; give them to the prefill")
+        self.max_new_tokens = self.decoder.max_new_tokens or settings.max_new_tokens
+        penalty = settings.repetition_penalty
+        self._backbone = backbone
+        self._views = _Views(prefill, self.decoder, deltas)
+        self._paths = [Continuation(prefill)]
+        if self.decoder.needs_without_context:
+            self._paths.append(Continuation(without_context))
+        self._choose = TokenChooser(
+            settings,
+            self.decoder.repetition_penalty if penalty is None else penalty,
+            prefill.ids,
+            prefill.mask,
+            range(len(prefill)) if keys is None else keys,
+            self.max_new_tokens,
+        )
+        self._stop_ids = torch.tensor(backbone.stop_ids, device=backbone.device)
+        self._ended = torch.zeros(len(prefill), dtype=torch.bool, device=backbone.device)
+        self._tokens: list[Tensor] = []
+
     @torch.no_grad()
-    def decode(
-        self, decoder: Decoder, deltas: Sequence[Delta] | None, max_new_tokens: int
-    ) -> list[list[int]]:
-        """Answer every prompt; leaves the prefill as it was.
+    def step(self) -> None:
+        """Choose the next token of every row."""
+        if self._tokens:
+            for path in self._paths:
+                path.advance(self._tokens[-1])
+        logits = self._views.logits(*(path.inputs for path in self._paths))
+        token = self._choose(self.decoder.scores(logits), len(self._tokens))
+        self._tokens.append(token)
+        self._ended |= torch.isin(token, self._stop_ids)
 
-        Args:
-            decoder: turns logits into scores.
-            deltas: one per trained layer with a row a prompt, or ``None`` for the base model.
-            max_new_tokens: stop after so many.
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do; waits for the device."""
+        if len(self._tokens) >= self.max_new_tokens or bool(self._ended.all()):
+            return True
+        if not self.settings.stop:
+            return False
+        return all(self._stops(row) for row in self._rows())
 
-        Returns:
-            generated token ids by prompt, the end token included where one was produced.
+    def run(self) -> list[Generated]:
+        """Decode to the end."""
+        interval = _STOP_CHECK_EVERY["cpu" if self._backbone.device.type == "cpu" else "other"]
+        while True:
+            self.step()
+            count = len(self._tokens)
+            if count >= self.max_new_tokens or (count % interval == 0 and self.finished):
+                return self.results()
+
+    def texts(self) -> Iterator[str]:
+        """Decode a single answer and yield its text piece by piece.
+
+        Raises:
+            FastMemError: for more than one prompt.
         """
-        backbone = self.backbone
-        stop_ids = torch.tensor(backbone.stop_ids, device=backbone.device)
-        interval = _STOP_CHECK_EVERY["cpu" if backbone.device.type == "cpu" else "other"]
-        views = _Views(backbone, self.num_layers, decoder, deltas)
-        inputs, mask, position = self.inputs, self.mask, self.next_position
-        cache = fork(self.cache)
-        stopped = torch.zeros(len(self), dtype=torch.bool, device=backbone.device)
-        tokens: list[Tensor] = []
-        for step in range(max_new_tokens):
-            token = decoder.scores(views.logits(inputs)).argmax(-1)
-            tokens.append(token)
-            stopped |= torch.isin(token, stop_ids)
-            if step + 1 == max_new_tokens or ((step + 1) % interval == 0 and bool(stopped.all())):
-                break
-            mask = torch.cat([mask, mask.new_ones(len(self), 1)], dim=1)
-            inputs = backbone.run_trunk(self.num_layers, token[:, None], mask, position, cache)
-            position = position + 1
-        return [_until_stop(row, backbone.stop_ids) for row in torch.stack(tokens, dim=1).tolist()]
+        if len(self._ended) != 1:
+            raise FastMemError(f"only a single answer can be streamed, not {len(self._ended)}")
+        # A piece that may be the start of a stop text waits for the next token.
+        held = max((len(text) - 1 for text in self.settings.stop), default=0)
+        shown = ""
+        while True:
+            self.step()
+            text, done = self._text(self._rows()[0]), self.finished
+            ready = text if done else text[: len(text) - held].rstrip("\ufffd")
+            if len(ready) > len(shown):
+                yield ready[len(shown) :]
+                shown = ready
+            if done:
+                return
+
+    def results(self) -> list[Generated]:
+        """The answers so far."""
+        rows = self._rows()
+        details = self.decoder.details([len(row) for row in rows])
+        return [Generated(row, self._text(row), extra) for row, extra in zip(rows, details, strict=True)]
+
+    def _text(self, row: list[int]) -> str:
+        text = self._backbone.chat.decode(row)
+        return text[: self._stop_place(text)]
+
+    def _rows(self) -> list[list[int]]:
+        """Token ids by row, up to the end token or the token that completes a stop text."""
+        rows = [
+            _until_stop(row, self._backbone.stop_ids) for row in torch.stack(self._tokens, dim=1).tolist()
+        ]
+        return [self._until_stop_text(row) for row in rows] if self.settings.stop else rows
+
+    def _until_stop_text(self, row: list[int]) -> list[int]:
+        if not self._stops(row):
+            return row
+        return next(row[:end] for end in range(1, len(row) + 1) if self._stops(row[:end]))
+
+    def _stops(self, row: list[int]) -> bool:
+        """Whether a row is at its end."""
+        text = self._backbone.chat.decode(row)
+        return row[-1] in self._backbone.stop_ids or self._stop_place(text) < len(text)
+
+    def _stop_place(self, text: str) -> int:
+        places = [text.find(stop) for stop in self.settings.stop]
+        return min((place for place in places if place >= 0), default=len(text))
 
 
 class _Views:
-    """The tails that one decoder looks at: with the memory, and the base model if it contrasts."""
+    """The logits that one decoder looks at: with the memory, of the base model, of premature layers."""
 
-    def __init__(
-        self, backbone: Backbone, num_layers: int, decoder: Decoder, deltas: Sequence[Delta] | None
-    ) -> None:
-        self.backbone = backbone
-        self.tail = backbone.split(num_layers).tail
+    def __init__(self, prefill: Prefill, decoder: Decoder, deltas: Sequence[Delta] | None) -> None:
+        self.backbone = backbone = prefill.backbone
+        self.tail = backbone.tail(prefill.num_layers)
+        self.decoder = decoder
         # Products with a memory run in the compute type: cast once, not at every token.
         self.deltas = deltas and [
             {name: tensor.to(backbone.compute_dtype) for name, tensor in layer.items()} for layer in deltas
@@ -91,22 +247,43 @@ class _Views:
         exact = backbone.compute_dtype is torch.float32
         self.with_base = deltas is not None and (decoder.needs_base or not exact)
         # Keys and values of blocks above a trained FFN depend on the memory: one cache a view.
-        self.caches: list[Cache | None] = [None, None]
-        if num_layers > 1:
-            self.caches = [backbone.new_cache(), backbone.new_cache()]
+        upper = prefill.num_layers > 1
+        self.caches: list[Cache | None] = [backbone.new_cache() if upper else None for _ in range(3)]
 
-    def logits(self, inputs: TailInputs) -> StepLogits:
-        """Logits ``(B, V)`` at the last position of ``inputs``."""
+    def logits(self, inputs: TailInputs, without_context: TailInputs | None = None) -> StepLogits:
+        """Logits ``(B, V)`` at the last position of the inputs."""
         tail = self.tail
         with self.backbone.numerics():
             base = tail.base(inputs)
-            hidden = tail.hidden(inputs, base, self.deltas, self.caches[0])[:, -1]
-            if not self.with_base:
-                logits = tail.finish_logits(tail.raw_logits(hidden))
-                return StepLogits(logits, logits)
-            base_hidden = tail.hidden(inputs, base, None, self.caches[1])[:, -1]
-            base_raw, change = tail.raw_logits(torch.stack([base_hidden, hidden - base_hidden]))
-            return StepLogits(tail.finish_logits(base_raw + change), tail.finish_logits(base_raw))
+            states = [s[:, -1] for s in tail.residuals(inputs, base, self.deltas, self.caches[0])]
+            hidden = tail.final_norm(states[-1])
+            if self.with_base:
+                base_hidden = tail.hidden(inputs, base, None, self.caches[1])[:, -1]
+                base_raw, change = tail.raw_logits(torch.stack([base_hidden, hidden - base_hidden]))
+                model, base_logits = tail.finish_logits(base_raw + change), tail.finish_logits(base_raw)
+            else:
+                model = self._through_head(hidden)
+                base_logits = model if self.deltas is None else None
+            other = None
+            if without_context is not None:
+                other_base = tail.base(without_context)
+                other = self._through_head(
+                    tail.hidden(without_context, other_base, None, self.caches[2])[:, -1]
+                )
+            return StepLogits(model, base_logits, other, self._early(inputs, states))
+
+    def _early(self, inputs: TailInputs, states: Sequence[Tensor]) -> Tensor | None:
+        if not self.decoder.early_layers:
+            return None
+        first = self.tail.layers[0]
+        hidden = [
+            inputs.early[number][:, -1] if number <= first else states[number - first - 1]
+            for number in self.decoder.early_layers
+        ]
+        return self._through_head(torch.stack([h.float() for h in hidden]))
+
+    def _through_head(self, hidden: Tensor) -> Tensor:
+        return self.tail.finish_logits(self.tail.raw_logits(hidden))
 
 
 def _until_stop(row: list[int], stop_ids: Sequence[int]) -> list[int]:

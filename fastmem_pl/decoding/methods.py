@@ -1,14 +1,17 @@
-"""Methods that a run compares: memory or not, plus a decoder."""
+"""Methods that a run compares: memory or not, a decoder, and a form of the prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.registry import Registry
 
 BASELINE = "zero-shot"
+
+PromptForm = Literal["prompt", "one_shot", "without_context"]
 
 
 @dataclass(frozen=True)
@@ -20,19 +23,26 @@ class Method:
         memory: whether the context is memorized first.
         decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`.
         description: one line for humans.
+        prompt: which of the task's prompts it answers.
     """
 
     name: str
     memory: bool
     decoder: str
     description: str
+    prompt: PromptForm = "prompt"
 
 
 METHODS: Registry[Method] = Registry("model.methods")
 for _method in (
     Method(BASELINE, False, "greedy", "the model as it is, context in the prompt"),
+    Method("one-shot", False, "greedy", "one worked example in the prompt", "one_shot"),
+    Method("cad", False, "cad", "contrast logits with and without the context"),
+    Method("dola", False, "dola", "contrast the last layer with a premature one"),
     Method("fastmem", True, "greedy", "memorize the context first"),
     Method("fastmem+cd", True, "cd", "memorize, then contrast memorized with base logits"),
+    Method("fastmem+cad", True, "cad", "memorize, then contrast with the base model without the context"),
+    Method("fastmem+dola", True, "dola", "memorize, then contrast layers"),
 ):
     METHODS.register(_method.name, _method)
 

@@ -2,7 +2,7 @@
 
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.memorize import MemorizationModule, Memorizer
-from fastmem_pl.memory.memory import Curve, Memory, read_header, text_hash
+from fastmem_pl.memory.memory import Curve, Memory, read_header
 from fastmem_pl.memory.objective import (
     Losses,
     MemorizationBatch,
@@ -11,6 +11,7 @@ from fastmem_pl.memory.objective import (
     prepare,
 )
 from fastmem_pl.memory.settings import MemorizationSettings
+from fastmem_pl.memory.store import MemoryFolder
 
 __all__ = [
     "Curve",
@@ -22,9 +23,9 @@ __all__ = [
     "MemorizationSettings",
     "Memorizer",
     "Memory",
+    "MemoryFolder",
     "Reference",
     "memorization_loss",
     "prepare",
     "read_header",
-    "text_hash",
 ]

@@ -35,23 +35,29 @@ class MemorizationModule(LightningModule):
     def __init__(self, backbone: Backbone, num_samples: int, settings: MemorizationSettings) -> None:
         super().__init__()
         self._backbone = backbone
-        self._tail = backbone.split(settings.num_layers).tail
+        self._tail = backbone.tail(settings.num_layers)
         self._settings = settings
         self.deltas = nn.ModuleList(
             FFNDelta(ffn.shapes, num_samples, backbone.device) for ffn in self._tail.ffns
         )
         kl_coeff = torch.full((num_samples,), settings.kl_coeff, device=backbone.device, dtype=torch.float32)
         self.register_buffer("kl_coeff", kl_coeff, persistent=False)
-        self._history: list[tuple[Tensor, Tensor]] = []
+        self._history: list[tuple[Tensor, Tensor, Tensor]] = []
         self._norms: list[Tensor] = []
 
     def training_step(self, batch: MemorizationBatch, batch_idx: int = 0) -> Tensor:
         """Return the sum over samples of their losses; each sample's gradient is its own."""
         with self._backbone.numerics(grad=True):
             deltas = [delta.tensors() for delta in self.deltas]
-            hidden = self._tail.hidden(batch.inputs, batch.base, deltas)
-            losses = memorization_loss(self._tail, hidden, batch, self.kl_coeff.float())
-        self._history.append((losses.cross_entropy, losses.kl))
+            norm_every_layer = self._settings.norm_every_layer and bool(self._history)
+            states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=norm_every_layer)
+            kl_coeff = self.kl_coeff.float()
+            losses = memorization_loss(self._tail, self._tail.final_norm(states[-1]), batch, kl_coeff)
+        self._history.append((losses.cross_entropy, losses.kl, kl_coeff))
+        if self._settings.kl_target is not None:
+            self.kl_coeff = adapted_kl_coeff(
+                kl_coeff, losses.kl, self._settings.kl_target, self._settings.kl_gain
+            )
         return losses.total.sum()
 
     def configure_optimizers(self) -> DeltaAdamW:
@@ -61,7 +67,8 @@ class MemorizationModule(LightningModule):
             for delta, ffn in zip(self.deltas, self._tail.ffns, strict=True)
             for name in delta.weights
         ]
-        return DeltaAdamW(pairs, self._settings.learning_rate, self._settings.weight_decay)
+        settings = self._settings
+        return DeltaAdamW(pairs, settings.learning_rate, settings.weight_decay, settings.round_weights)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``.
@@ -85,8 +92,7 @@ class MemorizationModule(LightningModule):
         num_samples = self.kl_coeff.shape[0]
         if not self._history:
             return self._pack(deltas, [Curve() for _ in range(num_samples)], ["ok"] * num_samples)
-        cross_entropy = torch.stack([ce for ce, _ in self._history])
-        kl = torch.stack([kl for _, kl in self._history])
+        cross_entropy, kl, kl_coeff = (torch.stack(values) for values in zip(*self._history, strict=True))
         norms = torch.stack(self._norms)
         finite_steps = cross_entropy.isfinite() & kl.isfinite() & norms.isfinite()
         finite_deltas = torch.stack(
@@ -96,7 +102,8 @@ class MemorizationModule(LightningModule):
         for layer in deltas:
             for tensor in layer.values():
                 tensor[failed] = 0.0
-        by_row = (values.T.tolist() for values in (cross_entropy, kl, norms))
+        adaptive = [kl_coeff] if self._settings.kl_target is not None else []
+        by_row = (values.T.tolist() for values in (cross_entropy, kl, norms, *adaptive))
         curves = [Curve(*values) for values in zip(*by_row, strict=True)]
         status = ["ok"] * num_samples
         for row in failed.nonzero().flatten().tolist():
@@ -109,6 +116,18 @@ class MemorizationModule(LightningModule):
 
     def _pack(self, deltas: list[dict[str, Tensor]], curves: list[Curve], status: list[str]) -> Memory:
         return Memory(deltas, curves, status, self._settings.as_dict(), self._backbone.fingerprint())
+
+
+def adapted_kl_coeff(kl_coeff: Tensor, kl: Tensor, target: float, gain: float) -> Tensor:
+    """Next coefficient of each sample: a proportional controller in log space.
+
+    ``kl_coeff * (1 + gain * clip(kl / target - 1, -0.2, 0.2))``; Ziegler et al., arXiv 1909.08593,
+    section 2.2, where the gain is 0.1.
+
+    >>> adapted_kl_coeff(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.1, 0.11]), 0.1, 0.1)
+    tensor([0.9800, 1.0000, 1.0100])
+    """
+    return kl_coeff * (1 + gain * (kl / target - 1).clamp(-0.2, 0.2))
 
 
 class Memorizer:
@@ -128,7 +147,7 @@ class Memorizer:
                 f"Memorizer: give settings or keyword arguments, not both ({', '.join(kwargs)})"
             )
         self.settings = settings or MemorizationSettings(**kwargs)
-        backbone.split(self.settings.num_layers)
+        backbone.tail(self.settings.num_layers)
 
     def __call__(self, contexts: str | Sequence[str]) -> Memory:
         """Memorize one context, or ``B`` together; equal to ``B`` separate calls up to rounding."""
@@ -151,7 +170,7 @@ class Memorizer:
         for row, item in enumerate(encoded):
             label_mask[row, max(item.header_length, 1) - 1 : len(item.input_ids) - 1] = True
         with backbone.numerics():
-            tail = backbone.split(self.settings.num_layers).tail
+            tail = backbone.tail(self.settings.num_layers)
             return prepare(tail, inputs, ids.roll(-1, dims=1), label_mask)
 
     def fit(self, encoded: Sequence[EncodedContext]) -> Memory:

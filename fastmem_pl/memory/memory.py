@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,17 +21,22 @@ FORMAT_VERSION = "1"
 
 @dataclass
 class Curve:
-    """One value a step, taken before that step's update, as the paper reports them."""
+    """One value a step, taken before that step's update, as the paper reports them.
+
+    ``kl_coeff`` is kept where it is adapted from step to step.
+    """
 
     cross_entropy: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
+    kl_coeff: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, list[float | None]]:
-        """The three lists by name, for JSON: values that are not finite become ``None``."""
+        """The lists by name, for JSON: values that are not finite become ``None``."""
         return {
             field.name: [value if math.isfinite(value) else None for value in getattr(self, field.name)]
             for field in fields(self)
+            if field.name != "kl_coeff" or self.kl_coeff
         }
 
     @classmethod
@@ -51,7 +55,7 @@ class Memory:
         status: ``"ok"`` or what failed, one a row; a failed row holds zero deltas (the base model).
         settings: those of memorizing.
         fingerprint: of the backbone that the deltas belong to.
-        context_hash: :func:`text_hash` of the context, on a memory loaded from a file that states it.
+        context_hash: of the memorized token ids, on a memory loaded from a file that states it.
     """
 
     deltas: list[dict[str, Tensor]]
@@ -206,8 +210,3 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[Any]:
         raise FastMemError(
             f"memory {path} is damaged ({error}); memorize it again with fastmem fit"
         ) from error
-
-
-def text_hash(text: str) -> str:
-    """Short hash that ties a saved memory to its context."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

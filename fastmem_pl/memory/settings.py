@@ -20,6 +20,13 @@ class MemorizationSettings:
         weight_decay: decoupled AdamW decay of the trained weights.
         max_grad_norm: bound of each sample's own gradient norm.
         max_context_tokens: context tokens memorized at most; the rest is cut off.
+        kl_target: adapt ``kl_coeff`` from step to step so that the KL approaches this value
+            (nats a token); ``None`` keeps it constant.
+        kl_gain: how fast it adapts.
+        norm_every_layer: with several trained layers, apply the final norm after each of them from the
+            second step on, as the published code does by mistake.
+        round_weights: round base weight plus delta to float32 after every update, as editing float32
+            weights does.
 
     Raises:
         FastMemError: when a value is out of its range.
@@ -32,6 +39,10 @@ class MemorizationSettings:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     max_context_tokens: int = 7500
+    kl_target: float | None = None
+    kl_gain: float = 0.1
+    norm_every_layer: bool = False
+    round_weights: bool = False
 
     def __post_init__(self) -> None:
         for name, smallest, open_end in (
@@ -42,13 +53,17 @@ class MemorizationSettings:
             ("weight_decay", 0, False),
             ("max_grad_norm", 0, True),
             ("max_context_tokens", 1, False),
+            ("kl_target", 0, True),
+            ("kl_gain", 0, False),
         ):
             value = getattr(self, name)
+            if value is None:
+                continue
             fits = value > smallest if open_end else value >= smallest
             if not (fits and math.isfinite(value)):
                 bound = "above" if open_end else "at least"
                 raise FastMemError(f"model.{name}: {value} is out of range; allowed: {bound} {smallest}")
 
-    def as_dict(self) -> dict[str, float]:
-        """Plain numbers by name."""
+    def as_dict(self) -> dict[str, float | bool | None]:
+        """Plain values by name."""
         return asdict(self)

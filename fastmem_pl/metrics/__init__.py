@@ -1,6 +1,7 @@
 """Scores of answers and their aggregation as torchmetrics."""
 
 from fastmem_pl.metrics.aggregate import McNemar, SampleMean
+from fastmem_pl.metrics.models import METRIC_MODELS, MetricModel, load_metric_model
 from fastmem_pl.metrics.scores import SCORES, Score
 from fastmem_pl.metrics.text import (
     contains_answer,
@@ -10,12 +11,15 @@ from fastmem_pl.metrics.text import (
 )
 
 __all__ = [
+    "METRIC_MODELS",
     "SCORES",
     "McNemar",
+    "MetricModel",
     "SampleMean",
     "Score",
     "contains_answer",
     "extract_answer",
     "has_answer_format",
+    "load_metric_model",
     "normalize_answer",
 ]

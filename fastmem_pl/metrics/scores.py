@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fastmem_pl.metrics.rouge import rouge1, rouge2, rougeL, rougeLsum
 from fastmem_pl.metrics.text import (
     contains_answer,
     extract_answer,
@@ -22,13 +23,15 @@ class Score:
     Attributes:
         name: in records and ``metrics.json``.
         label: heading in tables.
-        function: ``(prediction, references, originals) -> number``, ``None`` where it does not apply.
+        function: ``(prediction, references, originals) -> number``, ``None`` where it does not apply. A
+            score without a function needs a model of its own, and comes after the answers
+            (:mod:`fastmem_pl.metrics.models`).
         percent: show as a percentage.
     """
 
     name: str
     label: str
-    function: Callable[[str, Sequence[str], Sequence[str]], float | None]
+    function: Callable[[str, Sequence[str], Sequence[str]], float | None] | None
     percent: bool = True
 
 
@@ -109,5 +112,11 @@ for _score in (
     Score("f1", "F1", f1),
     Score("format_failure", "format failure", format_failure),
     Score("original", "original fact", original),
+    Score("rouge1", "ROUGE-1", rouge1),
+    Score("rouge2", "ROUGE-2", rouge2),
+    Score("rougeL", "ROUGE-L", rougeL),
+    Score("rougeLsum", "ROUGE-Lsum", rougeLsum),
+    Score("bert_precision", "BERT-P", None),
+    Score("factkb", "FactKB", None),
 ):
     SCORES.register(_score.name, _score)

@@ -14,7 +14,10 @@ from rich.table import Table
 
 from fastmem_pl.metrics import SCORES, normalize_answer
 
-_COLUMNS = ("accuracy", "contained", "exact_match", "format_failure", "original")
+_COLUMNS = (
+    *("accuracy", "contained", "exact_match", "format_failure", "original"),
+    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bert_precision", "factkb"),
+)
 _COMPARED = ("accuracy", "contained")
 _LABELS = {"output_words": "words", "seconds": "s/sample"}
 
@@ -102,8 +105,9 @@ def _print_differences(path: Path, console: Console, count: int = 3) -> None:
     console.print("\nsamples where the methods differ:")
     for records in samples:
         first = records[0]
-        wanted = f"  (expected: {', '.join(first['references'])})" if first["references"] else ""
-        console.print(f"  [bold]{escape(_line(first['question']))}[/bold]{escape(wanted)}")
+        wanted = f"(expected: {', '.join(first['references'])})" if first["references"] else ""
+        about = first["question"] or f"sample {first['id']}"
+        console.print(f"  [bold]{escape(_line(about))}[/bold]  {escape(_line(wanted, 120))}")
         width = max(len(record["method"]) for record in records)
         for record in records:
             correct = record["scores"].get("contained")

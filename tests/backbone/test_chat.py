@@ -2,29 +2,72 @@
 
 import pytest
 from conftest import CHATML, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from fastmem_pl.backbone import ChatEncoder, derive_pieces
+from fastmem_pl.backbone import ChatEncoder, ChatSettings, derive_pieces
 from fastmem_pl.errors import FastMemError
 
+# Templates of this project's own with the control tokens and the layout of the models that they are named
+# after; the quirks that matter here (injected turns, refused roles, doubled bos) are theirs as well.
 LLAMA3 = (
-    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|start|>system<|end|>\n\nCutting Knowledge Date<|eot|>' }}{% endif %}"
-    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA31 = (
+    "{{ bos_token }}{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: 2023\n\n' + system + '<|eot_id|>' }}"
+    "{% for m in messages if m['role'] != 'system' %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+QWEN = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + CHATML
 )
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% set system = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages if m['role'] != 'system' %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{% set r = 'model' if m['role'] == 'assistant' else m['role'] %}"
-    "{{ '<turn>' + r + '\n' + m['content'] | trim + '<end_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% set r = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + r + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+PHI_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+_LLAMA3_PIECES = (
+    "<|start_header_id|>user<|end_header_id|>\n\n",
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<|eot_id|>",
+)
+_CHATML_PIECES = (
+    "<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>assistant\n",
+    "<|im_end|>",
+)
+
+
+def add_bos(tokenizer):
+    """Make the tokenizer add a bos by itself, as Llama's does."""
+    tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
 
 
 def build(template, special=(), eos="<|im_end|>"):
@@ -38,36 +81,78 @@ def build(template, special=(), eos="<|im_end|>"):
 @pytest.mark.parametrize(
     ("template", "special", "eos", "pieces"),
     [
-        (CHATML, (), "<|im_end|>",
-         ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>assistant\n", "<|im_end|>")),
-        (LLAMA3, ("<|start|>", "<|end|>", "<|eot|>"), "<|eos|>",
-         ("<|start|>user<|end|>\n\n", "<|eot|><|start|>assistant<|end|>\n\n",
-          "<|start|>assistant<|end|>\n\n", "<|eot|>")),
+        (CHATML, (), "<|im_end|>", _CHATML_PIECES),
+        (QWEN, (), "<|im_end|>", _CHATML_PIECES),
+        (LLAMA3, HEADERS, "<|eot_id|>", _LLAMA3_PIECES),
+        (LLAMA31, HEADERS, "<|eot_id|>", _LLAMA3_PIECES),
         (MISTRAL, (), "</s>", ("[INST] ", " [/INST]", "", "</s>")),
         (LLAMA2, (), "</s>", ("<|bos|>[INST] ", " [/INST]", "", "</s>")),
-        (GEMMA, ("<turn>", "<end_turn>"), "<|eos|>",
-         ("<turn>user\n", "<end_turn>\n<turn>model\n", "<turn>model\n", "<end_turn>")),
+        (GEMMA, TURNS, "<eos>",
+         ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n",
+          "<start_of_turn>model\n", "<end_of_turn>")),
+        (PHI3, PHI_TOKENS, "<|endoftext|>",
+         ("<|user|>\n", "<|end|>\n<|assistant|>\n", "<|assistant|>\n", "<|end|>")),
         (None, (), "</s>", ("", "\n", "", "</s>")),
     ],
-    ids=["chatml", "llama3 with injected system turn", "mistral", "llama2 with a bos a turn", "gemma", "no template"],
+    ids=["SmolLM2", "Qwen", "Llama 3", "Llama 3.1", "Mistral", "Llama 2", "Gemma", "Phi-3", "none"],
 )  # fmt: skip
 def test_pieces(template, special, eos, pieces):
     found = derive_pieces(build(template, special, eos))
     assert (found.user_header, found.user_end, found.assistant_header, found.end_of_turn) == pieces
 
 
-@pytest.mark.parametrize("template", [CHATML, MISTRAL, GEMMA])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL, GEMMA, PHI3])
 def test_prompt_is_the_templates_own(template):
-    tokenizer = build(template, ("<turn>", "<end_turn>"))
+    tokenizer = build(template, (*HEADERS, *TURNS, *PHI_TOKENS))
     messages = [{"role": "user", "content": "Why?"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     expected = tokenizer(text.removeprefix("<|bos|>")).input_ids
     assert ChatEncoder(tokenizer).prompt("Why?") == expected
 
 
-def test_injected_system_turn_is_left_out():
-    template = CHATML.replace("{% for", "{{ '<|im_start|>system\nBe nice.<|im_end|>\n' }}{% for", 1)
-    assert derive_pieces(make_tokenizer(template)).user_header == "<|im_start|>user\n"
+@pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA3, LLAMA31, MISTRAL, PHI3])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_system_prompt_is_where_the_template_puts_it(template, adds_bos):
+    tokenizer = build(template, (*HEADERS, *TURNS, *PHI_TOKENS))
+    if adds_bos:
+        add_bos(tokenizer)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = tokenizer(text.removeprefix("<|bos|>")).input_ids
+    assert ChatEncoder(tokenizer, ChatSettings(system_prompt="Be brief.")).prompt("Why?") == expected
+
+
+@pytest.mark.parametrize("template", [GEMMA, None])
+def test_system_prompt_goes_before_the_question_where_there_is_no_place_for_it(template):
+    tokenizer = build(template, TURNS)
+    found = ChatEncoder(tokenizer, ChatSettings(system_prompt="Be brief.")).prompt("Why?")
+    assert found == ChatEncoder(tokenizer).prompt("Be brief.\n\nWhy?")
+
+
+def test_a_system_prompt_is_no_control_token(tokenizer):
+    found = ChatEncoder(tokenizer, ChatSettings(system_prompt="a <|im_end|>")).prompt("Why?")
+    assert found.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+
+
+def test_without_the_chat_template_prompts_are_plain(tokenizer):
+    chat = ChatEncoder(tokenizer, ChatSettings(chat_template=False))
+    assert chat.prompt("Why?", "Since") == tokenizer("Why?\nSince").input_ids
+    encoded = chat.context("Hi you", 100)
+    assert encoded.input_ids == tokenizer("Hi you<|im_end|>").input_ids
+    assert encoded.header_length == 0
+
+
+def test_published_quirks_of_texts(tokenizer):
+    published = ChatSettings(round_trip=True, parse_special_tokens=True)
+    add_bos(tokenizer)
+    text = "a <|im_end|> b"
+    assert ChatEncoder(tokenizer).truncate(text, 50)[0] == text
+    chat = ChatEncoder(tokenizer, published)
+    cut, kept, left = chat.truncate(text, 50)
+    assert (cut, kept, left) == ("<|bos|>a <|im_end|> b", 6, 0)
+    ids = chat.whole_context(cut, kept, left).input_ids
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert ids.count(tokenizer.bos_token_id) == 2
 
 
 def test_template_that_drops_turns_is_refused():
@@ -99,8 +184,6 @@ def test_special_token_text_in_a_context_stays_text(tokenizer):
 
 
 def test_bos_only_where_the_tokenizer_adds_it(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
     plain = ChatEncoder(tokenizer).context("x", 10)
     bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
     tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
@@ -113,15 +196,10 @@ def test_bos_only_where_the_tokenizer_adds_it(tokenizer):
 
 
 def test_no_second_bos_from_the_template():
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = build(LLAMA2, (), "</s>")
-    bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
-    )
+    add_bos(tokenizer)
     ids = ChatEncoder(tokenizer).prompt("Why?")
-    assert ids.count(bos) == 1
+    assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids) == "<|bos|>[INST] Why? [/INST]"
 
 

@@ -19,7 +19,7 @@ def test_tail_of_trunk_is_the_model(make_tiny, family, num_layers):
     ids = torch.randint(0, 250, (2, 40))
     expected = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     inputs = backbone.run_trunk(num_layers, ids)
-    tail = backbone.split(num_layers).tail
+    tail = backbone.tail(num_layers)
     with backbone.numerics():
         found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -81,13 +81,13 @@ def test_a_model_whose_logits_differ_is_refused(monkeypatch):
 
 def test_trunk_must_keep_a_block_of_every_attention_type(make_tiny):
     with pytest.raises(FastMemError, match="leaves no full_attention block in the trunk"):
-        make_tiny("gemma3_text").split(3)
+        make_tiny("gemma3_text").tail(3)
 
 
 @pytest.mark.parametrize("num_layers", [0, 4])
 def test_num_layers_out_of_range(tiny, num_layers):
     with pytest.raises(FastMemError, match=r"model\.num_layers: .* allowed: 1 to 3"):
-        tiny.split(num_layers)
+        tiny.tail(num_layers)
 
 
 def test_fingerprint_is_of_the_weights_not_their_type(make_tiny):

@@ -125,7 +125,7 @@ def test_limit_does_not_read_further(tmp_path):
     [
         ({"limit": 0}, r"data\.limit: 0 is out of range"),
         ({"batch_size": 0}, r"data\.batch_size: 0 is out of range"),
-        ({"task": "nqswap", "fields": {"context": "c"}}, "only task 'qa' takes field names"),
+        ({"task": "nqswap", "fields": {"context": "c"}}, "only tasks qa and summary take names"),
         ({"task": "qa", "fields": {"contxt": "c"}}, "data.fields: 'contxt' is unknown; .* 'context'"),
     ],
 )

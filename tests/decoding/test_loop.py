@@ -7,11 +7,17 @@ import torch
 from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
 
 from fastmem_pl import Memorizer, answer
-from fastmem_pl.decoding import DECODERS, Contrastive, DecodingSettings, Greedy, Prefill
+from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
 from fastmem_pl.errors import FastMemError
 
 PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
 STRONG = {"steps": 5, "learning_rate": 3e-3}
+
+
+def decode(prefill, decoder, deltas, tokens, **settings):
+    """Token ids of every row."""
+    decoding = Decoding(prefill, decoder, DecodingSettings(max_new_tokens=tokens, **settings), deltas)
+    return [generated.token_ids for generated in decoding.run()]
 
 
 def generate(model, prompt, tokens):
@@ -37,7 +43,7 @@ def merged(backbone, memory, row):
 def test_zero_shot_is_generate(make_tiny, family):
     backbone = make_tiny(family)
     prompts = [backbone.chat.prompt(text) for text in PROMPTS]
-    found = Prefill(backbone, prompts).decode(Greedy(), None, 12)
+    found = decode(Prefill(backbone, prompts), "greedy", None, 12)
     assert found == [generate(backbone.model, prompt, 12) for prompt in prompts]
 
 
@@ -46,8 +52,8 @@ def test_memory_is_the_merged_model(tiny, contexts, num_layers):
     memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
     prompts = [tiny.chat.prompt(text) for text in PROMPTS]
     before = snapshot(tiny)
-    found = Prefill(tiny, prompts, num_layers).decode(Greedy(), memory.deltas, 12)
-    base = Prefill(tiny, prompts, num_layers).decode(Greedy(), None, 12)
+    found = decode(Prefill(tiny, prompts, num_layers), "greedy", memory.deltas, 12)
+    base = decode(Prefill(tiny, prompts, num_layers), "greedy", None, 12)
     assert_untouched(tiny, before)
     assert found == [generate(merged(tiny, memory, row), p, 12) for row, p in enumerate(prompts)]
     assert found != base
@@ -57,7 +63,7 @@ def test_memory_is_the_merged_model(tiny, contexts, num_layers):
 def test_contrast_is_the_formula_on_two_models(tiny, contexts, num_layers):
     memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
     prompts = [tiny.chat.prompt(text) for text in PROMPTS]
-    found = Prefill(tiny, prompts, num_layers).decode(Contrastive(0.8), memory.deltas, 8)
+    found = decode(Prefill(tiny, prompts, num_layers), "cd", memory.deltas, 8, alpha=0.8)
     for row, prompt in enumerate(prompts):
         tuned, ids = merged(tiny, memory, row), list(prompt)
         for _ in range(8):
@@ -75,13 +81,13 @@ def test_alpha_zero_is_greedy(make_tiny, contexts, precision, num_layers):
     tiny = make_tiny(precision=precision)
     memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
     prefill = Prefill(tiny, [tiny.chat.prompt(text) for text in PROMPTS], num_layers)
-    greedy = prefill.decode(Greedy(), memory.deltas, 12)
-    assert prefill.decode(Contrastive(0.0), memory.deltas, 12) == greedy
+    greedy = decode(prefill, "greedy", memory.deltas, 12)
+    assert decode(prefill, "cd", memory.deltas, 12, alpha=0.0) == greedy
 
 
 def test_contrast_without_memory_is_the_base(tiny):
     prefill = Prefill(tiny, [tiny.chat.prompt(text) for text in PROMPTS])
-    assert prefill.decode(Contrastive(0.5), None, 12) == prefill.decode(Greedy(), None, 12)
+    assert decode(prefill, "cd", None, 12, alpha=0.5) == decode(prefill, "greedy", None, 12)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -89,20 +95,20 @@ def test_batch_is_one_by_one_and_methods_do_not_disturb_each_other(tiny, context
     memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
     prompts = [tiny.chat.prompt(text) for text in PROMPTS]
     prefill = Prefill(tiny, prompts, num_layers)
-    for decoder in (Greedy(), Contrastive(0.5), Greedy()):
-        together = prefill.decode(decoder, memory.deltas, 12)
+    for decoder in ("greedy", "cd", "greedy"):
+        together = decode(prefill, decoder, memory.deltas, 12)
         for row, prompt in enumerate(prompts):
             alone = Prefill(tiny, [prompt], num_layers)
-            assert alone.decode(decoder, memory.rows([row]).deltas, 12) == [together[row]]
+            assert decode(alone, decoder, memory.rows([row]).deltas, 12) == [together[row]]
 
 
 def test_stops_after_the_end_token(tiny):
     prompts = [tiny.chat.prompt(text) for text in PROMPTS]
     prefill = Prefill(tiny, prompts)
-    free = prefill.decode(Greedy(), None, 12)
+    free = decode(prefill, "greedy", None, 12)
     tiny.model.generation_config.eos_token_id = [free[0][2], tiny.tokenizer.eos_token_id]
     try:
-        stopped = prefill.decode(Greedy(), None, 12)
+        stopped = decode(prefill, "greedy", None, 12)
     finally:
         tiny.model.generation_config.eos_token_id = tiny.tokenizer.eos_token_id
     first = free[0].index(free[0][2])
@@ -148,8 +154,3 @@ def test_answer_refuses_what_does_not_match(tiny, make_tiny, contexts):
 def test_decoding_settings_out_of_range(settings, message):
     with pytest.raises(FastMemError, match=message):
         DecodingSettings(**settings)
-
-
-def test_every_decoder_can_be_built():
-    for name in DECODERS:
-        assert isinstance(DECODERS[name](DecodingSettings()).needs_base, bool)

@@ -125,7 +125,7 @@ def test_chunked_is_unchunked_and_kept_is_recomputed(tiny, contexts, monkeypatch
 def test_soft_cap_gradient(make_tiny, contexts):
     memorizer = Memorizer(make_tiny("gemma2", final_logit_softcapping=2.0), **STRONG)
     batch = memorizer.prepare([memorizer.encode(context) for context in contexts])
-    tail = memorizer.backbone.split(1).tail
+    tail = memorizer.backbone.tail()
     torch.manual_seed(0)
     reference = batch.reference.hidden
     hidden = (reference + 0.1 * torch.randn_like(reference)).requires_grad_(True)

@@ -1,0 +1,80 @@
+"""A folder of saved memories, one file a sample of a data file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmem_pl.errors import FastMemError
+from fastmem_pl.memory.memory import Memory, read_header
+
+
+class MemoryFolder:
+    """Memories by the place of their sample in the data.
+
+    Args:
+        path: of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def find(cls, path: Path) -> MemoryFolder:
+        """The folder of memories at ``path``, or in the run folder ``path``.
+
+        Raises:
+            FastMemError: when neither holds one.
+        """
+        folder = path / "memories" if (path / "memories").is_dir() else path
+        if not any(folder.glob("*.safetensors")):
+            raise FastMemError(f"model.memories: no memories in {path}; make them with fastmem fit")
+        return cls(folder)
+
+    def file(self, index: int) -> Path:
+        """File of the sample at ``index`` of the data."""
+        return self.path / f"{index:06d}.safetensors"
+
+    def headers(self, indices: Sequence[int]) -> dict[int, dict[str, str]]:
+        """Headers of the whole files by index; damaged and missing ones are left out."""
+        headers = {}
+        for index in indices:
+            if self.file(index).is_file():
+                with suppress(FastMemError):
+                    headers[index] = read_header(self.file(index))
+        return headers
+
+    def check(
+        self, index: int, sample_id: str, context_hash: str, fingerprint: str, settings: Mapping[str, Any]
+    ) -> None:
+        """Refuse a memory of another model, another text or other settings, or a missing one.
+
+        Raises:
+            FastMemError: saying which.
+        """
+        path = self.file(index)
+        if not path.is_file():
+            raise FastMemError(
+                f"no memory of sample {sample_id} in {self.path}; run fastmem fit on this data first"
+            )
+        header = read_header(path, fingerprint)
+        if header.get("context_hash") != context_hash:
+            raise FastMemError(
+                f"memory {path} is of another context than sample {sample_id}'s; "
+                "run fastmem fit on this data first"
+            )
+        for name, value in json.loads(header["settings"]).items():
+            if settings.get(name) != value:
+                raise FastMemError(
+                    f"model.{name}: {settings.get(name)}, but the memories in {self.path} were "
+                    f"made with {value}; give --model.{name} {value}, or run fastmem fit again"
+                )
+
+    def load(self, indices: Sequence[int], fingerprint: str, device: torch.device) -> Memory:
+        """Read the memories of these samples as the rows of one."""
+        return Memory.stack([Memory.load(self.file(index), fingerprint, device) for index in indices])
