@@ -5,7 +5,7 @@ import torch
 from conftest import assert_untouched, make_model, make_tokenizer, snapshot
 
 from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer, Memorizer
-from fastmem_pl.decoding import Contrastive, Greedy, Prefill
+from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STRONG = {"steps": 6, "learning_rate": 1e-3}
@@ -35,14 +35,21 @@ def test_batch_is_one_by_one(contexts):
         assert batch.curves[row].cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-4)
 
 
-@pytest.mark.parametrize("decoder", [Greedy(), Contrastive(0.5)])
-def test_answers_are_those_of_the_cpu(tiny, contexts, decoder):
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}])
+@pytest.mark.parametrize("decoder", ["greedy", "cd", "cad", "dola"])
+def test_answers_are_those_of_the_cpu(tiny, contexts, decoder, settings):
+    settings = DecodingSettings(max_new_tokens=12, dola_layers=(0, 1, 2), **settings)
     gpu = on_gpu()
     prompts = [tiny.chat.prompt(text) for text in PROMPTS]
     memory, on_cpu = Memorizer(gpu, **STRONG)(contexts[:3]), Memorizer(tiny, **STRONG)(contexts[:3])
     before = snapshot(gpu)
-    found = Prefill(gpu, prompts).decode(decoder, memory.deltas, 12)
-    assert found == Prefill(tiny, prompts).decode(decoder, on_cpu.deltas, 12)
+
+    def decode(backbone, memory):
+        prefill = Prefill(backbone, prompts, 1, (0, 1, 2))
+        bare = Prefill(backbone, [backbone.chat.prompt("Why?")] * len(prompts))
+        return [g.token_ids for g in Decoding(prefill, decoder, settings, memory.deltas, bare).run()]
+
+    assert decode(gpu, memory) == decode(tiny, on_cpu)
     assert_untouched(gpu, before)
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastmem_pl.errors import FastMemError, nearest
+from fastmem_pl.hub import cache_first
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,15 @@ def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False)
     path = _resolve(source)
     options = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+        tokenizer, model = cache_first(
+            path,
+            lambda local: (
+                AutoTokenizer.from_pretrained(path, local_files_only=local, **options),
+                AutoModelForCausalLM.from_pretrained(
+                    path, dtype=dtype, use_safetensors=True, local_files_only=local, **options
+                ),
+            ),
+        )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise FastMemError(f"model.backbone: cannot load {source!r}: {_one_line(error)}") from error
     return model, tokenizer

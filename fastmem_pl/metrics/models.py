@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fastmem_pl.errors import FastMemError
+from fastmem_pl.hub import cache_first
 from fastmem_pl.registry import Registry
-
-T = TypeVar("T")
 
 _LOADING_ERRORS = (
     OSError,
@@ -28,7 +27,6 @@ _LOADING_ERRORS = (
     RuntimeError,
     SafetensorError,
 )
-_PROBE_SECONDS = 3.0
 # The layers that the bert-score package takes of roberta-base, roberta-large, bert-base-uncased and
 # bert-large-uncased: those whose BERTScore agrees best with human judgement (Zhang et al., 2020). Told by
 # family and depth, since a local copy of a checkpoint may lie in a folder of any name.
@@ -288,7 +286,7 @@ def _pretrained(auto_class: Any, path: str, unused: str | None = None) -> Any:
     # Else transformers asks a bot, from a thread that outlives a failed network, to open a pull request
     # on the Hub for every checkpoint without safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    model, info = _cache_first(
+    model, info = cache_first(
         path,
         lambda local_files_only: auto_class.from_pretrained(
             path,
@@ -319,38 +317,7 @@ def _tokenizer(path: str) -> Any:
             raise OSError(f"{path!r} has no tokenizer files")
         return tokenizer
 
-    return _cache_first(path, load)
-
-
-def _cache_first(path: str, load: Callable[[bool], T]) -> T:
-    """Call ``load(local_files_only)`` with local files, then, where those do not do, with the Hub.
-
-    Raises:
-        OSError: when neither has it.
-    """
-    from huggingface_hub import constants
-
-    try:
-        return load(True)
-    except OSError:
-        if Path(path).is_dir():
-            raise
-    if constants.HF_HUB_OFFLINE:
-        raise OSError(f"{path!r} is not in the Hub cache, and HF_HUB_OFFLINE forbids to fetch it")
-    if not _hub_answers():
-        raise OSError(f"{path!r} is not in the Hub cache, and {constants.ENDPOINT} does not answer")
-    return load(False)
-
-
-def _hub_answers() -> bool:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
-    except Exception:  # the client's HTTP library, and with it the error, changes between its versions
-        return False
-    return True
+    return cache_first(path, load)
 
 
 def _max_tokens(model: Any, tokenizer: Any) -> int:

@@ -58,12 +58,16 @@ def method_table(methods: Mapping[str, Any], title: str = "") -> Table:
 
 
 def comparison_lines(methods: Mapping[str, Any]) -> list[str]:
-    """Gains, losses and p-value of every method against zero-shot."""
+    """Gains, losses and p-value of every method against zero-shot; a score is left out where it says the
+    same as the one before.
+    """
     lines = []
     for method, entry in methods.items():
+        shown = None
         for name in _COMPARED:
             test = entry["against_zero_shot"].get(name)
-            if test:
+            if test and test != shown:
+                shown = test
                 p_value = "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
                 lines.append(
                     f"{method} against zero-shot, {SCORES[name].label}: {test['gained']} samples gained, "

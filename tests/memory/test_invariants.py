@@ -69,7 +69,7 @@ def test_equals_the_published_algorithm(tiny, contexts, num_layers):
 
 
 def test_deltas_are_nearer_to_float64_than_edited_float32_weights(tiny, contexts):
-    # At the paper's learning rate the decay of a float32 weight, 1e-7 of it, is lost in its rounding.
+    # At the paper's learning rate updates are some hundred rounding steps of a float32 weight or less.
     settings = {"steps": 10, "learning_rate": 1e-5, "kl_coeff": 0.1}
     memorizer = Memorizer(tiny, **settings)
     encoded = memorizer.encode(contexts[1])
@@ -230,3 +230,32 @@ def test_zero_steps_is_the_base(tiny, contexts):
     memory = Memorizer(tiny, steps=0)(contexts)
     assert memory.curves[0].cross_entropy == []
     assert not any(tensor.any() for layer in memory.deltas for tensor in layer.values())
+
+
+def test_adaptive_kl_follows_the_controller_of_each_sample(tiny, contexts):
+    settings = {**STRONG, "steps": 12, "kl_target": 0.02, "kl_gain": 1.0}
+    memory = Memorizer(tiny, **settings)(contexts)
+    for curve, context in zip(memory.curves, contexts, strict=True):
+        assert curve.kl_coeff[0] == pytest.approx(STRONG["kl_coeff"])
+        for step in range(11):
+            error = min(max(curve.kl[step] / 0.02 - 1, -0.2), 0.2)
+            assert curve.kl_coeff[step + 1] == pytest.approx(curve.kl_coeff[step] * (1 + error), rel=1e-5)
+        alone = Memorizer(tiny, **settings)(context).curves[0]
+        assert curve.kl_coeff == pytest.approx(alone.kl_coeff, rel=1e-3)
+    assert max(c.kl_coeff[-1] for c in memory.curves) != min(c.kl_coeff[-1] for c in memory.curves)
+    constant = Memorizer(tiny, **STRONG)(contexts[:1])
+    assert constant.curves[0].kl_coeff == []
+    assert "kl_coeff" not in constant.curves[0].as_dict()
+
+
+def test_rounded_weights_are_those_of_edited_float32_weights(tiny, contexts):
+    settings = {"steps": 10, "learning_rate": 1e-5, "kl_coeff": 0.1}
+    rounding = Memorizer(tiny, round_weights=True, **settings)
+    encoded = rounding.encode(contexts[1])
+    _, edited = plain_loop(tiny, encoded, **settings)
+    (rounded,) = rounding.fit([encoded]).deltas
+    (exact,) = Memorizer(tiny, **settings).fit([encoded]).deltas
+    for name, wanted in zip(("gate", "up", "down"), edited, strict=True):
+        base = tiny.tail().ffns[0].base_weights[name]
+        assert torch.equal((base + rounded[name]) - base, rounded[name])
+        assert (rounded[name][0] - wanted).norm() < 0.5 * (exact[name][0] - wanted).norm()

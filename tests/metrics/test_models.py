@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -239,55 +236,6 @@ def test_offline_failure_is_one_line_within_seconds(name):
     assert message.startswith(f"{name}: cannot load 'nobody/nothing-here': ")
     assert message.endswith(f"; give a local folder (--model.{setting}_model), or null to leave it out")
     assert "\n" not in message
-
-
-def test_hub_is_asked_only_when_it_answers(monkeypatch):
-    from huggingface_hub import constants
-
-    asked = []
-
-    def load(local_files_only):
-        asked.append(local_files_only)
-        if local_files_only:
-            raise OSError("not cached")
-        return "found"
-
-    monkeypatch.setattr(models, "_hub_answers", lambda: True)
-    assert models._cache_first("some/model", load) == "found"
-    monkeypatch.setattr(models, "_hub_answers", lambda: False)
-    with pytest.raises(OSError, match="does not answer"):
-        models._cache_first("some/model", load)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
-        models._cache_first("some/model", load)
-    assert asked == [True, False, True, True]
-
-
-class Refusing(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.send_response(403)
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
-def test_hub_probe(monkeypatch):
-    from huggingface_hub import constants
-
-    def answers(port: int) -> bool:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-        return models._hub_answers()
-
-    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        assert answers(server.server_port), "a refusal is an answer"
-    assert not answers(server.server_port), "nobody listens"
-    monkeypatch.setattr(models, "_PROBE_SECONDS", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        start = time.monotonic()
-        assert not answers(silent.getsockname()[1])
-    assert time.monotonic() - start < 3
 
 
 def refusal(name: str, source) -> str:
