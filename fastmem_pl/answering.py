@@ -86,6 +86,8 @@ def _decoding(
     answer_prefix: str,
 ) -> Decoding:
     contexts = [context] * len(questions) if context is None or isinstance(context, str) else list(context)
+    if not questions:
+        raise FastMemError("answer: no questions; give one or more")
     if len(contexts) != len(questions):
         raise FastMemError(f"answer: {len(questions)} questions but {len(contexts)} contexts")
     memory = _memory_of_each(backbone, memory, len(questions))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmem_pl.errors import FastMemError, nearest
+from fastmem_pl.errors import FastMemError, nearest, unknown
 
 # Heavy imports (torch, lightning, transformers) wait until a subcommand is known, so that
 # `fastmem --help` answers at once.
@@ -96,6 +96,9 @@ def _show_tasks(names: list[str]) -> int:
     if "-h" in names or "--help" in names:
         print("usage: fastmem tasks [NAME ...]\n\nshow the tasks, or all prompts of those that are named")
         return 0
+    for name in names:
+        if name not in TASKS:
+            raise unknown("tasks", name, TASKS)
     for task in [TASKS[name] for name in names] or TASKS.values():
         print(f"{task.name}: {task.description}")
         print(f"  scores: {', '.join(task.scores)}")
@@ -113,23 +116,37 @@ def _show_tasks(names: list[str]) -> int:
 
 
 def _resolve_configs(arguments: list[str]) -> list[str]:
-    """Let ``--config`` take names of packaged configs as well as files, several with commas between."""
-    resolved: list[str] = []
-    rest = iter(arguments)
+    """Let ``--config`` take names of packaged configs as well as files, several with commas between.
+
+    Configs come first in the result, so that options win over them wherever they stand.
+    """
+    values: list[str] = []
+    options: list[str] = []
+    rest = iter(arguments[1:])
     for argument in rest:
         if argument in ("-c", "--config"):
-            values = next(rest, None)
-            if values is None:
-                resolved.append(argument)
-                continue
+            value = next(rest, None)
+            if value is None:
+                raise FastMemError("--config: give the name of a packaged config or a file")
         elif argument.startswith("--config="):
-            values = argument.split("=", 1)[1]
+            value = argument.split("=", 1)[1]
         else:
-            resolved.append(argument)
+            options.append(argument)
             continue
-        for value in [values] if os.path.isfile(values) else values.split(","):
-            resolved += ["--config", _config_path(value)]
-    return resolved
+        values += [value] if os.path.isfile(value) else [part.strip() for part in value.split(",")]
+    paths = [_config_path(value) for value in values]
+    paths += _for_combinations({Path(path).stem for path in paths})
+    return [arguments[0], *(part for path in paths for part in ("--config", path)), *options]
+
+
+def _for_combinations(names: set[str]) -> list[str]:
+    """Packaged configs for a task together with a method: ``xsum+cd`` for ``xsum`` and ``fastmem+cd``."""
+    added = []
+    for name, path in packaged_configs().items():
+        task, _, decoder = name.partition("+")
+        if name not in names and task in names and f"fastmem+{decoder}" in names:
+            added.append(str(path))
+    return added
 
 
 def _config_path(value: str) -> str:

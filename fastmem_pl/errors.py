@@ -25,8 +25,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     >>> nearest("zzz", ["nqswap", "nq"])
     ''
     """
-    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    by_lower = {candidate.lower(): candidate for candidate in allowed}
+    match = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean '{by_lower[match[0]]}'?" if match else ""
 
 
 def unknown(field: str, value: object, allowed: Iterable[str]) -> FastMemError:

@@ -39,6 +39,8 @@ class FastMemArgumentParser(LightningArgumentParser):
         if wrong_type:
             field, kind, value = wrong_type.groups()
             line = f"{field}: {value!r} does not fit; allowed: {_readable(kind)}"
+            if "list" in kind and not value.startswith("["):
+                line += f", such as [{value}]"
             line += nearest(value, re.findall(r"'([^']+)'", kind))
         raise FastMemError(line + self._suggestion(line)) from ex
 
@@ -141,7 +143,9 @@ def run_command(arguments: list[str]) -> int:
             print(f"{result.num_failed} of them failed (loss not finite) and hold the base model")
         print(f"answer with them: fastmem predict {shlex.join(arguments[1:])}")
     else:
-        if not result.num_new:
+        if result.added_scores:
+            print(f"scores added: {', '.join(result.added_scores)}")
+        elif not result.num_new:
             print("this run was complete already; nothing was left to do")
         print_run(result.path)
     return 0

@@ -70,7 +70,8 @@ class FastMemModule(LightningModule):
             others.
         seed: of the draws; an answer depends on it and its sample, not on the batch.
         stop: texts that end an answer, which is cut before them.
-        dola_layers: premature layers: auto, low or high half, or a list of numbers or fractions of the depth.
+        dola_layers: premature layers: auto, low or high (half of the model), or a list of numbers, below 1
+            as fractions of the depth.
         relative_top: dola keeps tokens of at least this share of the highest probability.
         published_quirks: faults of the published code to bring back, for comparison with its results:
             norm-every-layer, round-weights, dola-unlimited, context-round-trip, parse-special-tokens.

@@ -48,6 +48,7 @@ class RunResult:
         metrics: content of ``metrics.json``; empty after ``fit``, which answers nothing.
         num_failed: after ``fit``, memories whose loss was not finite.
         num_new: samples that were not done before this session.
+        added_scores: those of metric models that came in this session.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class RunResult:
     metrics: dict[str, Any] = field(default_factory=dict)
     num_failed: int = 0
     num_new: int = 0
+    added_scores: list[str] = field(default_factory=list)
 
 
 class FastMemTrainer(Trainer):
@@ -216,7 +218,9 @@ class FastMemTrainer(Trainer):
             run.write_metrics(metrics)
         else:
             metrics = run.metrics()
-        return RunResult(run.path, mode, len(datamodule.samples), metrics, num_new=remaining)
+        added = [name for name, source in model_scores.items() if earlier_sources.get(name) != source]
+        total = len(datamodule.samples)
+        return RunResult(run.path, mode, total, metrics, num_new=remaining, added_scores=added)
 
     def _score_with_models(
         self,

@@ -21,9 +21,9 @@ class FastMemDataModule(LightningDataModule):
     """Samples of one data file; results stand in the file's order.
 
     Args:
-        task: nqswap, nq, memotrap, hotpotqa, xsum, cnndm, wikihow; qa or summary for a file of your own;
-            mixed where every record names its task. It fixes the record format, the prompts and the
-            scores; `fastmem tasks` shows them.
+        task: nqswap, nq, nqswap_icl, nq_icl, memotrap, hotpotqa, xsum, cnndm, wikihow; qa or summary for a
+            file of your own; mixed where every record names its task. It fixes the record format, the
+            prompts and the scores; `fastmem tasks` shows them.
         path: JSON list or JSON Lines file; "demo" is the packaged one (task mixed).
         limit: use the first records only; leave out for all.
         batch_size: samples memorized and answered together. More is faster and takes more memory; the

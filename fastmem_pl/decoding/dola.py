@@ -17,8 +17,8 @@ def candidate_layers(wanted: str | Sequence[float], num_blocks: int, tied: bool)
     """Numbers of the hidden states that DoLa chooses from; number ``l`` is the input of block ``l``.
 
     Args:
-        wanted: ``"high"``, ``"low"``, ``"auto"``, or numbers; those between 0 and 1 are fractions of the
-            depth.
+        wanted: ``"high"``, ``"low"``, ``"auto"``, or numbers; those above 0 and below 1 are fractions
+            of the depth.
         num_blocks: decoder blocks of the model.
         tied: whether the head is the embedding matrix; the embeddings alone, number 0, then predict the
             token that was read, and the low half starts at 2.
@@ -42,11 +42,11 @@ def candidate_layers(wanted: str | Sequence[float], num_blocks: int, tied: bool)
         return tuple(range(max(middle, num_blocks - 20), num_blocks, 2))
     numbers = []
     for value in wanted:
-        number = round(value * num_blocks) if 0 < value < 1 else value
+        number = min(round(value * num_blocks), num_blocks - 1) if 0 < value < 1 else value
         if number != int(number) or not 0 <= number < num_blocks:
             raise FastMemError(
-                f"model.dola_layers: {value} is no layer; allowed: 0 to {num_blocks - 1}, fractions of the "
-                "depth, or auto, low, high"
+                f"model.dola_layers: {value:g} is no layer; allowed: 0 to {num_blocks - 1}, fractions of the "
+                "depth below 1, or auto, low, high"
             )
         numbers.append(int(number))
     if not numbers:

@@ -49,7 +49,7 @@ class TokenChooser:
         if settings.temperature > 0:
             draws = [np.random.default_rng([settings.seed, key]).random(max_new_tokens) for key in keys]
             self._uniform = torch.tensor(np.stack(draws), device=ids.device)
-            self._warp = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
+            self._warp = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
             if settings.top_k:
                 self._warp.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p < 1:
