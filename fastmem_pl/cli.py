@@ -134,19 +134,23 @@ def _resolve_configs(arguments: list[str]) -> list[str]:
             options.append(argument)
             continue
         values += [value] if os.path.isfile(value) else [part.strip() for part in value.split(",")]
-    paths = [_config_path(value) for value in values]
-    paths += _for_combinations({Path(path).stem for path in paths})
+    paths = _with_combinations([_config_path(value) for value in values])
     return [arguments[0], *(part for path in paths for part in ("--config", path)), *options]
 
 
-def _for_combinations(names: set[str]) -> list[str]:
-    """Packaged configs for a task together with a method: ``xsum+cd`` for ``xsum`` and ``fastmem+cd``."""
-    added = []
-    for name, path in packaged_configs().items():
+def _with_combinations(paths: list[str]) -> list[str]:
+    """Add packaged configs for a task together with a method: ``xsum+cd`` for ``xsum`` and ``fastmem+cd``.
+
+    They come right after both, so that configs which follow win over them.
+    """
+    packaged = {name: str(path) for name, path in packaged_configs().items()}
+    for name, path in packaged.items():
         task, _, decoder = name.partition("+")
-        if name not in names and task in names and f"fastmem+{decoder}" in names:
-            added.append(str(path))
-    return added
+        both = [packaged.get(task), packaged.get(f"fastmem+{decoder}")]
+        if path not in paths and all(part in paths for part in both):
+            paths.insert(1 + max(paths.index(part) for part in both), path)
+            print(f"fastmem: with {task} and fastmem+{decoder} comes the config {name}", file=sys.stderr)
+    return paths
 
 
 def _config_path(value: str) -> str:

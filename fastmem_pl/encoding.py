@@ -1,4 +1,4 @@
-"""From samples to token ids: what is memorized, and every prompt, all with the same context."""
+"""From samples to token ids: what is memorized, and every prompt about it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.errors import FastMemError
 
+_AROUND_CONTEXT = 32
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -18,10 +20,12 @@ class EncodedSample:
     Attributes:
         context: the memorization sequence.
         prompts: token ids by form of the prompt.
+        prompt_cuts: context tokens that each form leaves out.
     """
 
     context: EncodedContext
     prompts: dict[str, list[int]]
+    prompt_cuts: dict[str, int]
 
     @property
     def context_hash(self) -> str:
@@ -32,6 +36,10 @@ class EncodedSample:
 
 class SampleEncoder:
     """Encodes samples for one backbone.
+
+    What is memorized depends on ``max_context_tokens`` and the model alone, so that a memory serves whatever
+    is asked of it. A prompt gets the same context, cut further only where the model has no room for it
+    beside question, worked example and answer.
 
     Args:
         backbone: whose chat template and context length apply.
@@ -44,58 +52,66 @@ class SampleEncoder:
         self, backbone: Backbone, max_context_tokens: int, max_new_tokens: int, forms: Iterable[str]
     ) -> None:
         self._chat = backbone.chat
-        self._limit = backbone.context_length
+        self._length = backbone.context_length
         self._max_context_tokens = max_context_tokens
+        # Beside the context, a memorization sequence holds bos, header and end of turn.
+        self._limit = min(max_context_tokens, self._length - _AROUND_CONTEXT)
         self._max_new_tokens = max_new_tokens
         self._forms = sorted(set(forms))
 
     def __call__(self, sample: ContextSample) -> EncodedSample:
-        """Encode one sample; its context is cut to what fits every prompt."""
-        text, kept, cut = self._cut(sample, self.room(sample))
-        prompts = {form: self._prompt(sample, text, form) for form in self._forms}
-        return EncodedSample(self._chat.whole_context(text, kept, cut), prompts)
+        """Encode one sample."""
+        text, kept, cut = self._cut(sample)
+        prompts, prompt_cuts = {}, {}
+        for form in self._forms:
+            room = self._room(sample, form)
+            shown = self._chat.cut(text, room)[0] if kept > room else text
+            prompts[form] = self._prompt(sample, shown, form)
+            prompt_cuts[form] = cut + max(kept - room, 0)
+        return EncodedSample(self._chat.whole_context(text, kept, cut), prompts, prompt_cuts)
 
-    def room(self, sample: ContextSample) -> int:
-        """Most context tokens that fit the settings and the model beside question and answer.
+    def check(self, sample: ContextSample, strict: bool) -> None:
+        """Refuse a question without room for a context, and under ``strict`` a context that would be cut.
 
         Raises:
-            FastMemError: when there is no room for any.
+            FastMemError: naming the sample, and the limit that it meets.
         """
-        with_context = [form for form in self._forms if form != "without_context"]
-        task = TASKS[sample.task]
-        texts = [task.prompt_text("", sample.question, form) for form in with_context]
+        rooms = {form: self._room(sample, form) for form in self._forms}
+        if not strict:
+            return
+        _, kept, cut = self._cut(sample)
+        allowed = min(kept, *rooms.values()) if cut else min(rooms.values())
+        if kept + cut > allowed:
+            bound = self._max_context_tokens <= allowed
+            mend = "raise --model.max_context_tokens" if bound else "lower --model.max_new_tokens"
+            raise FastMemError(
+                f"data: the context of sample {sample.id} has {kept + cut} tokens, allowed: {allowed}; "
+                f"shorten it, {mend}, or drop --model.strict"
+            )
+
+    def _room(self, sample: ContextSample, form: str) -> int:
+        """Most context tokens that a prompt has room for beside question and answer."""
+        if form == "without_context":
+            return self._length
+        bare = TASKS[sample.task].prompt_text("", sample.question, form)
         # Every token is at least a byte, so short texts need no counting.
         system = self._chat.settings.system_prompt or ""
-        overhead = max((len(text.encode()) for text in texts), default=0)
-        overhead += len((system + sample.answer_prefix).encode()) + 64
-        if overhead + self._max_context_tokens + self._max_new_tokens > self._limit:
-            overhead = max((len(self._prompt(sample, "", form)) for form in with_context), default=0)
-        room = self._limit - overhead - self._max_new_tokens
+        overhead = len((bare + system + sample.answer_prefix).encode()) + 64
+        if overhead + self._limit + self._max_new_tokens > self._length:
+            overhead = len(self._prompt(sample, "", form))
+        room = self._length - overhead - self._max_new_tokens
         if room < 1:
             raise FastMemError(
                 f"data: the question of sample {sample.id} leaves no room for its context in the model's "
-                f"{self._limit} tokens; shorten it or lower --model.max_new_tokens"
+                f"{self._length} tokens; shorten it or lower --model.max_new_tokens"
             )
-        return min(self._max_context_tokens, room)
+        return room
 
-    def check_whole(self, sample: ContextSample) -> None:
-        """Refuse a sample whose context would be cut off.
-
-        Raises:
-            FastMemError: naming the sample and its length in tokens.
-        """
-        _, kept, cut = self._cut(sample, self.room(sample))
-        if cut:
-            raise FastMemError(
-                f"data: the context of sample {sample.id} has {kept + cut} tokens, allowed: {kept}; "
-                "shorten it, raise --model.max_context_tokens, or drop --model.strict"
-            )
-
-    def _cut(self, sample: ContextSample, room: int) -> tuple[str, int, int]:
-        text, kept, cut = self._chat.truncate(sample.context, room)
+    def _cut(self, sample: ContextSample) -> tuple[str, int, int]:
+        text, kept, cut = self._chat.truncate(sample.context, self._limit)
         if self._chat.settings.round_trip and TASKS[sample.task].is_summary:
             # The published code sends articles through it on loading and again for every sample.
-            text, kept, cut_again = self._chat.truncate(text, room)
+            text, kept, cut_again = self._chat.truncate(text, self._limit)
             cut += cut_again
         return text, kept, cut
 

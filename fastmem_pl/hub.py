@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -27,16 +27,38 @@ def cache_first(source: str, load: Callable[[bool], T]) -> T:
 
     if Path(source).is_dir():
         return load(True)
+    state = "is not in the Hub cache"
     if _in_cache(source):
         try:
             return load(True)
-        except OSError:
-            pass  # Some of its files are still to be fetched.
+        except (OSError, ValueError) as error:
+            # Some of its files may be still to be fetched.
+            state = f"cannot be loaded from the Hub cache ({str(error).strip().splitlines()[0]})"
     if constants.HF_HUB_OFFLINE:
-        raise OSError(f"{source!r} is not in the Hub cache, and HF_HUB_OFFLINE forbids to fetch it")
+        raise OSError(f"{source!r} {state}, and HF_HUB_OFFLINE forbids to fetch it")
     if not _hub_answers():
-        raise OSError(f"{source!r} is not in the Hub cache, and {constants.ENDPOINT} does not answer")
+        raise OSError(f"{source!r} {state}, and {constants.ENDPOINT} does not answer")
     return load(False)
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer from a folder or the Hub.
+
+    Raises:
+        OSError: when there are no files of one: transformers would make one up from the model's config,
+            with special tokens and no words.
+    """
+    from transformers import AutoTokenizer
+
+    def load(local_files_only: bool) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+        )
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise OSError(f"{source!r} has no tokenizer files")
+        return tokenizer
+
+    return cache_first(source, load)
 
 
 def _in_cache(source: str) -> bool:

@@ -23,14 +23,15 @@ from fastmem_pl.decoding import (
     Generated,
     Method,
     Prefill,
+    PrefillCache,
     select_methods,
 )
 from fastmem_pl.encoding import EncodedSample, SampleEncoder
 from fastmem_pl.errors import FastMemError, OutOfMemoryError
 from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
-from fastmem_pl.metrics import SCORES
-from fastmem_pl.phases import PhaseMeter
-from fastmem_pl.published import select_quirks
+from fastmem_pl.metrics import score_answer
+from fastmem_pl.phases import PhaseMeter, is_out_of_memory
+from fastmem_pl.published import ANSWER_QUIRKS, select_quirks
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class FastMemModule(LightningModule):
         top_k: draw from this many most likely tokens; 0 for all.
         repetition_penalty: weakens tokens that were said already; left out, 1.2 for dola and none for the
             others.
-        seed: of the draws; an answer depends on it and its sample, not on the batch.
+        seed: of the draws (--seed_everything does not change them); up to rounding, an answer depends on
+            it and its sample, not on the batch.
         stop: texts that end an answer, which is cut before them.
         dola_layers: premature layers: auto, low or high (half of the model), or a list of numbers, below 1
             as fractions of the depth.
@@ -175,7 +177,7 @@ class FastMemModule(LightningModule):
                     self.hparams.backbone, precision, device, self.hparams.trust_remote_code
                 )
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 raise OutOfMemoryError(
                     f"out of memory while loading {self.hparams.backbone}; use "
@@ -200,15 +202,35 @@ class FastMemModule(LightningModule):
             if self.memories is None:
                 self.methods = [m for m in self.methods if not m.memory] or [METHODS[BASELINE]]
 
+    def identity(self, answers: bool) -> dict[str, Any]:
+        """Settings that memories depend on and, with ``answers``, what answers depend on beside them."""
+        quirks = sorted(select_quirks(self.hparams.published_quirks))
+        names = ["backbone", *(f.name for f in fields(MemorizationSettings)), "chat_template"]
+        settings = {name: self.hparams[name] for name in names if name in self.hparams}
+        settings["published_quirks"] = [quirk for quirk in quirks if quirk not in ANSWER_QUIRKS]
+        if answers:
+            names = [f.name for f in fields(DecodingSettings)]
+            settings |= {name: self.hparams[name] for name in names if name in self.hparams}
+            settings["methods"] = [method.name for method in self.methods]
+            settings["memories"] = self.hparams.memories
+            settings["system_prompt"] = self.hparams.system_prompt
+            settings["answer_quirks"] = [quirk for quirk in quirks if quirk in ANSWER_QUIRKS]
+        return settings
+
     def _prepare_methods(self) -> None:
         """Find out what the methods need of every batch; refuse decoders that do not fit the model."""
-        decoders = {m.name: DECODERS[m.decoder](self.decoding, self.backbone) for m in self.methods}
-        self._forms = {"prompt", *(method.prompt for method in self.methods)}
-        if any(decoder.needs_without_context for decoder in decoders.values()):
-            self._forms.add("without_context")
-        self._early_layers = sorted({n for decoder in decoders.values() for n in decoder.early_layers})
-        longest = max(decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders.values())
-        self.encoder = SampleEncoder(self.backbone, self.settings.max_context_tokens, longest, self._forms)
+        self._decoders = {m.name: DECODERS[m.decoder](self.decoding, self.backbone) for m in self.methods}
+        decoders = self._decoders.values()
+        forms = {method.prompt for method in self.methods}
+        if any(decoder.needs_without_context for decoder in decoders):
+            forms.add("without_context")
+        longest = max(decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders)
+        self.encoder = SampleEncoder(self.backbone, self.settings.max_context_tokens, longest, forms)
+
+    def early_layers(self, form: str) -> list[int]:
+        """Numbers of the hidden states that methods with this form of the prompt look at."""
+        methods = (method for method in self.methods if method.prompt == form)
+        return sorted({number for m in methods for number in self._decoders[m.name].early_layers})
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the texts alone."""
@@ -219,7 +241,7 @@ class FastMemModule(LightningModule):
         try:
             return self._process(batch)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Outside the handler, so that the traceback no longer keeps the tensors alive.
         gc.collect()
@@ -240,9 +262,7 @@ class FastMemModule(LightningModule):
         not fit, and under ``strict`` contexts that would be cut off.
         """
         for sample in samples:
-            self.encoder.room(sample)
-            if self.hparams.strict:
-                self.encoder.check_whole(sample)
+            self.encoder.check(sample, self.hparams.strict)
         if self.mode == "predict" and self.memories and any(method.memory for method in self.methods):
             folder, wanted = MemoryFolder(self.memories), self.settings.as_dict()
             for sample in samples:
@@ -254,40 +274,42 @@ class FastMemModule(LightningModule):
         memory, memorize_seconds = self._obtain_memory(samples, encoded)
         if self.mode == "fit":
             return self._save(samples, encoded, memory)
+        if memory:
+            memory = memory.to(self.backbone.compute_dtype)
+        records: dict[str, list[dict[str, Any]]] = {}
         num_layers = memory.num_layers if memory else self.settings.num_layers
-        prefills: dict[str, Prefill] = {}
-        prefill_seconds: dict[str, float] = {}
-        for form in self._forms & {"without_context", *(method.prompt for method in self.methods)}:
-            with self.meter.measure("decode") as timing:
-                prompts = [sample.prompts[form] for sample in encoded]
-                prefills[form] = Prefill(self.backbone, prompts, num_layers, self._early_layers)
-            prefill_seconds[form] = timing["seconds"]
-        records: list[list[dict[str, Any]]] = [[] for _ in samples]
-        for method in self.methods:
+        prefills = PrefillCache(
+            lambda form: Prefill(
+                self.backbone, [s.prompts[form] for s in encoded], num_layers, self.early_layers(form)
+            ),
+            self.meter,
+        )
+        for method in sorted(self.methods, key=lambda method: method.prompt):
             used = memory if method.memory else None
+            read = [method.prompt]
+            if self._decoders[method.name].needs_without_context:
+                read.append("without_context")
+            prompts, *without_context = (prefills.take(form) for form in read)
             with self.meter.measure("decode") as timing:
-                decoding = Decoding(
-                    prefills[method.prompt],
+                answers = Decoding(
+                    prompts,
                     method.decoder,
                     self.decoding,
                     used and used.deltas,
-                    prefills.get("without_context"),
-                    [sample.index for sample in samples],
-                )
-                answers = decoding.run()
-            read = [method.prompt]
-            if decoding.decoder.needs_without_context:
-                read.append("without_context")
+                    *without_context,
+                    keys=[sample.index for sample in samples],
+                ).run()
             seconds = {
                 "memorize": memorize_seconds / len(samples) if used else 0.0,
-                "decode": (sum(prefill_seconds[form] for form in read) + timing["seconds"]) / len(samples),
+                "decode": (sum(prefills.seconds[form] for form in read) + timing["seconds"]) / len(samples),
             }
+            records[method.name] = []
             for row, sample in enumerate(samples):
                 record = self._record(sample, method, answers[row], encoded[row], seconds)
                 record["curve"] = used.curves[row].as_dict() if used else None
                 record["status"] = used.status[row] if used else "ok"
-                records[row].append(record)
-        return [record for of_sample in records for record in of_sample]
+                records[method.name].append(record)
+        return [records[method.name][row] for row in range(len(samples)) for method in self.methods]
 
     def _obtain_memory(
         self, samples: Sequence[ContextSample], encoded: Sequence[EncodedSample]
@@ -327,12 +349,6 @@ class FastMemModule(LightningModule):
         seconds: dict[str, float],
     ) -> dict[str, Any]:
         prediction = sample.answer_prefix + answer.text
-        scores = {}
-        for name in TASKS[sample.task].scores if sample.references else ():
-            function = SCORES[name].function
-            value = function(prediction, sample.references, sample.originals) if function else None
-            if value is not None:
-                scores[name] = value
         return {
             "index": sample.index,
             "id": sample.id,
@@ -343,16 +359,13 @@ class FastMemModule(LightningModule):
             "token_ids": answer.token_ids,
             "references": list(sample.references),
             "originals": list(sample.originals),
-            "scores": scores,
+            "scores": score_answer(
+                TASKS[sample.task].scores, prediction, sample.references, sample.originals
+            ),
             "output_words": len(answer.text.split()),
             "n_context_tokens": encoded.context.context_tokens,
-            "n_truncated_tokens": encoded.context.truncated,
+            "n_truncated_tokens": encoded.prompt_cuts[method.prompt],
             "n_prompt_tokens": len(encoded.prompts[method.prompt]),
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
             **answer.details,
         }
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

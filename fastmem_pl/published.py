@@ -22,6 +22,10 @@ for _name, _effect in {
     QUIRKS.register(_name, _effect)
 
 
+ANSWER_QUIRKS = {"dola-unlimited"}
+"""Quirks that memories do not depend on."""
+
+
 def select_quirks(names: Sequence[str]) -> set[str]:
     """Check names of quirks.
 

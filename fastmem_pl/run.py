@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmem_pl.decoding import DecodingSettings
 from fastmem_pl.errors import FastMemError
 
 try:
@@ -23,9 +21,6 @@ except ImportError:  # Windows: two processes in one folder go unnoticed there
 
 SCHEMA_VERSION = 1
 _OWN_FILES = ("predictions.jsonl", "metrics.json", "config.yaml")
-# Compared only where both runs state them: `fit` answers nothing, and the fingerprint is known late.
-_OPTIONAL_FIELDS = ("methods", "memories", "fingerprint", *(f.name for f in fields(DecodingSettings)))
-_OPTIONAL = {"data.answer_prefix", *(f"model.{name}" for name in _OPTIONAL_FIELDS)}
 
 
 class RunFolder:
@@ -35,12 +30,20 @@ class RunFolder:
         path: of the folder.
         identity: nested settings that the results depend on; another run's folder is refused.
         methods: names of the methods, one record each per sample; none where nothing is answered.
+        optional: dotted names of settings that are compared only where both runs state them.
     """
 
-    def __init__(self, path: str | Path, identity: Mapping[str, Any], methods: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        identity: Mapping[str, Any],
+        methods: Sequence[str],
+        optional: Collection[str] = (),
+    ) -> None:
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity))
         self.methods = list(methods)
+        self._optional = optional
         self._lock: Any = None
         self._found: Mapping[str, Any] = {}
 
@@ -83,7 +86,7 @@ class RunFolder:
                 f"run_dir: {manifest} is damaged; remove it or give another --run_dir"
             ) from None
         self._found = found
-        differences = _differences(found, self.identity)
+        differences = _differences(found, self.identity, self._optional)
         if differences:
             raise FastMemError(
                 f"run_dir: {self.path} holds results of other settings ({'; '.join(differences)}); "
@@ -224,12 +227,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     partial.replace(path)
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:
     """List ``name: there X, here Y`` of every setting that differs; a raised limit is no difference."""
     there, here = _flatten(found), _flatten(wanted)
     differences = []
     for name in sorted(there.keys() | here.keys()):
-        if name in _OPTIONAL and not (name in there and name in here):
+        if name in optional and not (name in there and name in here):
             continue
         old, new = there.get(name), here.get(name)
         grown = name == "data.limit" and old is not None and (new is None or new >= old)

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import platform
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,26 +15,17 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 
 from fastmem_pl.callbacks import MetricAggregation, PredictionWriter, SampleProgress
-from fastmem_pl.data import TASKS, FastMemDataModule
-from fastmem_pl.decoding import DecodingSettings
+from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory import MemoryFolder
 from fastmem_pl.module import FastMemModule, Mode
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
-from fastmem_pl.scoring import add_model_scores
+from fastmem_pl.scoring import add_model_scores, wanted_models
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
-# Settings that memories do not depend on, and those that not even answers depend on.
-_ANSWER_ONLY = {
-    "model": {"methods", "memories", *(f.name for f in fields(DecodingSettings))},
-    "data": {"answer_prefix"},
-}
-_FREE = {
-    "model": {"auto_batch", "strict", "bertscore_model", "factkb_model", "_instantiator"},
-    "data": {"batch_size", "path", "_instantiator"},
-}
+_DATA_FREE = {"batch_size", "path", "_instantiator"}  # what no answer depends on
 
 
 @dataclass
@@ -161,7 +152,11 @@ class FastMemTrainer(Trainer):
         path = Path(run_dir or Path("runs") / datamodule.task)
         model.use_mode(mode, path / "memories")
         methods = [] if mode == "fit" else [method.name for method in model.methods]
-        run = RunFolder(path, self._identity(model, datamodule, methods), methods)
+        identity = self._identity(model, datamodule, bool(methods))
+        # `fit` answers nothing, and the fingerprint is known late.
+        optional = {"model.fingerprint", "data.answer_prefix"}
+        optional |= {f"model.{name}" for name in model.identity(True).keys() - model.identity(False).keys()}
+        run = RunFolder(path, identity, methods, optional)
         # All that can be refused is refused before anything is written, and what needs no model before
         # it is loaded.
         run.check()
@@ -192,7 +187,6 @@ class FastMemTrainer(Trainer):
         self, run: RunFolder, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, start: float
     ) -> RunResult:
         aggregation = MetricAggregation()
-        earlier_sources = run.metrics().get("metric_models", {}) if run.metrics_path.is_file() else {}
         wanted = {sample.index for sample in datamodule.samples}
         earlier = [record for record in run.records() if record["index"] in wanted]
         aggregation.feed(earlier)
@@ -206,39 +200,33 @@ class FastMemTrainer(Trainer):
             run.metrics_path.unlink(missing_ok=True)
             self._loop(model, datamodule, [aggregation, PredictionWriter(run)])
         run.sort()
-        model_scores = self._score_with_models(run, model, datamodule, earlier_sources)
-        if remaining or not run.metrics_path.is_file() or model_scores != earlier_sources:
-            if model_scores:
+        added = self._score_with_models(run, model, datamodule)
+        if remaining or added or not run.metrics_path.is_file():
+            if added:
                 aggregation = MetricAggregation()
                 aggregation.feed([r for r in run.records() if r["index"] in wanted])
             metrics = self._metrics(aggregation, model, run)
-            metrics["metric_models"] = model_scores
             metrics["num_samples"] = len(datamodule.samples)
             metrics["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
+            if not remaining and run.metrics_path.is_file():
+                # Only scores came: what was measured while answering stays.
+                metrics = {**run.metrics(), "groups": metrics["groups"]}
             run.write_metrics(metrics)
         else:
             metrics = run.metrics()
-        added = [name for name, source in model_scores.items() if earlier_sources.get(name) != source]
         total = len(datamodule.samples)
         return RunResult(run.path, mode, total, metrics, num_new=remaining, added_scores=added)
 
     def _score_with_models(
-        self,
-        run: RunFolder,
-        model: FastMemModule,
-        datamodule: FastMemDataModule,
-        known: dict[str, str],
-    ) -> dict[str, str]:
-        """Add the scores that need a model of their own; returns whose they are."""
-        given = {"bert_precision": model.hparams.bertscore_model, "factkb": model.hparams.factkb_model}
-        wanted = {name: source for name, source in given.items() if source}
-        if not any(name in TASKS[sample.task].scores for name in wanted for sample in datamodule.samples):
-            return known
+        self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule
+    ) -> list[str]:
+        """Add the scores that need a model of their own; returns which came."""
+        wanted = wanted_models(model.hparams, datamodule.samples)
+        if not wanted:
+            return []
         records = run.records()
-        sources = add_model_scores(records, datamodule.samples, wanted, known, model.backbone.device)
-        if sources:
-            run.replace(records)
-        return sources
+        device = model.backbone.device
+        return add_model_scores(records, datamodule.samples, wanted, device, lambda: run.replace(records))
 
     def _loop(self, model: FastMemModule, datamodule: FastMemDataModule, callbacks: list[Callback]) -> None:
         """Run Lightning's predict loop over the remaining samples."""
@@ -251,20 +239,17 @@ class FastMemTrainer(Trainer):
         finally:
             self.callbacks = usual
 
-    def _identity(
-        self, model: FastMemModule, datamodule: FastMemDataModule, methods: list[str]
-    ) -> dict[str, Any]:
+    def _identity(self, model: FastMemModule, datamodule: FastMemDataModule, answers: bool) -> dict[str, Any]:
         """Settings that the results depend on; memories depend on fewer than answers."""
-        left_out = {part: _FREE[part] | (set() if methods else _ANSWER_ONLY[part]) for part in _FREE}
-        settings: dict[str, Any] = {
-            "model": {k: v for k, v in model.hparams.items() if k not in left_out["model"]},
-            "data": {k: v for k, v in datamodule.hparams.items() if k not in left_out["data"]},
+        data = {name: value for name, value in datamodule.hparams.items() if name not in _DATA_FREE}
+        data["file_hash"] = datamodule.file_hash()
+        if not answers:
+            del data["answer_prefix"]
+        return {
+            "model": model.identity(answers),
+            "data": data,
             "trainer": {"precision": str(self.precision)},
         }
-        if methods:
-            settings["model"]["methods"] = methods
-        settings["data"]["file_hash"] = datamodule.file_hash()
-        return settings
 
     def _config_text(self, model: FastMemModule, datamodule: FastMemDataModule, path: Path) -> str:
         config = {

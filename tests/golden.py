@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from fastmem_pl import Backbone, ContextSample, FastMemModule
 from fastmem_pl.data import TASKS, FieldError, Record
+from fastmem_pl.decoding import Decoder, Decoding
 from fastmem_pl.encoding import EncodedSample
 from fastmem_pl.metrics import contains_answer, extract_answer, normalize_answer
 
@@ -112,14 +114,21 @@ def check_run(name: str, run: Mapping[str, Any], backbone: Backbone, round_weigh
         return seen["memory"]
 
     module.memorizer.fit = spy
+
+    class Kept(Decoding):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            seen["decoder"] = self.decoder
+
     batch = [make_sample(sample, settings) for sample in samples]
     encoded = [module.encoder(sample) for sample in batch]
-    records = module.predict_step(batch)
+    with patch("fastmem_pl.module.Decoding", Kept):
+        records = module.predict_step(batch)
     for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
         check_tokens(encoded[row], sample)
         if "train" in sample:
             check_training(seen["memory"], row, sample, settings, module.hparams.published_quirks)
-        check_output(record, sample)
+        check_output(record, sample, row, seen["decoder"])
         if "scoring" in sample:
             check_scoring(record, sample["scoring"])
     return len(records)
@@ -180,12 +189,14 @@ def check_training(
         assert delta[0, :8].tolist() == pytest.approx(golden["delta_row0_first8"], abs=limits["first8"])
 
 
-def check_output(record: Mapping[str, Any], sample: Mapping[str, Any]) -> None:
+def check_output(record: Mapping[str, Any], sample: Mapping[str, Any], row: int, decoder: Decoder) -> None:
     golden = sample["output"]
     assert record["token_ids"] == golden["ids"]
     assert record["prediction"] == golden["text"]
     if "dola" in golden:
         assert record["dola_layers"] == golden["dola"]["layer_histogram"]
+        chosen = [decoder.early_layers[step[row]] for step in decoder._chosen[: len(golden["ids"])]]
+        assert chosen == golden["dola"].get("layers_all_steps", chosen)
 
 
 def check_scoring(record: Mapping[str, Any], golden: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from fastmem_pl import DecodingSettings, FastMemDataModule, FastMemModule, MemorizationSettings
 from fastmem_pl.backbone import ChatSettings
-from fastmem_pl.cli import packaged_configs
+from fastmem_pl.cli import main, packaged_configs
 
 ROOT = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(ROOT.rglob("*.yaml"))
@@ -83,6 +83,32 @@ def test_hyperparameters_are_the_published_ones(configs, expected):
     model, _ = instantiate("base", "llama3-8b", *configs)
     found = model.settings
     assert (found.learning_rate, found.kl_coeff, found.steps, model.decoding.max_new_tokens) == expected
+
+
+def resolved(capsys, *arguments):
+    assert main(["fit-predict", *arguments, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_command_takes_every_model(capsys, name):
+    config = resolved(capsys, "--config", f"base,{name},nqswap,fastmem")
+    assert config["data"]["task"] == "nqswap"
+    expected = ("32-true", "auto") if name == "smollm2" else ("bf16-true", "gpu")
+    assert (config["trainer"]["precision"], config["trainer"]["accelerator"]) == expected
+
+
+def test_later_configs_and_options_win(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {kl_coeff: 0.05}")
+    row = "base,llama3-8b,xsum,fastmem+cd"
+    assert resolved(capsys, "--config", row)["model"]["kl_coeff"] == 0.3
+    assert resolved(capsys, "--config", f"{row},{mine}")["model"]["kl_coeff"] == 0.05
+    found = resolved(capsys, "--model.kl_coeff", "0.07", "--config", row)
+    assert found["model"]["kl_coeff"] == 0.07
+    own = tmp_path / "xsum.yaml"
+    own.write_text("data: {task: xsum}")
+    assert resolved(capsys, "--config", f"base,{own},fastmem+cd")["model"]["kl_coeff"] == 0.1
 
 
 def test_settings_have_one_default():

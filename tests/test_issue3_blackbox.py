@@ -597,6 +597,7 @@ def test_metric_models_are_missed_in_one_line_and_added_later(
     for before, after in zip(first, later, strict=True):
         assert set(after["scores"]) == set(before["scores"]) | MODEL_SCORES, "these need the article only"
         assert all(0 < after["scores"][name] < 1 for name in MODEL_SCORES)
+        assert set(after.pop("score_models")) == MODEL_SCORES
         assert after | {"scores": before["scores"]} == before, "answered again"
     for name in MODEL_SCORES:
         values = [r["scores"][name] for r in later if r["method"] == "fastmem"]

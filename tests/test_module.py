@@ -141,11 +141,32 @@ def test_question_without_room_is_refused_before_anything_is_answered(run, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_memory_of_a_cut_context_serves_only_the_same_cut(run, tmp_path, data_file):
+def test_a_memory_serves_whatever_is_asked_of_it(run, tmp_path, data_file):
+    """A long context is memorized alike, however much room prompts and answers leave for it."""
     data_file.write_text(json.dumps(dict(RECORDS[0], context="The door is red. " * 200)))
     run("fit", max_new_tokens=6)
-    with pytest.raises(FastMemError, match="is of another context than sample 0's"):
-        run("predict", name="other", memories=str(tmp_path / "run"), max_new_tokens=400)
+    both = run(name="both", methods=["one-shot", "fastmem"], max_new_tokens=300)
+    later = run("predict", methods=["one-shot", "fastmem"], max_new_tokens=300)
+    assert essence(later) == essence(both)
+    alone = run(name="alone", methods=["fastmem"])
+    assert both[1]["curve"]["cross_entropy"] == pytest.approx(alone[0]["curve"]["cross_entropy"])
+    cut = {record["method"]: record["n_truncated_tokens"] for record in both}
+    assert cut["one-shot"] > cut["fastmem"] > 0
+    assert both[0]["n_context_tokens"] == both[1]["n_context_tokens"] == 2048 - 32
+    with pytest.raises(FastMemError, match=r"allowed: \d+; shorten it, lower --model.max_new_tokens"):
+        run(name="strict", methods=["fastmem"], strict=True)
+
+
+def test_settings_of_answers_do_not_shut_a_folder_of_memories(run, tmp_path):
+    run("fit", published_quirks=["parse-special-tokens", "round-weights"])
+    quirks = ["round-weights", "dola-unlimited", "parse-special-tokens"]
+    run("predict", published_quirks=quirks, system_prompt="Be brief.", trust_remote_code=True)
+    with pytest.raises(FastMemError, match=r"model\.system_prompt: there 'Be brief\.', here None"):
+        run("predict", published_quirks=quirks)
+    with pytest.raises(
+        FastMemError, match=r"round_weights: False, .* give --model.published_quirks \[round-w"
+    ):
+        run("predict", name="other", memories=str(tmp_path / "run"))
 
 
 def test_a_module_can_be_used_again(run, tmp_path, data_file, tiny):

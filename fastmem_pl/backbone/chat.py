@@ -209,15 +209,18 @@ class ChatEncoder:
         return self._bos + self._encode([*self._opening, (user_text, False), end, (answer_prefix, False)])
 
     def truncate(self, text: str, limit: int) -> tuple[str, int, int]:
-        """Cut ``text`` after ``limit`` tokens and return ``(text, kept tokens, tokens cut off)``.
-
-        The text is cut by character offset, so what is kept stays as it was written, unless the settings
-        ask for the published round trip.
-        """
+        """Prepare a context: :meth:`cut`, or the published round trip where the settings ask for it."""
         if self.settings.round_trip:
             ids = self.tokenizer(text, verbose=False).input_ids
             kept = ids[:limit]
             return self.tokenizer.decode(kept), len(kept), len(ids) - len(kept)
+        return self.cut(text, limit)
+
+    def cut(self, text: str, limit: int) -> tuple[str, int, int]:
+        """Cut ``text`` after ``limit`` tokens and return ``(text, kept tokens, tokens cut off)``.
+
+        The text is cut by character offset, so what is kept stays as it was written.
+        """
         encoded = self._plain(text, return_offsets_mapping=True)
         count = len(encoded.input_ids)
         if count <= limit:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastmem_pl.errors import FastMemError, nearest
-from fastmem_pl.hub import cache_first
+from fastmem_pl.hub import cache_first, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +49,16 @@ def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False)
     Raises:
         FastMemError: when there is no such model or it cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     path = _resolve(source)
     options = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer, model = cache_first(
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        model = cache_first(
             path,
-            lambda local: (
-                AutoTokenizer.from_pretrained(path, local_files_only=local, **options),
-                AutoModelForCausalLM.from_pretrained(
-                    path, dtype=dtype, use_safetensors=True, local_files_only=local, **options
-                ),
+            lambda local: AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, local_files_only=local, **options
             ),
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:

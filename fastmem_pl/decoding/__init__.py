@@ -9,7 +9,7 @@ from fastmem_pl.decoding.decoders import (
     Greedy,
     StepLogits,
 )
-from fastmem_pl.decoding.loop import Decoding, Generated, Prefill
+from fastmem_pl.decoding.loop import Decoding, Generated, Prefill, PrefillCache
 from fastmem_pl.decoding.methods import BASELINE, METHODS, Method, select_methods
 from fastmem_pl.decoding.settings import DecodingSettings
 
@@ -27,6 +27,7 @@ __all__ = [
     "Greedy",
     "Method",
     "Prefill",
+    "PrefillCache",
     "StepLogits",
     "select_methods",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone
@@ -131,15 +133,11 @@ class DoLa(Decoder):
         """How often each premature layer was chosen, by answer: ``{"dola_layers": {number: count}}``."""
         if not self._chosen:
             return super().details(lengths)
-        steps = [[int(place) for place in step] for step in self._chosen]
+        chosen = torch.stack(self._chosen, dim=1).tolist()
+        counts = [Counter(row[:length]) for row, length in zip(chosen, lengths, strict=True)]
         return [
-            {
-                "dola_layers": {
-                    str(layer): sum(step[row] == place for step in steps[:length])
-                    for place, layer in enumerate(self.early_layers)
-                }
-            }
-            for row, length in enumerate(lengths)
+            {"dola_layers": {str(layer): count[place] for place, layer in enumerate(self.early_layers)}}
+            for count in counts
         ]
 
 

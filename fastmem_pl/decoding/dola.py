@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fastmem_pl.errors import FastMemError
 
-_MASKED_PREMATURE = -1000.0
-
 
 def candidate_layers(wanted: str | Sequence[float], num_blocks: int, tied: bool) -> tuple[int, ...]:
     """Numbers of the hidden states that DoLa chooses from; number ``l`` is the input of block ``l``.
@@ -43,7 +41,7 @@ def candidate_layers(wanted: str | Sequence[float], num_blocks: int, tied: bool)
     numbers = []
     for value in wanted:
         number = min(round(value * num_blocks), num_blocks - 1) if 0 < value < 1 else value
-        if number != int(number) or not 0 <= number < num_blocks:
+        if not 0 <= number < num_blocks or number != int(number):
             raise FastMemError(
                 f"model.dola_layers: {value:g} is no layer; allowed: 0 to {num_blocks - 1}, fractions of the "
                 "depth below 1, or auto, low, high"
@@ -76,5 +74,4 @@ def contrast_layers(mature: Tensor, early: Tensor, relative_top: float) -> tuple
     chosen = divergence.mean(-1).argmax(0)
     premature = log_early[chosen, torch.arange(mature.shape[0], device=mature.device)]
     implausible = log_mature < log_mature.amax(-1, keepdim=True) + math.log(relative_top)
-    premature = premature.masked_fill(implausible, _MASKED_PREMATURE)
     return (log_mature - premature).masked_fill(implausible, -torch.inf), chosen

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastmem_pl.decoding.decoders import DECODERS, Decoder, StepLogits
 from fastmem_pl.decoding.sampling import TokenChooser
 from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.errors import FastMemError
+from fastmem_pl.phases import PhaseMeter
 
 # Looking whether all rows have stopped waits for the device, so elsewhere it is done every few tokens.
 _STOP_CHECK_EVERY = {"cpu": 1, "other": 8}
@@ -60,6 +62,7 @@ class Prefill:
         # Those above the first trained block depend on the memory and come from the tail.
         self.trunk_layers = [n for n in early_layers if n <= backbone.num_blocks - num_layers]
         self.ids, self.mask = pad(prompts, backbone.pad_id, "left", backbone.device)
+        self.keys = [zlib.crc32(" ".join(map(str, prompt)).encode()) for prompt in prompts]
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.next_position = positions[:, -1:] + 1
         self.cache = backbone.new_cache()
@@ -70,6 +73,32 @@ class Prefill:
 
     def __len__(self) -> int:
         return self.mask.shape[0]
+
+
+class PrefillCache:
+    """Prefills of a batch by form of the prompt, made when they are first needed.
+
+    Of the forms with contexts only the last one used is kept, as their KV caches are large.
+
+    Args:
+        make: makes the prefill of a form.
+        meter: measures how long each takes, as part of decoding.
+    """
+
+    def __init__(self, make: Callable[[str], Prefill], meter: PhaseMeter) -> None:
+        self._make, self._meter = make, meter
+        self._kept: dict[str, Prefill] = {}
+        self.seconds: dict[str, float] = {}
+
+    def take(self, form: str) -> Prefill:
+        """The prefill of one form."""
+        if form not in self._kept:
+            if form != "without_context":
+                self._kept = {name: p for name, p in self._kept.items() if name == "without_context"}
+            with self._meter.measure("decode") as timing:
+                self._kept[form] = self._make(form)
+            self.seconds[form] = timing["seconds"]
+        return self._kept[form]
 
 
 class Continuation:
@@ -105,7 +134,7 @@ class Decoding:
         settings: of decoding.
         deltas: one per trained layer with a row a prompt, or ``None`` for the base model.
         without_context: prefill of the prompts without their contexts, for decoders that look at it.
-        keys: one number a row that its draws depend on; its place in the batch by default.
+        keys: one number a row that its draws depend on; by default a hash of its prompt.
 
     Raises:
         FastMemError: when the decoder needs a prefill that is not given.
@@ -142,10 +171,18 @@ class Decoding:
             self.decoder.repetition_penalty if penalty is None else penalty,
             prefill.ids,
             prefill.mask,
-            range(len(prefill)) if keys is None else keys,
+            prefill.keys if keys is None else keys,
             self.max_new_tokens,
         )
-        self._stop_ids = torch.tensor(backbone.stop_ids, device=backbone.device)
+        # A stop text that is a control token is not part of any text, but can be told by its id.
+        controls = {t.content: i for i, t in backbone.tokenizer.added_tokens_decoder.items() if t.special}
+        self._stop_texts = [text for text in settings.stop if text not in controls]
+        self._end_ids = {*backbone.stop_ids, *(controls[t] for t in settings.stop if t in controls)}
+        self._stop_ids = torch.tensor(sorted(self._end_ids), device=backbone.device)
+        # A character takes four tokens at most.
+        self._window = 4 * max(map(len, self._stop_texts), default=0)
+        self._ends: dict[int, int] = {}
+        self._seen = [0] * len(prefill)
         self._ended = torch.zeros(len(prefill), dtype=torch.bool, device=backbone.device)
         self._tokens: list[Tensor] = []
 
@@ -165,9 +202,9 @@ class Decoding:
         """Whether nothing is left to do; waits for the device."""
         if len(self._tokens) >= self.max_new_tokens or bool(self._ended.all()):
             return True
-        if not self.settings.stop:
-            return False
-        return all(self._stops(row) for row in self._rows())
+        return bool(self._stop_texts) and all(
+            self._end(i, row) is not None for i, row in enumerate(self._all())
+        )
 
     def run(self) -> list[Generated]:
         """Decode to the end."""
@@ -187,15 +224,17 @@ class Decoding:
         if len(self._ended) != 1:
             raise FastMemError(f"only a single answer can be streamed, not {len(self._ended)}")
         # A piece that may be the start of a stop text waits for the next token.
-        held = max((len(text) - 1 for text in self.settings.stop), default=0)
+        held = max((len(text) - 1 for text in self._stop_texts), default=0)
         shown = ""
         while True:
             self.step()
             text, done = self._text(self._rows()[0]), self.finished
-            ready = text if done else text[: len(text) - held].rstrip("\ufffd")
-            if len(ready) > len(shown):
-                yield ready[len(shown) :]
-                shown = ready
+            if not done:
+                text = text.rstrip("\ufffd")
+                text = text[: len(text) - held]
+            if len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
             if done:
                 return
 
@@ -209,25 +248,31 @@ class Decoding:
         text = self._backbone.chat.decode(row)
         return text[: self._stop_place(text)]
 
+    def _all(self) -> list[list[int]]:
+        return torch.stack(self._tokens, dim=1).tolist()
+
     def _rows(self) -> list[list[int]]:
         """Token ids by row, up to the end token or the token that completes a stop text."""
-        rows = [
-            _until_stop(row, self._backbone.stop_ids) for row in torch.stack(self._tokens, dim=1).tolist()
-        ]
-        return [self._until_stop_text(row) for row in rows] if self.settings.stop else rows
+        return [row[: self._end(place, row)] for place, row in enumerate(self._all())]
 
-    def _until_stop_text(self, row: list[int]) -> list[int]:
-        if not self._stops(row):
-            return row
-        return next(row[:end] for end in range(1, len(row) + 1) if self._stops(row[:end]))
+    def _end(self, place: int, row: list[int]) -> int | None:
+        """Number of tokens of a row that has come to its end, else ``None``.
 
-    def _stops(self, row: list[int]) -> bool:
-        """Whether a row is at its end."""
-        text = self._backbone.chat.decode(row)
-        return row[-1] in self._backbone.stop_ids or self._stop_place(text) < len(text)
+        Tokens are looked at once: a stop text is searched for in the new ones and as many before as its
+        characters may take, and what was found is kept.
+        """
+        seen = self._seen[place]
+        while place not in self._ends and seen < len(row):
+            seen += 1
+            start = max(0, seen - self._window)
+            recent = self._backbone.chat.decode(row[start:seen]) if self._stop_texts else ""
+            if row[seen - 1] in self._end_ids or self._stop_place(recent) < len(recent):
+                self._ends[place] = seen
+        self._seen[place] = seen
+        return self._ends.get(place)
 
     def _stop_place(self, text: str) -> int:
-        places = [text.find(stop) for stop in self.settings.stop]
+        places = [text.find(stop) for stop in self._stop_texts]
         return min((place for place in places if place >= 0), default=len(text))
 
 
@@ -284,8 +329,3 @@ class _Views:
 
     def _through_head(self, hidden: Tensor) -> Tensor:
         return self.tail.finish_logits(self.tail.raw_logits(hidden))
-
-
-def _until_stop(row: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))
-    return row[:end]

@@ -24,7 +24,7 @@ class DecodingSettings:
         repetition_penalty: divides positive and multiplies negative scores of tokens that prompt or answer
             hold already (Keskar et al., arXiv 1909.05858); ``None`` leaves it to the decoder: 1.2 for dola,
             as its paper advises, 1 (none) for the others.
-        seed: of the draws; an answer depends on it and on its sample, not on the batch.
+        seed: of the draws; up to rounding, an answer depends on it and on its sample, not on the batch.
         stop: texts that end an answer; the answer is cut before them.
         dola_layers: premature layers that dola chooses from: "high" (upper half of the model), "low"
             (lower half), "auto" (high, but at most the upper 20 layers), or a list of hidden-state

@@ -40,8 +40,10 @@ class MemorizationModule(LightningModule):
         self.deltas = nn.ModuleList(
             FFNDelta(ffn.shapes, num_samples, backbone.device) for ffn in self._tail.ffns
         )
-        kl_coeff = torch.full((num_samples,), settings.kl_coeff, device=backbone.device, dtype=torch.float32)
-        self.register_buffer("kl_coeff", kl_coeff, persistent=False)
+        # Not a buffer: precision plugins would round it.
+        self.kl_coeff = torch.full(
+            (num_samples,), settings.kl_coeff, device=backbone.device, dtype=torch.float32
+        )
         self._history: list[tuple[Tensor, Tensor, Tensor]] = []
         self._norms: list[Tensor] = []
 
@@ -51,7 +53,7 @@ class MemorizationModule(LightningModule):
             deltas = [delta.tensors() for delta in self.deltas]
             norm_every_layer = self._settings.norm_every_layer and bool(self._history)
             states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=norm_every_layer)
-            kl_coeff = self.kl_coeff.float()
+            kl_coeff = self.kl_coeff
             losses = memorization_loss(self._tail, self._tail.final_norm(states[-1]), batch, kl_coeff)
         self._history.append((losses.cross_entropy, losses.kl, kl_coeff))
         if self._settings.kl_target is not None:

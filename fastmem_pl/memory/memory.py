@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastmem_pl.errors import FastMemError
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 
 @dataclass
@@ -83,6 +83,10 @@ class Memory:
             self.settings,
             self.fingerprint,
         )
+
+    def to(self, dtype: torch.dtype) -> Memory:
+        """The same memory with deltas of another type."""
+        return replace(self, deltas=[{n: t.to(dtype) for n, t in layer.items()} for layer in self.deltas])
 
     @classmethod
     def stack(cls, memories: Sequence[Memory]) -> Memory:

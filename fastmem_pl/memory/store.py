@@ -12,6 +12,7 @@ import torch
 
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory.memory import Memory, read_header
+from fastmem_pl.published import QUIRKS
 
 
 class MemoryFolder:
@@ -68,13 +69,22 @@ class MemoryFolder:
                 f"memory {path} is of another context than sample {sample_id}'s; "
                 "run fastmem fit on this data first"
             )
-        for name, value in json.loads(header["settings"]).items():
-            if settings.get(name) != value:
+        made = json.loads(header["settings"])
+        for name in {**settings, **made}:
+            if settings.get(name) != made.get(name):
                 raise FastMemError(
-                    f"model.{name}: {settings.get(name)}, but the memories in {self.path} were "
-                    f"made with {value}; give --model.{name} {value}, or run fastmem fit again"
+                    f"model.{name}: {settings.get(name)}, but the memories in {self.path} were made with "
+                    f"{made.get(name)}; give {_option(name, made.get(name))}, or run fastmem fit again"
                 )
 
     def load(self, indices: Sequence[int], fingerprint: str, device: torch.device) -> Memory:
         """Read the memories of these samples as the rows of one."""
         return Memory.stack([Memory.load(self.file(index), fingerprint, device) for index in indices])
+
+
+def _option(name: str, value: Any) -> str:
+    """How a setting is given on the command line."""
+    quirk = name.replace("_", "-")
+    if quirk not in QUIRKS:
+        return f"--model.{name} {value}"
+    return f"{'' if value else 'no '}--model.published_quirks [{quirk}]"

@@ -2,7 +2,7 @@
 
 from fastmem_pl.metrics.aggregate import McNemar, SampleMean
 from fastmem_pl.metrics.models import METRIC_MODELS, MetricModel, load_metric_model
-from fastmem_pl.metrics.scores import SCORES, Score
+from fastmem_pl.metrics.scores import SCORES, Score, score_answer
 from fastmem_pl.metrics.text import (
     contains_answer,
     extract_answer,
@@ -22,4 +22,5 @@ __all__ = [
     "has_answer_format",
     "load_metric_model",
     "normalize_answer",
+    "score_answer",
 ]

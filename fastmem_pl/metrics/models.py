@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.hub import cache_first
+from fastmem_pl.hub import cache_first, load_tokenizer
 from fastmem_pl.registry import Registry
 
 _LOADING_ERRORS = (
@@ -94,7 +94,7 @@ class MetricModel(ABC):
         """Score one batch of predictions, none of them empty."""
 
     def _load_tokenizer(self, path: str) -> Any:
-        return _tokenizer(path)
+        return load_tokenizer(path)
 
     def _check(self) -> None:
         rows = self.model.get_input_embeddings().num_embeddings
@@ -202,7 +202,7 @@ class FactKB(MetricModel):
         except OSError:
             # The published checkpoint comes without one and was trained with this one.
             try:
-                return _tokenizer(_FACTKB_TOKENIZER)
+                return load_tokenizer(_FACTKB_TOKENIZER)
             except OSError as error:
                 raise OSError(f"it has no tokenizer of its own, and {error}") from error
 
@@ -303,21 +303,6 @@ def _pretrained(auto_class: Any, path: str, unused: str | None = None) -> Any:
     if missing:
         raise ValueError(f"it was not trained for this: no weights for {missing[0]} ({len(missing)} missing)")
     return model
-
-
-def _tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    def load(local_files_only: bool) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, local_files_only=local_files_only
-        )
-        # Without tokenizer files transformers makes one up from the config: special tokens and no words.
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise OSError(f"{path!r} has no tokenizer files")
-        return tokenizer
-
-    return cache_first(path, load)
 
 
 def _max_tokens(model: Any, tokenizer: Any) -> int:

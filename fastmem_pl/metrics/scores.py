@@ -120,3 +120,16 @@ for _score in (
     Score("factkb", "FactKB", None),
 ):
     SCORES.register(_score.name, _score)
+
+
+def score_answer(
+    names: Sequence[str], prediction: str, references: Sequence[str], originals: Sequence[str]
+) -> dict[str, float]:
+    """Values by name of those scores that apply and need no model; none without references."""
+    scores = {}
+    for name in names if references else ():
+        function = SCORES[name].function
+        value = function(prediction, references, originals) if function else None
+        if value is not None:
+            scores[name] = value
+    return scores

@@ -126,9 +126,7 @@ def test_batch_is_one_by_one(tiny, contexts, decoder, settings, num_layers):
     prompts, bare = encode(tiny)
     together = token_ids(decode(tiny, decoder, prompts, bare, memory, num_layers, **settings))
     for row in range(3):
-        alone = decode(
-            tiny, decoder, [prompts[row]], [bare[row]], memory.rows([row]), num_layers, keys=[row], **settings
-        )
+        alone = decode(tiny, decoder, [prompts[row]], [bare[row]], memory.rows([row]), num_layers, **settings)
         assert token_ids(alone) == [together[row]]
 
 
@@ -229,7 +227,7 @@ def test_candidate_layers(wanted, blocks, tied, expected):
     assert candidate_layers(wanted, blocks, tied) == expected
 
 
-@pytest.mark.parametrize("wanted", [(8,), (-1,), (2.5,), ()])
+@pytest.mark.parametrize("wanted", [(8,), (-1,), (2.5,), (), (float("nan"),), (float("inf"),)])
 def test_layers_that_are_none(wanted):
     with pytest.raises(FastMemError, match=r"model\.dola_layers: .*allowed: "):
         candidate_layers(wanted, 8, False)
@@ -240,11 +238,42 @@ def test_stop_texts_end_an_answer_and_are_cut(tiny):
     free = decode(tiny, "greedy", prompts, bare, max_new_tokens=12)
     stop = free[1].text[3:5]
     assert len(stop) == 2
-    stopped = decode(tiny, "greedy", prompts, bare, max_new_tokens=12, stop=(stop,))
+    stopped = decode(tiny, "greedy", prompts, bare, max_new_tokens=12, stop=(stop, "not there at all"))
     for before, after in zip(free, stopped, strict=True):
         assert after.text == before.text.split(stop)[0]
         assert before.token_ids[: len(after.token_ids)] == after.token_ids
     assert len(stopped[1].token_ids) < len(free[1].token_ids)
+
+
+@pytest.fixture
+def saying(tiny, monkeypatch):
+    """Make the tiny model say given tokens to one prompt."""
+
+    def make(text, **settings):
+        chosen = iter([*tiny.tokenizer(text).input_ids, tiny.stop_ids[0]])
+        monkeypatch.setattr("fastmem_pl.decoding.loop._Views.logits", lambda self, *inputs: None)
+        monkeypatch.setattr("fastmem_pl.decoding.Greedy.scores", lambda self, logits: logits)
+        monkeypatch.setattr(
+            "fastmem_pl.decoding.loop.TokenChooser.__call__", lambda *args: torch.tensor([next(chosen)])
+        )
+        return Decoding(Prefill(tiny, [[1]]), "greedy", DecodingSettings(**settings))
+
+    return make
+
+
+def test_a_stop_text_may_be_a_control_token(saying):
+    (free,) = saying("so <|im_start|> on").run()
+    assert free.text == "so  on"
+    (stopped,) = saying("so <|im_start|> on", stop=("<|im_start|>", "zzz")).run()
+    assert stopped.text == "so "
+    assert len(stopped.token_ids) == 4
+
+
+@pytest.mark.parametrize("stop", ["aé", "é", "é and", "d m"])
+def test_a_stop_text_of_many_bytes_does_not_leak_its_start(saying, stop):
+    text = "xyaé and more"
+    assert "".join(saying(text, stop=(stop,)).texts()) == text.split(stop)[0]
+    assert saying(text, stop=(stop,)).run()[0].text == text.split(stop)[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"stop": ("e",)}, {"temperature": 1.0, "seed": 2}])
