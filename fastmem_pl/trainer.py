@@ -14,7 +14,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 
-from fastmem_pl.callbacks import MetricAggregation, PredictionWriter, SampleProgress
+from fastmem_pl.callbacks import ALL, MetricAggregation, PredictionWriter, SampleProgress
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory import MemoryFolder
@@ -201,14 +201,18 @@ class FastMemTrainer(Trainer):
             self._loop(model, datamodule, [aggregation, PredictionWriter(run)])
         run.sort()
         added = self._score_with_models(run, model, datamodule)
-        if remaining or added or not run.metrics_path.is_file():
-            if added:
+        records = [record for record in run.records() if record["index"] in wanted]
+        written = run.metrics_path.is_file()
+        grown = bool(added) or (written and _lacks_scores(run.metrics(), records))
+        if remaining or grown or not written:
+            if grown:
+                # Anew, as metric models added scores to records that were fed before.
                 aggregation = MetricAggregation()
-                aggregation.feed([r for r in run.records() if r["index"] in wanted])
+                aggregation.feed(records)
             metrics = self._metrics(aggregation, model, run)
             metrics["num_samples"] = len(datamodule.samples)
             metrics["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
-            if not remaining and run.metrics_path.is_file():
+            if not remaining and written:
                 # Only scores came: what was measured while answering stays.
                 metrics = {**run.metrics(), "groups": metrics["groups"]}
             run.write_metrics(metrics)
@@ -277,6 +281,12 @@ class FastMemTrainer(Trainer):
             "environment": environment(backbone.device),
             "settings": run.identity,
         }
+
+
+def _lacks_scores(metrics: dict[str, Any], records: list[dict[str, Any]]) -> bool:
+    """Whether records hold scores that the metrics do not: a session was killed between the two."""
+    methods = metrics["groups"][ALL]
+    return any(record["scores"].keys() - methods[record["method"]]["metrics"].keys() for record in records)
 
 
 # LightningCLI calls the trainer's attribute named like the subcommand.

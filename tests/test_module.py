@@ -157,6 +157,20 @@ def test_a_memory_serves_whatever_is_asked_of_it(run, tmp_path, data_file):
         run(name="strict", methods=["fastmem"], strict=True)
 
 
+def test_scores_that_came_before_a_kill_reach_the_metrics(run, tmp_path):
+    run()
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["scores"]["factkb"] = 0.25
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run()
+    later = json.loads((folder / "metrics.json").read_text())
+    assert later["groups"]["all"]["fastmem"]["metrics"]["factkb"]["value"] == 0.25
+    assert later["peak_memory_gib"] == metrics["peak_memory_gib"] != {}
+
+
 def test_settings_of_answers_do_not_shut_a_folder_of_memories(run, tmp_path):
     run("fit", published_quirks=["parse-special-tokens", "round-weights"])
     quirks = ["round-weights", "dola-unlimited", "parse-special-tokens"]
