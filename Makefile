@@ -11,8 +11,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/fastmem fit-predict --config configs/demo.yaml --trainer.accelerator cpu
 
+# Passive waiting: spinning threads of two processes on few cores stop each other (docs/LOG.md).
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 lint: .venv/installed
 	$(BIN)/ruff check .
