@@ -139,6 +139,10 @@ def render(arguments: argparse.Namespace) -> None:
         '*accuracy*: the reference follows "The answer is:", the paper\'s score; *contained*: it occurs '
         'anywhere; *format failure*: "The answer is:" is missing; *original*: the answer that the context '
         "contradicts occurs.",
+        "",
+        "MemoTrap's context is the instruction that names the word to end in, so memorizing it makes that "
+        "word likely: it shows that the mechanism works, less how useful it is. *words* does not count the "
+        "prefix.",
     ]
     for task, settings in dict.fromkeys((row["task"], row["settings"]) for row in rows):
         chosen = [row for row in rows if (row["task"], row["settings"]) == (task, settings)]

@@ -40,7 +40,7 @@ class FastMemArgumentParser(LightningArgumentParser):
             field, kind, value = wrong_type.groups()
             line = f"{field}: {value!r} does not fit; allowed: {_readable(kind)}"
             if "list" in kind and not value.startswith("["):
-                line += f", such as [{value}]"
+                line += f"; quote it in the shell: --{field} '[{value}]'"
             line += nearest(value, re.findall(r"'([^']+)'", kind))
         raise FastMemError(line + self._suggestion(line)) from ex
 
