@@ -20,9 +20,15 @@ RUNS = [row["run"] for row in json.loads((GOLDEN / "index.json").read_text())] i
 
 
 IN_SHARED = pytest.mark.skipif(not RUNS, reason="needs ../shared/golden, which is not in the repository")
-# Runs that memorize at the rates at which rounding shows, less those whose answers go on for 399 tokens.
-_OTHERS = ("baseline", "dola", "bf16", "xstrong")
-SHORT = [name for name in RUNS if not any(part in name for part in _OTHERS)]
+# One run of every kind, for a second pass on the default path.
+DEFAULT_PATH = [
+    "edge__fastmem",
+    "memotrap__fastmem_cd",
+    "nqswap2__bos_fastmem",
+    "nqswap2__layer2_fixed_fastmem_cd",
+    "realnqswap__fastmem",
+    "xsum__fastmem_cd",
+]
 
 
 def read_run(name):
@@ -50,7 +56,7 @@ def test_run(demo, record_property, name):
 
 @pytest.mark.demo
 @IN_SHARED
-@pytest.mark.parametrize("name", SHORT or ["none"])
+@pytest.mark.parametrize("name", DEFAULT_PATH)
 def test_run_without_rounded_weights(demo, name):
     """The default keeps exact deltas; answers and curves must be the recorded ones all the same."""
     assert check_run(name, read_run(name), demo, round_weights=False)
