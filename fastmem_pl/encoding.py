@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastmem_pl.backbone import Backbone, EncodedContext
+from fastmem_pl.backbone import EncodedContext
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.errors import FastMemError
-
-_AROUND_CONTEXT = 32
+from fastmem_pl.memory import Memorizer
 
 
 @dataclass(frozen=True)
@@ -37,25 +36,21 @@ class EncodedSample:
 class SampleEncoder:
     """Encodes samples for one backbone.
 
-    What is memorized depends on ``max_context_tokens`` and the model alone, so that a memory serves whatever
-    is asked of it. A prompt gets the same context, cut further only where the model has no room for it
-    beside question, worked example and answer.
+    What is memorized depends on the memorizer alone, so that a memory serves whatever is asked of it. A
+    prompt gets the same context, cut further only where the model has no room for it beside question,
+    worked example and answer.
 
     Args:
-        backbone: whose chat template and context length apply.
-        max_context_tokens: longer contexts are cut off here.
+        memorizer: whose model, chat template and context limit apply.
         max_new_tokens: room left for the answer.
         forms: forms of the prompt that will be answered.
     """
 
-    def __init__(
-        self, backbone: Backbone, max_context_tokens: int, max_new_tokens: int, forms: Iterable[str]
-    ) -> None:
-        self._chat = backbone.chat
-        self._length = backbone.context_length
-        self._max_context_tokens = max_context_tokens
-        # Beside the context, a memorization sequence holds bos, header and end of turn.
-        self._limit = min(max_context_tokens, self._length - _AROUND_CONTEXT)
+    def __init__(self, memorizer: Memorizer, max_new_tokens: int, forms: Iterable[str]) -> None:
+        self._chat = memorizer.backbone.chat
+        self._length = memorizer.backbone.context_length
+        self._max_context_tokens = memorizer.settings.max_context_tokens
+        self._limit = memorizer.context_limit
         self._max_new_tokens = max_new_tokens
         self._forms = sorted(set(forms))
 

@@ -225,7 +225,7 @@ class FastMemModule(LightningModule):
         if any(decoder.needs_without_context for decoder in decoders):
             forms.add("without_context")
         longest = max(decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders)
-        self.encoder = SampleEncoder(self.backbone, self.settings.max_context_tokens, longest, forms)
+        self.encoder = SampleEncoder(self.memorizer, longest, forms)
 
     def early_layers(self, form: str) -> list[int]:
         """Numbers of the hidden states that methods with this form of the prompt look at."""

@@ -156,9 +156,9 @@ class Decoding:
             raise FastMemError(
                 f"decoder {decoder!r} contrasts with the prompt without its context; give both"
             )
-        missing = [n for n in self.decoder.early_layers if n <= backbone.num_blocks - prefill.num_layers]
-        if not set(missing) <= set(prefill.trunk_layers):
-            raise FastMemError(f"decoder {decoder!r} looks at layers {missing}; give them to the prefill")
+        needed = [n for n in self.decoder.early_layers if n <= backbone.num_blocks - prefill.num_layers]
+        if not set(needed) <= set(prefill.trunk_layers):
+            raise FastMemError(f"decoder {decoder!r} looks at layers {needed}; give them to the prefill")
         self.max_new_tokens = self.decoder.max_new_tokens or settings.max_new_tokens
         penalty = settings.repetition_penalty
         self._backbone = backbone

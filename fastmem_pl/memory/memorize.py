@@ -19,6 +19,9 @@ from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.objective import MemorizationBatch, memorization_loss, prepare
 from fastmem_pl.memory.settings import MemorizationSettings
 
+# Room beside the context for bos, header and end of turn.
+_AROUND_CONTEXT = 32
+
 
 class MemorizationModule(LightningModule):
     """Fits the deltas of ``B`` samples at once; one training step is one update of every sample.
@@ -156,11 +159,14 @@ class Memorizer:
         contexts = [contexts] if isinstance(contexts, str) else contexts
         return self.fit([self.encode(context) for context in contexts])
 
+    @property
+    def context_limit(self) -> int:
+        """Most context tokens that the settings and the model allow."""
+        return min(self.settings.max_context_tokens, self.backbone.context_length - _AROUND_CONTEXT)
+
     def encode(self, context: str) -> EncodedContext:
         """Token ids of the memorization sequence, cut to what the settings and the model allow."""
-        chat = self.backbone.chat
-        limit = min(self.settings.max_context_tokens, self.backbone.context_length - 32)
-        return chat.context(context, limit)
+        return self.backbone.chat.context(context, self.context_limit)
 
     def prepare(self, encoded: Sequence[EncodedContext]) -> MemorizationBatch:
         """Run the trunk once and compute all that stays constant over the steps."""

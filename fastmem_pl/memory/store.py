@@ -64,11 +64,6 @@ class MemoryFolder:
                 f"no memory of sample {sample_id} in {self.path}; run fastmem fit on this data first"
             )
         header = read_header(path, fingerprint)
-        if header.get("context_hash") != context_hash:
-            raise FastMemError(
-                f"memory {path} is of another context than sample {sample_id}'s; "
-                "run fastmem fit on this data first"
-            )
         made = json.loads(header["settings"])
         for name in {**settings, **made}:
             if settings.get(name) != made.get(name):
@@ -76,6 +71,11 @@ class MemoryFolder:
                     f"model.{name}: {settings.get(name)}, but the memories in {self.path} were made with "
                     f"{made.get(name)}; give {_option(name, made.get(name))}, or run fastmem fit again"
                 )
+        if header.get("context_hash") != context_hash:
+            raise FastMemError(
+                f"memory {path} is of another context than sample {sample_id}'s; "
+                "run fastmem fit on this data first"
+            )
 
     def load(self, indices: Sequence[int], fingerprint: str, device: torch.device) -> Memory:
         """Read the memories of these samples as the rows of one."""
