@@ -21,6 +21,7 @@ from fastmem_pl.decoding import (
     Decoding,
     DecodingSettings,
     Generated,
+    GraphPool,
     Method,
     Prefill,
     PrefillCache,
@@ -186,6 +187,7 @@ class FastMemModule(LightningModule):
         object.__setattr__(self, "_backbone", backbone.with_chat(self.chat))
         self.memorizer = Memorizer(self.backbone, self.settings)
         self.meter = PhaseMeter(self.backbone.device)
+        self.graphs = GraphPool()
         self._prepare_methods()
 
     def use_mode(self, mode: Mode, run_memories: Path) -> None:
@@ -244,6 +246,7 @@ class FastMemModule(LightningModule):
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, so that the traceback no longer keeps the tensors alive.
+        self.graphs.clear()
         gc.collect()
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -298,6 +301,7 @@ class FastMemModule(LightningModule):
                     used and used.deltas,
                     *without_context,
                     keys=[sample.index for sample in samples],
+                    graphs=self.graphs,
                 ).run()
             seconds = {
                 "memorize": memorize_seconds / len(samples) if used else 0.0,

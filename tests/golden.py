@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from fastmem_pl import Backbone, ContextSample, FastMemModule
 from fastmem_pl.data import TASKS, FieldError, Record
-from fastmem_pl.decoding import Decoder, Decoding
+from fastmem_pl.decoding import Decoding
 from fastmem_pl.encoding import EncodedSample
 from fastmem_pl.metrics import contains_answer, extract_answer, normalize_answer
 
@@ -134,7 +134,7 @@ def check_batch(
     class Kept(Decoding):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            seen["decoder"] = self.decoder
+            seen["decoding"] = self
 
     batch = [make_sample(sample, settings) for sample in samples]
     encoded = [module.encoder(sample) for sample in batch]
@@ -144,7 +144,7 @@ def check_batch(
         check_tokens(encoded[row], sample)
         if "train" in sample:
             check_training(seen["memory"], row, sample, settings, module.hparams.published_quirks)
-        check_output(record, sample, row, seen["decoder"])
+        check_output(record, sample, row, seen["decoding"])
         if "scoring" in sample:
             check_scoring(record, sample["scoring"])
 
@@ -204,13 +204,13 @@ def check_training(
         assert delta[0, :8].tolist() == pytest.approx(golden["delta_row0_first8"], abs=limits["first8"])
 
 
-def check_output(record: Mapping[str, Any], sample: Mapping[str, Any], row: int, decoder: Decoder) -> None:
+def check_output(record: Mapping[str, Any], sample: Mapping[str, Any], row: int, decoding: Decoding) -> None:
     golden = sample["output"]
     assert record["token_ids"] == golden["ids"]
     assert record["prediction"] == golden["text"]
     if "dola" in golden:
         assert record["dola_layers"] == golden["dola"]["layer_histogram"]
-        chosen = [decoder.early_layers[step[row]] for step in decoder._chosen[: len(golden["ids"])]]
+        chosen = [decoding.decoder.early_layers[place] for place in decoding.notes[row]]
         assert chosen == golden["dola"].get("layers_all_steps", chosen)
 
 

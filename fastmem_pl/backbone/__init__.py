@@ -1,10 +1,11 @@
 """The frozen language model: loading, the trunk/tail split, model families, chat pieces."""
 
 from fastmem_pl.backbone.backbone import Backbone, normalize_precision
+from fastmem_pl.backbone.cache import FixedCache, room_for
 from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, ChatSettings, EncodedContext, derive_pieces
-from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
+from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, Factors
 from fastmem_pl.backbone.loading import load_model
-from fastmem_pl.backbone.split import Tail, TailInputs, Trunk, fork
+from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
 
 __all__ = [
     "FFN",
@@ -15,11 +16,13 @@ __all__ = [
     "ChatSettings",
     "Delta",
     "EncodedContext",
+    "Factors",
+    "FixedCache",
     "Tail",
     "TailInputs",
     "Trunk",
     "derive_pieces",
-    "fork",
     "load_model",
     "normalize_precision",
+    "room_for",
 ]

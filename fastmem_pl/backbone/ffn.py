@@ -9,10 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmem_pl import kernels
 from fastmem_pl.backbone.families import Projection
 
 Delta = Mapping[str, Tensor]
 """Weight changes by projection name: ``gate``, ``up`` ``(B, F, D)`` and ``down`` ``(B, D, F)``."""
+
+
+@dataclass
+class Factors:
+    """A weight gradient of ``B`` samples as a product: ``outer^T @ inner``.
+
+    A parameter with an attribute ``factors`` gets these from the backward pass instead of a gradient.
+
+    Attributes:
+        outer: gradient of the product's output, ``(B, T, out)``.
+        inner: the product's input, ``(B, T, in)``.
+    """
+
+    outer: Tensor
+    inner: Tensor
 
 
 @dataclass(frozen=True)
@@ -20,13 +36,14 @@ class BaseActivations:
     """What the base weights make of one FFN input; constant over all memorization steps.
 
     Attributes:
-        projections: ``gate`` (if gated) and ``up`` pre-activations, ``(B, T, F)`` float32.
-        hidden: input of the down projection, ``(B, T, F)`` float32.
+        projections: ``gate`` (if gated) and ``up`` pre-activations, ``(B, T, F)``.
+        hidden: input of the down projection, ``(B, T, F)`` float32; ``None`` where it is formed anew from
+            the projections each time.
         output: ``(B, T, D)`` float32.
     """
 
     projections: dict[str, Tensor]
-    hidden: Tensor
+    hidden: Tensor | None
     output: Tensor
 
 
@@ -53,6 +70,10 @@ class FFN:
         self.base_weights = {name: p.weight for name, p in projections.items()}
         self._weights = {name: p.weight.to(dtype) for name, p in projections.items()}
         self._biases = {name: p.bias for name, p in projections.items()}
+        inner_biases = [bias for name, bias in self._biases.items() if name != "down"]
+        self._kernel_fits = (
+            "gate" in self._weights and _is_silu(activation) and all(b is None for b in inner_biases)
+        )
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -62,10 +83,11 @@ class FFN:
     def base(self, ffn_input: Tensor) -> BaseActivations:
         """Apply the base weights to ``ffn_input`` ``(B, T, D)``."""
         inner = [name for name in self._weights if name != "down"]
-        projections = {name: self._with_bias(name, self._product(ffn_input, name)) for name in inner}
-        hidden = self._combine(projections)
-        output = self._with_bias("down", self._product(hidden, "down"))
-        return BaseActivations(projections, hidden, output)
+        products = {name: self._product(ffn_input, name) for name in inner}
+        projections = {name: self._with_bias(name, value) for name, value in products.items()}
+        hidden = self._combine({name: value.float() for name, value in projections.items()})
+        output = self._with_bias("down", self._product(hidden, "down")).float()
+        return BaseActivations(projections, None if self._fused(ffn_input) else hidden, output)
 
     def memorized(self, ffn_input: Tensor, delta: Delta, base: BaseActivations) -> Tensor:
         """Apply base weights plus ``delta`` (one row a sample) and return ``(B, T, D)`` float32.
@@ -75,13 +97,23 @@ class FFN:
             delta: weight changes with leading dimension ``B``.
             base: :meth:`base` of the same input.
         """
-        projections = {
-            name: value + self._delta_product(ffn_input, delta[name])
-            for name, value in base.projections.items()
-        }
-        hidden = self._combine(projections)
-        change = self._product(hidden - base.hidden, "down")
-        return base.output + change + self._delta_product(hidden, delta["down"])
+        ffn_input = ffn_input.to(self.dtype)
+        changes = {name: DeltaProduct.apply(ffn_input, delta[name]) for name in base.projections}
+        if base.hidden is None:
+            from fastmem_pl.kernels.gate import GatedChange
+
+            gate, up = base.projections["gate"], base.projections["up"]
+            hidden, hidden_change = GatedChange.apply(gate, up, changes["gate"], changes["up"])
+        else:
+            hidden = self._combine({n: v.float() + changes[n].float() for n, v in base.projections.items()})
+            hidden_change = hidden - base.hidden
+        change = self._product(hidden_change, "down").float()
+        return base.output + change + DeltaProduct.apply(hidden.to(self.dtype), delta["down"]).float()
+
+    def _fused(self, ffn_input: Tensor) -> bool:
+        # The kernel takes the base's activations for constants; above a trained block they are not.
+        constant = not ffn_input.requires_grad
+        return constant and self._kernel_fits and kernels.usable(ffn_input.device, self.dtype)
 
     def _combine(self, projections: Mapping[str, Tensor]) -> Tensor:
         if "gate" in projections:
@@ -89,11 +121,38 @@ class FFN:
         return self.activation(projections["up"])
 
     def _product(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x.to(self.dtype), self._weights[name]).float()
-
-    def _delta_product(self, x: Tensor, delta: Tensor) -> Tensor:
-        return torch.bmm(x.to(self.dtype), delta.to(self.dtype).transpose(1, 2)).float()
+        return F.linear(x.to(self.dtype), self._weights[name])
 
     def _with_bias(self, name: str, value: Tensor) -> Tensor:
         bias = self._biases[name]
-        return value if bias is None else value + bias.float()
+        return value if bias is None else value.float() + bias.float()
+
+
+class DeltaProduct(torch.autograd.Function):
+    """``x @ delta^T`` of every sample: ``x (B, T, in)``, ``delta (B, out, in)`` to ``(B, T, out)``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, delta: Tensor) -> Tensor:
+        """Multiply in the type of ``x``."""
+        ctx.delta = delta
+        ctx.save_for_backward(x)
+        return torch.bmm(x, delta.to(x.dtype).transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gradient of ``x``, and of ``delta`` or the factors it is made of."""
+        (x,) = ctx.saved_tensors
+        delta = ctx.delta
+        x_grad = torch.bmm(grad, delta.detach().to(x.dtype)) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return x_grad, None
+        if hasattr(delta, "factors"):
+            delta.factors = Factors(grad, x)
+            return x_grad, None
+        return x_grad, torch.bmm(grad.transpose(1, 2), x).to(delta.dtype)
+
+
+def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether an activation is SiLU, by what it computes, whatever it is called."""
+    probe = torch.linspace(-8, 8, 33)
+    return torch.equal(activation(probe), F.silu(probe))

@@ -177,7 +177,16 @@ class Tail:
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """Product of the head with ``hidden`` ``(..., D)``, without bias and soft-cap, float32."""
-        return F.linear(hidden.to(self.head_weight.dtype), self.head_weight).float()
+        return self.head_product(hidden).float()
+
+    def head_product(self, hidden: Tensor) -> Tensor:
+        """The same in the type of the products."""
+        return F.linear(hidden.to(self.head_weight.dtype), self.head_weight)
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits are the head's product and nothing else."""
+        return self._head_bias is None and self.softcap is None
 
     def finish_logits(self, raw: Tensor) -> Tensor:
         """Add the head's bias and apply the soft-cap."""
@@ -196,16 +205,6 @@ class Tail:
         finally:
             for module in self._upper_ffns:
                 module.delta = None
-
-
-def fork(cache: Cache) -> Cache:
-    """Return a cache that shares the past with ``cache`` and grows on its own.
-
-    Dynamic cache layers append by concatenation, never in place, so nothing needs to be copied.
-    """
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
 
 
 def shallow_copy(module: nn.Module, **replaced: nn.Module) -> nn.Module:

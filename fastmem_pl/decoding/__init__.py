@@ -9,6 +9,7 @@ from fastmem_pl.decoding.decoders import (
     Greedy,
     StepLogits,
 )
+from fastmem_pl.decoding.graphs import GraphPool
 from fastmem_pl.decoding.loop import Decoding, Generated, Prefill, PrefillCache
 from fastmem_pl.decoding.methods import BASELINE, METHODS, Method, select_methods
 from fastmem_pl.decoding.settings import DecodingSettings
@@ -24,6 +25,7 @@ __all__ = [
     "DecodingSettings",
     "DoLa",
     "Generated",
+    "GraphPool",
     "Greedy",
     "Method",
     "Prefill",

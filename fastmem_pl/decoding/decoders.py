@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone
@@ -38,14 +37,13 @@ class StepLogits:
 class Decoder:
     """Turns :class:`StepLogits` into scores; the next token has the highest, or is drawn from them.
 
-    One object serves one decode.
-
     Attributes:
         needs_base: whether it looks at the base model beside the memory.
         needs_without_context: whether it looks at the prompt without the context.
         early_layers: numbers of the hidden states that it looks at.
         max_new_tokens: its limit, where it is not that of the settings.
         repetition_penalty: its own, where the settings leave it open.
+        note: a number a row to keep beside the token that the last scores lead to, ``(B,)``.
     """
 
     needs_base: bool = False
@@ -53,14 +51,15 @@ class Decoder:
     early_layers: Sequence[int] = ()
     max_new_tokens: int | None = None
     repetition_penalty: float = 1.0
+    note: Tensor | None = None
 
     def scores(self, logits: StepLogits) -> Tensor:
         """Return ``(B, V)`` scores."""
         raise NotImplementedError
 
-    def details(self, lengths: Sequence[int]) -> list[dict[str, Any]]:
-        """What to keep beside each answer, given the tokens of each."""
-        return [{} for _ in lengths]
+    def details(self, notes: Sequence[int]) -> dict[str, Any]:
+        """What to keep beside an answer, given its notes, one a token."""
+        return {}
 
 
 class Greedy(Decoder):
@@ -121,24 +120,19 @@ class DoLa(Decoder):
         self.relative_top = relative_top
         self.max_new_tokens = 399 if unlimited else None
         self.repetition_penalty = 1.0 if unlimited else 1.2
-        self._chosen: list[Tensor] = []
 
     def scores(self, logits: StepLogits) -> Tensor:
-        """Return the log-probability differences ``(B, V)``, ``-inf`` where a token is not plausible."""
-        scores, chosen = contrast_layers(logits.model, logits.early, self.relative_top)
-        self._chosen.append(chosen)
+        """Return the log-probability differences ``(B, V)``, ``-inf`` where a token is not plausible.
+
+        The note is the chosen layer's place among ``early_layers``.
+        """
+        scores, self.note = contrast_layers(logits.model, logits.early, self.relative_top)
         return scores
 
-    def details(self, lengths: Sequence[int]) -> list[dict[str, Any]]:
-        """How often each premature layer was chosen, by answer: ``{"dola_layers": {number: count}}``."""
-        if not self._chosen:
-            return super().details(lengths)
-        chosen = torch.stack(self._chosen, dim=1).tolist()
-        counts = [Counter(row[:length]) for row, length in zip(chosen, lengths, strict=True)]
-        return [
-            {"dola_layers": {str(layer): count[place] for place, layer in enumerate(self.early_layers)}}
-            for count in counts
-        ]
+    def details(self, notes: Sequence[int]) -> dict[str, Any]:
+        """How often each premature layer was chosen: ``{"dola_layers": {number: count}}``."""
+        count = Counter(notes)
+        return {"dola_layers": {str(layer): count[place] for place, layer in enumerate(self.early_layers)}}
 
 
 def _dola(settings: DecodingSettings, backbone: Backbone) -> DoLa:

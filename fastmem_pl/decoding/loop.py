@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from fastmem_pl.backbone import Backbone, Delta, TailInputs, fork
+from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.backbone.backbone import pad
-from fastmem_pl.decoding.decoders import DECODERS, Decoder, StepLogits
+from fastmem_pl.decoding.decoders import DECODERS
+from fastmem_pl.decoding.graphs import GraphPool, Lease
 from fastmem_pl.decoding.sampling import TokenChooser
 from fastmem_pl.decoding.settings import DecodingSettings
+from fastmem_pl.decoding.state import DecodeState, Views
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.phases import PhaseMeter
 
-# Looking whether all rows have stopped waits for the device, so elsewhere it is done every few tokens.
-_STOP_CHECK_EVERY = {"cpu": 1, "other": 8}
+# Tokens still to come from which copying the unfinished half of a batch pays: on a GPU a step is recorded
+# anew for it (docs/LOG.md).
+_PAYS_FROM = {"cpu": 4, "other": 128}
 
 
 @dataclass(frozen=True)
@@ -101,32 +103,10 @@ class PrefillCache:
         return self._kept[form]
 
 
-class Continuation:
-    """A prefill that grows token by token; the prefill itself stays as it was."""
-
-    def __init__(self, prefill: Prefill) -> None:
-        self._prefill = prefill
-        self._cache = fork(prefill.cache)
-        self._mask, self._position = prefill.mask, prefill.next_position
-        self.inputs: TailInputs = prefill.inputs
-
-    def advance(self, tokens: Tensor) -> None:
-        """Read one more token ``(B,)`` of every row."""
-        prefill = self._prefill
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(prefill), 1)], dim=1)
-        self.inputs = prefill.backbone.run_trunk(
-            prefill.num_layers,
-            tokens[:, None],
-            self._mask,
-            self._position,
-            self._cache,
-            prefill.trunk_layers,
-        )
-        self._position = self._position + 1
-
-
 class Decoding:
     """One decode of ``B`` prompts in progress.
+
+    On a GPU the host is always one token ahead of what it has seen, so the device never waits for it.
 
     Args:
         prefill: of the prompts.
@@ -135,6 +115,7 @@ class Decoding:
         deltas: one per trained layer with a row a prompt, or ``None`` for the base model.
         without_context: prefill of the prompts without their contexts, for decoders that look at it.
         keys: one number a row that its draws depend on; by default a hash of its prompt.
+        graphs: recorded steps of earlier decodes with this backbone, to use again on a GPU.
 
     Raises:
         FastMemError: when the decoder needs a prefill that is not given.
@@ -148,6 +129,7 @@ class Decoding:
         deltas: Sequence[Delta] | None = None,
         without_context: Prefill | None = None,
         keys: Sequence[int] | None = None,
+        graphs: GraphPool | None = None,
     ) -> None:
         backbone = prefill.backbone
         self.settings = settings
@@ -160,60 +142,55 @@ class Decoding:
         if not set(needed) <= set(prefill.trunk_layers):
             raise FastMemError(f"decoder {decoder!r} looks at layers {needed}; give them to the prefill")
         self.max_new_tokens = self.decoder.max_new_tokens or settings.max_new_tokens
-        penalty = settings.repetition_penalty
         self._backbone = backbone
-        self._views = _Views(prefill, self.decoder, deltas)
-        self._paths = [Continuation(prefill)]
-        if self.decoder.needs_without_context:
-            self._paths.append(Continuation(without_context))
-        self._choose = TokenChooser(
+        self._prefills = [prefill] + ([without_context] if self.decoder.needs_without_context else [])
+        self._views = Views(backbone, prefill.num_layers, self.decoder, deltas)
+        penalty = settings.repetition_penalty
+        self._chooser = TokenChooser(
             settings,
             self.decoder.repetition_penalty if penalty is None else penalty,
             prefill.ids,
             prefill.mask,
             prefill.keys if keys is None else keys,
             self.max_new_tokens,
+            self._views.tail.head_weight.shape[0],
         )
-        # A stop text that is a control token is not part of any text, but can be told by its id.
-        controls = {t.content: i for i, t in backbone.tokenizer.added_tokens_decoder.items() if t.special}
-        self._stop_texts = [text for text in settings.stop if text not in controls]
-        self._end_ids = {*backbone.stop_ids, *(controls[t] for t in settings.stop if t in controls)}
-        self._stop_ids = torch.tensor(sorted(self._end_ids), device=backbone.device)
-        # A character takes four tokens at most.
-        self._window = 4 * max(map(len, self._stop_texts), default=0)
-        self._ends: dict[int, int] = {}
-        self._seen = [0] * len(prefill)
-        self._ended = torch.zeros(len(prefill), dtype=torch.bool, device=backbone.device)
-        self._tokens: list[Tensor] = []
+        on_gpu = backbone.device.type == "cuda"
+        self._graphs = (graphs or GraphPool()) if on_gpu else None
+        self._name = decoder
+        self._lease: Lease | None = None
+        self._count = 0
+        self._answers = AnswerRows(backbone, settings.stop, len(prefill))
+        self._reader = _Reader(len(prefill), on_gpu)
+        # Rows of the batch that are still being decoded.
+        self._live = list(range(len(prefill)))
 
-    @torch.no_grad()
     def step(self) -> None:
         """Choose the next token of every row."""
-        if self._tokens:
-            for path in self._paths:
-                path.advance(self._tokens[-1])
-        logits = self._views.logits(*(path.inputs for path in self._paths))
-        token = self._choose(self.decoder.scores(logits), len(self._tokens))
-        self._tokens.append(token)
-        self._ended |= torch.isin(token, self._stop_ids)
+        # Not under a surrounding inference_mode: the pool's tensors outlive it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._lease is None:
+                state = DecodeState.start(self._prefills, self._views, self._chooser, self.max_new_tokens)
+                self._prefills = []
+                self._lease = self._borrow(state)
+            else:
+                self._lease.step()
+            self._count += 1
+            read = self._reader.swap(self._lease.state.last)
+        if read is not None:
+            self._answers.add(self._live, *read)
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do; waits for the device."""
-        if len(self._tokens) >= self.max_new_tokens or bool(self._ended.all()):
-            return True
-        return bool(self._stop_texts) and all(
-            self._end(i, row) is not None for i, row in enumerate(self._all())
-        )
+        """Whether nothing is left to do, as far as the host has seen."""
+        return self._count >= self.max_new_tokens or self._answers.ended(self._live)
 
     def run(self) -> list[Generated]:
         """Decode to the end."""
-        interval = _STOP_CHECK_EVERY["cpu" if self._backbone.device.type == "cpu" else "other"]
-        while True:
+        while not self.finished:
             self.step()
-            count = len(self._tokens)
-            if count >= self.max_new_tokens or (count % interval == 0 and self.finished):
-                return self.results()
+            self._drop_ended_rows()
+        return self.results()
 
     def texts(self) -> Iterator[str]:
         """Decode a single answer and yield its text piece by piece.
@@ -221,111 +198,149 @@ class Decoding:
         Raises:
             FastMemError: for more than one prompt.
         """
-        if len(self._ended) != 1:
-            raise FastMemError(f"only a single answer can be streamed, not {len(self._ended)}")
+        if len(self._live) != 1:
+            raise FastMemError(f"only a single answer can be streamed, not {len(self._live)}")
         # A piece that may be the start of a stop text waits for the next token.
-        held = max((len(text) - 1 for text in self._stop_texts), default=0)
+        held = max((len(text) - 1 for text in self._answers.stop_texts), default=0)
         shown = ""
-        while True:
+        while not self.finished:
             self.step()
-            text, done = self._text(self._rows()[0]), self.finished
-            if not done:
-                text = text.rstrip("\ufffd")
-                text = text[: len(text) - held]
+            text = self._answers.text(0).rstrip("\ufffd")
+            text = text[: max(0, len(text) - held)]
             if len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
-            if done:
-                return
+        yield self.results()[0].text[len(shown) :]
 
     def results(self) -> list[Generated]:
         """The answers so far."""
-        rows = self._rows()
-        details = self.decoder.details([len(row) for row in rows])
-        return [Generated(row, self._text(row), extra) for row, extra in zip(rows, details, strict=True)]
+        read = self._reader.last()
+        if read is not None:
+            self._answers.add(self._live, *read)
+        rows = range(len(self._answers.tokens))
+        return [
+            Generated(
+                self._answers.tokens[row],
+                self._answers.text(row),
+                self.decoder.details(self._answers.notes[row]),
+            )
+            for row in rows
+        ]
 
-    def _text(self, row: list[int]) -> str:
-        text = self._backbone.chat.decode(row)
+    @property
+    def notes(self) -> list[list[int]]:
+        """The decoder's note to every token, by row."""
+        return self._answers.notes
+
+    def _borrow(self, state: DecodeState) -> Lease:
+        if self._graphs is None:
+            return Lease(state, state.step)
+        rooms = tuple(path.mask.shape[1] for path in state.paths)
+        layers = len(state.views.tail.layers)
+        key = (
+            self._name,
+            self.settings,
+            rooms,
+            layers,
+            tuple(state.paths[0].early),
+            self._views.deltas is None,
+        )
+        return self._graphs.take(key, state)
+
+    def _drop_ended_rows(self) -> None:
+        """Go on with the rows that have not ended, when they are so few that it pays."""
+        live = [row for row in self._live if not self._answers.ended([row])]
+        shrinks = 2 * len(live) <= len(self._live)
+        left = self.max_new_tokens - self._count
+        if not (live and shrinks and left >= _PAYS_FROM["cpu" if self._graphs is None else "other"]):
+            return
+        read = self._reader.last()
+        if read is not None:
+            self._answers.add(self._live, *read)
+        places = [self._live.index(row) for row in live]
+        with torch.inference_mode(False), torch.no_grad():
+            state = self._lease.state.rows(torch.tensor(places, device=self._backbone.device))
+            if self._graphs is not None:
+                # The next batch is as large as this one was: its graphs stay.
+                self._graphs = GraphPool()
+            self._lease = self._borrow(state)
+        self._live, self._reader = live, _Reader(len(live), self._graphs is not None)
+
+
+class AnswerRows:
+    """The tokens of every answer as the host has seen them, and where each ends.
+
+    Attributes:
+        tokens: by row, up to the end token or the token that completes a stop text.
+        notes: the decoder's note to each of them.
+        stop_texts: those that are no control tokens.
+    """
+
+    def __init__(self, backbone: Backbone, stop: Sequence[str], num_rows: int) -> None:
+        self._chat = backbone.chat
+        # A stop text that is a control token is not part of any text, but can be told by its id.
+        controls = {t.content: i for i, t in backbone.tokenizer.added_tokens_decoder.items() if t.special}
+        self.stop_texts = [text for text in stop if text not in controls]
+        self._end_ids = {*backbone.stop_ids, *(controls[t] for t in stop if t in controls)}
+        # A character takes four tokens at most.
+        self._window = 4 * max(map(len, self.stop_texts), default=0)
+        self._done = [False] * num_rows
+        self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        self.notes: list[list[int]] = [[] for _ in range(num_rows)]
+
+    def add(self, rows: Sequence[int], tokens: Sequence[int], notes: Sequence[int]) -> None:
+        """Take one more token of some rows; those that have ended keep what they have."""
+        for row, token, note in zip(rows, tokens, notes, strict=True):
+            if not self._done[row]:
+                self.tokens[row].append(token)
+                self.notes[row].append(note)
+                self._done[row] = token in self._end_ids or self._stops(self.tokens[row])
+
+    def ended(self, rows: Sequence[int]) -> bool:
+        """Whether all of these rows have come to their end."""
+        return all(self._done[row] for row in rows)
+
+    def text(self, row: int) -> str:
+        """An answer without control tokens, cut before a stop text."""
+        text = self._chat.decode(self.tokens[row])
         return text[: self._stop_place(text)]
 
-    def _all(self) -> list[list[int]]:
-        return torch.stack(self._tokens, dim=1).tolist()
-
-    def _rows(self) -> list[list[int]]:
-        """Token ids by row, up to the end token or the token that completes a stop text."""
-        return [row[: self._end(place, row)] for place, row in enumerate(self._all())]
-
-    def _end(self, place: int, row: list[int]) -> int | None:
-        """Number of tokens of a row that has come to its end, else ``None``.
-
-        Tokens are looked at once: a stop text is searched for in the new ones and as many before as its
-        characters may take, and what was found is kept.
-        """
-        seen = self._seen[place]
-        while place not in self._ends and seen < len(row):
-            seen += 1
-            start = max(0, seen - self._window)
-            recent = self._backbone.chat.decode(row[start:seen]) if self._stop_texts else ""
-            if row[seen - 1] in self._end_ids or self._stop_place(recent) < len(recent):
-                self._ends[place] = seen
-        self._seen[place] = seen
-        return self._ends.get(place)
+    def _stops(self, tokens: list[int]) -> bool:
+        """Whether a stop text ends here: it is in the last tokens, as many as its characters may take."""
+        if not self.stop_texts:
+            return False
+        recent = self._chat.decode(tokens[max(0, len(tokens) - self._window) :])
+        return self._stop_place(recent) < len(recent)
 
     def _stop_place(self, text: str) -> int:
-        places = [text.find(stop) for stop in self._stop_texts]
+        places = [text.find(stop) for stop in self.stop_texts]
         return min((place for place in places if place >= 0), default=len(text))
 
 
-class _Views:
-    """The logits that one decoder looks at: with the memory, of the base model, of premature layers."""
+class _Reader:
+    """Brings what each step chose to the host: at once on a CPU, one step late from a GPU."""
 
-    def __init__(self, prefill: Prefill, decoder: Decoder, deltas: Sequence[Delta] | None) -> None:
-        self.backbone = backbone = prefill.backbone
-        self.tail = backbone.tail(prefill.num_layers)
-        self.decoder = decoder
-        # Products with a memory run in the compute type: cast once, not at every token.
-        self.deltas = deltas and [
-            {name: tensor.to(backbone.compute_dtype) for name, tensor in layer.items()} for layer in deltas
-        ]
-        # bfloat16 products lose small changes, so memorized logits are the base's plus the head's product
-        # with the change of the hidden state, whatever the decoder; float32 needs that only to contrast.
-        exact = backbone.compute_dtype is torch.float32
-        self.with_base = deltas is not None and (decoder.needs_base or not exact)
-        # Keys and values of blocks above a trained FFN depend on the memory: one cache a view.
-        upper = prefill.num_layers > 1
-        self.caches: list[Cache | None] = [backbone.new_cache() if upper else None for _ in range(3)]
+    def __init__(self, num_rows: int, on_gpu: bool) -> None:
+        self._slots = [torch.empty(2, num_rows, dtype=torch.long, pin_memory=True) for _ in range(2 * on_gpu)]
+        self._events = [torch.cuda.Event() for _ in self._slots]
+        self._sent, self._received = 0, 0
 
-    def logits(self, inputs: TailInputs, without_context: TailInputs | None = None) -> StepLogits:
-        """Logits ``(B, V)`` at the last position of the inputs."""
-        tail = self.tail
-        with self.backbone.numerics():
-            base = tail.base(inputs)
-            states = [s[:, -1] for s in tail.residuals(inputs, base, self.deltas, self.caches[0])]
-            hidden = tail.final_norm(states[-1])
-            if self.with_base:
-                base_hidden = tail.hidden(inputs, base, None, self.caches[1])[:, -1]
-                base_raw, change = tail.raw_logits(torch.stack([base_hidden, hidden - base_hidden]))
-                model, base_logits = tail.finish_logits(base_raw + change), tail.finish_logits(base_raw)
-            else:
-                model = self._through_head(hidden)
-                base_logits = model if self.deltas is None else None
-            other = None
-            if without_context is not None:
-                other_base = tail.base(without_context)
-                other = self._through_head(
-                    tail.hidden(without_context, other_base, None, self.caches[2])[:, -1]
-                )
-            return StepLogits(model, base_logits, other, self._early(inputs, states))
+    def swap(self, last: Tensor) -> list[list[int]] | None:
+        """Send for the newest values, and return the next that have come."""
+        if not self._slots:
+            return last.tolist()
+        slot = self._sent % 2
+        self._slots[slot].copy_(last, non_blocking=True)
+        self._events[slot].record()
+        self._sent += 1
+        return self._receive() if self._sent - self._received > 1 else None
 
-    def _early(self, inputs: TailInputs, states: Sequence[Tensor]) -> Tensor | None:
-        if not self.decoder.early_layers:
-            return None
-        first = self.tail.layers[0]
-        hidden = [
-            inputs.early[number][:, -1] if number <= first else states[number - first - 1]
-            for number in self.decoder.early_layers
-        ]
-        return self._through_head(torch.stack([h.float() for h in hidden]))
+    def last(self) -> list[list[int]] | None:
+        """Wait for values that were sent for and not returned yet."""
+        return self._receive() if self._sent > self._received else None
 
-    def _through_head(self, hidden: Tensor) -> Tensor:
-        return self.tail.finish_logits(self.tail.raw_logits(hidden))
+    def _receive(self) -> list[list[int]]:
+        slot = self._received % 2
+        self._events[slot].synchronize()
+        self._received += 1
+        return self._slots[slot].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +31,7 @@ class TokenChooser:
         mask: 1 on real tokens of ``ids``.
         keys: one number a row, such as the sample's place in the data.
         max_new_tokens: most draws of a row.
+        vocabulary: number of scores.
     """
 
     def __init__(
@@ -40,35 +42,52 @@ class TokenChooser:
         mask: Tensor,
         keys: Sequence[int],
         max_new_tokens: int,
+        vocabulary: int,
     ) -> None:
         self._penalty = repetition_penalty
-        # Fill tokens of shorter prompts must not count as said: the last token stands in for them.
-        self._prompt = torch.where(mask.bool(), ids, ids[:, -1:])
         self._seen: Tensor | None = None
         self._uniform: Tensor | None = None
+        self._step = torch.zeros(1, dtype=torch.long, device=ids.device)
+        self._warp = LogitsProcessorList()
+        if repetition_penalty != 1:
+            # Fill tokens of shorter prompts must not count as said: the last token stands in for them.
+            said = torch.where(mask.bool(), ids, ids[:, -1:])
+            seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=ids.device)
+            self._seen = seen.scatter_(1, said, True)
         if settings.temperature > 0:
             draws = [np.random.default_rng([settings.seed, key]).random(max_new_tokens) for key in keys]
             self._uniform = torch.tensor(np.stack(draws), device=ids.device)
-            self._warp = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+            self._warp.append(TemperatureLogitsWarper(float(settings.temperature)))
             if settings.top_k:
                 self._warp.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p < 1:
                 self._warp.append(TopPLogitsWarper(settings.top_p))
 
-    def __call__(self, scores: Tensor, step: int) -> Tensor:
-        """Return the tokens ``(B,)`` of step ``step`` for ``scores`` ``(B, V)``."""
-        if self._penalty != 1:
-            if self._seen is None:
-                self._seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, self._prompt, True)
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return the next tokens ``(B,)`` for ``scores`` ``(B, V)``."""
+        if self._seen is not None:
             penalized = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
             scores = torch.where(self._seen, penalized, scores)
         if self._uniform is None:
             token = scores.argmax(-1)
         else:
-            token = draw(self._warp(self._prompt, scores), self._uniform[:, step])
+            # The processors that warp look at no token ids.
+            token = draw(self._warp(None, scores), self._uniform.index_select(1, self._step).squeeze(1))
+            self._step += 1
         if self._seen is not None:
             self._seen.scatter_(1, token[:, None], True)
         return token
+
+    def tensors(self) -> list[Tensor]:
+        """All that persists from step to step."""
+        return [self._step, *(tensor for tensor in (self._seen, self._uniform) if tensor is not None)]
+
+    def rows(self, index: Tensor) -> TokenChooser:
+        """A copy with some rows only."""
+        twin = copy.copy(self)
+        twin._step = self._step.clone()
+        twin._seen, twin._uniform = (None if t is None else t[index] for t in (self._seen, self._uniform))
+        return twin
 
 
 def draw(scores: Tensor, uniform: Tensor) -> Tensor:

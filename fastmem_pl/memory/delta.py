@@ -7,27 +7,49 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastmem_pl.backbone import Factors
+
+# Products of bfloat16 with a float32 result came with torch 2.8.
+_WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
 
 class FFNDelta(nn.Module):
     """Weight changes of one FFN for ``B`` samples: ``gate``, ``up`` ``(B, F, D)``, ``down`` ``(B, D, F)``.
 
-    They stay float32 whatever precision plugin converts the surrounding module: in bfloat16 the
-    optimizer's second moment (decay 0.999) would not move.
+    They keep their type whatever precision plugin converts the surrounding module.
+
+    Args:
+        shapes: ``(out, in)`` by projection.
+        num_samples: ``B``.
+        device: of the deltas.
+        dtype: of the deltas.
+        factored: leave gradients as the factors they are products of (:class:`Factors`), for the kernel
+            that updates a delta without storing its gradient.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], num_samples: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        num_samples: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        factored: bool = False,
+    ) -> None:
         super().__init__()
+        self._dtype = dtype
         self.weights = nn.ParameterDict(
             {
-                name: nn.Parameter(torch.zeros(num_samples, *shape, device=device, dtype=torch.float32))
+                name: nn.Parameter(torch.zeros(num_samples, *shape, device=device, dtype=dtype))
                 for name, shape in shapes.items()
             }
         )
+        for parameter in self.weights.values() if factored else ():
+            parameter.factors = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFNDelta:
         super()._apply(fn, recurse)
         for parameter in self.weights.values():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(self._dtype)
         return self
 
     def tensors(self) -> dict[str, Tensor]:
@@ -40,6 +62,9 @@ class DeltaAdamW(torch.optim.AdamW):
 
     Training ``W + delta`` with decoupled decay ``c = lr * weight_decay`` maps ``delta`` to
     ``(1 - c) * delta - c * W - update``: plain AdamW on the delta would leave out ``c * W``.
+
+    Deltas whose gradient is left in factors are updated by :mod:`fastmem_pl.kernels.adamw`, the others by
+    PyTorch.
 
     Args:
         pairs: ``(delta (B, out, in), base weight (out, in))``.
@@ -62,6 +87,27 @@ class DeltaAdamW(torch.optim.AdamW):
         fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas)
         super().__init__(deltas, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused or None)
         self._weight_decay = weight_decay
+        self._scale: Tensor | None = None
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip each sample's gradient over all its deltas to ``max_norm``; returns the norms ``(B,)``.
+
+        The rule of :func:`torch.nn.utils.clip_grad_norm_`, row by row: a batch must equal single runs.
+        Factored gradients are scaled when the step forms them.
+        """
+        deltas = [delta for delta, _ in self._pairs]
+        squares = [
+            squared_norm(delta.factors)
+            if delta.grad is None
+            else torch.linalg.vector_norm(delta.grad.flatten(1), dim=1).square()
+            for delta in deltas
+        ]
+        norms = torch.stack(squares).sum(0).sqrt()
+        self._scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        for delta in deltas:
+            if delta.grad is not None:
+                delta.grad.mul_(self._scale[:, None, None])
+        return norms
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step; a given ``closure`` is evaluated before anything changes."""
@@ -70,13 +116,67 @@ class DeltaAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         decay = self.param_groups[0]["lr"] * self._weight_decay
+        plain = [pair for pair in self._pairs if getattr(pair[0], "factors", None) is None]
         with torch.no_grad():
             for delta, base in self._pairs:
+                if getattr(delta, "factors", None) is not None:
+                    self._factored_step(delta, base, decay)
+            for delta, base in plain:
                 if self._round_weights:
                     delta.copy_((base.float() + delta).mul_(1 - decay) - base)
                 else:
                     delta.mul_(1 - decay).add_(base, alpha=-decay)
             super().step()
-            for delta, base in self._pairs if self._round_weights else ():
+            for delta, base in plain if self._round_weights else ():
                 delta.copy_((base.float() + delta) - base)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, factored ones too."""
+        super().zero_grad(set_to_none)
+        self._scale = None
+        for delta, _ in self._pairs:
+            if hasattr(delta, "factors"):
+                delta.factors = None
+
+    def _factored_step(self, delta: Tensor, base: Tensor, decay: float) -> None:
+        from fastmem_pl.kernels.adamw import allocate_moments, factored_adamw_
+
+        state, group = self.state[delta], self.param_groups[0]
+        if not state:
+            # The first moment takes the delta's type: an exponential average over ten steps survives
+            # bfloat16, the second with its decay of 0.999 would not move.
+            state["exp_avg"], state["exp_avg_sq"] = allocate_moments(delta, delta.dtype)
+            state["step"] = 0
+        state["step"] += 1
+        scale = self._scale
+        factored_adamw_(
+            delta.detach(),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            base,
+            delta.factors.outer,
+            delta.factors.inner,
+            delta.new_ones(len(delta), dtype=torch.float32) if scale is None else scale,
+            state["step"],
+            group["lr"],
+            group["betas"],
+            group["eps"],
+            decay,
+        )
+
+
+def squared_norm(factors: Factors) -> Tensor:
+    """Squared norm of ``outer^T @ inner`` of each sample, ``(B,)``, without forming the product.
+
+    ``||X^T Y||^2 = sum((X X^T) * (Y Y^T))``, two ``(T, T)`` Gram matrices a sample.
+    """
+    grams = [_gram(side) for side in (factors.outer, factors.inner)]
+    # Rounding may leave a tiny negative sum where the gradient is zero.
+    return (grams[0] * grams[1]).sum((1, 2)).clamp(min=0.0)
+
+
+def _gram(x: Tensor) -> Tensor:
+    if _WIDE_PRODUCTS and x.device.type == "cuda" and x.dtype is not torch.float32:
+        return torch.bmm(x, x.transpose(1, 2), out_dtype=torch.float32)
+    return torch.bmm(x.float(), x.float().transpose(1, 2))

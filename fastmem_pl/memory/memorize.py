@@ -11,6 +11,7 @@ from lightning.fabric.strategies import SingleDeviceStrategy
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from fastmem_pl import kernels
 from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.backbone.backbone import pad
 from fastmem_pl.errors import FastMemError
@@ -40,8 +41,11 @@ class MemorizationModule(LightningModule):
         self._backbone = backbone
         self._tail = backbone.tail(settings.num_layers)
         self._settings = settings
+        factored = kernels.usable(backbone.device, backbone.compute_dtype) and not settings.round_weights
+        compact = factored and settings.optimizer_state == "auto"
+        dtype = torch.bfloat16 if compact else torch.float32
         self.deltas = nn.ModuleList(
-            FFNDelta(ffn.shapes, num_samples, backbone.device) for ffn in self._tail.ffns
+            FFNDelta(ffn.shapes, num_samples, backbone.device, dtype, factored) for ffn in self._tail.ffns
         )
         # Not a buffer: precision plugins would round it.
         self.kl_coeff = torch.full(
@@ -57,7 +61,8 @@ class MemorizationModule(LightningModule):
             norm_every_layer = self._settings.norm_every_layer and bool(self._history)
             states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=norm_every_layer)
             kl_coeff = self.kl_coeff
-            losses = memorization_loss(self._tail, self._tail.final_norm(states[-1]), batch, kl_coeff)
+            hidden = self._tail.final_norm(states[-1])
+            losses = memorization_loss(self._tail, hidden, batch, kl_coeff, moved=bool(self._history))
         self._history.append((losses.cross_entropy, losses.kl, kl_coeff))
         if self._settings.kl_target is not None:
             self.kl_coeff = adapted_kl_coeff(
@@ -75,17 +80,9 @@ class MemorizationModule(LightningModule):
         settings = self._settings
         return DeltaAdamW(pairs, settings.learning_rate, settings.weight_decay, settings.round_weights)
 
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``.
-
-        The rule of :func:`torch.nn.utils.clip_grad_norm_`, row by row: a batch must equal single runs.
-        """
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
-        scale = (self._settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale[:, None, None])
-        self._norms.append(norms)
+    def configure_gradient_clipping(self, optimizer: DeltaAdamW, *args: Any, **kwargs: Any) -> None:
+        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``."""
+        self._norms.append(optimizer.clip(self._settings.max_grad_norm))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch where the backbone made it."""
@@ -100,18 +97,22 @@ class MemorizationModule(LightningModule):
         cross_entropy, kl, kl_coeff = (torch.stack(values) for values in zip(*self._history, strict=True))
         norms = torch.stack(self._norms)
         finite_steps = cross_entropy.isfinite() & kl.isfinite() & norms.isfinite()
-        finite_deltas = torch.stack(
-            [t.flatten(1).isfinite().all(1) for layer in deltas for t in layer.values()]
-        ).all(0)
-        failed = ~(finite_steps.all(0) & finite_deltas)
-        for layer in deltas:
+        # A norm is finite only where all is; it takes one pass and no copy.
+        delta_norms = [
+            torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float32)
+            for layer in deltas
+            for t in layer.values()
+        ]
+        failed = ~(finite_steps.all(0) & torch.stack(delta_norms).isfinite().all(0))
+        failed_rows = failed.nonzero().flatten().tolist()
+        for layer in deltas if failed_rows else ():
             for tensor in layer.values():
-                tensor[failed] = 0.0
+                tensor[failed_rows] = 0.0
         adaptive = [kl_coeff] if self._settings.kl_target is not None else []
         by_row = (values.T.tolist() for values in (cross_entropy, kl, norms, *adaptive))
         curves = [Curve(*values) for values in zip(*by_row, strict=True)]
         status = ["ok"] * num_samples
-        for row in failed.nonzero().flatten().tolist():
+        for row in failed_rows:
             bad = (~finite_steps[:, row]).nonzero().flatten()
             step = int(bad[0]) if len(bad) else len(self._history)
             status[row] = (
@@ -197,10 +198,11 @@ class Memorizer:
         # that it wrapped, with gradients and optimizer moments, in its list of callbacks.
         device = self.backbone.device
         fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), precision="32-true")
-        optimizer = fabric.setup_optimizers(module.configure_optimizers())
+        plain = module.configure_optimizers()
+        optimizer = fabric.setup_optimizers(plain)
         for step in range(self.settings.steps):
             loss = module.training_step(batch, step)
             fabric.backward(loss)
-            module.configure_gradient_clipping()
+            module.configure_gradient_clipping(plain)
             optimizer.step()
             optimizer.zero_grad()

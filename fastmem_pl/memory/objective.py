@@ -7,45 +7,145 @@ Per label token, with the model's step-0 prediction ``p_0`` and its current one 
 
 that is, cross-entropy against the soft target ``onehot + kl_coeff * p_0``. Logits are formed as the
 reference's plus the head's product with the *change* of the hidden state: nothing is lost to rounding
-where the change is small, and in bfloat16 the curve follows the float32 one.
+where the change is small, and in bfloat16 the curve follows the float32 one. With ``d`` that change,
+``p_n = p_0 exp(d) / sum(p_0 exp(d))``, which takes few passes over ``(n, V)`` where ``p_0`` is kept.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastmem_pl import kernels
 from fastmem_pl.backbone import BaseActivations, Tail, TailInputs
 
-# Bytes of one chunk's (tokens, V) float32 tensor. On the CPU it should stay in the last-level cache
-# and below the size from which the allocator returns memory to the system (measured in docs/LOG.md).
-_CHUNK_BYTES = {"cpu": 12 << 20, "other": 256 << 20}
+# Bytes of one chunk's (tokens, V) tensor. On the CPU it should stay in the last-level cache and below
+# the size from which the allocator returns memory to the system (measured in docs/LOG.md).
+_CHUNK_BYTES = {"cpu": 12 << 20, "other": 512 << 20}
 
 
-@dataclass
-class Prediction:
-    """Step-0 prediction for ``n`` label tokens.
+class Prediction(Protocol):
+    """The model's own prediction at step 0 for ``n`` label tokens, and the loss against it."""
 
-    Attributes:
-        log_probs: ``(n, V)`` float32.
-        normalizer: log-sum-exp of ``log_probs``, zero but for rounding, ``(n, 1)``.
-        raw: head products before bias and soft-cap ``(n, V)``; only kept for models with a soft-cap.
+    @property
+    def nbytes(self) -> int:
+        """Memory that keeping it takes."""
+
+    def loss(
+        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of the tokens and its gradient.
+
+        Args:
+            tail: whose head turns hidden states into logits.
+            change: of the head's input since step 0, ``(n, D)``; ``None`` for none at all.
+            kl_coeff: ``(n,)``.
+            weights: ``(n,)``.
+
+        Returns:
+            cross-entropy ``(n,)``, KL ``(n,)`` and the weighted gradient in the head's product ``(n, V)``.
+        """
+
+
+class PlainPrediction:
+    """A prediction as probabilities, in plain PyTorch, for every model and device.
+
+    Args:
+        tail: of the model.
+        hidden: the head's input at step 0, ``(n, D)``.
+        labels: ``(n,)``.
     """
 
-    log_probs: Tensor
-    normalizer: Tensor
-    raw: Tensor | None
-
-    @classmethod
-    def of(cls, tail: Tail, hidden: Tensor) -> Prediction:
-        """Predict from the head's input ``(n, D)``."""
+    def __init__(self, tail: Tail, hidden: Tensor, labels: Tensor) -> None:
         raw = tail.raw_logits(hidden)
-        log_probs = torch.log_softmax(tail.finish_logits(raw), dim=-1)
-        normalizer, _, _ = _normalize_(log_probs.clone())
-        return cls(log_probs, normalizer, None if tail.softcap is None else raw)
+        # Head products before bias and soft-cap, which the soft-cap's slope depends on.
+        self._raw = None if tail.softcap is None else raw
+        logits = tail.finish_logits(raw)
+        self._labels = labels[:, None]
+        # Not the logarithm of the probability, which may be 0 where this is not infinite.
+        self._label_log_p = logits.gather(1, self._labels) - logits.logsumexp(-1, keepdim=True)
+        self._probs = logits.softmax(-1)
+        # One but for rounding; kept so that nothing has changed where no logit has.
+        self._total = self._probs.sum(-1, keepdim=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that keeping it takes."""
+        return self._probs.nbytes * (1 if self._raw is None else 2)
+
+    def loss(
+        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Prediction.loss`."""
+        kl_coeff, weights = kl_coeff[:, None], weights[:, None]
+        logits = None
+        if change is None:
+            label_log_p, kl = self._label_log_p, torch.zeros_like(self._label_log_p)
+            grad = self._probs * weights
+            if self._raw is not None:
+                logits = tail.finish_logits(self._raw)
+        else:
+            moved = tail.raw_logits(change)
+            if self._raw is not None:
+                logits = tail.finish_logits(self._raw + moved)
+                moved = logits - tail.finish_logits(self._raw)
+            expected = torch.linalg.vecdot(self._probs, moved)[:, None]
+            largest = moved.amax(-1, keepdim=True)
+            label_moved = moved.gather(1, self._labels)
+            grad = moved.sub_(largest).exp_().mul_(self._probs)
+            total = grad.sum(-1, keepdim=True)
+            normalizer_change = (total / self._total).log() + largest
+            label_log_p = self._label_log_p + label_moved - normalizer_change
+            kl = normalizer_change - expected
+            grad.mul_((1 + kl_coeff) * weights / total).addcmul_(self._probs, kl_coeff * weights, value=-1)
+        grad.scatter_add_(1, self._labels, -weights)
+        if logits is not None:
+            grad.mul_(1 - (logits / tail.softcap).square())
+        return -label_log_p.squeeze(1), kl.squeeze(1), grad
+
+
+class KernelPrediction:
+    """A prediction as logits in the head's own type, for :mod:`fastmem_pl.kernels.loss`.
+
+    Args:
+        tail: of the model.
+        hidden: the head's input at step 0, ``(n, D)``.
+        labels: ``(n,)``.
+    """
+
+    def __init__(self, tail: Tail, hidden: Tensor, labels: Tensor) -> None:
+        from fastmem_pl.kernels.loss import reference_normalizers
+
+        self._labels = labels
+        self._raw = tail.head_product(hidden)
+        self._normalizer, self._rest = reference_normalizers(self._raw)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that keeping it takes."""
+        return self._raw.nbytes
+
+    def loss(
+        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Prediction.loss`."""
+        from fastmem_pl.kernels.loss import soft_target_loss_
+
+        grad = torch.zeros_like(self._raw) if change is None else tail.head_product(change)
+        cross_entropy, kl = soft_target_loss_(
+            grad, self._raw, self._normalizer, self._rest, self._labels, kl_coeff, weights
+        )
+        return cross_entropy, kl, grad
+
+
+def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> Prediction:
+    """The prediction from the head's input ``(n, D)``, for the kernel where it can run."""
+    fits = tail.plain_head and kernels.usable(hidden.device, tail.head_weight.dtype)
+    return (KernelPrediction if fits else PlainPrediction)(tail, hidden, labels)
 
 
 @dataclass
@@ -54,11 +154,12 @@ class Reference:
 
     Attributes:
         hidden: the head's input, ``(N, D)`` float32.
-        chunks: predictions by token chunk, or ``None`` to recompute each when it is needed.
+        chunks: predictions by token chunk; ``None`` for those that did not fit the memory budget, which
+            are made anew at every step.
     """
 
     hidden: Tensor
-    chunks: list[Prediction] | None
+    chunks: list[Prediction | None]
 
 
 class MemorizationBatch(SimpleNamespace):
@@ -107,19 +208,21 @@ def prepare(
         reference_budget: bytes up to which step-0 predictions are kept rather than recomputed.
     """
     base = tail.base(inputs)
-    flat_mask = label_mask.flatten()
-    positions = flat_mask.nonzero().squeeze(1)
+    positions = label_mask.flatten().nonzero().squeeze(1)
     counts = label_mask.sum(1)
     rows = positions // labels.shape[1]
+    labels = labels.flatten()[positions]
     hidden = tail.hidden(inputs, base).flatten(0, 1)[positions]
-    tensors = 1 if tail.softcap is None else 2
-    keep = tensors * positions.numel() * tail.head_weight.shape[0] * 4 <= reference_budget
-    chunks = [Prediction.of(tail, hidden[part]) for part in _parts(tail, hidden)] if keep else None
+    chunks: list[Prediction | None] = []
+    for part in _parts(tail, hidden):
+        prediction = predict(tail, hidden[part], labels[part]) if reference_budget > 0 else None
+        reference_budget -= prediction.nbytes if prediction else 0
+        chunks.append(prediction if reference_budget >= 0 else None)
     return MemorizationBatch(
         inputs=inputs,
         base=base,
         positions=positions,
-        labels=labels.flatten()[positions],
+        labels=labels,
         rows=rows,
         weights=(1.0 / counts.float())[rows],
         reference=Reference(hidden, chunks),
@@ -135,7 +238,9 @@ class Losses:
     kl: Tensor
 
 
-def memorization_loss(tail: Tail, hidden: Tensor, batch: MemorizationBatch, kl_coeff: Tensor) -> Losses:
+def memorization_loss(
+    tail: Tail, hidden: Tensor, batch: MemorizationBatch, kl_coeff: Tensor, moved: bool = True
+) -> Losses:
     """Cross-entropy plus weighted KL of every sample (paper, equations 2 to 4).
 
     Args:
@@ -143,9 +248,10 @@ def memorization_loss(tail: Tail, hidden: Tensor, batch: MemorizationBatch, kl_c
         hidden: the head's input with the current deltas, ``(B, T, D)``.
         batch: the constants, reference included.
         kl_coeff: weight of the KL term by sample, ``(B,)``.
+        moved: false where the deltas are still zero, which saves the head's product.
     """
     selected = hidden.flatten(0, 1)[batch.positions]
-    total, cross_entropy, kl = _SoftTargetLoss.apply(selected, tail, batch, kl_coeff)
+    total, cross_entropy, kl = _SoftTargetLoss.apply(selected, tail, batch, kl_coeff, moved)
     return Losses(total, cross_entropy, kl)
 
 
@@ -153,21 +259,18 @@ class _SoftTargetLoss(torch.autograd.Function):
     """Loss and gradient of the hidden states in one pass over token chunks: no ``(N, V)`` is kept."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, tail: Tail, batch: MemorizationBatch, kl_coeff: Tensor):
+    def forward(ctx, hidden: Tensor, tail: Tail, batch: MemorizationBatch, kl_coeff: Tensor, moved: bool):
         tokens = hidden.shape[0]
         grad = torch.empty_like(hidden)
         ce_tokens, kl_tokens = hidden.new_empty(tokens), hidden.new_empty(tokens)
-        for index, part in enumerate(_parts(tail, hidden)):
-            kept = batch.reference.chunks
-            reference = Prediction.of(tail, batch.reference.hidden[part]) if kept is None else kept[index]
-            ce_tokens[part], kl_tokens[part], grad[part] = _chunk_loss(
-                tail,
-                hidden[part] - batch.reference.hidden[part],
-                reference,
-                batch.labels[part, None],
-                kl_coeff[batch.rows[part], None],
-                batch.weights[part, None],
+        coeffs = kl_coeff[batch.rows]
+        for part, kept in zip(_parts(tail, hidden), batch.reference.chunks, strict=True):
+            reference = kept or predict(tail, batch.reference.hidden[part], batch.labels[part])
+            change = hidden[part] - batch.reference.hidden[part] if moved else None
+            ce_tokens[part], kl_tokens[part], logits_grad = reference.loss(
+                tail, change, coeffs[part], batch.weights[part]
             )
+            grad[part] = logits_grad.to(tail.head_weight.dtype) @ tail.head_weight
         ctx.save_for_backward(grad, batch.rows)
         zeros = hidden.new_zeros(batch.num_samples)
         cross_entropy = zeros.index_add(0, batch.rows, ce_tokens * batch.weights)
@@ -178,56 +281,13 @@ class _SoftTargetLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor, *_):
         grad, rows = ctx.saved_tensors
-        return grad * grad_total[rows][:, None], None, None, None
+        return grad * grad_total[rows][:, None], None, None, None, None
 
 
 def _parts(tail: Tail, hidden: Tensor) -> list[slice]:
     """Slices of the ``N`` tokens whose logits fit the chunk size."""
-    budget = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "other"]
-    chunk = max(16, budget // (4 * tail.head_weight.shape[0]))
+    vocabulary, size = tail.head_weight.shape[0], tail.head_weight.element_size()
+    chunk = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "other"] // (size * vocabulary)
+    # Whole tiles of the matrix product.
+    chunk = max(16, chunk // 128 * 128 if chunk >= 128 else chunk // 16 * 16)
     return [slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk)]
-
-
-def _normalize_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-sum-exp, ``exp(logits - max)`` (in place of ``logits``) and its sum, ``(n, 1)`` each."""
-    largest = logits.amax(-1, keepdim=True)
-    exponentials = logits.sub_(largest).exp_()
-    total = exponentials.sum(-1, keepdim=True)
-    return largest + total.log(), exponentials, total
-
-
-def _chunk_loss(
-    tail: Tail,
-    hidden_change: Tensor,
-    reference: Prediction,
-    labels: Tensor,
-    kl_coeff: Tensor,
-    weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of ``n`` tokens; ``labels``, ``kl_coeff`` and ``weights`` are ``(n, 1)``.
-
-    Returns:
-        cross-entropy ``(n,)``, KL ``(n,)`` and the weighted gradient in the hidden state ``(n, D)``.
-    """
-    change, slope = tail.raw_logits(hidden_change), None
-    if reference.raw is not None:
-        logits = tail.finish_logits(reference.raw + change)
-        slope = 1 - (logits / tail.softcap).square()
-        change = logits - tail.finish_logits(reference.raw)
-    p_0 = reference.log_probs.exp()
-    expected_change = torch.linalg.vecdot(p_0, change)[:, None]
-    log_p = change.add_(reference.log_probs)
-    label_log_p = log_p.gather(1, labels)
-    normalizer, exponentials, total = _normalize_(log_p)
-    # The change of the normalizer: exactly 0 at step 0, where KL must be.
-    normalizer_change = normalizer - reference.normalizer
-    kl = normalizer_change - expected_change
-    cross_entropy = normalizer_change - label_log_p
-
-    grad = exponentials.mul_((1 + kl_coeff) * weights / total)
-    grad.addcmul_(p_0, kl_coeff * weights, value=-1)
-    grad.scatter_add_(1, labels, -weights)
-    if slope is not None:
-        grad.mul_(slope)
-    hidden_grad = (grad.to(tail.head_weight.dtype) @ tail.head_weight).float()
-    return cross_entropy.squeeze(1), kl.squeeze(1), hidden_grad

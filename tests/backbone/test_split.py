@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_tokenizer, snapshot
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmem_pl import Backbone, FastMemError, Memorizer
-from fastmem_pl.backbone import fork
+from fastmem_pl.backbone import FixedCache
 
 FAMILIES = sorted(FAMILY_CONFIGS)
 
@@ -51,13 +52,26 @@ def test_cached_trunk_is_the_full_forward(make_tiny, family):
     torch.testing.assert_close(continued.ffn_input, full.ffn_input[:, 25:], rtol=1e-4, atol=1e-4)
 
 
-def test_fork_grows_apart(tiny):
-    cache = tiny.new_cache()
-    ids = torch.randint(0, 250, (1, 5))
-    tiny.run_trunk(1, ids, torch.ones(1, 5, dtype=torch.long), cache=cache)
-    twin = fork(cache)
-    tiny.run_trunk(1, ids[:, :1], torch.ones(1, 6, dtype=torch.long), torch.tensor([[5]]), twin)
-    assert (cache.get_seq_length(), twin.get_seq_length()) == (5, 6)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fixed_cache_is_the_growing_one(make_tiny, family):
+    backbone = make_tiny(family)
+    ids = torch.randint(0, 250, (2, 30))
+    mask = torch.ones(2, 25, dtype=torch.long)
+    mask[0, :7] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = backbone.new_cache()
+    backbone.run_trunk(1, ids[:, :25], mask, places, cache)
+    position = torch.tensor([25])
+    fixed = FixedCache.continuing(cache, 64, position, 25)
+    fixed_mask = F.pad(mask, (0, 64 - 25), value=1)
+    for step in range(5):
+        token, place = ids[:, 25 + step, None], places[:, -1:] + 1 + step
+        mask = F.pad(mask, (0, 1), value=1)
+        grown = backbone.run_trunk(1, token, mask, place, cache)
+        found = backbone.run_trunk(1, token, fixed_mask, place, fixed)
+        position += 1
+        torch.testing.assert_close(found.residual, grown.residual, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.ffn_input, grown.ffn_input, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_without_known_ffn_is_refused_by_name():

@@ -251,7 +251,7 @@ def saying(tiny, monkeypatch):
 
     def make(text, **settings):
         chosen = iter([*tiny.tokenizer(text).input_ids, tiny.stop_ids[0]])
-        monkeypatch.setattr("fastmem_pl.decoding.loop._Views.logits", lambda self, *inputs: None)
+        monkeypatch.setattr("fastmem_pl.decoding.state.Views.logits", lambda self, *inputs: None)
         monkeypatch.setattr("fastmem_pl.decoding.Greedy.scores", lambda self, logits: logits)
         monkeypatch.setattr(
             "fastmem_pl.decoding.loop.TokenChooser.__call__", lambda *args: torch.tensor([next(chosen)])

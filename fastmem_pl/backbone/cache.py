@@ -1,0 +1,100 @@
+"""A KV cache of fixed size, which every decoding step writes to in place.
+
+Nothing is concatenated or allocated while tokens come, and a captured CUDA graph finds keys and values
+where it left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
+
+
+class FixedLayer(StaticLayer):
+    """Keys and values of one block in ``room`` slots, with one position for all blocks.
+
+    Layers of sliding attention keep all slots as well: the model's mask hides what has slid out, and no
+    step needs the host to know how far it is.
+
+    Args:
+        keys: ``(B, H, room, D)``, or ``None`` for a block that the trunk does not run.
+        values: like ``keys``.
+        position: slot that the next token goes to, ``(1,)``.
+        is_sliding: whether the block's attention has a window.
+    """
+
+    def __init__(
+        self, keys: Tensor | None, values: Tensor | None, position: Tensor, is_sliding: bool
+    ) -> None:
+        room = 0 if keys is None else keys.shape[2]
+        super().__init__(room)
+        self.keys, self.values, self.position = keys, values, position
+        self.cumulative_length = position[0]
+        self.is_sliding = is_sliding
+        self.is_initialized = keys is not None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write one token's keys and values ``(B, H, 1, D)``; returns all slots.
+
+        The position moves when the whole step is done: blocks of the tail write to the same slot.
+        """
+        self.keys.index_copy_(2, self.position, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.position, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+
+class FixedCache(Cache):
+    """Fixed layers of all blocks.
+
+    Args:
+        layers: one a block.
+    """
+
+    def __init__(self, layers: Sequence[FixedLayer]) -> None:
+        super().__init__(layers=list(layers))
+
+    @classmethod
+    def continuing(cls, cache: Cache, room: int, position: Tensor, length: int) -> FixedCache:
+        """Copy a cache that has read ``length`` tokens into ``room`` slots."""
+        layers = []
+        for layer in cache.layers:
+            sliding = bool(getattr(layer, "is_sliding", False))
+            if not layer.is_initialized:
+                layers.append(FixedLayer(None, None, position, sliding))
+                continue
+            pair = []
+            for tensor in (layer.keys, layer.values):
+                slots = tensor.new_zeros(*tensor.shape[:2], room, tensor.shape[3])
+                # A sliding layer has kept the last tokens only.
+                slots[:, :, length - tensor.shape[2] : length] = tensor
+                pair.append(slots)
+            layers.append(FixedLayer(*pair, position, sliding))
+        return cls(layers)
+
+    def tensors(self) -> list[Tensor]:
+        """All keys and values."""
+        return [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+
+    def rows(self, index: Tensor, position: Tensor) -> FixedCache:
+        """A copy with some rows only."""
+        return FixedCache(
+            [
+                FixedLayer(
+                    *(None if t is None else t.index_select(0, index) for t in (layer.keys, layer.values)),
+                    position,
+                    layer.is_sliding,
+                )
+                for layer in self.layers
+            ]
+        )
+
+
+def room_for(tokens: int) -> int:
+    """Slots for a sequence: multiples of 64, so that batches of like length share captured graphs.
+
+    >>> room_for(1), room_for(64), room_for(65)
+    (64, 64, 128)
+    """
+    return -(-tokens // 64) * 64

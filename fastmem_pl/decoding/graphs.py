@@ -1,0 +1,132 @@
+"""Decoding steps recorded as CUDA graphs, kept from batch to batch.
+
+Launching the kernels of one token takes the host longer than the GPU needs for them. A graph launches all
+of them at once. Recording takes about as long as one step launched one by one, so a pool keeps the graphs
+with the tensors that they work on, and later batches of the same shapes put their values there.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from fastmem_pl.decoding.state import DecodeState
+from fastmem_pl.phases import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+
+class Recorded:
+    """A state whose steps run as a graph, from the second step on.
+
+    The first runs as it is: libraries choose and load their kernels then, which nothing may do while a
+    graph is recorded.
+
+    Args:
+        state: that steps work on.
+    """
+
+    def __init__(self, state: DecodeState) -> None:
+        self.state = state
+        self._warm = False
+        self._replay: Callable[[], None] | None = None
+
+    def step(self) -> None:
+        """Take one step."""
+        if self._warm and self._replay is None:
+            self._replay = _record(self.state.step)
+        (self._replay or self.state.step)()
+        self._warm = True
+
+
+def _record(step: Callable[[], None]) -> Callable[[], None]:
+    """Record a step, which does not run it; returns what runs it from now on."""
+    graph = torch.cuda.CUDAGraph()
+    # Not torch.cuda.graph: it empties the allocator's cache, which the next batch would have to fill.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        log.warning("decoding without a CUDA graph, several times slower: %s", str(error).splitlines()[0])
+        return lambda: step()
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
+
+
+class Lease:
+    """A state and what steps it, for as long as the borrower holds it.
+
+    Attributes:
+        state: to read results from.
+        step: takes one step.
+    """
+
+    def __init__(self, state: DecodeState, step: Callable[[], None]) -> None:
+        self.state, self.step = state, step
+
+
+class GraphPool:
+    """Recorded states by shape, for one decode at a time.
+
+    All of them read memories from the same tensors. States of another batch size are dropped when a new
+    one comes: they would hold their memory beside it.
+    """
+
+    def __init__(self) -> None:
+        self._idle: dict[Hashable, Recorded] = {}
+        self._rows = 0
+        self._deltas: list[dict[str, Tensor]] | None = None
+        self._lent: Callable[[], Lease | None] = lambda: None
+
+    def take(self, key: Hashable, fresh: DecodeState) -> Lease:
+        """Lend a recorded state with the values of ``fresh``; while one is lent, others run unrecorded.
+
+        Args:
+            key: all that steps depend on beside the values.
+            fresh: a state that nothing else uses; it may be kept.
+        """
+        if self._lent() is not None:
+            return Lease(fresh, fresh.step)
+        rows = fresh.last.shape[1]
+        if rows != self._rows:
+            self.clear()
+            self._rows = rows
+        recorded = self._idle.get(key)
+        if recorded is None:
+            fresh.views.deltas = self._own(fresh.views.deltas)
+            recorded = self._idle[key] = Recorded(fresh)
+        else:
+            recorded.state.adopt(fresh)
+        lease = Lease(recorded.state, recorded.step)
+        self._lent = weakref.ref(lease)
+        return lease
+
+    def clear(self) -> None:
+        """Forget all, and free its memory."""
+        self._idle.clear()
+        self._deltas = None
+        self._rows = 0
+
+    def _own(self, deltas: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:
+        """Copy a memory, which belongs to the caller, to the pool's tensors."""
+        if deltas is None:
+            return None
+        if self._deltas is None or len(self._deltas) != len(deltas):
+            self._deltas = [{name: torch.empty_like(t) for name, t in layer.items()} for layer in deltas]
+        for own, given in zip(self._deltas, deltas, strict=True):
+            for name, tensor in given.items():
+                own[name].copy_(tensor)
+        return self._deltas

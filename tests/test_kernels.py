@@ -1,0 +1,122 @@
+"""The Triton kernels against plain PyTorch, under Triton's interpreter on the CPU.
+
+Float32 throughout: the interpreter multiplies bfloat16 wrongly. bfloat16 on a real GPU is in test_cuda.py.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+from fastmem_pl import Memorizer, kernels
+from fastmem_pl.backbone import Factors
+from fastmem_pl.kernels import adamw, gate, loss
+from fastmem_pl.memory.delta import squared_norm
+
+STRONG = {"steps": 4, "learning_rate": 1e-3, "kl_coeff": 0.3}
+
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="compiled kernels need CUDA tensors: test_cuda.py"
+)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(7, 5, 3), (40, 130, 70), (1, 64, 200)])
+def test_adamw_is_adamw(tokens, rows, columns):
+    torch.manual_seed(0)
+    samples, lr, decay, eps = 2, 0.01, 0.05, 1e-8
+    base = torch.randn(columns, rows).t()  # as GPT-2 keeps it
+    weights = [base.clone().contiguous().requires_grad_(True) for _ in range(samples)]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=decay / lr, eps=eps)
+    delta = torch.zeros(samples, rows, columns)
+    first, second = adamw.allocate_moments(delta, torch.float32)
+    first.fill_(torch.nan)  # not to be read at the first step
+    second.fill_(torch.nan)
+    for step in range(1, 4):
+        outer, inner = torch.randn(samples, tokens, rows), torch.randn(samples, tokens, columns)
+        scale = torch.tensor([0.5, 2.0])
+        for row, weight in enumerate(weights):
+            weight.grad = scale[row] * outer[row].t() @ inner[row]
+        optimizer.step()
+        adamw.factored_adamw_(
+            delta, first, second, base, outer, inner, scale, step, lr, (0.9, 0.999), eps, decay
+        )
+        for row, weight in enumerate(weights):
+            torch.testing.assert_close(base + delta[row], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_norm_of_factors_is_the_norm_of_their_product():
+    torch.manual_seed(0)
+    factors = Factors(torch.randn(3, 9, 20), torch.randn(3, 9, 30))
+    expected = (factors.outer.transpose(1, 2) @ factors.inner).square().sum((1, 2))
+    torch.testing.assert_close(squared_norm(factors), expected)
+
+
+def test_gate_is_its_formula():
+    torch.manual_seed(0)
+    given = [torch.randn(3, 7, 50, requires_grad=i > 1) for i in range(4)]
+    base_gate, base_up, gate_change, up_change = given
+    found = gate.GatedChange.apply(*given)
+    hidden = F.silu(base_gate + gate_change) * (base_up + up_change)
+    expected = hidden, hidden - F.silu(base_gate) * base_up
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    upstream = [torch.randn_like(hidden) for _ in range(2)]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, given[2:], upstream),
+        torch.autograd.grad(expected, given[2:], upstream),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [50, 9000])
+@pytest.mark.parametrize("size", [0.0, 3.0])
+def test_loss_is_its_formula(vocabulary, size):
+    torch.manual_seed(0)
+    raw = 5 * torch.randn(4, vocabulary)
+    change = size * torch.randn(4, vocabulary)
+    labels = torch.randint(vocabulary, (4,))
+    coeff, weights = torch.tensor([0.0, 0.1, 1.0, 0.3]), torch.tensor([0.5, 0.5, 1.0, 0.25])
+    logits = (raw + change).requires_grad_(True)
+    log_p, log_p0 = logits.log_softmax(-1), raw.log_softmax(-1)
+    cross_entropy = F.nll_loss(log_p, labels, reduction="none")
+    kl = (log_p0.exp() * (log_p0 - log_p)).sum(-1)
+    (grad,) = torch.autograd.grad((weights * (cross_entropy + coeff * kl)).sum(), logits)
+    found = loss.soft_target_loss_(change, raw, *loss.reference_normalizers(raw), labels, coeff, weights)
+    torch.testing.assert_close(found, (cross_entropy.detach(), kl.detach()), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(change, grad, rtol=1e-4, atol=1e-7)
+    if size == 0:
+        assert found[1].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_memorizing_with_kernels_is_memorizing_without(tiny, contexts, monkeypatch, num_layers):
+    settings = {**STRONG, "num_layers": num_layers, "optimizer_state": "float32"}
+    plain = Memorizer(tiny, **settings)(contexts)
+    called = []
+    monkeypatch.setattr(adamw, "_factored_adamw", _Spy(adamw._factored_adamw, called))
+    monkeypatch.setattr(kernels, "usable", lambda device, dtype: True)
+    found = Memorizer(tiny, **settings)(contexts)
+    assert len(called) == 3 * STRONG["steps"] * num_layers
+    for one, other in zip(found.curves, plain.curves, strict=True):
+        assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-4)
+        assert one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-6)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+        assert one.kl[0] == 0.0
+    for one, other in zip(found.deltas, plain.deltas, strict=True):
+        for name in one:
+            assert (one[name] - other[name]).norm() / other[name].norm() < 1e-3, name
+
+
+class _Spy:
+    """Counts launches of a kernel."""
+
+    def __init__(self, kernel, called):
+        self._kernel, self._called = kernel, called
+
+    def __getitem__(self, grid):
+        self._called.append(grid)
+        return self._kernel[grid]
