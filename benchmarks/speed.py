@@ -6,9 +6,9 @@
     python benchmarks/speed.py render benchmarks/results/speed_*.csv    # tables for docs/performance.md
 
 On a GPU the model has Llama-3-8B's shapes, random bfloat16 weights made on the device and a word
-tokenizer made here (nothing is downloaded); the table takes about 4 minutes and 60 GiB. On a CPU it is the
-packaged demo model in float32 and bfloat16; 16 samples and 5 repeats take about 40 minutes on 2 cores, so
-mind --repeats, --samples and --seconds-budget.
+tokenizer made here (nothing is downloaded); expect minutes. On a CPU it is the packaged demo model in float32
+and bfloat16; 16 samples and 5 repeats take the better part of an hour on 2 cores, so mind --repeats,
+--samples and --seconds-budget.
 
 Before anything is timed, the published loop (benchmarks/published.py) and the package memorize and answer
 the same sample in float32. If their losses or tokens differ, the run goes on without ratios and exits with
@@ -40,7 +40,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import cycle, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -223,19 +223,19 @@ def random_samples(config: Mapping[str, Any], count: int, label_tokens: int) -> 
 
 
 def demo_samples(count: int, tokens_of: Callable[[str], int]) -> list[ContextSample]:
-    """Packaged questions, each with the contexts of two or three together: 60 to 160 tokens, longest first."""
+    """Packaged questions, each with the contexts of two or three: 60 to 160 tokens, the longest first."""
     data = FastMemDataModule()
     data.setup()
     left = [sample for sample in data.samples if sample.task == "nqswap"]
     samples: list[ContextSample] = []
-    for size in cycle((2, 3)):
+    size = 2
+    while len(samples) < count:
         part, left = left[:size], left[size:] + left[:size]
         context = " ".join(sample.context for sample in part)
         if 60 <= tokens_of(context) <= 160:
             samples.append(replace(part[0], index=len(samples), context=context))
-        if len(samples) == count:
-            return sorted(samples, key=lambda sample: -len(sample.context))
-    raise AssertionError("unreachable")
+        size = 5 - size
+    return sorted(samples, key=lambda sample: -len(sample.context))
 
 
 @dataclass(frozen=True)
@@ -454,7 +454,7 @@ class Report:
                 line["baseline"], ratio = baseline[0], middle / median(baseline[1])
                 numbers |= {"baseline_value": median(baseline[1]), "ratio": ratio}
                 largest = RATIO_TARGETS.get((where["shape"], row, batch, baseline[0]))
-                if largest and "," not in what:
+                if largest:
                     limit, found, text = largest, ratio, f"<= {largest:g} x {baseline[0]}"
             if limit:
                 line |= {"target": f"{text} on {hardware}", "met": "yes" if found <= limit else "no"}
@@ -514,8 +514,8 @@ class Bench:
         precision: of the model.
         report: where measurements go.
         options: of the command line.
-        published: medians of the published loop by what was measured; shared by all precisions, as the
-            published loop is the baseline in the first one only.
+        published: values of the published loop by name and part; shared by all precisions, so the loop in
+            the first of them is the baseline of all.
     """
 
     def __init__(
@@ -559,11 +559,8 @@ class Bench:
         """Report one measurement; ``phases`` among ``further`` give its roofline, ``share`` divides it."""
         phases, share = further.pop("phases", None), further.pop("share", 1)
         if phases:
-            ceilings = self.ceilings
-            further["bounds"] = (
-                ceilings.milliseconds(phases) / share,
-                ceilings.overlapped(phases) / share,
-            )
+            bounds = self.ceilings.milliseconds(phases), self.ceilings.overlapped(phases)
+            further["bounds"] = tuple(bound / share for bound in bounds)
         hardware = self.workload.hardware
         self.report.add(self.where, row, batch, what, values, hardware=hardware, **further)
 
@@ -609,8 +606,11 @@ class Bench:
                     found[name][part].append(1e3 * seconds / samples)
         return found
 
-    def peak(self, way: Way, groups: list[Group]) -> tuple[list[float], str]:
-        """Peak GiB of a cold and a warm run together, nothing where they do not fit, and a note."""
+    def peak(self, way: Way, groups: list[Group], inner: PhaseMeter | None = None) -> tuple[list[float], str]:
+        """Peak GiB of a cold and a warm run together, nothing where they do not fit, and a note.
+
+        ``inner`` is the meter of a module that runs: each of its phases forgets the peak of what was before.
+        """
         gc.collect()
         meter = PhaseMeter(self.device)
         if self.device.type == "cuda":
@@ -625,8 +625,9 @@ class Bench:
             return [], "out of memory"
         note = ""
         if self.device.type == "cuda":
-            note = f"reserved {torch.cuda.max_memory_reserved(self.device) / GIB:.3g} GiB"
-        return [meter.peak_gib()["peak"]], note
+            note = f"reserved {torch.cuda.memory_reserved(self.device) / GIB:.3g} GiB"
+        peaks = [*meter.peak_bytes.values(), *(inner.peak_bytes.values() if inner else ())]
+        return [max(peaks) / GIB], note
 
     def published(self, part: str, alpha: float | None = None) -> tuple[str, list[float]]:
         """The published loop's ms a sample, as a baseline: ``total``, ``memorize`` or ``decode``."""
@@ -800,7 +801,7 @@ def row_memory(bench: Bench, batch: int) -> None:
         loop, note = bench.peak(bench.run_published, groups)
         bench.add("memory", batch, f"published loop, {what}", loop, unit="GiB", note=note)
         baseline = ("published loop", loop) if loop else None
-    ours, note = bench.peak(lambda groups: bench.run_module(module, groups), groups)
+    ours, note = bench.peak(lambda groups: bench.run_module(module, groups), groups, module.meter)
     bench.add("memory", batch, what, ours, unit="GiB", baseline=baseline, note=note)
     if not long:
         shares = [(value - bench.weights_gib) / batch for value in ours]
@@ -958,7 +959,9 @@ def main() -> int:
         epilog=f"rows:\n{rows}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", nargs="?", default="measure", choices=("measure", "render"))
+    parser.add_argument(
+        "action", nargs="?", default="measure", choices=("measure", "render"), help="measure by default"
+    )
     parser.add_argument("files", nargs="*", type=Path, help="CSV files to render")
     parser.add_argument(
         "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")

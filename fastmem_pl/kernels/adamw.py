@@ -3,6 +3,10 @@
 The gradient of one sample's ``(M, N)`` matrix is ``outer^T @ inner`` with ``outer (T, M)`` and
 ``inner (T, N)``. A program forms one tile of it, clips, and updates that tile's state in registers, so
 a step reads and writes the state once and nothing else of its size.
+
+Where ``inner`` is the same at every step, as it is for the first two projections of a trained FFN, the
+first moment is a product too: that of ``inner`` and the running mean of ``outer``. It is formed like the
+gradient and needs no memory.
 """
 
 from __future__ import annotations
@@ -12,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tile and warps that were fastest on an H200 for Llama-3-8B shapes (docs/LOG.md).
-_BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS, _STAGES = 128, 64, 32, 8, 3
+# Tile, warps and order that were fastest on an H200 for Llama-3-8B shapes (docs/LOG.md).
+_BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS, _STAGES, _GROUP = 64, 64, 64, 4, 3, 4
 
 
 def factored_adamw_(
@@ -29,13 +33,15 @@ def factored_adamw_(
     betas: tuple[float, float],
     eps: float,
     decay: float,
+    last: bool = False,
 ) -> None:
     """Take one step in place.
 
     Args:
         delta: ``(B, M, N)``, of any float type; arithmetic is float32.
-        first: first moment, like ``delta``.
-        second: second moment, like ``delta``. Neither moment is read at step 1.
+        first: first moment like ``delta``; or the running mean of ``outer``, ``(B, T, M)``, this step
+            included, where ``inner`` has been the same at all steps.
+        second: second moment like ``delta``; not read at step 1.
         base: weight that ``delta`` belongs to and that decays, ``(M, N)``.
         outer: gradient of the product's output, ``(B, T, M)``.
         inner: the product's input, ``(B, T, N)``.
@@ -45,9 +51,10 @@ def factored_adamw_(
         betas: of the moments.
         eps: added to the root of the second moment.
         decay: share of ``base + delta`` that the step takes away.
+        last: no step comes after, so the moments need not be written.
     """
     samples, rows, columns = delta.shape
-    grid = (samples, triton.cdiv(rows, _BLOCK_M) * triton.cdiv(columns, _BLOCK_N))
+    grid = (triton.cdiv(rows, _BLOCK_M) * triton.cdiv(columns, _BLOCK_N), samples)
     beta1, beta2 = betas
     _factored_adamw[grid](
         delta,
@@ -68,6 +75,9 @@ def factored_adamw_(
         eps,
         decay,
         FIRST=step == 1,
+        LAST=last,
+        FACTORED=first.shape == outer.shape,
+        GROUP=_GROUP,
         BLOCK_M=_BLOCK_M,
         BLOCK_N=_BLOCK_N,
         BLOCK_T=_BLOCK_T,
@@ -97,46 +107,67 @@ def _factored_adamw(
     eps,
     decay,
     FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    FACTORED: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    # Samples vary fastest: those that share a tile of the base weight run together and find it in cache.
-    sample = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(columns, BLOCK_N)
-    m = (tl.program_id(1) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(1) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Groups of rows go through all columns together: their part of the thin matrices stays in cache.
+    tile, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    in_group = GROUP * tl.cdiv(columns, BLOCK_N)
+    tile_row = tile // in_group * GROUP
+    height = tl.minimum(tl.cdiv(rows, BLOCK_M) - tile_row, GROUP)
+    tile_row += tile % in_group % height
+    m = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tile % in_group) // height * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
     in_m, in_n = m < rows, n < columns
+    mask = in_m[:, None] & in_n[None, :]
+    place = sample * rows * columns + m[:, None].to(tl.int64) * columns + n[None, :]
+
+    # The state is on its way while the gradient is formed. It passes through the cache once.
+    base = tl.load(base_ptr + m[:, None] * base_row + n[None, :] * base_column, mask)
+    if not FIRST:
+        delta = tl.load(delta_ptr + place, mask, eviction_policy="evict_first")
+        second = tl.load(second_ptr + place, mask, eviction_policy="evict_first")
+        if not FACTORED:
+            first = tl.load(first_ptr + place, mask, eviction_policy="evict_first")
 
     outer_ptr += sample * tokens * rows
     inner_ptr += sample * tokens * columns
     grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, tokens, BLOCK_T):
         in_t = (start + t < tokens)[:, None]
-        outer = tl.load(outer_ptr + (start + t)[:, None] * rows + m[None, :], in_t & in_m[None, :], other=0.0)
-        inner = tl.load(
-            inner_ptr + (start + t)[:, None] * columns + n[None, :], in_t & in_n[None, :], other=0.0
-        )
+        rows_at = (start + t)[:, None] * rows + m[None, :]
+        columns_at = (start + t)[:, None] * columns + n[None, :]
+        outer = tl.load(outer_ptr + rows_at, in_t & in_m[None, :], other=0.0)
+        inner = tl.load(inner_ptr + columns_at, in_t & in_n[None, :], other=0.0)
         grad = tl.dot(tl.trans(outer), inner, grad)
+        if FACTORED:
+            outer = tl.load(first_ptr + sample * tokens * rows + rows_at, in_t & in_m[None, :], other=0.0)
+            mean = tl.dot(tl.trans(outer), inner, mean)
     grad *= tl.load(scale_ptr + sample)
 
-    mask = in_m[:, None] & in_n[None, :]
-    place = sample * rows * columns + m[:, None].to(tl.int64) * columns + n[None, :]
-    base = tl.load(base_ptr + m[:, None] * base_row + n[None, :] * base_column, mask).to(tl.float32)
-    first = (1 - beta1) * grad
-    second = (1 - beta2) * grad * grad
-    delta = -decay * base
+    new_second = (1 - beta2) * grad * grad
+    new_delta = -decay * base.to(tl.float32)
     if not FIRST:
-        first += beta1 * tl.load(first_ptr + place, mask).to(tl.float32)
-        second += beta2 * tl.load(second_ptr + place, mask).to(tl.float32)
-        delta += (1 - decay) * tl.load(delta_ptr + place, mask).to(tl.float32)
-    delta -= step_size * first / (tl.sqrt(second) * second_scale + eps)
-    tl.store(first_ptr + place, first.to(first_ptr.dtype.element_ty), mask)
-    tl.store(second_ptr + place, second.to(second_ptr.dtype.element_ty), mask)
-    tl.store(delta_ptr + place, delta.to(delta_ptr.dtype.element_ty), mask)
-
-
-def allocate_moments(delta: Tensor, first_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """First and second moment for ``delta``, not filled: the first step reads neither."""
-    return torch.empty_like(delta, dtype=first_dtype), torch.empty_like(delta, dtype=torch.float32)
+        new_second += beta2 * second.to(tl.float32)
+        new_delta += (1 - decay) * delta.to(tl.float32)
+    if FACTORED:
+        new_first = mean
+    else:
+        new_first = (1 - beta1) * grad
+        if not FIRST:
+            new_first += beta1 * first.to(tl.float32)
+    new_delta -= step_size * new_first / (tl.sqrt(new_second) * second_scale + eps)
+    delta_type = delta_ptr.dtype.element_ty
+    tl.store(delta_ptr + place, new_delta.to(delta_type), mask, eviction_policy="evict_first")
+    if not LAST:
+        second_type = second_ptr.dtype.element_ty
+        tl.store(second_ptr + place, new_second.to(second_type), mask, eviction_policy="evict_first")
+        if not FACTORED:
+            first_type = first_ptr.dtype.element_ty
+            tl.store(first_ptr + place, new_first.to(first_type), mask, eviction_policy="evict_first")

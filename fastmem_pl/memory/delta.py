@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmem_pl.backbone import Factors
+from fastmem_pl.errors import FastMemError
 
 # Products of bfloat16 with a float32 result came with torch 2.8.
 _WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
@@ -72,6 +73,10 @@ class DeltaAdamW(torch.optim.AdamW):
         weight_decay: decoupled weight decay.
         round_weights: keep ``W + delta`` at what float32 weights can hold, as editing them does. Updates of
             one size then round alike (at 1e-5, by +0.14% wherever the weight is between 0.25 and 1).
+        last_step: number of the step that no other follows, whose moments need not be kept.
+
+    Raises:
+        FastMemError: on a step after the last.
     """
 
     def __init__(
@@ -80,7 +85,9 @@ class DeltaAdamW(torch.optim.AdamW):
         lr: float,
         weight_decay: float,
         round_weights: bool = False,
+        last_step: int | None = None,
     ) -> None:
+        self._last_step = last_step
         self._pairs = list(pairs)
         self._round_weights = round_weights
         deltas = [delta for delta, _ in self._pairs]
@@ -140,29 +147,41 @@ class DeltaAdamW(torch.optim.AdamW):
                 delta.factors = None
 
     def _factored_step(self, delta: Tensor, base: Tensor, decay: float) -> None:
-        from fastmem_pl.kernels.adamw import allocate_moments, factored_adamw_
+        from fastmem_pl.kernels.adamw import factored_adamw_
 
-        state, group = self.state[delta], self.param_groups[0]
+        state, group, factors = self.state[delta], self.param_groups[0], delta.factors
+        beta = group["betas"][0]
+        scale = delta.new_ones(len(delta), dtype=torch.float32) if self._scale is None else self._scale
+        clipped = factors.outer * ((1 - beta) * scale)[:, None, None].to(factors.outer.dtype)
         if not state:
-            # The first moment takes the delta's type: an exponential average over ten steps survives
-            # bfloat16, the second with its decay of 0.999 would not move.
-            state["exp_avg"], state["exp_avg_sq"] = allocate_moments(delta, delta.dtype)
-            state["step"] = 0
+            state |= {"step": 0, "mean_outer": torch.zeros_like(clipped), "inner": factors.inner}
+            state["exp_avg_sq"] = torch.empty_like(delta, dtype=torch.float32)
+        elif state["inner"] is not factors.inner and "exp_avg" not in state:
+            # The input changes from step to step: from here on the first moment is no thin product. In
+            # bfloat16 it is good enough, as the second, with its decay of 0.999, would not be.
+            first = torch.bmm(state["mean_outer"].transpose(1, 2), state["inner"])
+            state["exp_avg"] = first.to(delta.dtype)
+            del state["mean_outer"]
+            state["inner"] = None
+        if "exp_avg" not in state:
+            state["mean_outer"].mul_(beta).add_(clipped)
+        if state["step"] == self._last_step:
+            raise FastMemError(f"memorizing ends after its {self._last_step} steps; set model.steps higher")
         state["step"] += 1
-        scale = self._scale
         factored_adamw_(
             delta.detach(),
-            state["exp_avg"],
+            state["exp_avg"] if "exp_avg" in state else state["mean_outer"],
             state["exp_avg_sq"],
             base,
-            delta.factors.outer,
-            delta.factors.inner,
-            delta.new_ones(len(delta), dtype=torch.float32) if scale is None else scale,
+            factors.outer,
+            factors.inner,
+            scale,
             state["step"],
             group["lr"],
             group["betas"],
             group["eps"],
             decay,
+            last=state["step"] == self._last_step,
         )
 
 

@@ -78,7 +78,9 @@ class MemorizationModule(LightningModule):
             for name in delta.weights
         ]
         settings = self._settings
-        return DeltaAdamW(pairs, settings.learning_rate, settings.weight_decay, settings.round_weights)
+        return DeltaAdamW(
+            pairs, settings.learning_rate, settings.weight_decay, settings.round_weights, settings.steps
+        )
 
     def configure_gradient_clipping(self, optimizer: DeltaAdamW, *args: Any, **kwargs: Any) -> None:
         """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``."""
