@@ -27,6 +27,11 @@ class EncodedSample:
     prompt_cuts: dict[str, int]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest of them."""
+        return max(len(self.context.input_ids), *map(len, self.prompts.values()))
+
+    @property
     def context_hash(self) -> str:
         """Short hash that ties a saved memory to what was memorized."""
         ids = " ".join(map(str, self.context.input_ids))

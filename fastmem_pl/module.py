@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from fastmem_pl.backbone import Backbone, ChatSettings, normalize_precision
-from fastmem_pl.data import TASKS, ContextSample
+from fastmem_pl.data import TASKS, BatchLimits, ContextSample
 from fastmem_pl.decoding import (
     BASELINE,
     DECODERS,
@@ -29,12 +29,15 @@ from fastmem_pl.decoding import (
 )
 from fastmem_pl.encoding import EncodedSample, SampleEncoder
 from fastmem_pl.errors import FastMemError, OutOfMemoryError
-from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
+from fastmem_pl.memory import Footprint, MemorizationSettings, Memorizer, Memory, MemoryFolder, usable_bytes
 from fastmem_pl.metrics import score_answer
 from fastmem_pl.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.published import ANSWER_QUIRKS, select_quirks
 
 log = logging.getLogger(__name__)
+
+# More rows than these gain little (docs/performance.md).
+_MOST_SAMPLES = {"cpu": 8, "other": 32}
 
 Mode = Literal["fit", "predict", "fit-predict"]
 Settings = TypeVar("Settings")
@@ -84,7 +87,8 @@ class FastMemModule(LightningModule):
             is roberta-large); left out, it is not computed.
         factkb_model: sequence classifier of the score factkb of summaries (the paper's is
             bunsenfeng/FactKB); left out, it is not computed.
-        auto_batch: when a batch does not fit in memory, halve it and try again.
+        auto_batch: choose the size of batches by the free memory, and when one does not fit all the same,
+            halve it and try again.
         trust_remote_code: run model code that comes with a checkpoint. Off unless you trust its source.
     """
 
@@ -188,6 +192,8 @@ class FastMemModule(LightningModule):
         self.memorizer = Memorizer(self.backbone, self.settings)
         self.meter = PhaseMeter(self.backbone.device)
         self.graphs = GraphPool()
+        self._footprint = Footprint.of(self.backbone, self.settings)
+        self._too_much: int | None = None
         self._prepare_methods()
 
     def use_mode(self, mode: Mode, run_memories: Path) -> None:
@@ -238,10 +244,30 @@ class FastMemModule(LightningModule):
         """Leave the texts alone."""
         return batch
 
+    def batch_limits(self, batch_size: int | None, max_tokens: int | None) -> BatchLimits:
+        """Bounds of a batch: as given, or by the free memory."""
+        if batch_size is not None or not self.hparams.auto_batch:
+            return BatchLimits(batch_size or 8, max_tokens)
+        device = self.backbone.device
+        budget = usable_bytes(device)
+        most = _MOST_SAMPLES["cpu" if device.type == "cpu" else "other"]
+        return BatchLimits(most, max_tokens, lambda tokens: self._footprint.samples_in(budget, tokens))
+
+    def context_lengths(self, samples: Sequence[ContextSample]) -> list[int]:
+        """Tokens of each context, up to the limit."""
+        counts = self.backbone.chat.count_tokens([sample.context for sample in samples])
+        return [min(count, self.memorizer.context_limit) for count in counts]
+
     def predict_step(self, batch: list[ContextSample], batch_idx: int = 0) -> list[dict[str, Any]]:
         """Memorize and answer a batch; returns one record per sample and method (``fit``: per sample)."""
+        encoded = [self.encoder(sample) for sample in batch]
+        tokens = max(sample.longest for sample in encoded)
+        cost = self._footprint.cost(len(batch), tokens)
+        if self._too_much is not None and len(batch) > 1 and cost >= self._too_much:
+            # What was too much once is not tried again.
+            return self._in_halves(batch)
         try:
-            return self._process(batch)
+            return self._process(batch, encoded)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -256,8 +282,12 @@ class FastMemModule(LightningModule):
                 "--model.max_context_tokens or use --trainer.precision bf16-true; "
                 "what was answered before stays, and the same command goes on from there"
             )
+        log.warning("out of memory with %d samples at once; trying %d", len(batch), len(batch) // 2)
+        self._too_much = cost
+        return self._in_halves(batch)
+
+    def _in_halves(self, batch: list[ContextSample]) -> list[dict[str, Any]]:
         half = len(batch) // 2
-        log.warning("out of memory with %d samples at once; trying %d", len(batch), half)
         return self.predict_step(batch[:half]) + self.predict_step(batch[half:])
 
     def check_samples(self, samples: list[ContextSample]) -> None:
@@ -272,8 +302,7 @@ class FastMemModule(LightningModule):
                 context_hash = self.encoder(sample).context_hash
                 folder.check(sample.index, sample.id, context_hash, self.backbone.fingerprint(), wanted)
 
-    def _process(self, samples: list[ContextSample]) -> list[dict[str, Any]]:
-        encoded = [self.encoder(sample) for sample in samples]
+    def _process(self, samples: list[ContextSample], encoded: list[EncodedSample]) -> list[dict[str, Any]]:
         memory, memorize_seconds = self._obtain_memory(samples, encoded)
         if self.mode == "fit":
             return self._save(samples, encoded, memory)

@@ -25,7 +25,7 @@ from fastmem_pl.scoring import add_model_scores, wanted_models
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
-_DATA_FREE = {"batch_size", "path", "_instantiator"}  # what no answer depends on
+_DATA_FREE = {"batch_size", "max_batch_tokens", "path", "_instantiator"}  # what no answer depends on
 
 
 @dataclass
@@ -236,6 +236,8 @@ class FastMemTrainer(Trainer):
         """Run Lightning's predict loop over the remaining samples."""
         if not datamodule.remaining:
             return
+        limits = model.batch_limits(datamodule.batch_size, datamodule.max_batch_tokens)
+        datamodule.plan(model.context_lengths(datamodule.remaining), limits)
         usual = list(self.callbacks)
         self.callbacks = [*callbacks, *usual]
         try:

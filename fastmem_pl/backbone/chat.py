@@ -228,6 +228,10 @@ class ChatEncoder:
         end = encoded.offset_mapping[limit - 1][1]
         return text[:end], limit, count - limit
 
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens of each text by itself."""
+        return [len(ids) for ids in self._plain(texts).input_ids]
+
     def decode(self, token_ids: list[int]) -> str:
         """Decode generated ids without control tokens; spaces stay as generated."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -252,7 +256,7 @@ class ChatEncoder:
             plain += text[start:]
         return ids + self._plain(plain.lstrip() if strip_next else plain).input_ids
 
-    def _plain(self, text: str, **kwargs):
+    def _plain(self, text: str | list[str], **kwargs):
         # verbose=False: transformers warns of texts over the model's length, which are cut after this.
         return self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False, **kwargs

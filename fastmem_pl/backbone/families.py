@@ -7,12 +7,10 @@ not say where the input norm is, nor whether the residual is sequential or paral
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -162,8 +160,3 @@ def find_anatomy(model: Any) -> Anatomy:
         head=head,
         softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
     )
-
-
-def float_copy(norm: nn.Module, device: torch.device) -> nn.Module:
-    """Return a frozen float32 copy of a norm (a few KB), so that it takes float32 activations."""
-    return copy.deepcopy(norm).to(device=device, dtype=torch.float32).requires_grad_(False)

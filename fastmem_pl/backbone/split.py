@@ -8,7 +8,6 @@ trained, and so is the KV cache of the trunk. The tail is the rest: the trained 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from fastmem_pl.backbone.families import Anatomy, float_copy
+from fastmem_pl.backbone.copies import float_copy, shallow_copy
+from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
+from fastmem_pl.backbone.norms import with_fused_norms
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Trunk:
 
     def __init__(self, anatomy: Anatomy, num_layers: int, early: Sequence[int] = ()) -> None:
         self._tap = _Tap()
-        blocks = list(anatomy.blocks)
+        blocks = [with_fused_norms(block) for block in anatomy.blocks]
         first = len(blocks) - num_layers
         blocks[first] = shallow_copy(blocks[first], mlp=self._tap)
         self._probes = {number: _Probe(blocks[number]) for number in early}
@@ -205,13 +206,6 @@ class Tail:
         finally:
             for module in self._upper_ffns:
                 module.delta = None
-
-
-def shallow_copy(module: nn.Module, **replaced: nn.Module) -> nn.Module:
-    """Copy a module but not its parameters and submodules; put ``replaced`` submodules in the copy."""
-    twin = copy.copy(module)
-    twin._modules = {**module._modules, **replaced}
-    return twin
 
 
 class _Tap(nn.Module):

@@ -1,5 +1,6 @@
 """Samples, tasks (prompts and scores per data set), and the datamodule."""
 
+from fastmem_pl.data.batches import BatchLimits
 from fastmem_pl.data.reader import read_samples
 from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Fields, Record, Task
@@ -7,6 +8,7 @@ from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Fields, Record, Task
 __all__ = [
     "MIXED",
     "TASKS",
+    "BatchLimits",
     "ContextSample",
     "FastMemDataModule",
     "FieldError",

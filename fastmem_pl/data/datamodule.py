@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container
+import operator
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from fastmem_pl.data.batches import BatchLimits, plan
 from fastmem_pl.data.reader import read_samples
 from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import OWN_FIELDS
 from fastmem_pl.errors import FastMemError, unknown
 
 DEMO = "demo"
+_UNPLANNED = 8
 
 
 class FastMemDataModule(LightningDataModule):
@@ -26,8 +29,9 @@ class FastMemDataModule(LightningDataModule):
             prompts and the scores; `fastmem tasks` shows them.
         path: JSON list or JSON Lines file; "demo" is the packaged one (task mixed).
         limit: use the first records only; leave out for all.
-        batch_size: samples memorized and answered together. More is faster and takes more memory; the
-            answers do not depend on it.
+        batch_size: samples memorized and answered together; left out, as many as free memory holds, 32 at
+            most (8 on a CPU). Answers do not depend on it.
+        max_batch_tokens: bound of a batch's samples times the tokens of its longest context; left out, none.
         answer_prefix: text that opens the assistant's turn, such as "The answer is:"; it counts as part
             of the answer when it is scored.
         fields: the file's own field names for task qa, such as {context: passage, question: q,
@@ -39,13 +43,15 @@ class FastMemDataModule(LightningDataModule):
         task: str = "mixed",
         path: str = DEMO,
         limit: int | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
         answer_prefix: str = "",
         fields: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        for name, value in (("limit", limit), ("batch_size", batch_size)):
+        bounds = {"limit": limit, "batch_size": batch_size, "max_batch_tokens": max_batch_tokens}
+        for name, value in bounds.items():
             if value is not None and value < 1:
                 raise FastMemError(f"data.{name}: {value} is out of range; allowed: at least 1")
         if fields and task not in OWN_FIELDS:
@@ -54,11 +60,13 @@ class FastMemDataModule(LightningDataModule):
             if field not in OWN_FIELDS[task]:
                 error = unknown("data.fields", field, OWN_FIELDS[task])
                 raise FastMemError(f"{error}; write {{context: name of that field in your file}}")
-        self.task, self.limit, self.batch_size = task, limit, batch_size
+        self.task, self.limit = task, limit
+        self.batch_size, self.max_batch_tokens = batch_size, max_batch_tokens
         self.answer_prefix, self.fields = answer_prefix, fields
         self.path = Path(__file__).parent / "demo" / "conflicts.jsonl" if path == DEMO else Path(path)
         self.samples: list[ContextSample] = []
         self._done: Container[int] = ()
+        self._batches: list[list[ContextSample]] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the file once.
@@ -76,17 +84,25 @@ class FastMemDataModule(LightningDataModule):
     def skip(self, done: Container[int]) -> None:
         """Leave out samples with these indices: they are done."""
         self._done = done
+        self._batches = None
 
     @property
     def remaining(self) -> list[ContextSample]:
         """Samples that are still to do, in the file's order."""
         return [sample for sample in self.samples if sample.index not in self._done]
 
+    def plan(self, lengths: Sequence[int], limits: BatchLimits) -> None:
+        """Choose the batches of the remaining samples, given the tokens of their contexts."""
+        remaining = self.remaining
+        self._batches = [[remaining[i] for i in batch] for batch in plan(lengths, limits)]
+
     def predict_dataloader(self) -> DataLoader:
         """Batches of the remaining samples, as lists: of like length, the longest first.
 
         Rows are padded to the longest of their batch, so mixing lengths wastes most of the work where
-        they differ much; and a batch that does not fit in memory shows at the start of a run.
+        they differ much. Without :meth:`plan`, which the trainer calls, characters stand in for tokens.
         """
-        by_length = sorted(self.remaining, key=lambda sample: -len(sample.context))
-        return DataLoader(by_length, batch_size=self.batch_size, collate_fn=list)
+        if self._batches is None:
+            limits = BatchLimits(self.batch_size or _UNPLANNED)
+            self.plan([len(sample.context) for sample in self.remaining], limits)
+        return DataLoader(self._batches, batch_size=1, collate_fn=operator.itemgetter(0))

@@ -3,21 +3,16 @@
 The gradient of one sample's ``(M, N)`` matrix is ``outer^T @ inner`` with ``outer (T, M)`` and
 ``inner (T, N)``. A program forms one tile of it, clips, and updates that tile's state in registers, so
 a step reads and writes the state once and nothing else of its size.
-
-Where ``inner`` is the same at every step, as it is for the first two projections of a trained FFN, the
-first moment is a product too: that of ``inner`` and the running mean of ``outer``. It is formed like the
-gradient and needs no memory.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 # Tile, warps and order that were fastest on an H200 for Llama-3-8B shapes (docs/LOG.md).
-_BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS, _STAGES, _GROUP = 64, 64, 64, 4, 3, 4
+_BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS, _STAGES, _GROUP = 64, 64, 32, 4, 6, 4
 
 
 def factored_adamw_(
@@ -39,9 +34,8 @@ def factored_adamw_(
 
     Args:
         delta: ``(B, M, N)``, of any float type; arithmetic is float32.
-        first: first moment like ``delta``; or the running mean of ``outer``, ``(B, T, M)``, this step
-            included, where ``inner`` has been the same at all steps.
-        second: second moment like ``delta``; not read at step 1.
+        first: first moment, like ``delta``.
+        second: second moment, like ``delta``. Neither moment is read at step 1.
         base: weight that ``delta`` belongs to and that decays, ``(M, N)``.
         outer: gradient of the product's output, ``(B, T, M)``.
         inner: the product's input, ``(B, T, N)``.
@@ -76,7 +70,6 @@ def factored_adamw_(
         decay,
         FIRST=step == 1,
         LAST=last,
-        FACTORED=first.shape == outer.shape,
         GROUP=_GROUP,
         BLOCK_M=_BLOCK_M,
         BLOCK_N=_BLOCK_N,
@@ -108,7 +101,6 @@ def _factored_adamw(
     decay,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    FACTORED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -132,13 +124,11 @@ def _factored_adamw(
     if not FIRST:
         delta = tl.load(delta_ptr + place, mask, eviction_policy="evict_first")
         second = tl.load(second_ptr + place, mask, eviction_policy="evict_first")
-        if not FACTORED:
-            first = tl.load(first_ptr + place, mask, eviction_policy="evict_first")
+        first = tl.load(first_ptr + place, mask, eviction_policy="evict_first")
 
     outer_ptr += sample * tokens * rows
     inner_ptr += sample * tokens * columns
     grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, tokens, BLOCK_T):
         in_t = (start + t < tokens)[:, None]
         rows_at = (start + t)[:, None] * rows + m[None, :]
@@ -146,28 +136,19 @@ def _factored_adamw(
         outer = tl.load(outer_ptr + rows_at, in_t & in_m[None, :], other=0.0)
         inner = tl.load(inner_ptr + columns_at, in_t & in_n[None, :], other=0.0)
         grad = tl.dot(tl.trans(outer), inner, grad)
-        if FACTORED:
-            outer = tl.load(first_ptr + sample * tokens * rows + rows_at, in_t & in_m[None, :], other=0.0)
-            mean = tl.dot(tl.trans(outer), inner, mean)
     grad *= tl.load(scale_ptr + sample)
 
+    new_first = (1 - beta1) * grad
     new_second = (1 - beta2) * grad * grad
     new_delta = -decay * base.to(tl.float32)
     if not FIRST:
+        new_first += beta1 * first.to(tl.float32)
         new_second += beta2 * second.to(tl.float32)
         new_delta += (1 - decay) * delta.to(tl.float32)
-    if FACTORED:
-        new_first = mean
-    else:
-        new_first = (1 - beta1) * grad
-        if not FIRST:
-            new_first += beta1 * first.to(tl.float32)
     new_delta -= step_size * new_first / (tl.sqrt(new_second) * second_scale + eps)
-    delta_type = delta_ptr.dtype.element_ty
-    tl.store(delta_ptr + place, new_delta.to(delta_type), mask, eviction_policy="evict_first")
+    tl.store(delta_ptr + place, new_delta.to(delta_ptr.dtype.element_ty), mask, eviction_policy="evict_first")
     if not LAST:
-        second_type = second_ptr.dtype.element_ty
-        tl.store(second_ptr + place, new_second.to(second_type), mask, eviction_policy="evict_first")
-        if not FACTORED:
-            first_type = first_ptr.dtype.element_ty
-            tl.store(first_ptr + place, new_first.to(first_type), mask, eviction_policy="evict_first")
+        new_first = new_first.to(first_ptr.dtype.element_ty)
+        tl.store(first_ptr + place, new_first, mask, eviction_policy="evict_first")
+        new_second = new_second.to(second_ptr.dtype.element_ty)
+        tl.store(second_ptr + place, new_second, mask, eviction_policy="evict_first")

@@ -1,6 +1,7 @@
 """Memories: the delta on the last FFN, the objective, fitting and saving."""
 
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
+from fastmem_pl.memory.footprint import Footprint, usable_bytes
 from fastmem_pl.memory.memorize import MemorizationModule, Memorizer
 from fastmem_pl.memory.memory import Curve, Memory, read_header
 from fastmem_pl.memory.objective import (
@@ -17,6 +18,7 @@ __all__ = [
     "Curve",
     "DeltaAdamW",
     "FFNDelta",
+    "Footprint",
     "Losses",
     "MemorizationBatch",
     "MemorizationModule",
@@ -28,4 +30,5 @@ __all__ = [
     "memorization_loss",
     "prepare",
     "read_header",
+    "usable_bytes",
 ]

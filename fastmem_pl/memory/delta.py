@@ -150,32 +150,24 @@ class DeltaAdamW(torch.optim.AdamW):
         from fastmem_pl.kernels.adamw import factored_adamw_
 
         state, group, factors = self.state[delta], self.param_groups[0], delta.factors
-        beta = group["betas"][0]
-        scale = delta.new_ones(len(delta), dtype=torch.float32) if self._scale is None else self._scale
-        clipped = factors.outer * ((1 - beta) * scale)[:, None, None].to(factors.outer.dtype)
         if not state:
-            state |= {"step": 0, "mean_outer": torch.zeros_like(clipped), "inner": factors.inner}
+            # The first moment takes the delta's type: it survives bfloat16, as the second, with its
+            # decay of 0.999, would not. The first step fills both.
+            state["step"] = 0
+            state["exp_avg"] = torch.empty_like(delta)
             state["exp_avg_sq"] = torch.empty_like(delta, dtype=torch.float32)
-        elif state["inner"] is not factors.inner and "exp_avg" not in state:
-            # The input changes from step to step: from here on the first moment is no thin product. In
-            # bfloat16 it is good enough, as the second, with its decay of 0.999, would not be.
-            first = torch.bmm(state["mean_outer"].transpose(1, 2), state["inner"])
-            state["exp_avg"] = first.to(delta.dtype)
-            del state["mean_outer"]
-            state["inner"] = None
-        if "exp_avg" not in state:
-            state["mean_outer"].mul_(beta).add_(clipped)
         if state["step"] == self._last_step:
             raise FastMemError(f"memorizing ends after its {self._last_step} steps; set model.steps higher")
         state["step"] += 1
+        scale = self._scale
         factored_adamw_(
             delta.detach(),
-            state["exp_avg"] if "exp_avg" in state else state["mean_outer"],
+            state["exp_avg"],
             state["exp_avg_sq"],
             base,
             factors.outer,
             factors.inner,
-            scale,
+            delta.new_ones(len(delta), dtype=torch.float32) if scale is None else scale,
             state["step"],
             group["lr"],
             group["betas"],

@@ -156,6 +156,14 @@ class Memorizer:
             )
         self.settings = settings or MemorizationSettings(**kwargs)
         backbone.tail(self.settings.num_layers)
+        # Single-device whatever the outer program runs on: a distributed Fabric would average the
+        # gradients of different samples. 32-true concerns the deltas; the tail chooses the type of its
+        # products itself. Modules need no wrapping for either, and Fabric would keep every one that it
+        # wrapped, with gradients and optimizer moments, in its list of callbacks.
+        device = backbone.device
+        self._fabric = Fabric(
+            accelerator=device.type, strategy=SingleDeviceStrategy(device), precision="32-true"
+        )
 
     def __call__(self, contexts: str | Sequence[str]) -> Memory:
         """Memorize one context, or ``B`` together; equal to ``B`` separate calls up to rounding."""
@@ -194,17 +202,11 @@ class Memorizer:
             return module.memory()
 
     def _run(self, module: MemorizationModule, batch: MemorizationBatch) -> None:
-        # Single-device whatever the outer program runs on: a distributed Fabric would average the
-        # gradients of different samples. 32-true concerns the deltas; the tail chooses the type of its
-        # products itself. The module needs no wrapping for either, and Fabric would keep every module
-        # that it wrapped, with gradients and optimizer moments, in its list of callbacks.
-        device = self.backbone.device
-        fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), precision="32-true")
         plain = module.configure_optimizers()
-        optimizer = fabric.setup_optimizers(plain)
+        optimizer = self._fabric.setup_optimizers(plain)
         for step in range(self.settings.steps):
             loss = module.training_step(batch, step)
-            fabric.backward(loss)
+            self._fabric.backward(loss)
             module.configure_gradient_clipping(plain)
             optimizer.step()
             optimizer.zero_grad()

@@ -144,8 +144,11 @@ class KernelPrediction:
 
 def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> Prediction:
     """The prediction from the head's input ``(n, D)``, for the kernel where it can run."""
-    fits = tail.plain_head and kernels.usable(hidden.device, tail.head_weight.dtype)
-    return (KernelPrediction if fits else PlainPrediction)(tail, hidden, labels)
+    return (KernelPrediction if _kernel_fits(tail) else PlainPrediction)(tail, hidden, labels)
+
+
+def _kernel_fits(tail: Tail) -> bool:
+    return tail.plain_head and kernels.usable(tail.head_weight.device, tail.head_weight.dtype)
 
 
 @dataclass
@@ -227,6 +230,12 @@ def prepare(
         weights=(1.0 / counts.float())[rows],
         reference=Reference(hidden, chunks),
     )
+
+
+def reference_bytes_per_token(tail: Tail) -> int:
+    """Memory that keeping the reference takes for one label token, logits or probabilities."""
+    kept = tail.head_weight.element_size() if _kernel_fits(tail) else 4 if tail.softcap is None else 8
+    return tail.head_weight.shape[0] * kept
 
 
 @dataclass

@@ -1,0 +1,54 @@
+"""Which samples go through the model together: of like length, and as many as there is room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What bounds a batch.
+
+    Attributes:
+        samples: most samples.
+        tokens: most padded tokens, samples times the longest; ``None`` for no bound.
+        fitting: how many samples fit in memory, given the tokens of the longest; ``None`` for no bound.
+    """
+
+    samples: int
+    tokens: int | None = None
+    fitting: Callable[[int], int] | None = None
+
+    def most(self, longest: int) -> int:
+        """Samples of a batch whose longest has ``longest`` tokens; at least one."""
+        most = self.samples
+        if self.tokens is not None:
+            most = min(most, self.tokens // max(1, longest))
+        if self.fitting is not None:
+            most = min(most, self.fitting(longest))
+        return max(1, most)
+
+
+def plan(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
+    """Divide items into batches, the longest first: what does not fit shows at the start.
+
+    Args:
+        lengths: tokens of each item.
+        limits: of a batch.
+
+    Returns:
+        the items' numbers by batch.
+
+    >>> plan([5, 100, 7, 90], BatchLimits(samples=3, tokens=200))
+    [[1, 3], [2, 0]]
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if room == 0:
+            batches.append([])
+            room = limits.most(lengths[item])
+        batches[-1].append(item)
+        room -= 1
+    return batches

@@ -1,0 +1,73 @@
+"""How much memory a batch takes, and how much there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastmem_pl import kernels
+from fastmem_pl.backbone import Backbone
+from fastmem_pl.memory.objective import reference_bytes_per_token
+from fastmem_pl.memory.settings import MemorizationSettings
+
+# Share of the free memory that batches may fill: estimates are no measurements, allocators leave gaps.
+_USABLE = {"cpu": 0.5, "other": 0.85}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that memorizing and answering a batch takes beside the weights, from the model's shapes.
+
+    Attributes:
+        per_sample: deltas, moments, and what decoding copies of them.
+        per_token: activations, reference predictions and KV cache, for every padded position.
+        fixed: buffers that do not grow with the batch.
+    """
+
+    per_sample: int
+    per_token: int
+    fixed: int
+
+    @classmethod
+    def of(cls, backbone: Backbone, settings: MemorizationSettings) -> Footprint:
+        """Count from the shapes of the trained FFNs, the head and the attention."""
+        tail = backbone.tail(settings.num_layers)
+        device, size = backbone.device, backbone.compute_dtype.itemsize
+        kernel = kernels.usable(device, backbone.compute_dtype)
+        weights = sum(shape.numel() for ffn in tail.ffns for shape in ffn.shapes.values())
+        if not kernel:
+            state = 4 + 4 + 8 + size  # float32 delta, gradient and moments; a copy for the products
+        elif settings.optimizer_state == "float32":
+            state = 4 + 8 + size
+        else:
+            state = 2 + 2 + 4
+        decoding = size if device.type == "cuda" else 0  # graphs read the memory from a place of their own
+        config = backbone.model.config.get_text_config()
+        heads = config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        kv_cache = 2 * 2 * backbone.num_blocks * kv_heads * head_size * size  # the prompt's, and its copy
+        wide = next(iter(tail.ffns[0].shapes.values()))[0]
+        activations = settings.num_layers * wide * (8 * size if kernel else 12 * 4) + config.hidden_size * 48
+        per_token = kv_cache + activations + reference_bytes_per_token(tail)
+        return cls(weights * (state + decoding), per_token, fixed=(1 << 30) if kernel else (64 << 20))
+
+    def cost(self, samples: int, tokens: int) -> int:
+        """Bytes of a batch whose longest row has ``tokens``."""
+        return self.fixed + samples * (self.per_sample + tokens * self.per_token)
+
+    def samples_in(self, budget: float, tokens: int) -> int:
+        """How many rows of ``tokens`` fit ``budget`` bytes."""
+        return int((budget - self.fixed) // (self.per_sample + tokens * self.per_token))
+
+
+def usable_bytes(device: torch.device) -> float:
+    """Memory that a batch may fill: most of what is free, or held by PyTorch and not in use."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return _USABLE["other"] * (free + unused)
+    import psutil
+
+    return _USABLE["cpu"] * psutil.virtual_memory().available
