@@ -266,6 +266,8 @@ class FastMemModule(LightningModule):
         if self._too_much is not None and len(batch) > 1 and cost >= self._too_much:
             # What was too much once is not tried again.
             return self._in_halves(batch)
+        if cost > usable_bytes(self.backbone.device):
+            self.graphs.clear()
         try:
             return self._process(batch, encoded)
         except RuntimeError as error:

@@ -27,10 +27,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(7, 5, 3), (70, 330, 70), (1, 64, 200)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"), [(7, 5, 3), (70, 330, 70), (1, 64, 200), (100, 20, 30)]
+)
 def test_adamw_is_adamw(tokens, rows, columns):
     torch.manual_seed(0)
-    samples, lr, decay = 2, 0.01, 5e-4
+    samples, lr, decay = 5, 0.01, 5e-4
     base = torch.randn(columns, rows).t()  # as GPT-2 keeps it
     weights = [base.clone().contiguous().requires_grad_(True) for _ in range(samples)]
     reference = torch.optim.AdamW(weights, lr=lr, weight_decay=decay / lr)
@@ -143,11 +145,13 @@ def compile(kernel, types, **constants):
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
 b, f, i, x = "*bf16", "*fp32", "i32", "fp32"
-tile = {"GROUP": 4, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 32}
+tiles = {False: {"BLOCK_M": 64, "BLOCK_N": 64}, True: {"BLOCK_M": 1, "BLOCK_N": 2048}}
 for state in (b, f):
-    for first, last in ((True, False), (False, False), (False, True)):
-        types = [state, state, f, b, b, b, f, *[i] * 5, *[x] * 6]
-        compile(adamw._factored_adamw, types, FIRST=first, LAST=last, **tile)
+    for stored, tile in tiles.items():
+        for first, last in ((True, False), (False, True)):
+            types = [state, state, f, b, b, b, f, *[i] * 5, *[x] * 6]
+            constants = {"STORED": stored, "FIRST": first, "LAST": last, "GROUP": 4, "BLOCK_T": 32}
+            compile(adamw._factored_adamw, types, **constants, **tile)
 compile(gate._forward, [b] * 6 + [i], BLOCK=1024)
 compile(gate._backward, [b] * 8 + [i], BLOCK=1024)
 compile(loss._reference, [b, f, f, i], BLOCK=4096)

@@ -1,18 +1,23 @@
-"""AdamW on a weight change whose gradient is a product of two thin matrices, never stored itself.
+"""AdamW on a weight change whose gradient is a product of two thin matrices.
 
 The gradient of one sample's ``(M, N)`` matrix is ``outer^T @ inner`` with ``outer (T, M)`` and
 ``inner (T, N)``. A program forms one tile of it, clips, and updates that tile's state in registers, so
-a step reads and writes the state once and nothing else of its size.
+a step reads and writes the state once and nothing else of its size. With many tokens, forming tiles takes
+longer than reading them: then cuBLAS forms the gradients of a few samples at a time, and the same kernel
+reads them.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 # Tile, warps and order that were fastest on an H200 for Llama-3-8B shapes (docs/LOG.md).
 _BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS, _STAGES, _GROUP = 64, 64, 32, 4, 6, 4
+# Tokens from which storing gradients was faster there, and how many samples' at a time.
+_STORED_FROM, _STORED_SAMPLES = 96, 4
 
 
 def factored_adamw_(
@@ -47,15 +52,45 @@ def factored_adamw_(
         decay: share of ``base + delta`` that the step takes away.
         last: no step comes after, so the moments need not be written.
     """
+    if outer.shape[1] < _STORED_FROM:
+        parts = [slice(0, len(delta))]
+    else:
+        parts = [slice(i, i + _STORED_SAMPLES) for i in range(0, len(delta), _STORED_SAMPLES)]
+    for part in parts:
+        grad = None
+        if outer.shape[1] >= _STORED_FROM:
+            grad = torch.bmm(outer[part].transpose(1, 2), inner[part])
+        tensors = (t[part] for t in (delta, first, second, outer, inner, scale))
+        _launch(*tensors, base, grad, step, lr, betas, eps, decay, last)
+
+
+def _launch(
+    delta: Tensor,
+    first: Tensor,
+    second: Tensor,
+    outer: Tensor,
+    inner: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    grad: Tensor | None,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    last: bool,
+) -> None:
     samples, rows, columns = delta.shape
-    grid = (triton.cdiv(rows, _BLOCK_M) * triton.cdiv(columns, _BLOCK_N), samples)
+    # A stored gradient is read row by row; tiles that are formed share parts of the thin matrices.
+    block_m, block_n = (_BLOCK_M, _BLOCK_N) if grad is None else (1, 2048)
+    grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n), samples)
     beta1, beta2 = betas
     _factored_adamw[grid](
         delta,
         first,
         second,
         base,
-        outer,
+        outer if grad is None else grad,
         inner,
         scale,
         outer.shape[1],
@@ -68,11 +103,12 @@ def factored_adamw_(
         beta2,
         eps,
         decay,
+        STORED=grad is not None,
         FIRST=step == 1,
         LAST=last,
         GROUP=_GROUP,
-        BLOCK_M=_BLOCK_M,
-        BLOCK_N=_BLOCK_N,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
         BLOCK_T=_BLOCK_T,
         num_warps=_WARPS,
         num_stages=_STAGES,
@@ -85,7 +121,7 @@ def _factored_adamw(
     first_ptr,
     second_ptr,
     base_ptr,
-    outer_ptr,
+    outer_ptr,  # of the gradient itself where it is stored
     inner_ptr,
     scale_ptr,
     tokens,
@@ -99,6 +135,7 @@ def _factored_adamw(
     beta2,
     eps,
     decay,
+    STORED: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -126,16 +163,19 @@ def _factored_adamw(
         second = tl.load(second_ptr + place, mask, eviction_policy="evict_first")
         first = tl.load(first_ptr + place, mask, eviction_policy="evict_first")
 
-    outer_ptr += sample * tokens * rows
-    inner_ptr += sample * tokens * columns
-    grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, tokens, BLOCK_T):
-        in_t = (start + t < tokens)[:, None]
-        rows_at = (start + t)[:, None] * rows + m[None, :]
-        columns_at = (start + t)[:, None] * columns + n[None, :]
-        outer = tl.load(outer_ptr + rows_at, in_t & in_m[None, :], other=0.0)
-        inner = tl.load(inner_ptr + columns_at, in_t & in_n[None, :], other=0.0)
-        grad = tl.dot(tl.trans(outer), inner, grad)
+    if STORED:
+        grad = tl.load(outer_ptr + place, mask, eviction_policy="evict_first").to(tl.float32)
+    else:
+        outer_ptr += sample * tokens * rows
+        inner_ptr += sample * tokens * columns
+        grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, tokens, BLOCK_T):
+            in_t = (start + t < tokens)[:, None]
+            rows_at = (start + t)[:, None] * rows + m[None, :]
+            columns_at = (start + t)[:, None] * columns + n[None, :]
+            outer = tl.load(outer_ptr + rows_at, in_t & in_m[None, :], other=0.0)
+            inner = tl.load(inner_ptr + columns_at, in_t & in_n[None, :], other=0.0)
+            grad = tl.dot(tl.trans(outer), inner, grad)
     grad *= tl.load(scale_ptr + sample)
 
     new_first = (1 - beta1) * grad

@@ -64,10 +64,14 @@ class Footprint:
 
 def usable_bytes(device: torch.device) -> float:
     """Memory that a batch may fill: most of what is free, or held by PyTorch and not in use."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return _USABLE["other"] * (free + unused)
-    import psutil
+    if device.type != "cuda":
+        import psutil
 
-    return _USABLE["cpu"] * psutil.virtual_memory().available
+        return _USABLE["cpu"] * psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - used
+    # torch.cuda.set_per_process_memory_fraction can be read since torch 2.8.
+    if hasattr(torch.cuda, "get_per_process_memory_fraction"):
+        free = min(free, torch.cuda.get_per_process_memory_fraction(device) * total - used)
+    return _USABLE["other"] * free

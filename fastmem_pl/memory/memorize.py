@@ -16,10 +16,14 @@ from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.backbone.backbone import pad
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
+from fastmem_pl.memory.footprint import usable_bytes
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.objective import MemorizationBatch, memorization_loss, prepare
 from fastmem_pl.memory.settings import MemorizationSettings
 
+# Bound of the step-0 predictions that are kept, alone and as a share of the memory at hand; the others are
+# made anew at every step, for another product with the head.
+_REFERENCE_BYTES, _REFERENCE_SHARE = 2 << 30, 0.2
 # Room beside the context for bos, header and end of turn.
 _AROUND_CONTEXT = 32
 
@@ -190,7 +194,8 @@ class Memorizer:
             label_mask[row, max(item.header_length, 1) - 1 : len(item.input_ids) - 1] = True
         with backbone.numerics():
             tail = backbone.tail(self.settings.num_layers)
-            return prepare(tail, inputs, ids.roll(-1, dims=1), label_mask)
+            budget = min(_REFERENCE_BYTES, _REFERENCE_SHARE * usable_bytes(backbone.device))
+            return prepare(tail, inputs, ids.roll(-1, dims=1), label_mask, budget)
 
     def fit(self, encoded: Sequence[EncodedContext]) -> Memory:
         """Memorize encoded contexts. The base weights are not touched, whatever happens."""

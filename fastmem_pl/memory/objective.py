@@ -25,7 +25,7 @@ from fastmem_pl.backbone import BaseActivations, Tail, TailInputs
 
 # Bytes of one chunk's (tokens, V) tensor. On the CPU it should stay in the last-level cache and below
 # the size from which the allocator returns memory to the system (measured in docs/LOG.md).
-_CHUNK_BYTES = {"cpu": 12 << 20, "other": 512 << 20}
+_CHUNK_BYTES = {"cpu": 12 << 20, "other": 384 << 20}
 
 
 class Prediction(Protocol):
@@ -199,7 +199,7 @@ def prepare(
     inputs: TailInputs,
     labels: Tensor,
     label_mask: Tensor,
-    reference_budget: int = 2 << 30,
+    reference_budget: float = 2 << 30,
 ) -> MemorizationBatch:
     """Compute what stays constant over the steps.
 
@@ -294,9 +294,11 @@ class _SoftTargetLoss(torch.autograd.Function):
 
 
 def _parts(tail: Tail, hidden: Tensor) -> list[slice]:
-    """Slices of the ``N`` tokens whose logits fit the chunk size."""
-    vocabulary, size = tail.head_weight.shape[0], tail.head_weight.element_size()
-    chunk = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "other"] // (size * vocabulary)
+    """Slices of the ``N`` tokens whose logits fit the chunk size, about equally long."""
+    tokens, vocabulary = hidden.shape[0], tail.head_weight.shape[0]
+    budget = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "other"]
+    most = max(16, budget // (tail.head_weight.element_size() * vocabulary))
     # Whole tiles of the matrix product.
-    chunk = max(16, chunk // 128 * 128 if chunk >= 128 else chunk // 16 * 16)
-    return [slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk)]
+    tile = 128 if most >= 128 else 16
+    chunk = -(-tokens // (-(-tokens // (most // tile * tile)) * tile)) * tile
+    return [slice(start, start + chunk) for start in range(0, tokens, chunk)]

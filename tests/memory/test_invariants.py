@@ -116,7 +116,7 @@ def test_chunked_is_unchunked_and_kept_is_recomputed(tiny, contexts, monkeypatch
     assert_same(whole, memorizer(contexts), rtol=1e-5)
     prepare = objective.prepare
     monkeypatch.setattr(
-        "fastmem_pl.memory.memorize.prepare", lambda *args: prepare(*args, reference_budget=0)
+        "fastmem_pl.memory.memorize.prepare", lambda *args: prepare(*args[:4], reference_budget=0)
     )
     assert not any(memorizer.prepare(encoded).reference.chunks)
     assert_same(whole, memorizer(contexts), rtol=1e-5)
