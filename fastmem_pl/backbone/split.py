@@ -180,9 +180,12 @@ class Tail:
         """Product of the head with ``hidden`` ``(..., D)``, without bias and soft-cap, float32."""
         return self.head_product(hidden).float()
 
-    def head_product(self, hidden: Tensor) -> Tensor:
-        """The same in the type of the products."""
-        return F.linear(hidden.to(self.head_weight.dtype), self.head_weight)
+    def head_product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """The same in the type of the products; into ``out``, if given, for ``hidden`` ``(N, D)``."""
+        hidden = hidden.to(self.head_weight.dtype)
+        if out is not None:
+            return torch.mm(hidden, self.head_weight.t(), out=out)
+        return F.linear(hidden, self.head_weight)
 
     @property
     def plain_head(self) -> bool:

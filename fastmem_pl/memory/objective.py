@@ -23,9 +23,10 @@ from torch import Tensor
 from fastmem_pl import kernels
 from fastmem_pl.backbone import BaseActivations, Tail, TailInputs
 
-# Bytes of one chunk's (tokens, V) tensor. On the CPU it should stay in the last-level cache and below
-# the size from which the allocator returns memory to the system (measured in docs/LOG.md).
-_CHUNK_BYTES = {"cpu": 12 << 20, "other": 384 << 20}
+# Bytes of one chunk's (tokens, V) tensor: matrix products want many rows. On a CPU, what follows them goes
+# through the chunk in blocks that stay in its cache (both measured in docs/LOG.md).
+_CHUNK_BYTES = {"cpu": 96 << 20, "other": 384 << 20}
+_BLOCK_BYTES = 4 << 20
 
 
 class Prediction(Protocol):
@@ -36,8 +37,8 @@ class Prediction(Protocol):
         """Memory that keeping it takes."""
 
     def loss(
-        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Loss of the tokens and its gradient.
 
         Args:
@@ -45,9 +46,10 @@ class Prediction(Protocol):
             change: of the head's input since step 0, ``(n, D)``; ``None`` for none at all.
             kl_coeff: ``(n,)``.
             weights: ``(n,)``.
+            out: receives the weighted gradient in the head's product, ``(n, V)`` in the product's type.
 
         Returns:
-            cross-entropy ``(n,)``, KL ``(n,)`` and the weighted gradient in the head's product ``(n, V)``.
+            cross-entropy and KL, ``(n,)`` each.
         """
 
 
@@ -66,9 +68,10 @@ class PlainPrediction:
         self._raw = None if tail.softcap is None else raw
         logits = tail.finish_logits(raw)
         self._labels = labels[:, None]
+        log_total = logits.logsumexp(-1, keepdim=True)
         # Not the logarithm of the probability, which may be 0 where this is not infinite.
-        self._label_log_p = logits.gather(1, self._labels) - logits.logsumexp(-1, keepdim=True)
-        self._probs = logits.softmax(-1)
+        self._label_log_p = logits.gather(1, self._labels) - log_total
+        self._probs = logits.sub_(log_total).exp_() if self._raw is None else logits.softmax(-1)
         # One but for rounding; kept so that nothing has changed where no logit has.
         self._total = self._probs.sum(-1, keepdim=True)
 
@@ -78,34 +81,52 @@ class PlainPrediction:
         return self._probs.nbytes * (1 if self._raw is None else 2)
 
     def loss(
-        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As :meth:`Prediction.loss`."""
-        kl_coeff, weights = kl_coeff[:, None], weights[:, None]
-        logits = None
-        if change is None:
-            label_log_p, kl = self._label_log_p, torch.zeros_like(self._label_log_p)
-            grad = self._probs * weights
-            if self._raw is not None:
-                logits = tail.finish_logits(self._raw)
-        else:
-            moved = tail.raw_logits(change)
-            if self._raw is not None:
-                logits = tail.finish_logits(self._raw + moved)
-                moved = logits - tail.finish_logits(self._raw)
-            expected = torch.linalg.vecdot(self._probs, moved)[:, None]
-            largest = moved.amax(-1, keepdim=True)
-            label_moved = moved.gather(1, self._labels)
-            grad = moved.sub_(largest).exp_().mul_(self._probs)
+        if change is not None:
+            tail.head_product(change, out=out)
+        tokens, vocabulary = out.shape
+        block = max(1, _BLOCK_BYTES // (4 * vocabulary)) if out.device.type == "cpu" else tokens
+        losses = [
+            self._block_loss(
+                tail, change is not None, kl_coeff[part, None], weights[part, None], part, out[part]
+            )
+            for part in (slice(start, start + block) for start in range(0, tokens, block))
+        ]
+        cross_entropy, kl = (torch.cat(values).squeeze(1) for values in zip(*losses, strict=True))
+        return cross_entropy, kl
+
+    def _block_loss(
+        self, tail: Tail, moved: bool, kl_coeff: Tensor, weights: Tensor, part: slice, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of some tokens, ``(n, 1)`` each; in ``out``, the head's product becomes the gradient."""
+        probs, labels, label_log_p = self._probs[part], self._labels[part], self._label_log_p[part]
+        raw = None if self._raw is None else self._raw[part]
+        logits = None if raw is None else tail.finish_logits(raw)
+        if moved:
+            grad = out.float()
+            if raw is not None:
+                before, logits = logits, tail.finish_logits(raw + grad)
+                grad = logits - before
+            expected = torch.linalg.vecdot(probs, grad)[:, None]
+            largest = grad.amax(-1, keepdim=True)
+            label_log_p = label_log_p + grad.gather(1, labels)
+            grad.sub_(largest).exp_().mul_(probs)
             total = grad.sum(-1, keepdim=True)
-            normalizer_change = (total / self._total).log() + largest
-            label_log_p = self._label_log_p + label_moved - normalizer_change
+            normalizer_change = (total / self._total[part]).log() + largest
+            label_log_p -= normalizer_change
             kl = normalizer_change - expected
-            grad.mul_((1 + kl_coeff) * weights / total).addcmul_(self._probs, kl_coeff * weights, value=-1)
-        grad.scatter_add_(1, self._labels, -weights)
+            grad.mul_((1 + kl_coeff) * weights / total).addcmul_(probs, kl_coeff * weights, value=-1)
+        else:
+            kl = torch.zeros_like(label_log_p)
+            grad = probs * weights
+        grad.scatter_add_(1, labels, -weights)
         if logits is not None:
             grad.mul_(1 - (logits / tail.softcap).square())
-        return -label_log_p.squeeze(1), kl.squeeze(1), grad
+        if grad.data_ptr() != out.data_ptr():
+            out.copy_(grad)
+        return -label_log_p, kl
 
 
 class KernelPrediction:
@@ -130,16 +151,18 @@ class KernelPrediction:
         return self._raw.nbytes
 
     def loss(
-        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As :meth:`Prediction.loss`."""
         from fastmem_pl.kernels.loss import soft_target_loss_
 
-        grad = torch.zeros_like(self._raw) if change is None else tail.head_product(change)
-        cross_entropy, kl = soft_target_loss_(
-            grad, self._raw, self._normalizer, self._rest, self._labels, kl_coeff, weights
+        if change is None:
+            out.zero_()
+        else:
+            tail.head_product(change, out=out)
+        return soft_target_loss_(
+            out, self._raw, self._normalizer, self._rest, self._labels, kl_coeff, weights
         )
-        return cross_entropy, kl, grad
 
 
 def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> Prediction:
@@ -178,6 +201,8 @@ class MemorizationBatch(SimpleNamespace):
         rows: sample of each, ``(N,)``.
         weights: ``1 / label tokens of that sample``, ``(N,)``.
         reference: step-0 predictions.
+        scratch: room for the head's products of one chunk, ``(n, V)``; fresh memory would have to be
+            handed out by the system at every step.
     """
 
     inputs: TailInputs
@@ -187,6 +212,7 @@ class MemorizationBatch(SimpleNamespace):
     rows: Tensor
     weights: Tensor
     reference: Reference
+    scratch: Tensor
 
     @property
     def num_samples(self) -> int:
@@ -217,7 +243,8 @@ def prepare(
     labels = labels.flatten()[positions]
     hidden = tail.hidden(inputs, base).flatten(0, 1)[positions]
     chunks: list[Prediction | None] = []
-    for part in _parts(tail, hidden):
+    parts = _parts(tail, hidden)
+    for part in parts:
         prediction = predict(tail, hidden[part], labels[part]) if reference_budget > 0 else None
         reference_budget -= prediction.nbytes if prediction else 0
         chunks.append(prediction if reference_budget >= 0 else None)
@@ -229,6 +256,7 @@ def prepare(
         rows=rows,
         weights=(1.0 / counts.float())[rows],
         reference=Reference(hidden, chunks),
+        scratch=tail.head_weight.new_empty(parts[0].stop, tail.head_weight.shape[0]),
     )
 
 
@@ -276,10 +304,11 @@ class _SoftTargetLoss(torch.autograd.Function):
         for part, kept in zip(_parts(tail, hidden), batch.reference.chunks, strict=True):
             reference = kept or predict(tail, batch.reference.hidden[part], batch.labels[part])
             change = hidden[part] - batch.reference.hidden[part] if moved else None
-            ce_tokens[part], kl_tokens[part], logits_grad = reference.loss(
-                tail, change, coeffs[part], batch.weights[part]
+            logits_grad = batch.scratch[: len(coeffs[part])]
+            ce_tokens[part], kl_tokens[part] = reference.loss(
+                tail, change, coeffs[part], batch.weights[part], logits_grad
             )
-            grad[part] = logits_grad.to(tail.head_weight.dtype) @ tail.head_weight
+            grad[part] = logits_grad @ tail.head_weight
         ctx.save_for_backward(grad, batch.rows)
         zeros = hidden.new_zeros(batch.num_samples)
         cross_entropy = zeros.index_add(0, batch.rows, ce_tokens * batch.weights)
