@@ -226,19 +226,23 @@ def random_samples(config: Mapping[str, Any], count: int, label_tokens: int) -> 
 
 
 def demo_samples(count: int, tokens_of: Callable[[str], int]) -> list[ContextSample]:
-    """Packaged questions, each with the contexts of two or three: 60 to 160 tokens, the longest first."""
+    """Packaged questions, each with the contexts of two or three: 60 to 160 tokens, the longest first.
+
+    They are evenly spaced among 16 by length, so that rows with fewer samples have the same mean.
+    """
     data = FastMemDataModule()
     data.setup()
     left = [sample for sample in data.samples if sample.task == "nqswap"]
     samples: list[ContextSample] = []
     size = 2
-    while len(samples) < count:
+    while len(samples) < max(count, 16):
         part, left = left[:size], left[size:] + left[:size]
         context = " ".join(sample.context for sample in part)
         if 60 <= tokens_of(context) <= 160:
             samples.append(replace(part[0], index=len(samples), context=context))
         size = 5 - size
-    return sorted(samples, key=lambda sample: -len(sample.context))
+    samples.sort(key=lambda sample: -len(sample.context))
+    return [samples[(2 * i + 1) * len(samples) // (2 * count)] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -800,11 +804,11 @@ def card_of(gib: float | None, device: torch.device) -> Iterator[None]:
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def row_memory(bench: Bench, batch: int) -> None:

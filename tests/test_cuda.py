@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import assert_untouched, make_model, make_tokenizer, snapshot
+from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_tokenizer, snapshot
 
-from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer, Memorizer
-from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
+from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer, Memorizer, kernels
+from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, graphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STRONG = {"steps": 6, "learning_rate": 1e-3}
@@ -81,3 +81,89 @@ def test_real_out_of_memory_halves_the_batch(tmp_path, tiny_folder, caplog):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory with 12 samples at once; trying 6" in caplog.text
     assert result.metrics["groups"]["all"]["fastmem"]["n"] == 12
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("state", ["auto", "float32"])
+def test_kernels_are_the_plain_path(contexts, state, num_layers):
+    # Long enough for gradients to be stored in the second of them.
+    contexts = [*contexts, " ".join(contexts) * 3]
+    backbone = on_gpu("bf16-true", hidden_size=64, intermediate_size=192)
+    memorizer = Memorizer(backbone, num_layers=num_layers, optimizer_state=state, **STRONG)
+    for batch in (contexts[:2], contexts):
+        found = memorizer(batch)
+        with kernels.disabled():
+            plain = memorizer(batch)
+        assert found.deltas[0]["up"].dtype == (torch.bfloat16 if state == "auto" else torch.float32)
+        assert plain.deltas[0]["up"].dtype == torch.float32
+        for one, other in zip(found.curves, plain.curves, strict=True):
+            fall = other.cross_entropy[0] - other.cross_entropy[-1]
+            assert one.cross_entropy == pytest.approx(other.cross_entropy, abs=0.01 * fall)
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=0.02)
+            assert one.kl[0] == other.kl[0] == 0.0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}])
+@pytest.mark.parametrize("decoder", ["greedy", "cd", "cad", "dola"])
+def test_recorded_steps_are_the_steps(contexts, monkeypatch, caplog, decoder, settings, precision):
+    settings = DecodingSettings(max_new_tokens=20, dola_layers=(0, 1, 2), **settings)
+    backbone = on_gpu(precision)
+    memory = Memorizer(backbone, **STRONG)(contexts[:3])
+
+    def answers(pool):
+        found = []
+        for texts in (PROMPTS, PROMPTS[::-1]):
+            prompts = [backbone.chat.prompt(text) for text in texts]
+            prefill = Prefill(backbone, prompts, 1, (0, 1, 2))
+            bare = Prefill(backbone, [backbone.chat.prompt("Why?")] * len(prompts))
+            decoding = Decoding(prefill, decoder, settings, memory.deltas, bare, graphs=pool)
+            found += [(g.token_ids, g.details) for g in decoding.run()]
+        return found
+
+    recorded = answers(GraphPool())
+    assert "without a CUDA graph" not in caplog.text
+    monkeypatch.setattr(graphs, "_record", lambda step: step)
+    assert answers(GraphPool()) == recorded
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+def test_every_family_can_be_recorded(family, caplog, monkeypatch):
+    backbone = Backbone(make_model(family).cuda().bfloat16(), make_tokenizer(), "bf16-true")
+    prompts = [backbone.chat.prompt(text) for text in PROMPTS]
+    settings = DecodingSettings(max_new_tokens=24)
+    recorded = [g.token_ids for g in Decoding(Prefill(backbone, prompts), "greedy", settings).run()]
+    assert "without a CUDA graph" not in caplog.text
+    monkeypatch.setattr(graphs, "_record", lambda step: step)
+    assert [g.token_ids for g in Decoding(Prefill(backbone, prompts), "greedy", settings).run()] == recorded
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+def test_fused_norms_change_rounding_only(family, monkeypatch):
+    model = make_model(family).cuda().bfloat16()
+    ids = torch.randint(0, 250, (2, 30), device="cuda")
+    found = Backbone(model, make_tokenizer(), "bf16-true").run_trunk(1, ids).ffn_input.float()
+    monkeypatch.setattr("fastmem_pl.backbone.split.with_fused_norms", lambda block: block)
+    expected = Backbone(model, make_tokenizer(), "bf16-true").run_trunk(1, ids).ffn_input.float()
+    assert (found - expected).norm() / expected.norm() < 0.02
+
+
+def test_batches_fit_the_memory_that_is_allowed(tmp_path):
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    backbone = on_gpu("bf16-true", hidden_size=1024, intermediate_size=8192)
+    allowed = torch.cuda.memory_reserved() + (2 << 30) + (1 << 29)
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        trainer = FastMemTrainer(
+            accelerator="gpu", devices=1, precision="bf16-true", enable_progress_bar=False
+        )
+        module = FastMemModule(steps=2, max_new_tokens=4, auto_batch=True)
+        object.__setattr__(module, "_backbone", backbone)
+        module.load_backbone("bf16-true", backbone.device, backbone)
+        assert 1 < module.batch_limits(None, None).most(100) < 32
+        result = trainer.fit_predict(module, FastMemDataModule(limit=20), run_dir=str(tmp_path / "run"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert result.metrics["groups"]["all"]["fastmem"]["n"] == 20
+    assert max(result.metrics["peak_memory_gib"].values()) * 2**30 < allowed

@@ -230,6 +230,25 @@ def test_out_of_memory_halves_the_batch(run, monkeypatch, caplog):
     assert "out of memory with 4 samples at once; trying 2" in caplog.text
 
 
+def test_what_was_too_much_once_is_not_tried_again(run, monkeypatch, data_file):
+    records = [{**r, "id": f"again{i}"} for i, r in enumerate(RECORDS * 3)]
+    data_file.write_text("\n".join(map(json.dumps, records)))
+    expected = essence(run(name="roomy", batch_size=4))
+    fit, sizes = Memorizer.fit, []
+
+    def cramped(self, encoded):
+        sizes.append(len(encoded))
+        if len(encoded) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fit(self, encoded)
+
+    monkeypatch.setattr(Memorizer, "fit", cramped)
+    assert essence(run(name="cramped", batch_size=4)) == expected
+    assert sizes[:3] == [4, 2, 2]
+    # Shorter batches of four may be tried once more: they take less.
+    assert sizes.count(4) < len(records) / 4
+
+
 @pytest.mark.parametrize(("auto_batch", "batch_size"), [(True, 1), (False, 2)])
 def test_out_of_memory_says_what_to_lower(run, monkeypatch, auto_batch, batch_size):
     def full(self, encoded):

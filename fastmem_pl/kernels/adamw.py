@@ -17,7 +17,7 @@ from torch import Tensor
 # Tile, warps and order that were fastest on an H200 for Llama-3-8B shapes (docs/LOG.md).
 _BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS, _STAGES, _GROUP = 64, 64, 32, 4, 6, 4
 # Tokens from which storing gradients was faster there, and how many samples' at a time.
-_STORED_FROM, _STORED_SAMPLES = 96, 4
+_STORED_FROM, _STORED_SAMPLES = 160, 4
 
 
 def factored_adamw_(

@@ -12,6 +12,7 @@ import torch
 
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory.memory import Memory, read_header
+from fastmem_pl.memory.settings import MemorizationSettings
 from fastmem_pl.published import QUIRKS
 
 
@@ -64,7 +65,8 @@ class MemoryFolder:
                 f"no memory of sample {sample_id} in {self.path}; run fastmem fit on this data first"
             )
         header = read_header(path, fingerprint)
-        made = json.loads(header["settings"])
+        # Settings that came after the file was written had their defaults then.
+        made = MemorizationSettings().as_dict() | json.loads(header["settings"])
         for name in {**settings, **made}:
             if settings.get(name) != made.get(name):
                 raise FastMemError(

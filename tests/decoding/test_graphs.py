@@ -1,0 +1,113 @@
+"""States kept from decode to decode, and rows that leave the batch: the same answers as one by one.
+
+Recording a step needs a GPU (test_cuda.py); here, recorded steps are stood in for by the steps themselves.
+"""
+
+import pytest
+import torch
+
+from fastmem_pl import Memorizer
+from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, graphs, loop
+
+STRONG = {"steps": 5, "learning_rate": 3e-3}
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3}
+TEXTS = ["Who?", "A much longer question about what stands where, and why?", "x", "Why not?"]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Count recordings of steps, which run as they are."""
+    steps = []
+    monkeypatch.setattr(graphs, "_record", lambda step: steps.append(step) or step)
+    return steps
+
+
+def start(backbone, texts, decoder, memory, pool=None, keys=None, tokens=9, **settings):
+    settings = DecodingSettings(max_new_tokens=tokens, dola_layers=(0, 1, 2), **settings)
+    layers = memory.num_layers if memory else 1
+    prefill = Prefill(backbone, [backbone.chat.prompt(text) for text in texts], layers, (0, 1, 2))
+    bare = Prefill(backbone, [backbone.chat.prompt("Why?")] * len(texts), layers)
+    decoding = Decoding(prefill, decoder, settings, memory and memory.deltas, bare, keys)
+    decoding._graphs = pool
+    return decoding
+
+
+def ids(generated):
+    return [(g.token_ids, g.details) for g in generated]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("settings", [{}, SAMPLED])
+@pytest.mark.parametrize("decoder", ["greedy", "cd", "cad", "dola"])
+def test_a_kept_state_forgets_the_batch_before(tiny, contexts, recorded, decoder, settings, num_layers):
+    memorizer = Memorizer(tiny, num_layers=num_layers, **STRONG)
+    one, other = memorizer(contexts[:2]), memorizer(contexts[2:])
+    before = [{n: t.clone() for n, t in layer.items()} for layer in one.deltas]
+    pool = GraphPool()
+    for texts, memory in ((TEXTS[:2], one), (TEXTS[2:], other), (TEXTS[1:3], one)):
+        kept = ids(start(tiny, texts, decoder, memory, pool, **settings).run())
+        assert kept == ids(start(tiny, texts, decoder, memory, **settings).run())
+    # Batches with the long prompt share a state, the one of short prompts has its own.
+    assert len(recorded) == 2
+    for layer, expected in zip(one.deltas, before, strict=True):
+        for name in layer:
+            assert torch.equal(layer[name], expected[name]), "the caller's memory was written to"
+
+
+def test_methods_share_a_pool(tiny, contexts, recorded):
+    memory, pool = Memorizer(tiny, **STRONG)(contexts[:2]), GraphPool()
+    for _ in range(2):
+        for decoder, used in (("greedy", None), ("greedy", memory), ("cd", memory)):
+            found = ids(start(tiny, TEXTS[:2], decoder, used, pool).run())
+            assert found == ids(start(tiny, TEXTS[:2], decoder, used).run())
+    assert len(recorded) == 3
+
+
+def test_two_decodes_at_once_do_not_share(tiny, contexts, recorded):
+    memorizer = Memorizer(tiny, **STRONG)
+    memories = [memorizer(contexts[:2]), memorizer(contexts[2:])]
+    expected = [ids(start(tiny, TEXTS[:2], "cd", memory).run()) for memory in memories]
+    pool = GraphPool()
+    decodings = [start(tiny, TEXTS[:2], "cd", memory, pool) for memory in memories]
+    for _ in range(9):
+        for decoding in decodings:
+            decoding.step()
+    assert [ids(decoding.results()) for decoding in decodings] == expected
+    # One that was given up does not keep the pool for itself.
+    recordings = len(recorded)
+    del decodings, decoding
+    assert ids(start(tiny, TEXTS[:2], "cd", memories[1], pool).run()) == expected[1]
+    assert len(recorded) == recordings
+
+
+def test_another_batch_size_drops_the_states(tiny, recorded):
+    pool = GraphPool()
+    for texts in (TEXTS, TEXTS[:1], TEXTS):
+        start(tiny, texts, "greedy", None, pool).run()
+    assert len(recorded) == 3
+    assert len(pool._idle) == 1
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("settings", [{}, SAMPLED])
+@pytest.mark.parametrize("decoder", ["greedy", "cd", "cad", "dola"])
+def test_rows_that_ended_leave_and_change_nothing(tiny, contexts, monkeypatch, decoder, settings, num_layers):
+    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts)
+    settings = {**settings, "tokens": 40}
+    whole = start(tiny, TEXTS, decoder, memory, keys=range(4), **settings).run()
+    # A letter that ends three of the answers early and lets one go on.
+    early = [sorted({g.text[i] for i in range(len(g.text))}) for g in whole]
+    stops = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789 " if 2 <= sum(c in e for e in early) <= 3]
+    assert stops, "no stop text ends some answers and not others"
+    settings["stop"] = (stops[0],)
+    copies = []
+    rows = loop.DecodeState.rows
+    monkeypatch.setattr(
+        loop.DecodeState, "rows", lambda self, index: copies.append(len(index)) or rows(self, index)
+    )
+    found = ids(start(tiny, TEXTS, decoder, memory, keys=range(4), **settings).run())
+    assert copies, "no rows left"
+    assert all(size <= 2 for size in copies)
+    for row, text in enumerate(TEXTS):
+        alone = start(tiny, [text], decoder, memory.rows([row]), keys=[row], **settings).run()
+        assert ids(alone) == [found[row]]
