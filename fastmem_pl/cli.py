@@ -35,7 +35,7 @@ a row of the paper (model, task, method):
 options used most (all of them: fastmem <command> --help):
   --run_dir DIR              results; the same command goes on there after a stop
   --data.limit N             the first N records only
-  --data.batch_size N        samples at once
+  --data.batch_size N        samples at once; left out, as many as free memory holds
   --model.methods '[zero-shot, one-shot, cad, dola, fastmem, fastmem+cd, fastmem+cad, fastmem+dola]'
   --model.steps N --model.learning_rate X --model.kl_coeff X
   --trainer.precision 32-true|bf16-mixed|bf16-true   --trainer.accelerator cpu|gpu

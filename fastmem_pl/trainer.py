@@ -59,7 +59,7 @@ class FastMemTrainer(Trainer):
 
     Args:
         precision: 32-true; bf16-true halves the memory and is fastest; bf16-mixed keeps float32 weights.
-            Memories are float32 in all of them, and bfloat16 follows the float32 loss curve.
+            Memories are kept apart from the weights, so bfloat16 follows the float32 loss curve.
         devices: one device so far; "[1]" picks the second GPU.
         inference_mode: Lightning's default is true; memorizing works under both.
         logger: none by default; results are in the run folder.

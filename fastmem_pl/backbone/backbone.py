@@ -37,7 +37,7 @@ class Backbone:
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
         precision: ``32-true``; ``bf16-true`` (weights in bfloat16); ``bf16-mixed`` (float32 weights,
-            bfloat16 products). In all of them deltas, norms and losses are float32.
+            bfloat16 products). In all of them norms and losses are float32.
         name: how the model is called in records.
 
     Raises:
