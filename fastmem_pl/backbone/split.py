@@ -71,11 +71,14 @@ class Trunk:
         anatomy: the model's parts.
         num_layers: trained layers.
         early: numbers of hidden states to hand over, none above the first trained block's input.
+        fuse_norms: on a GPU, replace RMS norms that the model's code spells out (see :mod:`.norms`).
     """
 
-    def __init__(self, anatomy: Anatomy, num_layers: int, early: Sequence[int] = ()) -> None:
+    def __init__(
+        self, anatomy: Anatomy, num_layers: int, early: Sequence[int] = (), fuse_norms: bool = True
+    ) -> None:
         self._tap = _Tap()
-        blocks = [with_fused_norms(block) for block in anatomy.blocks]
+        blocks = [with_fused_norms(block) if fuse_norms else block for block in anatomy.blocks]
         first = len(blocks) - num_layers
         blocks[first] = shallow_copy(blocks[first], mlp=self._tap)
         self._probes = {number: _Probe(blocks[number]) for number in early}
