@@ -37,7 +37,7 @@ from fastmem_pl.published import ANSWER_QUIRKS, select_quirks
 log = logging.getLogger(__name__)
 
 # More rows than these gain little (docs/performance.md).
-_MOST_SAMPLES = {"cpu": 8, "other": 32}
+_MOST_SAMPLES = {"cpu": 16, "other": 32}
 
 Mode = Literal["fit", "predict", "fit-predict"]
 Settings = TypeVar("Settings")

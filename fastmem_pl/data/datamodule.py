@@ -30,7 +30,7 @@ class FastMemDataModule(LightningDataModule):
         path: JSON list or JSON Lines file; "demo" is the packaged one (task mixed).
         limit: use the first records only; leave out for all.
         batch_size: samples memorized and answered together; left out, as many as free memory holds, 32 at
-            most (8 on a CPU). Answers do not depend on it.
+            most (16 on a CPU). Answers do not depend on it.
         max_batch_tokens: bound of a batch's samples times the tokens of its longest context; left out, none.
         answer_prefix: text that opens the assistant's turn, such as "The answer is:"; it counts as part
             of the answer when it is scored.

@@ -144,17 +144,19 @@ class Decoding:
         self.max_new_tokens = self.decoder.max_new_tokens or settings.max_new_tokens
         self._backbone = backbone
         self._prefills = [prefill] + ([without_context] if self.decoder.needs_without_context else [])
-        self._views = Views(backbone, prefill.num_layers, self.decoder, deltas)
         penalty = settings.repetition_penalty
-        self._chooser = TokenChooser(
-            settings,
-            self.decoder.repetition_penalty if penalty is None else penalty,
-            prefill.ids,
-            prefill.mask,
-            prefill.keys if keys is None else keys,
-            self.max_new_tokens,
-            self._views.tail.head_weight.shape[0],
-        )
+        # What steps write to must not be made under a surrounding inference_mode: graphs outlive it.
+        with torch.inference_mode(False):
+            self._views = Views(backbone, prefill.num_layers, self.decoder, deltas)
+            self._chooser = TokenChooser(
+                settings,
+                self.decoder.repetition_penalty if penalty is None else penalty,
+                prefill.ids,
+                prefill.mask,
+                prefill.keys if keys is None else keys,
+                self.max_new_tokens,
+                self._views.tail.head_weight.shape[0],
+            )
         on_gpu = backbone.device.type == "cuda"
         self._graphs = (graphs or GraphPool()) if on_gpu else None
         self._name = decoder
@@ -167,7 +169,6 @@ class Decoding:
 
     def step(self) -> None:
         """Choose the next token of every row."""
-        # Not under a surrounding inference_mode: the pool's tensors outlive it.
         with torch.inference_mode(False), torch.no_grad():
             if self._lease is None:
                 state = DecodeState.start(self._prefills, self._views, self._chooser, self.max_new_tokens)
@@ -236,15 +237,9 @@ class Decoding:
         if self._graphs is None:
             return Lease(state, state.step)
         rooms = tuple(path.mask.shape[1] for path in state.paths)
-        layers = len(state.views.tail.layers)
-        key = (
-            self._name,
-            self.settings,
-            rooms,
-            layers,
-            tuple(state.paths[0].early),
-            self._views.deltas is None,
-        )
+        early, without_memory = tuple(state.paths[0].early), self._views.deltas is None
+        # The tail is one of its backbone's, for one number of trained layers.
+        key = (id(state.views.tail), self._name, self.settings, rooms, early, without_memory)
         return self._graphs.take(key, state)
 
     def _drop_ended_rows(self) -> None:

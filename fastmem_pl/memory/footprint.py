@@ -51,7 +51,7 @@ class Footprint:
         wide = next(iter(tail.ffns[0].shapes.values()))[0]
         activations = settings.num_layers * wide * (8 * size if kernel else 12 * 4) + config.hidden_size * 48
         per_token = kv_cache + activations + reference_bytes_per_token(tail)
-        return cls(weights * (state + decoding), per_token, fixed=(1 << 30) if kernel else (64 << 20))
+        return cls(weights * (state + decoding), per_token, fixed=(1 << 30) if kernel else (128 << 20))
 
     def cost(self, samples: int, tokens: int) -> int:
         """Bytes of a batch whose longest row has ``tokens``."""

@@ -124,7 +124,7 @@ class PlainPrediction:
         grad.scatter_add_(1, labels, -weights)
         if logits is not None:
             grad.mul_(1 - (logits / tail.softcap).square())
-        if grad.data_ptr() != out.data_ptr():
+        if grad is not out:
             out.copy_(grad)
         return -label_log_p, kl
 

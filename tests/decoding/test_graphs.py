@@ -54,6 +54,15 @@ def test_a_kept_state_forgets_the_batch_before(tiny, contexts, recorded, decoder
             assert torch.equal(layer[name], expected[name]), "the caller's memory was written to"
 
 
+@pytest.mark.parametrize("decoder", ["cd", "dola"])
+def test_under_inference_mode(tiny, contexts, recorded, decoder):
+    memory, pool = Memorizer(tiny, **STRONG)(contexts[:2]), GraphPool()
+    expected = ids(start(tiny, TEXTS[:2], decoder, memory, **SAMPLED).run())
+    for guard in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with guard():
+            assert ids(start(tiny, TEXTS[:2], decoder, memory, pool, **SAMPLED).run()) == expected
+
+
 def test_methods_share_a_pool(tiny, contexts, recorded):
     memory, pool = Memorizer(tiny, **STRONG)(contexts[:2]), GraphPool()
     for _ in range(2):

@@ -36,9 +36,9 @@ def test_free_memory_bounds_automatic_batches(tiny, monkeypatch):
     monkeypatch.setattr("fastmem_pl.module.usable_bytes", lambda device: footprint.cost(3, 100))
     limits = module.batch_limits(None, None)
     assert (limits.most(100), limits.most(10_000)) == (3, 1)
-    assert 3 < limits.most(1) <= 8
+    assert 3 < limits.most(1) <= 16
     monkeypatch.setattr("fastmem_pl.module.usable_bytes", lambda device: 1 << 50)
-    assert module.batch_limits(None, None).most(100) == 8
+    assert module.batch_limits(None, None).most(100) == 16
     assert module.batch_limits(None, 250).most(100) == 2
     assert module.batch_limits(50, None).most(100_000) == 50
 
