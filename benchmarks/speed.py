@@ -72,6 +72,7 @@ from fastmem_pl import (
 from fastmem_pl.backbone.backbone import pad
 from fastmem_pl.decoding import Decoding, Prefill
 from fastmem_pl.encoding import EncodedSample
+from fastmem_pl.errors import OutOfMemoryError
 from fastmem_pl.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.trainer import environment
 
@@ -626,8 +627,8 @@ class Bench:
             with meter.measure("peak"):
                 way(groups)
                 way(groups)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, OutOfMemoryError) as error:
+            if not (isinstance(error, OutOfMemoryError) or is_out_of_memory(error)):
                 raise
             return [], "out of memory"
         note = ""

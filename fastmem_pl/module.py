@@ -37,6 +37,7 @@ from fastmem_pl.published import ANSWER_QUIRKS, select_quirks
 log = logging.getLogger(__name__)
 
 # More rows than these gain little (docs/performance.md).
+_AROUND_CONTEXT = 128
 _MOST_SAMPLES = {"cpu": 16, "other": 32}
 
 Mode = Literal["fit", "predict", "fit-predict"]
@@ -184,7 +185,7 @@ class FastMemModule(LightningModule):
                 backbone = Backbone.load(
                     self.hparams.backbone, precision, device, self.hparams.trust_remote_code
                 )
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfMemoryError(
@@ -235,8 +236,9 @@ class FastMemModule(LightningModule):
         forms = {method.prompt for method in self.methods}
         if any(decoder.needs_without_context for decoder in decoders):
             forms.add("without_context")
-        longest = max(decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders)
-        self.encoder = SampleEncoder(self.memorizer, longest, forms)
+        limits = [decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders]
+        self._longest_answer = max(limits)
+        self.encoder = SampleEncoder(self.memorizer, self._longest_answer, forms)
 
     def early_layers(self, form: str) -> list[int]:
         """Numbers of the hidden states that methods with this form of the prompt look at."""
@@ -254,7 +256,11 @@ class FastMemModule(LightningModule):
         device = self.backbone.device
         budget = usable_bytes(device)
         most = _MOST_SAMPLES["cpu" if device.type == "cpu" else "other"]
-        return BatchLimits(most, max_tokens, lambda tokens: self._footprint.samples_in(budget, tokens))
+        # Beside the context: question, instruction, and the answer.
+        further = _AROUND_CONTEXT + self._longest_answer
+        return BatchLimits(
+            most, max_tokens, lambda tokens: self._footprint.samples_in(budget, tokens + further)
+        )
 
     def context_lengths(self, samples: Sequence[ContextSample]) -> list[int]:
         """Tokens of each context, up to the limit."""
@@ -264,23 +270,24 @@ class FastMemModule(LightningModule):
     def predict_step(self, batch: list[ContextSample], batch_idx: int = 0) -> list[dict[str, Any]]:
         """Memorize and answer a batch; returns one record per sample and method (``fit``: per sample)."""
         encoded = [self.encoder(sample) for sample in batch]
-        tokens = max(sample.longest for sample in encoded)
+        tokens = max(sample.longest for sample in encoded) + self._longest_answer
         cost = self._footprint.cost(len(batch), tokens)
         if self._too_much is not None and len(batch) > 1 and cost >= self._too_much:
             # What was too much once is not tried again.
             return self._in_halves(batch)
         if cost > usable_bytes(self.backbone.device):
             self.graphs.clear()
-        try:
-            return self._process(batch, encoded)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler, so that the traceback no longer keeps the tensors alive.
-        self.graphs.clear()
-        gc.collect()
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
+        for held in (bool(self.graphs), False):
+            try:
+                return self._process(batch, encoded)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the handler, so that the traceback no longer keeps the tensors alive.
+            self._free()
+            # Graphs of earlier batches may have been what was too much.
+            if not held:
+                break
         if len(batch) == 1 or not self.hparams.auto_batch:
             raise OutOfMemoryError(
                 f"out of memory with {len(batch)} sample(s) at once; lower --data.batch_size, "
@@ -290,6 +297,12 @@ class FastMemModule(LightningModule):
         log.warning("out of memory with %d samples at once; trying %d", len(batch), len(batch) // 2)
         self._too_much = cost
         return self._in_halves(batch)
+
+    def _free(self) -> None:
+        self.graphs.clear()
+        gc.collect()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _in_halves(self, batch: list[ContextSample]) -> list[dict[str, Any]]:
         half = len(batch) // 2

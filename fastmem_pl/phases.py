@@ -62,4 +62,6 @@ class PhaseMeter:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the host had no memory left."""
     signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        sign in str(error) for sign in signs
+    )

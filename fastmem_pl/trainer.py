@@ -153,8 +153,8 @@ class FastMemTrainer(Trainer):
         model.use_mode(mode, path / "memories")
         methods = [] if mode == "fit" else [method.name for method in model.methods]
         identity = self._identity(model, datamodule, bool(methods))
-        # `fit` answers nothing, and the fingerprint is known late.
-        optional = {"model.fingerprint", "data.answer_prefix"}
+        # `fit` answers nothing, the fingerprint is known late, and early versions knew one state only.
+        optional = {"model.fingerprint", "data.answer_prefix", "model.optimizer_state"}
         optional |= {f"model.{name}" for name in model.identity(True).keys() - model.identity(False).keys()}
         run = RunFolder(path, identity, methods, optional)
         # All that can be refused is refused before anything is written, and what needs no model before
@@ -244,6 +244,7 @@ class FastMemTrainer(Trainer):
             super().predict(model, datamodule=datamodule, return_predictions=False)
         finally:
             self.callbacks = usual
+            model.graphs.clear()
 
     def _identity(self, model: FastMemModule, datamodule: FastMemDataModule, answers: bool) -> dict[str, Any]:
         """Settings that the results depend on; memories depend on fewer than answers."""

@@ -53,9 +53,16 @@ def test_answers_are_those_of_the_cpu(tiny, contexts, decoder, settings):
     assert_untouched(gpu, before)
 
 
+@pytest.mark.parametrize("inference_mode", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_whole_run(tmp_path, tiny_folder, precision):
-    trainer = FastMemTrainer(accelerator="gpu", devices=1, precision=precision, enable_progress_bar=False)
+def test_whole_run(tmp_path, tiny_folder, precision, inference_mode):
+    trainer = FastMemTrainer(
+        accelerator="gpu",
+        devices=1,
+        precision=precision,
+        enable_progress_bar=False,
+        inference_mode=inference_mode,
+    )
     module = FastMemModule(str(tiny_folder), steps=4, learning_rate=1e-3, max_new_tokens=6)
     result = trainer.fit_predict(module, FastMemDataModule(limit=5), run_dir=str(tmp_path / "run"))
     assert result.metrics["groups"]["all"]["fastmem+cd"]["n"] == 5

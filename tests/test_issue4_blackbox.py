@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
+import io
 import itertools
 import json
-import os
 import random
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -53,13 +53,13 @@ def sentence(length: int, seed: int) -> str:
     return f"A{words}."
 
 
-# Contexts of 4 to 700 tokens, a byte each, in no order; two of them are of one length.
-LENGTHS = (40, 4, 700, 90, 15, 320, 6, 41, 150, 9, 90, 25)
+# Contexts of 4 to 350 tokens, a byte each, in no order; two of them are of one length.
+LENGTHS = (40, 4, 350, 90, 15, 300, 6, 41, 150, 9, 90, 25)
 UNEQUAL = [
     {"context": sentence(length, i), "question": f"what is {i}", "answers": [sentence(3, i)]}
     for i, length in enumerate(LENGTHS)
 ]
-EQUAL = [{"context": sentence(30, i), "question": "what is it", "answer": "a"} for i in range(12)]
+EQUAL = [{"context": sentence(30, i), "question": "what is it", "answer": "a"} for i in range(10)]
 DRAWN = {"temperature": 1.3, "top_p": 0.95, "repetition_penalty": 1.3, "seed": 5}
 
 
@@ -177,11 +177,8 @@ def test_the_samples_are_answered_differently_so_that_other_tests_can_fail(alone
 BATCHING = [
     {"data__batch_size": 12},
     {"data__batch_size": 5},
-    {"data__max_batch_tokens": 1},
     {"data__max_batch_tokens": 330},
-    {"data__batch_size": 4, "data__max_batch_tokens": 1000},
     {},
-    {"auto_batch": False},
 ]
 
 
@@ -191,15 +188,16 @@ def test_batching_changes_neither_answers_nor_curves_nor_order(run, alone, batch
     assert_same(run(**settings, **batching), alone(**settings))
 
 
-@pytest.mark.parametrize("batching", [BATCHING[0], BATCHING[3], BATCHING[5]], ids=str)
+@pytest.mark.parametrize("batching", [BATCHING[0]], ids=str)
 def test_batching_changes_no_drawn_answer_of_two_layers(run, alone, batching: dict) -> None:
-    settings = {"methods": METHODS, "num_layers": 2, "stop": ["e", "0"], **DRAWN}
+    methods = ["zero-shot", "dola", "fastmem", "fastmem+cad"]
+    settings = {"methods": methods, "num_layers": 2, "stop": ["e", "0"], **DRAWN}
     assert_same(run(**settings, **batching), alone(**settings))
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_short_context_beside_a_very_long_one_is_memorized_as_alone(tiny, num_layers: int) -> None:
-    texts = [sentence(length, length) for length in (25, 1500, 3, 120)]
+    texts = [sentence(length, length) for length in (25, 900, 3, 120)]
     memorizer = Memorizer(tiny, num_layers=num_layers, kl_coeff=0.5, **STRONG)
     together = memorizer(texts)
     for row, text in enumerate(texts):
@@ -220,7 +218,7 @@ def test_fit_and_predict_may_be_batched_differently(run, alone) -> None:
         assert ours["token_ids"] == other["token_ids"]
 
 
-@pytest.mark.parametrize(("limit", "cut"), [(1, 7500), (60, 7500), (330, 7500), (1500, 7500), (330, 50)])
+@pytest.mark.parametrize(("limit", "cut"), [(1, 7500), (60, 7500), (330, 7500), (330, 50)])
 def test_max_batch_tokens_bounds_every_batch(run, limit: int, cut: int) -> None:
     watch = Watch()
     common = {"methods": ["zero-shot"], "max_context_tokens": cut}
@@ -276,7 +274,7 @@ def test_automatic_batches_follow_free_memory(run, monkeypatch: pytest.MonkeyPat
         most.append((limits.most(2000), limits.most(10)))
         assert module.batch_limits(5, None).most(2000) == 5, "a given size holds"
     assert most[0] == (1, 1)
-    assert most[-1] == (8, 8)
+    assert most[-1] == (16, 16), "as the help of data.batch_size says"
     assert most == sorted(most)
     assert all(long <= short for long, short in most)
     assert any(long < short for long, short in most), "the length of contexts does not count"
@@ -325,15 +323,14 @@ def limit_fit(
     monkeypatch.setattr(Memorizer, "fit", limited)
 
 
-@pytest.mark.parametrize("room", [1, 2, 3])
-@pytest.mark.parametrize("batching", [{"data__batch_size": 4}, {"data__batch_size": 6}, {}], ids=str)
+@pytest.mark.parametrize(("room", "size"), [(1, 4), (2, 4), (3, 7)])
 def test_out_of_memory_halves_batches_and_is_learnt_from(
-    run, alone, monkeypatch: pytest.MonkeyPatch, room: int, batching: dict
+    run, alone, monkeypatch: pytest.MonkeyPatch, room: int, size: int
 ) -> None:
     watch, settings = Watch(), {"methods": ["zero-shot", "fastmem"]}
     expected = alone(EQUAL, **settings)
     limit_fit(monkeypatch, lambda lengths: len(lengths) <= room, watch)
-    assert_same(run(EQUAL, watch=watch, **batching, **settings), expected)
+    assert_same(run(EQUAL, watch=watch, data__batch_size=size, **settings), expected)
     assert sum(n for name, n in watch.events if name == "fitted") == len(EQUAL), "memorized twice"
     assert [name for name, _ in watch.events].count("failed") > 0, "a test that could not fail"
     assert watch.after_first_batch("failed") == []
@@ -366,11 +363,12 @@ def test_every_kind_of_out_of_memory_is_one(run, alone, monkeypatch, error: Base
     assert_same(run(EQUAL, data__batch_size=6, **settings), expected)
 
 
-@pytest.mark.parametrize("where", ["prompt", "decoding"])
-@pytest.mark.parametrize("command", ["fit_predict", "predict"])
+@pytest.mark.parametrize(
+    ("where", "command"), [("prompt", "fit_predict"), ("decoding", "fit_predict"), ("prompt", "predict")]
+)
 def test_out_of_memory_while_answering(run, alone, where: str, command: str) -> None:
     """After memorizing, in the pass over the prompts or in the middle of answers."""
-    settings, steps = {"methods": ["zero-shot", "fastmem", "cad", "dola"]}, []
+    settings, steps = {"methods": ["zero-shot", "fastmem", "cad"]}, []
     expected = alone(EQUAL, **settings)
     if command == "predict":
         run(EQUAL, command="fit", data__batch_size=6)
@@ -475,8 +473,6 @@ def test_without_auto_batch_nothing_is_tried_again(
 REST = [
     {"data__batch_size": 5},
     {"data__max_batch_tokens": 200},
-    {"data__batch_size": 1},
-    {},
     {"auto_batch": False},
 ]
 
@@ -540,13 +536,15 @@ BAD = [
     ("model.optimizer_state", "bfloat16", ("'bfloat16'", "auto", "float32")),
     ("model.optimizer_state", "32", ("32", "auto", "float32")),
     ("model.auto_batch", "maybe", ("'maybe'", "bool")),
-    ("data.max_batch_token", "5", ("data.max_batch_tokens",)),
+    ("data.max_batch_tokns", "5", ("data.max_batch_tokens",)),
     ("model.optimiser_state", "auto", ("model.optimizer_state",)),
 ]
 
 
-@pytest.mark.parametrize(("option", "value", "parts"), BAD)
-@pytest.mark.parametrize("name", ["fit-predict", "fit"])
+@pytest.mark.parametrize(
+    ("name", "option", "value", "parts"),
+    [*(("fit-predict", *bad) for bad in BAD), ("fit", *BAD[0]), ("fit", *BAD[6]), ("predict", *BAD[1])],
+)
 def test_a_bad_value_is_refused_in_one_line(
     command, tmp_path: Path, capsys, name: str, option: str, value: str, parts: tuple[str, ...]
 ) -> None:
@@ -618,21 +616,20 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def assert_spread(lengths: Sequence[int], longest: int) -> None:
     assert min(lengths) <= longest / 4, "a test that could not fail"
     assert max(lengths) == longest, "a test that could not fail"
-    assert len(set(lengths)) > len(lengths) / 3, "a test that could not fail"
+    assert len(set(lengths)) > len(lengths) / 4, "a test that could not fail"
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("draws", [{}, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(("num_layers", "draws"), [(1, {}), (1, DRAWN), (2, DRAWN)], ids=str)
 def test_rows_that_end_early_change_no_other_row(run, num_layers: int, draws: dict) -> None:
-    data = [UNEQUAL[i] for i in (0, 1, 4, 6, 7, 11)]
-    methods = METHODS if num_layers == 1 else ["zero-shot", "cad", "fastmem", "fastmem+cd", "fastmem+cad"]
-    settings = {"methods": methods, "num_layers": num_layers, "max_new_tokens": 60, **draws}
-    full = run(data, name="full", data__batch_size=6, **settings)
+    data = [UNEQUAL[i] for i in (0, 1, 4, 11)]
+    methods = ["cad", "dola", "fastmem", "fastmem+cd"] if num_layers == 1 else ["fastmem+cd", "fastmem+cad"]
+    settings = {"methods": methods, "num_layers": num_layers, "max_new_tokens": 48, **draws}
+    full = run(data, name="full", data__batch_size=4, **settings)
     stops = spread_stops([r["prediction"] for r in full])
-    together = run(data, name="together", data__batch_size=6, stop=[*stops], **settings)
+    together = run(data, name="together", data__batch_size=4, stop=[*stops], **settings)
     single = run(data, name="single", data__batch_size=1, stop=[*stops], **settings)
     assert_same(together, single)
-    assert_spread([len(r["token_ids"]) for r in together], 60)
+    assert_spread([len(r["token_ids"]) for r in together], 48)
     for whole, stopped in zip(full, together, strict=True):
         assert stopped["prediction"] == cut(whole["prediction"], stops)
         n = len(stopped["token_ids"])
@@ -668,7 +665,7 @@ def decode(
     return Decoding(prefill, decoder, DecodingSettings(**settings), deltas).run()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "mistral", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral", "gpt2"])
 def test_many_end_tokens_end_rows_as_generate_does(make_tiny, family: str) -> None:
     backbone = make_tiny(family)
     prompts = random_prompts((3, 30, 12, 7, 50, 4, 21, 5, 16, 9))
@@ -797,7 +794,7 @@ def test_decodings_of_one_prefill_do_not_disturb_each_other(tiny, contexts, num_
     one_after_another(started)
     for name, decoding in started.items():
         assert decoding.results() == alone[name], name
-        assert make(name, *shared, stop).run() == alone[name], "the pass over the prompts was changed"
+    assert make("memorized", *shared, stop).run() == alone["memorized"], "the prompts' pass was changed"
     texts = {tuple(g.text for g in alone[name]) for name in ways}
     assert len(texts) == len(ways) - 1, "a test that could not fail"
 
@@ -805,8 +802,9 @@ def test_decodings_of_one_prefill_do_not_disturb_each_other(tiny, contexts, num_
 # --- types of memories, and the state of the optimizer
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "num_layers"), [("32-true", 1), ("32-true", 2), ("bf16-true", 1), ("bf16-mixed", 2)]
+)
 def test_memories_of_either_type(
     make_tiny, contexts, tmp_path: Path, precision: str, num_layers: int
 ) -> None:
@@ -823,7 +821,7 @@ def test_memories_of_either_type(
     mixed = Memory.stack([rounded.rows([0]), *(short.rows([i]) for i in (1, 2)), rounded.rows([3])])
     questions, plain = ["Who?", "Where is it?", "x", "Why, and since when?"], []
     for decoder in ("greedy", "cd", "cad"):
-        common = {"decoder": decoder, "max_new_tokens": 16}
+        common = {"decoder": decoder, "max_new_tokens": 10}
         expected = answer(backbone, questions, contexts, rounded, **common)
         assert expected not in plain, "a test that could not fail"
         plain.append(expected)
@@ -926,28 +924,50 @@ def test_the_published_loops_check_finds_differences(tiny, published, monkeypatc
 PROVENANCE = ("device", "threads", "torch", "transformers", "lightning", "commit", "date")
 
 
+def run_speed(*options: object) -> tuple[int, str, str]:
+    """Run `speed.py` as a command in the working folder; gives its exit status and what it says."""
+    out, err, verbosity = io.StringIO(), io.StringIO(), transformers.utils.logging.get_verbosity()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        patch.setattr(sys, "argv", ["speed.py", *map(str, options)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(ROOT / "benchmarks" / "speed.py"), run_name="__main__")
+    transformers.utils.logging.set_verbosity(verbosity)
+    return ended.value.code or 0, out.getvalue(), err.getvalue()
+
+
 @pytest.fixture(scope="module")
-def measured(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[subprocess.CompletedProcess, list[dict], Path]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[int, str, str], list[dict], Path]:
     """What `speed.py` says and writes of one row."""
     folder = tmp_path_factory.mktemp("speed")
-    script = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--shape", "tiny", "--device", "cpu"]
-    options = ["--rows", "memorize", "--repeats", "1", "--out", "speed.csv"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*script, *options], capture_output=True, text=True, cwd=folder, timeout=120, env=environment
-    )
+    with contextlib.chdir(folder):
+        done = run_speed(
+            *[
+                "--shape",
+                "tiny",
+                "--device",
+                "cpu",
+                "--rows",
+                "memorize",
+                "--repeats",
+                "1",
+                "--out",
+                "speed.csv",
+            ]
+        )
     path = folder / "speed.csv"
-    lines = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    return done, lines, path
+    with path.open(newline="") as file:
+        return done, list(csv.DictReader(file)), path
 
 
 def test_speed_measures_a_row_and_says_where(measured) -> None:
-    done, lines, path = measured
-    assert done.returncode == 0, done.stderr
+    (status, out, err), lines, path = measured
+    assert status == 0, err
     assert [p.name for p in path.parent.iterdir()] == ["speed.csv"]
-    assert {line["row"] for line in lines} == {"ceiling", "memorize"}
+    assert {line["row"] for line in lines} - {"fit-predict"} == {"ceiling", "memorize"}
+    for line in lines:  # the published loop memorizes and answers in one
+        assert line["row"] != "fit-predict" or "published loop" in line["what"]
     assert {(line["shape"], line["precision"]) for line in lines} == {("tiny", "32-true")}
     for line in lines:
         assert all(line[name] for name in PROVENANCE), line
@@ -958,8 +978,8 @@ def test_speed_measures_a_row_and_says_where(measured) -> None:
     keys = [tuple(line[name] for name in ("shape", "precision", "row", "batch", "what")) for line in lines]
     assert len(set(keys)) == len(keys), "not tidy"
     for word in ("memorize", "roofline"):
-        assert word in done.stdout
-    assert "agree" in done.stderr, "the published loop was not compared"
+        assert word in out
+    assert "agree" in err, "the published loop was not compared"
 
 
 def test_speed_gives_ratios_to_the_published_loop_and_the_roofline(measured) -> None:
@@ -978,30 +998,15 @@ def test_speed_gives_ratios_to_the_published_loop_and_the_roofline(measured) -> 
         assert 0 < float(line["overlapped"]) <= float(line["roofline"])
 
 
-@pytest.fixture
-def speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Run `speed.py` as a command; gives its exit status and what it says."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def call(*options: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, options)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "benchmarks" / "speed.py"), run_name="__main__")
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-def test_speed_renders_markdown(speed, measured) -> None:
+def test_speed_renders_markdown(measured) -> None:
     _, lines, path = measured
     content = path.read_bytes()
-    status, out, _ = speed("render", path)
+    status, out, _ = run_speed("render", path)
     assert status == 0
     rows = [line for line in out.splitlines() if line.startswith("|")]
     assert re.fullmatch(r"\|( ?:?-+:? ?\|)+", rows[1])
     assert len({row.count("|") for row in rows}) == 1
-    assert len(rows) == 2 + sum(line["row"] == "memorize" for line in lines)
+    assert len(rows) == 2 + sum(line["row"] != "ceiling" for line in lines)
     for word in (lines[0]["device"], lines[0]["commit"], lines[0]["torch"]):
         assert word in out
     assert path.read_bytes() == content
@@ -1019,9 +1024,10 @@ def test_speed_renders_markdown(speed, measured) -> None:
     ],
 )
 def test_speed_refuses_what_it_does_not_know(
-    speed, tmp_path: Path, options: tuple[str, ...], parts: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
-    status, out, err = speed("--shape", "tiny", "--device", "cpu", "--out", "speed.csv", *options)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run_speed("--shape", "tiny", "--device", "cpu", "--out", "speed.csv", *options)
     assert (status, out) == (2, "")
     (line,) = [line for line in err.splitlines() if "error: " in line]
     assert err.endswith(f"{line}\n")
@@ -1043,7 +1049,7 @@ def test_the_roofline_is_that_of_the_issue(monkeypatch: pytest.MonkeyPatch) -> N
     )
     counts = speed.Counts(config, torch.bfloat16)
     h100 = speed.Ceilings(2.9e12, 7e14)
-    assert 9 < h100.milliseconds(counts.memorize(8, 165, 160, 10)) / 8 < 15
+    assert 10 < h100.overlapped(counts.memorize(8, 165, 160, 10)) / 8 < 14
     weights = 8.03e9 - 128256 * 4096  # a row of the embedding is read, not all
     one = h100.milliseconds(counts.decode_step(1, 200))
     read = (weights + 3 * 4096 * 14336) * 2 / 2.9e12 * 1000

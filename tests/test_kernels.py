@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from fastmem_pl import Memorizer, kernels
 from fastmem_pl.backbone import Factors
+from fastmem_pl.backbone.ffn import DeltaProduct
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.kernels import adamw, gate, loss
 from fastmem_pl.memory.delta import DeltaAdamW, squared_norm
@@ -27,17 +28,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize("from_zero", [True, False])
 @pytest.mark.parametrize(
-    ("tokens", "rows", "columns"), [(7, 5, 3), (70, 330, 70), (1, 64, 200), (100, 20, 30)]
+    ("tokens", "rows", "columns"),
+    [(7, 5, 3), (70, 330, 70), (1, 64, 200), (adamw._STORED_FROM, 5, 2100)],
 )
-def test_adamw_is_adamw(tokens, rows, columns):
+def test_adamw_is_adamw(monkeypatch, tokens, rows, columns, from_zero):
     torch.manual_seed(0)
     samples, lr, decay = 5, 0.01, 5e-4
     base = torch.randn(columns, rows).t()  # as GPT-2 keeps it
-    weights = [base.clone().contiguous().requires_grad_(True) for _ in range(samples)]
+    weights = [(base + (0.0 if from_zero else 0.3)).contiguous().requires_grad_(True) for _ in range(samples)]
     reference = torch.optim.AdamW(weights, lr=lr, weight_decay=decay / lr)
-    delta = torch.nn.Parameter(torch.zeros(samples, rows, columns))
-    optimizer = DeltaAdamW([(delta, base)], lr, decay / lr, last_step=4)
+    start = 0.0 if from_zero else 0.3
+    delta = torch.nn.Parameter(torch.full((samples, rows, columns), start))
+    optimizer = DeltaAdamW([(delta, base)], lr, decay / lr, last_step=4, from_zero=from_zero)
+    launches = []
+    monkeypatch.setattr(adamw, "_factored_adamw", _Spy(adamw._factored_adamw, launches))
     for step in range(4):
         inner = torch.randn(samples, tokens, columns)
         delta.factors = Factors((5.0 if step else 0.01) * torch.randn(samples, tokens, rows), inner)
@@ -52,7 +58,9 @@ def test_adamw_is_adamw(tokens, rows, columns):
             # Where a gradient is near 0, rounding decides how far Adam goes, lr at most.
             error = base + delta[row].detach() - weight.detach()
             assert error.abs().max() < lr / 10
-            assert error.norm() < 1e-3 * delta[row].detach().norm()
+            assert error.norm() < 1e-3 * (delta[row].detach() - start).norm()
+    # Stored gradients are formed for four samples at a time.
+    assert len(launches) == 4 * (2 if tokens >= adamw._STORED_FROM else 1)
     delta.factors = Factors(torch.randn(samples, tokens, rows), inner)
     with pytest.raises(FastMemError, match="memorizing ends after its 4 steps"):
         optimizer.step()
@@ -102,15 +110,19 @@ def test_loss_is_its_formula(vocabulary, size):
         assert found[1].tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_memorizing_with_kernels_is_memorizing_without(tiny, contexts, monkeypatch, num_layers):
+@pytest.mark.parametrize(
+    ("family", "num_layers"), [("llama", 1), ("llama", 2), ("gemma2", 1), ("gpt2", 1), ("phi3", 2)]
+)
+def test_memorizing_with_kernels_is_memorizing_without(make_tiny, contexts, monkeypatch, family, num_layers):
     settings = {**STRONG, "num_layers": num_layers, "optimizer_state": "float32"}
+    tiny, contexts = make_tiny(family), contexts[1:3]
     plain = Memorizer(tiny, **settings)(contexts)
     called = []
     monkeypatch.setattr(adamw, "_factored_adamw", _Spy(adamw._factored_adamw, called))
     monkeypatch.setattr(kernels, "usable", lambda device, dtype: True)
     found = Memorizer(tiny, **settings)(contexts)
-    assert len(called) == 3 * STRONG["steps"] * num_layers
+    matrices = len(found.deltas[0])
+    assert len(called) == matrices * STRONG["steps"] * num_layers
     for one, other in zip(found.curves, plain.curves, strict=True):
         assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-4)
         assert one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-6)
@@ -119,6 +131,16 @@ def test_memorizing_with_kernels_is_memorizing_without(tiny, contexts, monkeypat
     for one, other in zip(found.deltas, plain.deltas, strict=True):
         for name in one:
             assert (one[name] - other[name]).norm() / other[name].norm() < 1e-3, name
+
+
+def test_factors_do_not_accumulate(tiny):
+    delta = torch.nn.Parameter(torch.zeros(1, 3, 4))
+    delta.factors = None
+    x = torch.randn(1, 2, 4)
+    DeltaProduct.apply(x, delta).sum().backward()
+    assert delta.grad is None
+    with pytest.raises(RuntimeError, match="do not accumulate"):
+        DeltaProduct.apply(x, delta).sum().backward()
 
 
 class _Spy:

@@ -230,6 +230,24 @@ def test_out_of_memory_halves_the_batch(run, monkeypatch, caplog):
     assert "out of memory with 4 samples at once; trying 2" in caplog.text
 
 
+def test_graphs_of_earlier_batches_make_room_first(run, monkeypatch, caplog):
+    expected = essence(run(name="roomy", batch_size=2))
+    process, sizes = FastMemModule._process, []
+
+    def cramped(self, samples, encoded):
+        sizes.append(len(samples))
+        if self.graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        records = process(self, samples, encoded)
+        self.graphs._idle["kept"] = None
+        return records
+
+    monkeypatch.setattr(FastMemModule, "_process", cramped)
+    assert essence(run(name="cramped", batch_size=2)) == expected
+    assert sizes == [2, 2, 2]
+    assert "out of memory" not in caplog.text
+
+
 def test_what_was_too_much_once_is_not_tried_again(run, monkeypatch, data_file):
     records = [{**r, "id": f"again{i}"} for i, r in enumerate(RECORDS * 3)]
     data_file.write_text("\n".join(map(json.dumps, records)))

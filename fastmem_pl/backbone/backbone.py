@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -175,6 +175,7 @@ class Backbone:
         """
         default = torch.get_default_dtype()
         with (
+            self.on_device(),
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
             torch.autocast(self.device.type, enabled=False),
@@ -184,6 +185,10 @@ class Backbone:
                 yield
             finally:
                 torch.set_default_dtype(default)
+
+    def on_device(self) -> AbstractContextManager:
+        """Make the backbone's GPU the current one: kernels, streams and graphs go there."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def fingerprint(self) -> str:
         """A short hash of the architecture, its constants, and a sample of every weight.

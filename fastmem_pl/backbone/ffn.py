@@ -110,10 +110,13 @@ class FFN:
         change = self._product(hidden_change, "down").float()
         return base.output + change + DeltaProduct.apply(hidden.to(self.dtype), delta["down"]).float()
 
+    def has_kernel(self) -> bool:
+        """Whether the elementwise part runs in one kernel."""
+        return self._kernel_fits and kernels.usable(self._weights["down"].device, self.dtype)
+
     def _fused(self, ffn_input: Tensor) -> bool:
         # The kernel takes the base's activations for constants; above a trained block they are not.
-        constant = not ffn_input.requires_grad
-        return constant and self._kernel_fits and kernels.usable(ffn_input.device, self.dtype)
+        return not ffn_input.requires_grad and self.has_kernel()
 
     def _combine(self, projections: Mapping[str, Tensor]) -> Tensor:
         if "gate" in projections:
@@ -147,7 +150,9 @@ class DeltaProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return x_grad, None
         if hasattr(delta, "factors"):
-            delta.factors = Factors(grad, x)
+            if delta.factors is not None:
+                raise RuntimeError("gradients of this delta are left in factors, which do not accumulate")
+            delta.factors = Factors(grad.contiguous(), x.detach().contiguous())
             return x_grad, None
         return x_grad, torch.bmm(grad.transpose(1, 2), x).to(delta.dtype)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,17 +47,20 @@ class Recorded:
 
 def _record(step: Callable[[], None]) -> Callable[[], None]:
     """Record a step, which does not run it; returns what runs it from now on."""
-    graph = torch.cuda.CUDAGraph()
-    # Not torch.cuda.graph: it empties the allocator's cache, which the next batch would have to fill.
-    stream = torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     try:
+        # Not torch.cuda.graph: it empties the allocator's cache, which the next batch would have to fill.
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 step()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # It fails as well then, and would hide the cause.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -64,6 +69,12 @@ def _record(step: Callable[[], None]) -> Callable[[], None]:
     finally:
         torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    # One for all: libraries keep a workspace for every stream that they ran on.
+    return torch.cuda.Stream(device)
 
 
 class Lease:
@@ -113,6 +124,9 @@ class GraphPool:
         lease = Lease(recorded.state, recorded.step)
         self._lent = weakref.ref(lease)
         return lease
+
+    def __len__(self) -> int:
+        return len(self._idle)
 
     def clear(self) -> None:
         """Forget all, and free its memory."""

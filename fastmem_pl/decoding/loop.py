@@ -146,7 +146,9 @@ class Decoding:
         self._prefills = [prefill] + ([without_context] if self.decoder.needs_without_context else [])
         penalty = settings.repetition_penalty
         # What steps write to must not be made under a surrounding inference_mode: graphs outlive it.
-        with torch.inference_mode(False):
+        on_gpu = backbone.device.type == "cuda"
+        with backbone.on_device(), torch.inference_mode(False):
+            self._reader = _Reader(len(prefill), on_gpu)
             self._views = Views(backbone, prefill.num_layers, self.decoder, deltas)
             self._chooser = TokenChooser(
                 settings,
@@ -157,19 +159,23 @@ class Decoding:
                 self.max_new_tokens,
                 self._views.tail.head_weight.shape[0],
             )
-        on_gpu = backbone.device.type == "cuda"
-        self._graphs = (graphs or GraphPool()) if on_gpu else None
+        self._graphs = (GraphPool() if graphs is None else graphs) if on_gpu else None
         self._name = decoder
         self._lease: Lease | None = None
         self._count = 0
         self._answers = AnswerRows(backbone, settings.stop, len(prefill))
-        self._reader = _Reader(len(prefill), on_gpu)
         # Rows of the batch that are still being decoded.
         self._live = list(range(len(prefill)))
 
     def step(self) -> None:
-        """Choose the next token of every row."""
-        with torch.inference_mode(False), torch.no_grad():
+        """Choose the next token of every row.
+
+        Raises:
+            FastMemError: after the last of ``max_new_tokens``.
+        """
+        if self._count >= self.max_new_tokens:
+            raise FastMemError(f"this decode has its {self.max_new_tokens} tokens; start another")
+        with self._backbone.on_device(), torch.inference_mode(False), torch.no_grad():
             if self._lease is None:
                 state = DecodeState.start(self._prefills, self._views, self._chooser, self.max_new_tokens)
                 self._prefills = []
@@ -191,7 +197,10 @@ class Decoding:
         while not self.finished:
             self.step()
             self._drop_ended_rows()
-        return self.results()
+        results = self.results()
+        # Others may have the recorded steps.
+        self._lease, self._count = None, self.max_new_tokens
+        return results
 
     def texts(self) -> Iterator[str]:
         """Decode a single answer and yield its text piece by piece.
@@ -253,13 +262,14 @@ class Decoding:
         if read is not None:
             self._answers.add(self._live, *read)
         places = [self._live.index(row) for row in live]
-        with torch.inference_mode(False), torch.no_grad():
+        with self._backbone.on_device(), torch.inference_mode(False), torch.no_grad():
             state = self._lease.state.rows(torch.tensor(places, device=self._backbone.device))
+            self._reader = _Reader(len(live), self._graphs is not None)
             if self._graphs is not None:
                 # The next batch is as large as this one was: its graphs stay.
                 self._graphs = GraphPool()
             self._lease = self._borrow(state)
-        self._live, self._reader = live, _Reader(len(live), self._graphs is not None)
+        self._live = live
 
 
 class AnswerRows:

@@ -27,7 +27,7 @@ class Path:
 
     Attributes:
         cache: keys and values of the trunk's blocks.
-        mask: 1 on slots that hold a token or will, ``(B, room)``; those to come are hidden by causality.
+        mask: 1 on slots that hold a token, ``(B, room)``.
         position: slot of the next token, ``(1,)``.
         place: its position in the row's text, ``(B, 1)``.
     """
@@ -42,13 +42,14 @@ class Path:
         length = prefill.mask.shape[1]
         room = room_for(length + max_new_tokens)
         path.position = torch.tensor([length], device=prefill.mask.device)
-        path.mask = F.pad(prefill.mask, (0, room - length), value=1)
+        path.mask = F.pad(prefill.mask, (0, room - length))
         path.place = prefill.next_position.clone()
         path.cache = FixedCache.continuing(prefill.cache, room, path.position, length)
         return path
 
     def read(self, tokens: Tensor) -> TailInputs:
         """Run the trunk on one token ``(B,)`` of every row."""
+        self.mask.index_fill_(1, self.position, 1)
         return self.backbone.run_trunk(
             self.num_layers, tokens[:, None], self.mask, self.place, self.cache, self.early
         )

@@ -33,6 +33,8 @@ def factored_adamw_(
     betas: tuple[float, float],
     eps: float,
     decay: float,
+    *,
+    first_step: bool = False,
     last: bool = False,
 ) -> None:
     """Take one step in place.
@@ -40,7 +42,7 @@ def factored_adamw_(
     Args:
         delta: ``(B, M, N)``, of any float type; arithmetic is float32.
         first: first moment, like ``delta``.
-        second: second moment, like ``delta``. Neither moment is read at step 1.
+        second: second moment, like ``delta``.
         base: weight that ``delta`` belongs to and that decays, ``(M, N)``.
         outer: gradient of the product's output, ``(B, T, M)``.
         inner: the product's input, ``(B, T, N)``.
@@ -50,6 +52,7 @@ def factored_adamw_(
         betas: of the moments.
         eps: added to the root of the second moment.
         decay: share of ``base + delta`` that the step takes away.
+        first_step: delta and moments are zero, and are not read.
         last: no step comes after, so the moments need not be written.
     """
     if outer.shape[1] < _STORED_FROM:
@@ -59,9 +62,11 @@ def factored_adamw_(
     for part in parts:
         grad = None
         if outer.shape[1] >= _STORED_FROM:
-            grad = torch.bmm(outer[part].transpose(1, 2), inner[part])
+            # In the type of the products, as PyTorch gives it; with a float32 state, in float32.
+            wide = {"out_dtype": torch.float32} if delta.dtype is torch.float32 and delta.is_cuda else {}
+            grad = torch.bmm(outer[part].transpose(1, 2), inner[part], **wide)
         tensors = (t[part] for t in (delta, first, second, outer, inner, scale))
-        _launch(*tensors, base, grad, step, lr, betas, eps, decay, last)
+        _launch(*tensors, base, grad, step, lr, betas, eps, decay, first_step, last)
 
 
 def _launch(
@@ -78,6 +83,7 @@ def _launch(
     betas: tuple[float, float],
     eps: float,
     decay: float,
+    first_step: bool,
     last: bool,
 ) -> None:
     samples, rows, columns = delta.shape
@@ -104,7 +110,7 @@ def _launch(
         eps,
         decay,
         STORED=grad is not None,
-        FIRST=step == 1,
+        FIRST=first_step,
         LAST=last,
         GROUP=_GROUP,
         BLOCK_M=block_m,

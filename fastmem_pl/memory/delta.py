@@ -74,6 +74,7 @@ class DeltaAdamW(torch.optim.AdamW):
         round_weights: keep ``W + delta`` at what float32 weights can hold, as editing them does. Updates of
             one size then round alike (at 1e-5, by +0.14% wherever the weight is between 0.25 and 1).
         last_step: number of the step that no other follows, whose moments need not be kept.
+        from_zero: deltas are zero before the first step, which need not read them.
 
     Raises:
         FastMemError: on a step after the last.
@@ -86,8 +87,9 @@ class DeltaAdamW(torch.optim.AdamW):
         weight_decay: float,
         round_weights: bool = False,
         last_step: int | None = None,
+        from_zero: bool = False,
     ) -> None:
-        self._last_step = last_step
+        self._last_step, self._from_zero, self._steps = last_step, from_zero, 0
         self._pairs = list(pairs)
         self._round_weights = round_weights
         deltas = [delta for delta, _ in self._pairs]
@@ -122,6 +124,9 @@ class DeltaAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._steps == self._last_step:
+            raise FastMemError(f"memorizing ends after its {self._last_step} steps; set model.steps higher")
+        self._steps += 1
         decay = self.param_groups[0]["lr"] * self._weight_decay
         plain = [pair for pair in self._pairs if getattr(pair[0], "factors", None) is None]
         with torch.no_grad():
@@ -136,12 +141,12 @@ class DeltaAdamW(torch.optim.AdamW):
             super().step()
             for delta, base in plain if self._round_weights else ():
                 delta.copy_((base.float() + delta) - base)
+        self._scale = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, factored ones too."""
         super().zero_grad(set_to_none)
-        self._scale = None
         for delta, _ in self._pairs:
             if hasattr(delta, "factors"):
                 delta.factors = None
@@ -152,13 +157,9 @@ class DeltaAdamW(torch.optim.AdamW):
         state, group, factors = self.state[delta], self.param_groups[0], delta.factors
         if not state:
             # The first moment takes the delta's type: it survives bfloat16, as the second, with its
-            # decay of 0.999, would not. The first step fills both.
-            state["step"] = 0
-            state["exp_avg"] = torch.empty_like(delta)
-            state["exp_avg_sq"] = torch.empty_like(delta, dtype=torch.float32)
-        if state["step"] == self._last_step:
-            raise FastMemError(f"memorizing ends after its {self._last_step} steps; set model.steps higher")
-        state["step"] += 1
+            # decay of 0.999, would not. A first step from zero fills both and reads neither.
+            new = torch.empty_like if self._from_zero else torch.zeros_like
+            state["exp_avg"], state["exp_avg_sq"] = new(delta), new(delta, dtype=torch.float32)
         scale = self._scale
         factored_adamw_(
             delta.detach(),
@@ -168,12 +169,13 @@ class DeltaAdamW(torch.optim.AdamW):
             factors.outer,
             factors.inner,
             delta.new_ones(len(delta), dtype=torch.float32) if scale is None else scale,
-            state["step"],
+            self._steps,
             group["lr"],
             group["betas"],
             group["eps"],
             decay,
-            last=state["step"] == self._last_step,
+            first_step=self._from_zero and self._steps == 1,
+            last=self._steps == self._last_step,
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,11 +24,13 @@ class Footprint:
     Attributes:
         per_sample: deltas, moments, and what decoding copies of them.
         per_token: activations, reference predictions and KV cache, for every padded position.
+        per_pair: Gram matrices of the clipping norm, for every two positions of a row.
         fixed: buffers that do not grow with the batch.
     """
 
     per_sample: int
     per_token: int
+    per_pair: int
     fixed: int
 
     @classmethod
@@ -49,17 +53,23 @@ class Footprint:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         kv_cache = 2 * 2 * backbone.num_blocks * kv_heads * head_size * size  # the prompt's, and its copy
         wide = next(iter(tail.ffns[0].shapes.values()))[0]
-        activations = settings.num_layers * wide * (8 * size if kernel else 12 * 4) + config.hidden_size * 48
+        passes = 8 * size if tail.ffns[0].has_kernel() else 12 * 4
+        activations = settings.num_layers * wide * passes + 12 * 4 * config.hidden_size
         per_token = kv_cache + activations + reference_bytes_per_token(tail)
-        return cls(weights * (state + decoding), per_token, fixed=(1 << 30) if kernel else (128 << 20))
+        # Chunks of the head's products and their gradients.
+        fixed = 1 << 27 if device.type == "cpu" else 1 << 30
+        return cls(weights * (state + decoding), per_token, 12 if kernel else 0, fixed)
 
     def cost(self, samples: int, tokens: int) -> int:
         """Bytes of a batch whose longest row has ``tokens``."""
-        return self.fixed + samples * (self.per_sample + tokens * self.per_token)
+        return self.fixed + samples * self._row(tokens)
 
     def samples_in(self, budget: float, tokens: int) -> int:
         """How many rows of ``tokens`` fit ``budget`` bytes."""
-        return int((budget - self.fixed) // (self.per_sample + tokens * self.per_token))
+        return int((budget - self.fixed) // self._row(tokens))
+
+    def _row(self, tokens: int) -> int:
+        return self.per_sample + tokens * (self.per_token + tokens * self.per_pair)
 
 
 def usable_bytes(device: torch.device) -> float:
@@ -67,7 +77,7 @@ def usable_bytes(device: torch.device) -> float:
     if device.type != "cuda":
         import psutil
 
-        return _USABLE["cpu"] * psutil.virtual_memory().available
+        return _USABLE["cpu"] * min(psutil.virtual_memory().available, _left_to_container())
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - used
@@ -75,3 +85,12 @@ def usable_bytes(device: torch.device) -> float:
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
         free = min(free, torch.cuda.get_per_process_memory_fraction(device) * total - used)
     return _USABLE["other"] * free
+
+
+def _left_to_container() -> float:
+    """What a container may still take, which the system does not count as its own memory."""
+    try:
+        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
+        return float(limit) - float(used)
+    except (OSError, ValueError):
+        return math.inf

@@ -83,7 +83,12 @@ class MemorizationModule(LightningModule):
         ]
         settings = self._settings
         return DeltaAdamW(
-            pairs, settings.learning_rate, settings.weight_decay, settings.round_weights, settings.steps
+            pairs,
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.round_weights,
+            last_step=settings.steps,
+            from_zero=True,
         )
 
     def configure_gradient_clipping(self, optimizer: DeltaAdamW, *args: Any, **kwargs: Any) -> None:

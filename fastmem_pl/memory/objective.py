@@ -110,8 +110,9 @@ class PlainPrediction:
                 before, logits = logits, tail.finish_logits(raw + grad)
                 grad = logits - before
             expected = torch.linalg.vecdot(probs, grad)[:, None]
-            largest = grad.amax(-1, keepdim=True)
             label_log_p = label_log_p + grad.gather(1, labels)
+            # What float32 holds no probability for gains none, and must not count as the largest change.
+            largest = grad.masked_fill_(probs == 0, -torch.inf).amax(-1, keepdim=True)
             grad.sub_(largest).exp_().mul_(probs)
             total = grad.sum(-1, keepdim=True)
             normalizer_change = (total / self._total[part]).log() + largest

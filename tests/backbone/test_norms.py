@@ -1,5 +1,7 @@
 """Fused RMS norms: recognized by what they compute."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -44,6 +46,20 @@ def test_another_function_of_the_same_layout_is_not_taken_for_one():
             return self.weight * x * x
 
     assert fused(Squared()) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_bfloat16_is_as_exact_as_the_models_own(make_tiny, family):
+    original = make_tiny(family, "bf16-true").anatomy.blocks[0].input_layernorm
+    with torch.no_grad():
+        original.weight.normal_(0.0, 0.05)
+    exact = copy.deepcopy(original).double()
+    x = torch.randn(64, 32, dtype=torch.bfloat16)
+    errors = [(norm(x).double() - exact(x.double())).norm() for norm in (fused(original), original)]
+    assert errors[0] <= 1.01 * errors[1]
+    with torch.no_grad():
+        original.weight.add_(70.0)
+    torch.testing.assert_close(fused(original)(x), original(x), rtol=0.01, atol=0.01)
 
 
 def test_nothing_changes_on_a_cpu(tiny):

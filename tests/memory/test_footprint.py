@@ -33,7 +33,9 @@ def test_free_memory_bounds_automatic_batches(tiny, monkeypatch):
     module = FastMemModule()
     module.load_backbone("32-true", torch.device("cpu"), tiny)
     footprint = Footprint.of(tiny, MemorizationSettings())
-    monkeypatch.setattr("fastmem_pl.module.usable_bytes", lambda device: footprint.cost(3, 100))
+    # Room for question, instruction and answer comes on top of the context.
+    allowed = footprint.cost(3, 100 + 128 + module.decoding.max_new_tokens)
+    monkeypatch.setattr("fastmem_pl.module.usable_bytes", lambda device: allowed)
     limits = module.batch_limits(None, None)
     assert (limits.most(100), limits.most(10_000)) == (3, 1)
     assert 3 < limits.most(1) <= 16

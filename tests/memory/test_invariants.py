@@ -122,6 +122,23 @@ def test_chunked_is_unchunked_and_kept_is_recomputed(tiny, contexts, monkeypatch
     assert_same(whole, memorizer(contexts), rtol=1e-5)
 
 
+def test_a_token_without_probability_leaves_the_loss_finite(tiny):
+    # Its logit rises by more than any other's, from where float32 has no probability for it.
+    tail, labels = tiny.tail(), torch.tensor([3])
+    prediction = objective.PlainPrediction(tail, torch.zeros(1, 32), labels)
+    raw = torch.zeros(1, tail.head_weight.shape[0])
+    raw[0, 7], change = -130.0, torch.zeros_like(raw)
+    change[0, 7], change[0, 3] = 100.0, 1.0
+    prediction._probs = raw.softmax(-1)
+    prediction._label_log_p = raw.log_softmax(-1)[:, 3:4]
+    prediction._total = prediction._probs.sum(-1, keepdim=True)
+    expected = F.cross_entropy(raw + change, labels)
+    ce, kl = prediction._block_loss(tail, True, torch.ones(1, 1), torch.ones(1, 1), slice(0, 1), change)
+    assert ce.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert kl.isfinite().all()
+    assert change.isfinite().all()
+
+
 def test_soft_cap_gradient(make_tiny, contexts):
     memorizer = Memorizer(make_tiny("gemma2", final_logit_softcapping=2.0), **STRONG)
     batch = memorizer.prepare([memorizer.encode(context) for context in contexts])
