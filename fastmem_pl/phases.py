@@ -62,6 +62,5 @@ class PhaseMeter:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the host had no memory left."""
     signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        sign in str(error) for sign in signs
-    )
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(sign in str(error) for sign in signs)
