@@ -36,8 +36,9 @@ from fastmem_pl.published import ANSWER_QUIRKS, select_quirks
 
 log = logging.getLogger(__name__)
 
-# More rows than these gain little (docs/performance.md).
+# Tokens of question and instruction that room is left for when batches are planned.
 _AROUND_CONTEXT = 128
+# More rows than these gain little (docs/performance.md).
 _MOST_SAMPLES = {"cpu": 16, "other": 32}
 
 Mode = Literal["fit", "predict", "fit-predict"]
