@@ -90,7 +90,7 @@ class FastMemModule(LightningModule):
         factkb_model: sequence classifier of the score factkb of summaries (the paper's is
             bunsenfeng/FactKB); left out, it is not computed.
         optimizer_state: auto keeps a memory and its first moment in bfloat16 where the kernel trains it (on a
-            GPU, in bfloat16); float32 keeps all of it in float32, for twice the memory.
+            GPU, in bfloat16); float32 keeps all of it in float32, and takes more memory.
         auto_batch: choose the size of batches by the free memory, and when one does not fit all the same,
             halve it and try again.
         trust_remote_code: run model code that comes with a checkpoint. Off unless you trust its source.

@@ -10,7 +10,6 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -69,15 +68,7 @@ TOKENIZER = make_tokenizer()
 START, END = TOKENIZER.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: threads only wait for each other."""
-    transformers.utils.logging.disable_progress_bar()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 answer, stream_answer = fastmem_pl.answer, fastmem_pl.stream_answer

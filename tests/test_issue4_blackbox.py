@@ -12,7 +12,7 @@ import random
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -63,15 +63,7 @@ EQUAL = [{"context": sentence(30, i), "question": "what is it", "answer": "a"} f
 DRAWN = {"temperature": 1.3, "top_p": 0.95, "repetition_penalty": 1.3, "seed": 5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: threads only wait for each other."""
-    transformers.utils.logging.disable_progress_bar()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Watch(Callback):

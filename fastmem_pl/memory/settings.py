@@ -30,8 +30,8 @@ class MemorizationSettings:
         round_weights: round base weight plus delta to float32 after every update, as editing float32
             weights does.
         optimizer_state: ``auto`` keeps deltas and first moments in bfloat16 where the kernel updates them
-            (bfloat16 on CUDA); ``float32`` keeps everything in float32, for 1.4 times the time of a step
-            and twice the memory.
+            (bfloat16 on CUDA); ``float32`` keeps everything in float32, which takes more of both time and
+            memory.
 
     Raises:
         FastMemError: when a value is out of its range.
