@@ -21,6 +21,7 @@ commands:
   fit-predict   memorize each context, answer about it, compare methods
   fit           memorize each context and save the memories
   predict       answer with saved memories; without any, zero-shot
+  search        try a grid of settings on every fifth sample, and rank them
   tasks [NAME]  show the tasks with their prompts
 
 first run:
@@ -31,6 +32,9 @@ your own model (Hub id, folder or .gguf file):
   fastmem fit-predict --config base,qa --data.path my.jsonl --model.backbone Qwen/Qwen2.5-7B-Instruct
 a row of the paper (model, task, method):
   fastmem fit-predict --config base,llama3-8b,nqswap,fastmem+cd --data.path nqswap.json
+
+good settings for your model and data (4 learning rates x 3 numbers of steps x 5 KL weights by default):
+  fastmem search --config smollm2,nqswap,search --data.path nqswap.json
 
 options used most (all of them: fastmem <command> --help):
   --run_dir DIR              results; the same command goes on there after a stop
@@ -45,7 +49,7 @@ packaged configs, later ones on top of earlier ones:
 {configs}
 """
 USAGE = "fastmem {command} --config NAME_OR_FILE [--data.path FILE] [--run_dir DIR] [options]"
-COMMANDS = ("fit-predict", "fit", "predict")
+COMMANDS = ("fit-predict", "fit", "predict", "search")
 
 
 def main(args: Sequence[str] | None = None) -> int:

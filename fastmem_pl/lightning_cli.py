@@ -17,6 +17,9 @@ from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.errors import FastMemError, nearest
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.report import print_run
+from fastmem_pl.report.search import print_search
+from fastmem_pl.report.terminal import make_console
+from fastmem_pl.search import SearchResult
 from fastmem_pl.trainer import FastMemTrainer, RunResult
 
 
@@ -77,7 +80,7 @@ def _all_actions(parser: LightningArgumentParser) -> list[Any]:
 class FastMemCLI(LightningCLI):
     """Subcommands fit-predict, fit and predict over :class:`FastMemTrainer`."""
 
-    result: RunResult
+    result: RunResult | SearchResult
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -137,7 +140,9 @@ def run_command(arguments: list[str]) -> int:
         args=arguments,
     )
     result = cli.result
-    if result.mode == "fit":
+    if isinstance(result, SearchResult):
+        _print_search(result)
+    elif result.mode == "fit":
         print(f"{result.num_samples} memories in {result.path / 'memories'}")
         if result.num_failed:
             print(f"{result.num_failed} of them failed (loss not finite) and hold the base model")
@@ -149,3 +154,11 @@ def run_command(arguments: list[str]) -> int:
             print("this run was complete already; nothing was left to do")
         print_run(result.path)
     return 0
+
+
+def _print_search(result: SearchResult) -> None:
+    if not result.num_new:
+        print("this search was complete already; nothing was left to do")
+    print_search(result.ranking, make_console())
+    print(f"\nrun folder: {result.path} (search.md, heatmap.svg, search.json)")
+    print(f"answer with the best: fastmem fit-predict --config {shlex.quote(str(result.path / 'best.yaml'))}")

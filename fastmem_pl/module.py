@@ -18,6 +18,7 @@ from fastmem_pl.decoding import (
     BASELINE,
     DECODERS,
     METHODS,
+    Decoder,
     Decoding,
     DecodingSettings,
     Generated,
@@ -204,7 +205,7 @@ class FastMemModule(LightningModule):
     def use_mode(self, mode: Mode, run_memories: Path) -> None:
         """Choose what a step does; ``run_memories`` is the run folder's ``memories/``."""
         self.mode = mode
-        self.methods = select_methods(self.hparams.methods)
+        self.use_methods(self.hparams.methods)
         if mode == "fit":
             self.memories = run_memories
         elif mode == "predict":
@@ -214,6 +215,10 @@ class FastMemModule(LightningModule):
                 self.memories = run_memories
             if self.memories is None:
                 self.methods = [m for m in self.methods if not m.memory] or [METHODS[BASELINE]]
+
+    def use_methods(self, names: Sequence[str]) -> None:
+        """Choose the methods to answer by; to be called before the backbone is loaded."""
+        self.methods = select_methods(names)
 
     def identity(self, answers: bool) -> dict[str, Any]:
         """Settings that memories depend on and, with ``answers``, what answers depend on beside them."""
@@ -238,8 +243,12 @@ class FastMemModule(LightningModule):
         if any(decoder.needs_without_context for decoder in decoders):
             forms.add("without_context")
         limits = [decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders]
-        self._longest_answer = max(limits)
-        self.encoder = SampleEncoder(self.memorizer, self._longest_answer, forms)
+        self.longest_answer = max(limits)
+        self.encoder = SampleEncoder(self.memorizer, self.longest_answer, forms)
+
+    def decoder_of(self, method: Method) -> Decoder:
+        """The decoder of one of the methods, with the settings of the model."""
+        return self._decoders[method.name]
 
     def early_layers(self, form: str) -> list[int]:
         """Numbers of the hidden states that methods with this form of the prompt look at."""
@@ -258,7 +267,7 @@ class FastMemModule(LightningModule):
         budget = usable_bytes(device)
         most = _MOST_SAMPLES["cpu" if device.type == "cpu" else "other"]
         # Beside the context: question, instruction, and the answer.
-        further = _AROUND_CONTEXT + self._longest_answer
+        further = _AROUND_CONTEXT + self.longest_answer
         return BatchLimits(
             most, max_tokens, lambda tokens: self._footprint.samples_in(budget, tokens + further)
         )
@@ -271,7 +280,7 @@ class FastMemModule(LightningModule):
     def predict_step(self, batch: list[ContextSample], batch_idx: int = 0) -> list[dict[str, Any]]:
         """Memorize and answer a batch; returns one record per sample and method (``fit``: per sample)."""
         encoded = [self.encoder(sample) for sample in batch]
-        tokens = max(sample.longest for sample in encoded) + self._longest_answer
+        tokens = max(sample.longest for sample in encoded) + self.longest_answer
         cost = self._footprint.cost(len(batch), tokens)
         if self._too_much is not None and len(batch) > 1 and cost >= self._too_much:
             # What was too much once is not tried again.
@@ -285,7 +294,7 @@ class FastMemModule(LightningModule):
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler, so that the traceback no longer keeps the tensors alive.
-            self._free()
+            self.free_memory()
             # Graphs of earlier batches may have been what was too much.
             if not held:
                 break
@@ -299,7 +308,8 @@ class FastMemModule(LightningModule):
         self._too_much = cost
         return self._in_halves(batch)
 
-    def _free(self) -> None:
+    def free_memory(self) -> None:
+        """Let go of recorded steps, and of what the allocator keeps."""
         self.graphs.clear()
         gc.collect()
         if self.backbone.device.type == "cuda":
@@ -357,7 +367,7 @@ class FastMemModule(LightningModule):
             }
             records[method.name] = []
             for row, sample in enumerate(samples):
-                record = self._record(sample, method, answers[row], encoded[row], seconds)
+                record = self.record(sample, method, answers[row], encoded[row], seconds)
                 record["curve"] = used.curves[row].as_dict() if used else None
                 record["status"] = used.status[row] if used else "ok"
                 records[method.name].append(record)
@@ -392,7 +402,7 @@ class FastMemModule(LightningModule):
             )
         return [{"index": s.index, "curve": c.as_dict()} for s, c in zip(samples, memory.curves, strict=True)]
 
-    def _record(
+    def record(
         self,
         sample: ContextSample,
         method: Method,
@@ -400,6 +410,7 @@ class FastMemModule(LightningModule):
         encoded: EncodedSample,
         seconds: dict[str, float],
     ) -> dict[str, Any]:
+        """The record of one answer, but for its memory's curve and status."""
         prediction = sample.answer_prefix + answer.text
         return {
             "index": sample.index,

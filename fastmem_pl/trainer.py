@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from fastmem_pl.memory import MemoryFolder
 from fastmem_pl.module import FastMemModule, Mode
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
 from fastmem_pl.scoring import add_model_scores, wanted_models
+from fastmem_pl.search import SearchResult, SearchSettings, run_search
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,9 @@ class FastMemTrainer(Trainer):
 
     config_text: str | None = None
     """Resolved configuration to keep in the run folder; the command line sets it."""
+
+    search: Any
+    """:meth:`search_settings`."""
 
     def __init__(
         self,
@@ -139,38 +144,78 @@ class FastMemTrainer(Trainer):
         """
         return self._run_samples("predict", model, datamodule, run_dir)
 
+    def search_settings(
+        self,
+        model: FastMemModule,
+        datamodule: FastMemDataModule,
+        search: SearchSettings = SearchSettings(),  # noqa: B008 (jsonargparse shows it)
+        run_dir: str | None = None,
+    ) -> SearchResult:
+        """Answer by every point of a grid of settings, and rank the points.
+
+        Args:
+            model: the settings of all that is no axis of the search.
+            datamodule: the samples.
+            search: axes, objective and samples of the search.
+            run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
+                runs/ and the names of the configs.
+        """
+        return run_search(self, model, datamodule, search, run_dir)
+
     def _run_samples(
         self, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None
     ) -> RunResult:
-        if self.num_devices * self.num_nodes > 1:
-            raise FastMemError(
-                f"trainer.devices: {self.num_devices} on {self.num_nodes} node(s); allowed: 1 device, as "
-                "samples are not yet shared out over several (--trainer.devices 1)"
-            )
         start = time.perf_counter()
         datamodule.setup()
         path = Path(run_dir or Path("runs") / datamodule.task)
         model.use_mode(mode, path / "memories")
         methods = [] if mode == "fit" else [method.name for method in model.methods]
-        identity = self._identity(model, datamodule, bool(methods))
-        # `fit` answers nothing, the fingerprint is known late, and early versions knew one state only.
-        optional = {"model.fingerprint", "data.answer_prefix", "model.optimizer_state"}
-        optional |= {f"model.{name}" for name in model.identity(True).keys() - model.identity(False).keys()}
-        run = RunFolder(path, identity, methods, optional)
-        # All that can be refused is refused before anything is written, and what needs no model before
-        # it is loaded.
-        run.check()
-        model.load_backbone(str(self.precision), self.strategy.root_device)
-        run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
-        run.check()
-        model.check_samples(datamodule.samples)
-        run.open(self.config_text or self._config_text(model, datamodule, path))
+        identity = self.identity(model, datamodule, bool(methods))
+        run = self.open_run(path, identity, methods, model, datamodule)
         try:
             if mode == "fit":
                 return self._memorize_all(run, model, datamodule)
             return self._answer_all(run, mode, model, datamodule, start)
         finally:
             run.close()
+
+    def open_run(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        methods: Sequence[str],
+        model: FastMemModule,
+        datamodule: FastMemDataModule,
+    ) -> RunFolder:
+        """Load the model and open the run folder, once all that can be refused is accepted.
+
+        Args:
+            path: of the folder.
+            identity: what the results depend on.
+            methods: one record each a sample; none where records are complete by another rule.
+            model: to load.
+            datamodule: the samples.
+
+        Raises:
+            FastMemError: for anything that cannot be done, before anything is written.
+        """
+        if self.num_devices * self.num_nodes > 1:
+            raise FastMemError(
+                f"trainer.devices: {self.num_devices} on {self.num_nodes} node(s); allowed: 1 device, as "
+                "samples are not yet shared out over several (--trainer.devices 1)"
+            )
+        # `fit` answers nothing, the fingerprint is known late, and early versions knew one state only.
+        optional = {"model.fingerprint", "data.answer_prefix", "model.optimizer_state"}
+        optional |= {f"model.{name}" for name in model.identity(True).keys() - model.identity(False).keys()}
+        run = RunFolder(path, identity, methods, optional)
+        # What needs no model is refused before it is loaded.
+        run.check()
+        model.load_backbone(str(self.precision), self.strategy.root_device)
+        run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
+        run.check()
+        model.check_samples(datamodule.samples)
+        run.open(self.config_text or self.resolved_config(model, datamodule, path))
+        return run
 
     def _memorize_all(self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> RunResult:
         run.memories_path.mkdir(exist_ok=True)
@@ -200,7 +245,7 @@ class FastMemTrainer(Trainer):
             run.metrics_path.unlink(missing_ok=True)
             self._loop(model, datamodule, [aggregation, PredictionWriter(run)])
         run.sort()
-        added = self._score_with_models(run, model, datamodule)
+        added = self.score_with_models(run, model, datamodule)
         records = [record for record in run.records() if record["index"] in wanted]
         written = run.metrics_path.is_file()
         grown = bool(added) or (written and _lacks_scores(run.metrics(), records))
@@ -221,7 +266,7 @@ class FastMemTrainer(Trainer):
         total = len(datamodule.samples)
         return RunResult(run.path, mode, total, metrics, num_new=remaining, added_scores=added)
 
-    def _score_with_models(
+    def score_with_models(
         self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule
     ) -> list[str]:
         """Add the scores that need a model of their own; returns which came."""
@@ -246,7 +291,7 @@ class FastMemTrainer(Trainer):
             self.callbacks = usual
             model.graphs.clear()
 
-    def _identity(self, model: FastMemModule, datamodule: FastMemDataModule, answers: bool) -> dict[str, Any]:
+    def identity(self, model: FastMemModule, datamodule: FastMemDataModule, answers: bool) -> dict[str, Any]:
         """Settings that the results depend on; memories depend on fewer than answers."""
         data = {name: value for name, value in datamodule.hparams.items() if name not in _DATA_FREE}
         data["file_hash"] = datamodule.file_hash()
@@ -258,7 +303,8 @@ class FastMemTrainer(Trainer):
             "trainer": {"precision": str(self.precision)},
         }
 
-    def _config_text(self, model: FastMemModule, datamodule: FastMemDataModule, path: Path) -> str:
+    def resolved_config(self, model: FastMemModule, datamodule: FastMemDataModule, path: Path) -> str:
+        """The settings as a config file, for runs that Python started."""
         config = {
             "trainer": {"precision": str(self.precision)},
             "model": {k: v for k, v in model.hparams.items() if k != "_instantiator"},
@@ -270,10 +316,16 @@ class FastMemTrainer(Trainer):
     def _metrics(
         self, aggregation: MetricAggregation, model: FastMemModule, run: RunFolder
     ) -> dict[str, Any]:
-        backbone = model.backbone
         return {
             "schema_version": SCHEMA_VERSION,
             "groups": aggregation.compute(),
+            **self.provenance(model, run),
+        }
+
+    def provenance(self, model: FastMemModule, run: RunFolder) -> dict[str, Any]:
+        """By what model, with what settings, and where results were made."""
+        backbone = model.backbone
+        return {
             "model": {
                 "backbone": backbone.name,
                 "class": type(backbone.model).__name__,
@@ -292,8 +344,10 @@ def _lacks_scores(metrics: dict[str, Any], records: list[dict[str, Any]]) -> boo
     return any(record["scores"].keys() - methods[record["method"]]["metrics"].keys() for record in records)
 
 
-# LightningCLI calls the trainer's attribute named like the subcommand.
+# LightningCLI calls the trainer's attribute named like the subcommand. A method of the name `search` could not
+# have a parameter `search`: jsonargparse names a group of options after each.
 setattr(FastMemTrainer, "fit-predict", FastMemTrainer.fit_predict)
+FastMemTrainer.search = FastMemTrainer.search_settings
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -61,6 +61,17 @@ class TailInputs:
             return self
         return TailInputs(self.residual[:, -1:], self.ffn_input[:, -1:], early=self.early)
 
+    def expand(self, rows: int) -> TailInputs:
+        """One sample's inputs as those of ``rows``, in the same memory."""
+        residual, ffn_input = (t.expand(rows, -1, -1) for t in (self.residual, self.ffn_input))
+        early = {number: hidden.expand(rows, -1, -1) for number, hidden in self.early.items()}
+        return TailInputs(residual, ffn_input, self.calls, early)
+
+    def rows(self, index: Tensor) -> TailInputs:
+        """Pick rows, repeats allowed; of the trunk's results, not of blocks above the first trained FFN."""
+        early = {number: hidden[index] for number, hidden in self.early.items()}
+        return TailInputs(self.residual[index], self.ffn_input[index], early=early)
+
 
 class Trunk:
     """The model's own body, with the first trained FFN tapped and all above it passed through.
@@ -133,7 +144,7 @@ class Tail:
         self._block_dtype = anatomy.head.weight.dtype
         self.head_weight = anatomy.head.weight.detach().to(dtype)
         bias = getattr(anatomy.head, "bias", None)
-        self._head_bias = None if bias is None else bias.detach().float()
+        self.head_bias = None if bias is None else bias.detach().float()
         self.softcap = anatomy.softcap
 
     def base(self, inputs: TailInputs) -> BaseActivations:
@@ -193,12 +204,12 @@ class Tail:
     @property
     def plain_head(self) -> bool:
         """Whether logits are the head's product and nothing else."""
-        return self._head_bias is None and self.softcap is None
+        return self.head_bias is None and self.softcap is None
 
     def finish_logits(self, raw: Tensor) -> Tensor:
         """Add the head's bias and apply the soft-cap."""
-        if self._head_bias is not None:
-            raw = raw + self._head_bias
+        if self.head_bias is not None:
+            raw = raw + self.head_bias
         if self.softcap is not None:
             raw = self.softcap * torch.tanh(raw / self.softcap)
         return raw

@@ -77,6 +77,10 @@ class FastMemDataModule(LightningDataModule):
         if not self.samples:
             self.samples = read_samples(self.path, self.task, self.fields, self.answer_prefix, self.limit)
 
+    def keep_every(self, stride: int) -> None:
+        """Keep the first of every ``stride`` samples; they keep their index."""
+        self.samples = [sample for sample in self.samples if sample.index % stride == 0]
+
     def file_hash(self) -> str:
         """Short hash of the data file, by which a run folder knows its data again."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from fastmem_pl.decoding.graphs import GraphPool
 from fastmem_pl.decoding.loop import Decoding, Generated, Prefill, PrefillCache
 from fastmem_pl.decoding.methods import BASELINE, METHODS, Method, select_methods
 from fastmem_pl.decoding.settings import DecodingSettings
+from fastmem_pl.decoding.shared import SharedPrefill
 
 __all__ = [
     "BASELINE",
@@ -30,6 +31,7 @@ __all__ = [
     "Method",
     "Prefill",
     "PrefillCache",
+    "SharedPrefill",
     "StepLogits",
     "select_methods",
 ]

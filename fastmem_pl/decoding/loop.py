@@ -16,7 +16,7 @@ from fastmem_pl.decoding.decoders import DECODERS
 from fastmem_pl.decoding.graphs import GraphPool, Lease
 from fastmem_pl.decoding.sampling import TokenChooser
 from fastmem_pl.decoding.settings import DecodingSettings
-from fastmem_pl.decoding.state import DecodeState, Views
+from fastmem_pl.decoding.state import DecodeState, Path, Views
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.phases import PhaseMeter
 
@@ -75,6 +75,10 @@ class Prefill:
 
     def __len__(self) -> int:
         return self.mask.shape[0]
+
+    def path(self, max_new_tokens: int) -> Path:
+        """Go on from the prompts; the prefill stays as it is."""
+        return Path.of(self, max_new_tokens)
 
 
 class PrefillCache:

@@ -183,7 +183,7 @@ class DecodeState:
         last = torch.zeros(2, len(prefills[0]), dtype=torch.long, device=prefills[0].mask.device)
         state = cls([], views, chooser, last)
         state._choose([prefill.inputs for prefill in prefills])
-        state.paths = [Path.of(prefill, max_new) for prefill in prefills]
+        state.paths = [prefill.path(max_new) for prefill in prefills]
         views.fix_caches(state.paths, [prefill.mask.shape[1] for prefill in prefills])
         return state
 

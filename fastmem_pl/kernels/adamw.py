@@ -29,10 +29,10 @@ def factored_adamw_(
     inner: Tensor,
     scale: Tensor,
     step: int,
-    lr: float,
+    lr: Tensor,
     betas: tuple[float, float],
     eps: float,
-    decay: float,
+    weight_decay: float,
     *,
     first_step: bool = False,
     last: bool = False,
@@ -48,10 +48,10 @@ def factored_adamw_(
         inner: the product's input, ``(B, T, N)``.
         scale: factor of each sample's gradient, ``(B,)`` float32.
         step: number of this step, from 1.
-        lr: learning rate.
+        lr: learning rate of each sample, ``(B,)`` float32.
         betas: of the moments.
         eps: added to the root of the second moment.
-        decay: share of ``base + delta`` that the step takes away.
+        weight_decay: the step takes away this share of ``base + delta``, times the learning rate.
         first_step: delta and moments are zero, and are not read.
         last: no step comes after, so the moments need not be written.
     """
@@ -65,8 +65,8 @@ def factored_adamw_(
             # In the type of the products, as PyTorch gives it; with a float32 state, in float32.
             wide = {"out_dtype": torch.float32} if delta.dtype is torch.float32 and delta.is_cuda else {}
             grad = torch.bmm(outer[part].transpose(1, 2), inner[part], **wide)
-        tensors = (t[part] for t in (delta, first, second, outer, inner, scale))
-        _launch(*tensors, base, grad, step, lr, betas, eps, decay, first_step, last)
+        tensors = (t[part] for t in (delta, first, second, outer, inner, scale, lr))
+        _launch(*tensors, base, grad, step, betas, eps, weight_decay, first_step, last)
 
 
 def _launch(
@@ -76,13 +76,13 @@ def _launch(
     outer: Tensor,
     inner: Tensor,
     scale: Tensor,
+    lr: Tensor,
     base: Tensor,
     grad: Tensor | None,
     step: int,
-    lr: float,
     betas: tuple[float, float],
     eps: float,
-    decay: float,
+    weight_decay: float,
     first_step: bool,
     last: bool,
 ) -> None:
@@ -99,16 +99,17 @@ def _launch(
         outer if grad is None else grad,
         inner,
         scale,
+        lr,
         outer.shape[1],
         rows,
         columns,
         *base.stride(),
-        lr / (1 - beta1**step),
+        1 / (1 - beta1**step),
         (1 - beta2**step) ** -0.5,
         beta1,
         beta2,
         eps,
-        decay,
+        weight_decay,
         STORED=grad is not None,
         FIRST=first_step,
         LAST=last,
@@ -130,17 +131,18 @@ def _factored_adamw(
     outer_ptr,  # of the gradient itself where it is stored
     inner_ptr,
     scale_ptr,
+    lr_ptr,
     tokens,
     rows,
     columns,
     base_row,
     base_column,
-    step_size,
+    first_scale,
     second_scale,
     beta1,
     beta2,
     eps,
-    decay,
+    weight_decay,
     STORED: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
@@ -184,6 +186,8 @@ def _factored_adamw(
             grad = tl.dot(tl.trans(outer), inner, grad)
     grad *= tl.load(scale_ptr + sample)
 
+    lr = tl.load(lr_ptr + sample)
+    decay = lr * weight_decay
     new_first = (1 - beta1) * grad
     new_second = (1 - beta2) * grad * grad
     new_delta = -decay * base.to(tl.float32)
@@ -191,7 +195,7 @@ def _factored_adamw(
         new_first += beta1 * first.to(tl.float32)
         new_second += beta2 * second.to(tl.float32)
         new_delta += (1 - decay) * delta.to(tl.float32)
-    new_delta -= step_size * new_first / (tl.sqrt(new_second) * second_scale + eps)
+    new_delta -= lr * first_scale * new_first / (tl.sqrt(new_second) * second_scale + eps)
     tl.store(delta_ptr + place, new_delta.to(delta_ptr.dtype.element_ty), mask, eviction_policy="evict_first")
     if not LAST:
         new_first = new_first.to(first_ptr.dtype.element_ty)

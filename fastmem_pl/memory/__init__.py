@@ -12,9 +12,11 @@ from fastmem_pl.memory.objective import (
     prepare,
 )
 from fastmem_pl.memory.settings import MemorizationSettings
+from fastmem_pl.memory.snapshots import ContextReader
 from fastmem_pl.memory.store import MemoryFolder
 
 __all__ = [
+    "ContextReader",
     "Curve",
     "DeltaAdamW",
     "FFNDelta",

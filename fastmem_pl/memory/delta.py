@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from fastmem_pl.backbone import Factors
 from fastmem_pl.errors import FastMemError
@@ -69,7 +70,7 @@ class DeltaAdamW(torch.optim.AdamW):
 
     Args:
         pairs: ``(delta (B, out, in), base weight (out, in))``.
-        lr: learning rate.
+        lr: learning rate, one for all samples or one each.
         weight_decay: decoupled weight decay.
         round_weights: keep ``W + delta`` at what float32 weights can hold, as editing them does. Updates of
             one size then round alike (at 1e-5, by +0.14% wherever the weight is between 0.25 and 1).
@@ -83,7 +84,7 @@ class DeltaAdamW(torch.optim.AdamW):
     def __init__(
         self,
         pairs: Iterable[tuple[Tensor, Tensor]],
-        lr: float,
+        lr: float | Sequence[float],
         weight_decay: float,
         round_weights: bool = False,
         last_step: int | None = None,
@@ -94,7 +95,17 @@ class DeltaAdamW(torch.optim.AdamW):
         self._round_weights = round_weights
         deltas = [delta for delta, _ in self._pairs]
         fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas)
-        super().__init__(deltas, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused or None)
+        num_samples = len(deltas[0])
+        self._lrs = [float(lr)] * num_samples if isinstance(lr, int | float) else list(lr)
+        first = self._lrs[0]
+        super().__init__(
+            deltas, lr=first, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused or None
+        )
+        exact = torch.tensor(self._lrs, dtype=torch.float64, device=deltas[0].device)
+        self._lr = exact.float()
+        # Share of weight and delta that a step takes away, and what it leaves, by sample.
+        self._taken = (exact * weight_decay).float()[:, None, None]
+        self._left = (1 - exact * weight_decay).float()[:, None, None]
         self._weight_decay = weight_decay
         self._scale: Tensor | None = None
 
@@ -127,18 +138,18 @@ class DeltaAdamW(torch.optim.AdamW):
         if self._steps == self._last_step:
             raise FastMemError(f"memorizing ends after its {self._last_step} steps; set model.steps higher")
         self._steps += 1
-        decay = self.param_groups[0]["lr"] * self._weight_decay
         plain = [pair for pair in self._pairs if getattr(pair[0], "factors", None) is None]
         with torch.no_grad():
             for delta, base in self._pairs:
                 if getattr(delta, "factors", None) is not None:
-                    self._factored_step(delta, base, decay)
+                    self._factored_step(delta, base)
             for delta, base in plain:
-                if self._round_weights:
-                    delta.copy_((base.float() + delta).mul_(1 - decay) - base)
-                else:
-                    delta.mul_(1 - decay).add_(base, alpha=-decay)
-            super().step()
+                self._decay(delta, base)
+            if len(set(self._lrs)) == 1:
+                super().step()
+            else:
+                for delta, _ in plain:
+                    self._step_by_row(delta)
             for delta, base in plain if self._round_weights else ():
                 delta.copy_((base.float() + delta) - base)
         self._scale = None
@@ -151,7 +162,38 @@ class DeltaAdamW(torch.optim.AdamW):
             if hasattr(delta, "factors"):
                 delta.factors = None
 
-    def _factored_step(self, delta: Tensor, base: Tensor, decay: float) -> None:
+    def _decay(self, delta: Tensor, base: Tensor) -> None:
+        if self._round_weights:
+            delta.copy_((base.float() + delta).mul_(self._left) - base)
+        else:
+            delta.mul_(self._left).addcmul_(base, self._taken, value=-1)
+
+    def _step_by_row(self, delta: Tensor) -> None:
+        """AdamW's update where samples differ in their learning rate, which PyTorch takes one of."""
+        state, group = self.state[delta], self.param_groups[0]
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(delta), torch.zeros_like(delta)
+            device = delta.device if group["fused"] else None
+            state["step"] = [torch.zeros((), device=device) for _ in delta]
+        for lr in dict.fromkeys(self._lrs):
+            rows = [row for row, own in enumerate(self._lrs) if own == lr]
+            adamw(
+                *([tensor[row] for row in rows] for tensor in (delta.detach(), delta.grad)),
+                [state["exp_avg"][row] for row in rows],
+                [state["exp_avg_sq"][row] for row in rows],
+                [],
+                [state["step"][row] for row in rows],
+                fused=group["fused"],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=lr,
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _factored_step(self, delta: Tensor, base: Tensor) -> None:
         from fastmem_pl.kernels.adamw import factored_adamw_
 
         state, group, factors = self.state[delta], self.param_groups[0], delta.factors
@@ -170,10 +212,10 @@ class DeltaAdamW(torch.optim.AdamW):
             factors.inner,
             delta.new_ones(len(delta), dtype=torch.float32) if scale is None else scale,
             self._steps,
-            group["lr"],
+            self._lr,
             group["betas"],
             group["eps"],
-            decay,
+            self._weight_decay,
             first_step=self._from_zero and self._steps == 1,
             last=self._steps == self._last_step,
         )

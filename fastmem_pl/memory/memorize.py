@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fastmem_pl import kernels
-from fastmem_pl.backbone import Backbone, EncodedContext
+from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs
 from fastmem_pl.backbone.backbone import pad
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.footprint import usable_bytes
 from fastmem_pl.memory.memory import Curve, Memory
-from fastmem_pl.memory.objective import MemorizationBatch, memorization_loss, prepare
+from fastmem_pl.memory.objective import MemorizationBatch, prepare
 from fastmem_pl.memory.settings import MemorizationSettings
 
 # Bound of the step-0 predictions that are kept, alone and as a share of the memory at hand; the others are
@@ -26,6 +27,21 @@ from fastmem_pl.memory.settings import MemorizationSettings
 _REFERENCE_BYTES, _REFERENCE_SHARE = 2 << 30, 0.2
 # Room beside the context for bos, header and end of turn.
 _AROUND_CONTEXT = 32
+
+
+@dataclass(frozen=True)
+class ReadContexts:
+    """What the trunk makes of ``B`` contexts.
+
+    Attributes:
+        inputs: of the tail, ``(B, T, D)``.
+        labels: token that each position predicts, ``(B, T)``.
+        label_mask: true where it counts, ``(B, T)``.
+    """
+
+    inputs: TailInputs
+    labels: Tensor
+    label_mask: Tensor
 
 
 class MemorizationModule(LightningModule):
@@ -38,10 +54,18 @@ class MemorizationModule(LightningModule):
         backbone: whose last FFNs the deltas change.
         num_samples: ``B``.
         settings: of memorizing.
+        rows: settings of each sample, where they differ; in ``learning_rate`` and ``kl_coeff`` they may.
     """
 
-    def __init__(self, backbone: Backbone, num_samples: int, settings: MemorizationSettings) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_samples: int,
+        settings: MemorizationSettings,
+        rows: Sequence[MemorizationSettings] | None = None,
+    ) -> None:
         super().__init__()
+        self._rows = [settings] * num_samples if rows is None else list(rows)
         self._backbone = backbone
         self._tail = backbone.tail(settings.num_layers)
         self._settings = settings
@@ -52,8 +76,8 @@ class MemorizationModule(LightningModule):
             FFNDelta(ffn.shapes, num_samples, backbone.device, dtype, factored) for ffn in self._tail.ffns
         )
         # Not a buffer: precision plugins would round it.
-        self.kl_coeff = torch.full(
-            (num_samples,), settings.kl_coeff, device=backbone.device, dtype=torch.float32
+        self.kl_coeff = torch.tensor(
+            [row.kl_coeff for row in self._rows], device=backbone.device, dtype=torch.float32
         )
         self._history: list[tuple[Tensor, Tensor, Tensor]] = []
         self._norms: list[Tensor] = []
@@ -66,7 +90,7 @@ class MemorizationModule(LightningModule):
             states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=norm_every_layer)
             kl_coeff = self.kl_coeff
             hidden = self._tail.final_norm(states[-1])
-            losses = memorization_loss(self._tail, hidden, batch, kl_coeff, moved=bool(self._history))
+            losses = batch.loss(self._tail, hidden, kl_coeff, moved=bool(self._history))
         self._history.append((losses.cross_entropy, losses.kl, kl_coeff))
         if self._settings.kl_target is not None:
             self.kl_coeff = adapted_kl_coeff(
@@ -84,7 +108,7 @@ class MemorizationModule(LightningModule):
         settings = self._settings
         return DeltaAdamW(
             pairs,
-            settings.learning_rate,
+            [row.learning_rate for row in self._rows],
             settings.weight_decay,
             settings.round_weights,
             last_step=settings.steps,
@@ -132,7 +156,11 @@ class MemorizationModule(LightningModule):
         return self._pack(deltas, curves, status)
 
     def _pack(self, deltas: list[dict[str, Tensor]], curves: list[Curve], status: list[str]) -> Memory:
-        return Memory(deltas, curves, status, self._settings.as_dict(), self._backbone.fingerprint())
+        settings = self._settings.as_dict()
+        for name in ("learning_rate", "kl_coeff"):
+            values = [getattr(row, name) for row in self._rows]
+            settings[name] = values[0] if len(set(values)) == 1 else values
+        return Memory(deltas, curves, status, settings, self._backbone.fingerprint())
 
 
 def adapted_kl_coeff(kl_coeff: Tensor, kl: Tensor, target: float, gain: float) -> Tensor:
@@ -190,6 +218,17 @@ class Memorizer:
 
     def prepare(self, encoded: Sequence[EncodedContext]) -> MemorizationBatch:
         """Run the trunk once and compute all that stays constant over the steps."""
+        read = self.read(encoded)
+        with self.backbone.numerics():
+            tail = self.backbone.tail(self.settings.num_layers)
+            return prepare(tail, read.inputs, read.labels, read.label_mask, self.reference_budget())
+
+    def reference_budget(self) -> float:
+        """Bytes up to which step-0 predictions are kept."""
+        return min(_REFERENCE_BYTES, _REFERENCE_SHARE * usable_bytes(self.backbone.device))
+
+    def read(self, encoded: Sequence[EncodedContext]) -> ReadContexts:
+        """Run the trunk on encoded contexts."""
         backbone = self.backbone
         ids, mask = pad([e.input_ids for e in encoded], backbone.pad_id, "right", backbone.device)
         inputs = backbone.run_trunk(self.settings.num_layers, ids)
@@ -197,10 +236,7 @@ class Memorizer:
         label_mask = torch.zeros_like(mask, dtype=torch.bool)
         for row, item in enumerate(encoded):
             label_mask[row, max(item.header_length, 1) - 1 : len(item.input_ids) - 1] = True
-        with backbone.numerics():
-            tail = backbone.tail(self.settings.num_layers)
-            budget = min(_REFERENCE_BYTES, _REFERENCE_SHARE * usable_bytes(backbone.device))
-            return prepare(tail, inputs, ids.roll(-1, dims=1), label_mask, budget)
+        return ReadContexts(inputs, ids.roll(-1, dims=1), label_mask)
 
     def fit(self, encoded: Sequence[EncodedContext]) -> Memory:
         """Memorize encoded contexts. The base weights are not touched, whatever happens."""
@@ -208,15 +244,18 @@ class Memorizer:
             module = MemorizationModule(self.backbone, len(encoded), self.settings)
             if self.settings.steps:
                 batch = self.prepare(encoded)
-                self._run(module, batch)
+                for _ in self.run(module, batch, self.settings.steps):
+                    pass
             return module.memory()
 
-    def _run(self, module: MemorizationModule, batch: MemorizationBatch) -> None:
+    def run(self, module: MemorizationModule, batch: MemorizationBatch, steps: int) -> Iterator[int]:
+        """Fit a module step by step; yields the number of steps taken so far."""
         plain = module.configure_optimizers()
         optimizer = self._fabric.setup_optimizers(plain)
-        for step in range(self.settings.steps):
+        for step in range(steps):
             loss = module.training_step(batch, step)
             self._fabric.backward(loss)
             module.configure_gradient_clipping(plain)
             optimizer.step()
             optimizer.zero_grad()
+            yield step + 1

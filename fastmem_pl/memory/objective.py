@@ -220,6 +220,10 @@ class MemorizationBatch(SimpleNamespace):
         """Number of contexts, ``B``."""
         return self.inputs.residual.shape[0]
 
+    def loss(self, tail: Tail, hidden: Tensor, kl_coeff: Tensor, moved: bool = True) -> Losses:
+        """Loss of every sample; arguments as of :func:`memorization_loss`."""
+        return memorization_loss(tail, hidden, self, kl_coeff, moved)
+
 
 def prepare(
     tail: Tail,

@@ -1,0 +1,194 @@
+"""Answers and losses of one sample at many points, at little more than the price of one."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastmem_pl.data import ContextSample
+from fastmem_pl.decoding import BASELINE, METHODS, Decoding, Method, Prefill, PrefillCache, SharedPrefill
+from fastmem_pl.encoding import EncodedSample
+from fastmem_pl.errors import OutOfMemoryError
+from fastmem_pl.memory import ContextReader, Footprint, Memory, usable_bytes
+from fastmem_pl.module import FastMemModule
+from fastmem_pl.phases import is_out_of_memory
+from fastmem_pl.search.grid import DECODER_AXES, Point
+
+log = logging.getLogger(__name__)
+
+# Rows memorized together at most, and on a CPU the padded tokens of them: more gain nothing, and their
+# activations would fill the memory.
+_MOST_ROWS, _CPU_TOKENS = 32, 4096
+
+Record = dict[str, Any]
+
+
+class SampleSearch:
+    """One sample under search: its prompts and its context are read by the trunk once.
+
+    Args:
+        model: whose settings hold wherever a point does not say otherwise.
+        sample: to answer about.
+        method: that is searched for.
+        exact: compute losses from the whole vocabulary.
+    """
+
+    def __init__(self, model: FastMemModule, sample: ContextSample, method: Method, exact: bool) -> None:
+        self._model, self._sample, self._method, self._exact = model, sample, method, exact
+        self._encoded: EncodedSample = model.encoder(sample)
+        settings = model.settings
+        self._prefills = PrefillCache(
+            lambda form: Prefill(
+                model.backbone, [self._encoded.prompts[form]], settings.num_layers, model.early_layers(form)
+            ),
+            model.meter,
+        )
+        self._reader: ContextReader | None = None
+        self._footprint = Footprint.of(model.backbone, settings)
+
+    @property
+    def loss_error(self) -> float | None:
+        """Largest error of the sampled loss that was seen (nats a token); ``None`` where none was looked for."""
+        errors = self._reader.errors if self._reader else []
+        return max(map(abs, errors), default=None)
+
+    def zero_shot(self) -> Record:
+        """The record of the base model."""
+        (answer,), seconds = self._answer(METHODS[BASELINE], None, 1, {})
+        return self._record(METHODS[BASELINE], answer, {"memorize": 0.0, "decode": seconds}, None, None, 0)
+
+    def points(self, points: Sequence[Point], progress: Callable[[int], None]) -> list[Record]:
+        """A record for every point.
+
+        Args:
+            points: to evaluate.
+            progress: told how many are done, as they are.
+
+        Raises:
+            OutOfMemoryError: when a single row does not fit.
+        """
+        rows: dict[tuple[float, float], list[Point]] = defaultdict(list)
+        for point in points:
+            rows[point["learning_rate"], point["kl_coeff"]].append(point)
+        # Rows that go on longest first, so that those of one chunk stop at the same steps.
+        ordered = sorted(rows.values(), key=lambda row: -max(p["steps"] for p in row))
+        records: list[Record] = []
+        while ordered:
+            most = self._rows_at_once()
+            chunk, ordered = ordered[:most], ordered[most:]
+            records += self._in_memory(chunk, progress)
+        return records
+
+    def _rows_at_once(self) -> int:
+        backbone = self._model.backbone
+        tokens = self._encoded.longest + self._model.longest_answer
+        fitting = self._footprint.samples_in(usable_bytes(backbone.device), tokens)
+        if backbone.device.type == "cpu":
+            fitting = min(fitting, _CPU_TOKENS // tokens)
+        return max(1, min(_MOST_ROWS, fitting))
+
+    def _in_memory(self, rows: Sequence[Sequence[Point]], progress: Callable[[int], None]) -> list[Record]:
+        """Evaluate rows, in halves where they do not fit together."""
+        records: list[Record] = []
+        try:
+            for found in self._evaluate(rows):
+                records += found
+                progress(len(found))
+            return records
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, so that the traceback no longer keeps the tensors alive.
+        progress(-len(records))
+        records.clear()
+        self._model.free_memory()
+        if len(rows) == 1:
+            raise OutOfMemoryError(
+                f"out of memory with one point of sample {self._sample.id}; lower --model.max_context_tokens "
+                "or use --trainer.precision bf16-true; what is done stays, and the same command goes on from "
+                "there"
+            )
+        log.warning("out of memory with %d settings at once; trying %d", len(rows), len(rows) // 2)
+        half = len(rows) // 2
+        return self._in_memory(rows[:half], progress) + self._in_memory(rows[half:], progress)
+
+    def _evaluate(self, rows: Sequence[Sequence[Point]]) -> Iterator[list[Record]]:
+        """Records by number of steps, as the rows' common fit comes by."""
+        model = self._model
+        settings = [
+            replace(model.settings, learning_rate=row[0]["learning_rate"], kl_coeff=row[0]["kl_coeff"])
+            for row in rows
+        ]
+        stops = sorted({point["steps"] for row in rows for point in row})
+        memorize, snapshots = 0.0, None
+        for _ in stops:
+            with model.meter.measure("memorize") as timing:
+                if self._reader is None:
+                    self._reader = ContextReader(model.memorizer, self._encoded.context, not self._exact)
+                snapshots = snapshots or self._reader.snapshots(settings, stops)
+                steps, memory = next(snapshots)
+            memorize += timing["seconds"]
+            yield self._at_step(rows, steps, memory, memorize / len(rows))
+
+    def _at_step(
+        self, rows: Sequence[Sequence[Point]], steps: int, memory: Memory, memorize: float
+    ) -> list[Record]:
+        # Points that differ in the decoder's settings only share a memory, not a decode.
+        by_decoder: dict[tuple[tuple[str, float], ...], list[tuple[int, Point]]] = defaultdict(list)
+        for number, row in enumerate(rows):
+            for point in row:
+                if point["steps"] == steps:
+                    own = tuple((name, point[name]) for name in DECODER_AXES if name in point)
+                    by_decoder[own].append((number, point))
+        records = []
+        for own, asked in by_decoder.items():
+            numbers = [number for number, _ in asked]
+            used = memory if numbers == list(range(len(rows))) else memory.rows(numbers)
+            answers, seconds = self._answer(self._method, used, len(asked), dict(own))
+            share = {"memorize": memorize, "decode": seconds / len(asked)}
+            for place, (_, point) in enumerate(asked):
+                records.append(self._record(self._method, answers[place], share, point, used, place))
+        return records
+
+    def _answer(
+        self, method: Method, memory: Memory | None, count: int, decoder_settings: dict[str, float]
+    ) -> tuple[Sequence[Any], float]:
+        """Answers of ``count`` rows to the one prompt, and the seconds that they took."""
+        model = self._model
+        forms: Iterable[str] = [method.prompt]
+        if model.decoder_of(method).needs_without_context:
+            forms = [method.prompt, "without_context"]
+        prompts = [self._prefills.take(form) for form in forms]
+        with model.meter.measure("decode") as timing:
+            answers = Decoding(
+                *self._shared(prompts[:1], count),
+                method.decoder,
+                replace(model.decoding, **decoder_settings),
+                memory and memory.to(model.backbone.compute_dtype).deltas,
+                *self._shared(prompts[1:], count),
+                keys=[self._sample.index] * count,
+                graphs=model.graphs,
+            ).run()
+        return answers, timing["seconds"]
+
+    @staticmethod
+    def _shared(prompts: Sequence[Prefill], count: int) -> list[Prefill | SharedPrefill]:
+        return [SharedPrefill(prompt, count) if count > 1 else prompt for prompt in prompts]
+
+    def _record(
+        self,
+        method: Method,
+        answer: Any,
+        seconds: dict[str, float],
+        point: Point | None,
+        memory: Memory | None,
+        row: int,
+    ) -> Record:
+        record = self._model.record(self._sample, method, answer, self._encoded, seconds)
+        record["curve"] = memory.curves[row].as_dict() if memory else None
+        record["status"] = memory.status[row] if memory else "ok"
+        record["point"] = dict(point) if point else None
+        return record

@@ -1,0 +1,243 @@
+"""A search from start to end: what is left to do, the loop over samples, and the files at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from tqdm import tqdm
+
+from fastmem_pl.callbacks import PredictionWriter, SampleProgress
+from fastmem_pl.data import BatchLimits, FastMemDataModule
+from fastmem_pl.decoding import BASELINE
+from fastmem_pl.module import FastMemModule
+from fastmem_pl.run import SCHEMA_VERSION, RunFolder, write_atomic
+from fastmem_pl.search.grid import MEMORY_AXES, Point, SearchSettings, check_every
+from fastmem_pl.search.module import SearchModule
+from fastmem_pl.search.ranking import Ranking, format_score, rank
+
+if TYPE_CHECKING:
+    from fastmem_pl.trainer import FastMemTrainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SearchResult:
+    """What a search leaves.
+
+    Attributes:
+        path: the run folder.
+        ranking: all points, best first.
+        num_samples: that were searched on.
+        num_new: answers that were not there before this session.
+    """
+
+    path: Path
+    ranking: Ranking
+    num_samples: int
+    num_new: int
+    mode: str = "search"
+
+
+def run_search(
+    trainer: FastMemTrainer,
+    model: FastMemModule,
+    datamodule: FastMemDataModule,
+    settings: SearchSettings,
+    run_dir: str | None = None,
+) -> SearchResult:
+    """Evaluate every point on every fifth (or as set) sample, and rank the points.
+
+    Args:
+        trainer: whose loop runs.
+        model: settings of all that is no axis.
+        datamodule: the samples.
+        settings: of the search.
+        run_dir: folder of the results; the same command goes on in it after a stop.
+
+    Raises:
+        FastMemError: for a mistake in the settings, before anything is written.
+    """
+    start = time.perf_counter()
+    check_every(settings.every)
+    datamodule.setup()
+    datamodule.keep_every(settings.every)
+    samples = datamodule.samples
+    settings.check(model, samples)
+    method = settings.chosen_method()
+    model.use_methods([BASELINE, method.name])
+    path = Path(run_dir or Path("runs") / f"search-{datamodule.task}")
+    identity = _identity(trainer, model, datamodule, settings)
+    run = trainer.open_run(path, identity, [], model, datamodule)
+    try:
+        points = settings.points(model)
+        records = run.records()
+        todo = _missing(points, [sample.index for sample in samples], records)
+        new = sum(map(len, todo.values()))
+        if new:
+            if records:
+                log.warning(
+                    "going on in %s: %d of %d answers are there",
+                    *(path, len(samples) * (len(points) + 1) - new, len(samples) * (len(points) + 1)),
+                )
+            search = SearchModule(model, method, todo, settings.exact)
+            _loop(trainer, search, model, datamodule, run, len(samples) * (len(points) + 1))
+        trainer.score_with_models(run, model, datamodule)
+        wanted = {sample.index for sample in samples}
+        records = [record for record in run.records() if record["index"] in wanted]
+        axes = {name: [point[name] for point in points] for name in points[0]}
+        ranking = rank(records, settings.objective, axes)
+        _write_results(trainer, model, datamodule, run, settings, ranking, records, start if new else None)
+        return SearchResult(path, ranking, len(samples), new)
+    finally:
+        run.close()
+
+
+def _identity(
+    trainer: FastMemTrainer, model: FastMemModule, datamodule: FastMemDataModule, settings: SearchSettings
+) -> dict[str, Any]:
+    """What the records depend on beside their points: a folder may hold the points of several grids."""
+    identity = trainer.identity(model, datamodule, answers=True)
+    for name in {*MEMORY_AXES, *settings.axes}:
+        identity["model"].pop(name, None)
+    identity["search"] = {"exact": settings.exact, "axes": sorted({*MEMORY_AXES, *settings.axes})}
+    return identity
+
+
+def _missing(
+    points: Sequence[Point], indices: Sequence[int], records: Sequence[Mapping[str, Any]]
+) -> dict[int, list[Point | None]]:
+    """Points that have no record yet, by index of the sample; ``None`` stands for zero-shot."""
+    done: dict[int, set[Any]] = defaultdict(set)
+    for record in records:
+        done[record["index"]].add(_key(record["point"]))
+    todo = {
+        index: [point for point in (None, *points) if _key(point) not in done[index]] for index in indices
+    }
+    return {index: left for index, left in todo.items() if left}
+
+
+def _key(point: Point | None) -> Any:
+    return point and tuple(sorted(point.items()))
+
+
+def _loop(
+    trainer: FastMemTrainer,
+    search: SearchModule,
+    model: FastMemModule,
+    datamodule: FastMemDataModule,
+    run: RunFolder,
+    total: int,
+) -> None:
+    """Run Lightning's predict loop, one sample a batch."""
+    datamodule.skip({s.index for s in datamodule.samples} - search.todo.keys())
+    datamodule.plan(model.context_lengths(datamodule.remaining), BatchLimits(1))
+    usual = list(trainer.callbacks)
+    others = [callback for callback in usual if not isinstance(callback, SampleProgress)]
+    progress = [AnswerProgress(total)] if len(others) < len(usual) else []
+    trainer.callbacks = [PredictionWriter(run), *others, *progress]
+    try:
+        Trainer.predict(trainer, search, datamodule=datamodule, return_predictions=False)
+    finally:
+        trainer.callbacks = usual
+        model.graphs.clear()
+
+
+class AnswerProgress(SampleProgress):
+    """Counts answers: a sample has one for every point.
+
+    Args:
+        total: answers of the whole search; those of an earlier session count as done.
+    """
+
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        self._total = total
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar."""
+        left = sum(map(len, pl_module.todo.values()))
+        self._bar = tqdm(
+            total=self._total,
+            initial=self._total - left,
+            desc="search",
+            unit="answer",
+            disable=not self._enabled,
+            mininterval=0.1 if sys.stderr.isatty() else 15,
+            dynamic_ncols=True,
+        )
+        pl_module.progress = self._bar.update
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the module tells of every answer."""
+
+
+def _write_results(
+    trainer: FastMemTrainer,
+    model: FastMemModule,
+    datamodule: FastMemDataModule,
+    run: RunFolder,
+    settings: SearchSettings,
+    ranking: Ranking,
+    records: Sequence[Mapping[str, Any]],
+    start: float | None,
+) -> None:
+    """Write ``search.json``, ``search.md``, ``heatmap.svg`` and ``best.yaml``.
+
+    Where nothing was left to do, ``search.json`` keeps what was measured while there was.
+    """
+    # Reports read rankings, so they cannot be imported before this package is.
+    from fastmem_pl.report.search import heat_map, markdown
+
+    summary = run.path / "search.json"
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "num_samples": len(datamodule.samples),
+        "num_points": len(ranking.points),
+        "method": settings.chosen_method().name,
+        "largest_loss_error": max(
+            (r["loss_error"] for r in records if r["loss_error"] is not None), default=None
+        ),
+        "ranking": ranking.as_dict(),
+        **trainer.provenance(model, run),
+    }
+    if start is None and summary.is_file():
+        kept = json.loads(summary.read_text())
+        content |= {name: kept[name] for name in _MEASURED if name in kept}
+    elif start is not None:
+        content["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
+    write_atomic(summary, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    heat_map(ranking, run.path / "heatmap.svg")
+    write_atomic(run.path / "search.md", markdown(ranking, picture=True))
+    config = trainer.config_text or trainer.resolved_config(model, datamodule, run.path)
+    write_atomic(run.path / "best.yaml", best_config(config, ranking, settings, run.path))
+
+
+_MEASURED = ("seconds_of_last_session", "peak_memory_gib", "environment")
+
+
+def best_config(config_text: str, ranking: Ranking, settings: SearchSettings, path: Path) -> str:
+    """The configuration of a search as one that ``fit-predict`` takes, with the values of the best point."""
+    config = yaml.safe_load(config_text)
+    config.pop("search", None)
+    config["model"].update(ranking.best.point)
+    config["model"]["methods"] = [BASELINE, settings.chosen_method().name]
+    config["run_dir"] = str(path / "best")
+    best = ranking.best
+    score = format_score(ranking.objective, best.value, best.standard_error)
+    return (
+        f"# The best of {len(ranking.points)} points on {best.n} samples: {ranking.objective} {score}.\n"
+        f"# run:   fastmem fit-predict --config {path / 'best.yaml'}\n"
+        "# It was chosen on those samples, so give it others to judge it by (--data.path).\n"
+        + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    )
