@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _AROUND_CONTEXT = 128
 # More rows than these gain little (docs/performance.md).
 _MOST_SAMPLES = {"cpu": 16, "other": 32}
+# A CPU takes as long for a padded token as for any other, and gains little from large batches.
+_SHORTEST = {"cpu": 0.5, "other": 0.0}
 
 Mode = Literal["fit", "predict", "fit-predict"]
 Settings = TypeVar("Settings")
@@ -265,11 +267,14 @@ class FastMemModule(LightningModule):
             return BatchLimits(batch_size or 8, max_tokens)
         device = self.backbone.device
         budget = usable_bytes(device)
-        most = _MOST_SAMPLES["cpu" if device.type == "cpu" else "other"]
+        kind = "cpu" if device.type == "cpu" else "other"
         # Beside the context: question, instruction, and the answer.
         further = _AROUND_CONTEXT + self.longest_answer
         return BatchLimits(
-            most, max_tokens, lambda tokens: self._footprint.samples_in(budget, tokens + further)
+            _MOST_SAMPLES[kind],
+            max_tokens,
+            lambda tokens: self._footprint.samples_in(budget, tokens + further),
+            _SHORTEST[kind],
         )
 
     def context_lengths(self, samples: Sequence[ContextSample]) -> list[int]:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from fastmem_pl import DecodingSettings, FastMemDataModule, FastMemModule, MemorizationSettings
 from fastmem_pl.backbone import ChatSettings
 from fastmem_pl.cli import main, packaged_configs
+from fastmem_pl.search import SearchSettings
 
 ROOT = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(ROOT.rglob("*.yaml"))
@@ -24,6 +25,7 @@ def instantiate(*configs):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(FastMemModule, "model")
     parser.add_class_arguments(FastMemDataModule, "data")
+    parser.add_class_arguments(SearchSettings, "search")
     found = parser.get_defaults()
     for name in configs:
         config = yaml.safe_load(packaged_configs()[name].read_text())
@@ -48,10 +50,18 @@ def test_config(path):
         assert data.hparams[name] == value
     header = path.read_text().splitlines()[:3]
     assert header[1].startswith("# needs: ")
-    assert header[2].startswith("# run:   fastmem fit-predict --config ")
+    command = "search" if "search" in config else "fit-predict"
+    assert header[2].startswith(f"# run:   fastmem {command} --config ")
     named = header[2].split()[5].split(",")
     assert path.stem in named
     assert set(named) <= set(packaged_configs())
+
+
+def test_packaged_search_is_the_default():
+    config = yaml.safe_load(packaged_configs()["search"].read_text())["search"]
+    default = SearchSettings()
+    assert config == {name: getattr(default, name) for name in config}
+    assert len(default.points(instantiate()[0])) == 60
 
 
 @pytest.mark.parametrize("model_name", MODELS)

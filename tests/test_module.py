@@ -334,7 +334,7 @@ def test_precision_and_inference_mode(run, make_tiny, monkeypatch, precision, in
 def test_the_base_is_untouched_also_when_a_run_raises(run, tiny, monkeypatch):
     before = snapshot(tiny)
     run()
-    monkeypatch.setattr("fastmem_pl.module.FastMemModule._record", lambda *args: 1 / 0)
+    monkeypatch.setattr("fastmem_pl.module.FastMemModule.record", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(name="raises")
     assert_untouched(tiny, before)

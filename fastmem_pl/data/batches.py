@@ -14,11 +14,14 @@ class BatchLimits:
         samples: most samples.
         tokens: most padded tokens, samples times the longest; ``None`` for no bound.
         fitting: how many samples fit in memory, given the tokens of the longest; ``None`` for no bound.
+        shortest: least length of a sample as a share of the longest; what is shorter starts a batch of its
+            own.
     """
 
     samples: int
     tokens: int | None = None
     fitting: Callable[[int], int] | None = None
+    shortest: float = 0.0
 
     def most(self, longest: int) -> int:
         """Samples of a batch whose longest has ``longest`` tokens; at least one."""
@@ -42,13 +45,16 @@ def plan(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
 
     >>> plan([5, 100, 7, 90], BatchLimits(samples=3, tokens=200))
     [[1, 3], [2, 0]]
+    >>> plan([5, 100, 7, 90], BatchLimits(samples=3, shortest=0.5))
+    [[1, 3], [2, 0]]
     """
     batches: list[list[int]] = []
-    room = 0
+    room, longest = 0, 0
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if room == 0:
+        if room == 0 or lengths[item] < limits.shortest * longest:
             batches.append([])
-            room = limits.most(lengths[item])
+            longest = lengths[item]
+            room = limits.most(longest)
         batches[-1].append(item)
         room -= 1
     return batches

@@ -27,7 +27,7 @@ from fastmem_pl.backbone import BaseActivations, Tail, TailInputs
 from fastmem_pl.memory.memorize import ReadContexts
 from fastmem_pl.memory.objective import Losses
 
-# Words drawn for contexts of this many tokens and more. Shorter ones average over fewer, and cost less anyway.
+# Words drawn for contexts of so many tokens or more. Shorter ones average over fewer, and cost less anyway.
 SAMPLE_SIZE, _FULL_LENGTH = 3072, 128
 # How far a row may move from its anchor: mean KL(p_anchor || p) of its tokens, in nats.
 MAX_DRIFT = 0.004

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from fastmem_pl.backbone import EncodedContext
 from fastmem_pl.memory.memorize import MemorizationModule, Memorizer, ReadContexts
@@ -53,9 +54,10 @@ class ContextReader:
         """
         backbone, count = self._backbone, len(rows)
         with backbone.numerics(grad=True):
-            module = MemorizationModule(backbone, count, self._memorizer.settings, rows)
-            batch = self._prepare(count) if max(stops) else None
-            steps = self._memorizer.run(module, batch, max(stops))
+            settings = replace(self._memorizer.settings, steps=max(stops))
+            module = MemorizationModule(backbone, count, settings, rows)
+            batch = self._prepare(count) if settings.steps else None
+            steps = self._memorizer.run(module, batch, settings.steps)
         taken = 0
         for stop in stops:
             while taken < stop:
