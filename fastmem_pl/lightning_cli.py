@@ -160,5 +160,5 @@ def _print_search(result: SearchResult) -> None:
     if not result.num_new:
         print("this search was complete already; nothing was left to do")
     print_search(result.ranking, make_console())
-    print(f"\nrun folder: {result.path} (search.md, heatmap.svg, search.json)")
+    print(f"\nrun folder: {result.path} ({', '.join(result.files)})")
     print(f"answer with the best: fastmem fit-predict --config {shlex.quote(str(result.path / 'best.yaml'))}")

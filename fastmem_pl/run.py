@@ -86,10 +86,10 @@ class RunFolder:
                 f"run_dir: {manifest} is damaged; remove it or give another --run_dir"
             ) from None
         self._found = found
-        differences = _differences(found, self.identity, self._optional)
-        if differences:
+        different = differences(found, self.identity, self._optional)
+        if different:
             raise FastMemError(
-                f"run_dir: {self.path} holds results of other settings ({'; '.join(differences)}); "
+                f"run_dir: {self.path} holds results of other settings ({'; '.join(different)}); "
                 "give another --run_dir, or the settings of that run to go on with it"
             )
 
@@ -227,18 +227,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     partial.replace(path)
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:
     """List ``name: there X, here Y`` of every setting that differs; a raised limit is no difference."""
     there, here = _flatten(found), _flatten(wanted)
-    differences = []
+    lines = []
     for name in sorted(there.keys() | here.keys()):
         if name in optional and not (name in there and name in here):
             continue
         old, new = there.get(name), here.get(name)
         grown = name == "data.limit" and old is not None and (new is None or new >= old)
         if old != new and not grown:
-            differences.append(f"{name}: there {old!r}, here {new!r}")
-    return differences
+            lines.append(f"{name}: there {old!r}, here {new!r}")
+    return lines
 
 
 def _merged(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -344,7 +344,7 @@ def _lacks_scores(metrics: dict[str, Any], records: list[dict[str, Any]]) -> boo
     return any(record["scores"].keys() - methods[record["method"]]["metrics"].keys() for record in records)
 
 
-# LightningCLI calls the trainer's attribute named like the subcommand. A method of the name `search` could not
+# LightningCLI calls the trainer's attribute named like the subcommand. A method called `search` could not
 # have a parameter `search`: jsonargparse names a group of options after each.
 setattr(FastMemTrainer, "fit-predict", FastMemTrainer.fit_predict)
 FastMemTrainer.search = FastMemTrainer.search_settings

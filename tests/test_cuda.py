@@ -6,6 +6,8 @@ from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_tokenize
 
 from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer, Memorizer, kernels
 from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, graphs
+from fastmem_pl.run import RunFolder
+from fastmem_pl.search import SearchSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STRONG = {"steps": 6, "learning_rate": 1e-3}
@@ -174,3 +176,32 @@ def test_batches_fit_the_memory_that_is_allowed(tmp_path):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert result.metrics["groups"]["all"]["fastmem"]["n"] == 20
     assert max(result.metrics["peak_memory_gib"].values()) * 2**30 < allowed
+
+
+@pytest.mark.parametrize("method", ["fastmem", "fastmem+cd", "fastmem+dola"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_search_is_separate_runs(tmp_path, tiny_folder, precision, method):
+    def parts(**settings):
+        trainer = FastMemTrainer(accelerator="gpu", devices=1, precision=precision, enable_progress_bar=False)
+        methods = ["zero-shot", method]
+        module = FastMemModule(str(tiny_folder), methods=methods, max_new_tokens=8, **settings)
+        return trainer, module, FastMemDataModule(limit=3)
+
+    trainer, module, data = parts()
+    grid = {"learning_rate": [1e-4, 3e-3], "steps": [2, 5], "kl_coeff": [0.1, 1.0]}
+    settings = SearchSettings(grid=grid, every=1, method=method)
+    found = RunFolder(trainer.search(module, data, settings, str(tmp_path / "search")).path, {}, []).records()
+    assert len(found) == 3 * (8 + 1)
+    for number, (rate, steps, kl) in enumerate([(1e-4, 2, 1.0), (3e-3, 5, 0.1)]):
+        trainer, module, data = parts(learning_rate=rate, steps=steps, kl_coeff=kl)
+        path = trainer.fit_predict(module, data, str(tmp_path / str(number))).path
+        alone = {r["index"]: r for r in RunFolder(path, {}, []).records() if r["method"] == method}
+        point = {"learning_rate": rate, "steps": steps, "kl_coeff": kl}
+        for record in (r for r in found if r["point"] == point):
+            other = alone[record["index"]]
+            curve, expected = record["curve"]["cross_entropy"], other["curve"]["cross_entropy"]
+            # bfloat16 rounds sums of other batches elsewhere.
+            tolerance = 1e-4 if precision == "32-true" else 0.01 * (expected[0] - expected[-1]) + 1e-4
+            assert curve == pytest.approx(expected, abs=tolerance)
+            if precision == "32-true":
+                assert record["token_ids"] == other["token_ids"]

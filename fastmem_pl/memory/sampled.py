@@ -17,7 +17,7 @@ from the whole vocabulary. What the estimate was wrong by shows then, and is kep
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import torch
@@ -261,7 +261,8 @@ class SampledContext:
     """
 
     def __init__(self, tail: Tail, read: ReadContexts) -> None:
-        self._inputs, self._base = read.inputs, tail.base(read.inputs)
+        # The loss is an estimate anyway, far coarser than what merging rounds away.
+        self._inputs, self._base = read.inputs, replace(tail.base(read.inputs), merged=True)
         self._positions = read.label_mask[0].nonzero().squeeze(1)
         hidden = tail.hidden(self._inputs, self._base)[0, self._positions]
         self.vocabulary = SampledVocabulary(tail, hidden, read.labels[0, self._positions])

@@ -44,44 +44,52 @@ def print_search(ranking: Ranking, console: Console, top: int = 10) -> None:
     console.print(table)
     if len(ranking.points) > top:
         console.print(Text(f"{_count(len(ranking.points) - top, 'further point')}: see search.md"))
-    for steps in ranking.axes["steps"]:
-        console.print(_terminal_map(ranking, steps))
-    console.print(Text(f"* best; {_map_caption(ranking)}"))
+    if ranking.ranges is None:
+        for steps in ranking.axes["steps"]:
+            console.print(_terminal_map(ranking, steps))
+        console.print(Text(f"* best{_over(ranking)}"))
     for line in ranking.warnings:
         console.print(Text(line, style="yellow"))
 
 
-def markdown(ranking: Ranking, picture: bool = False) -> str:
+def markdown(ranking: Ranking, picture: bool = False, plots: Sequence[str] = ()) -> str:
     """Return all points, heat maps and warnings as Markdown.
 
     Args:
         ranking: of the points.
         picture: refer to ``heatmap.svg`` beside the file.
+        plots: pictures beside the file that take the place of heat maps after a search by trials.
     """
-    n, value, error = ranking.baseline.n, ranking.baseline.value, ranking.baseline.standard_error
+    zero_shot = ranking.baseline
+    value = format_score(ranking.objective, zero_shot.value, zero_shot.standard_error)
     blocks = [
         "# Search",
         f"{_summary(ranking)}.",
-        f"Zero-shot: {_label(ranking.objective)} {format_score(ranking.objective, value, error)} on {_count(n, 'sample')}.",
+        f"Zero-shot: {_label(ranking.objective)} {value} on {_count(zero_shot.n, 'sample')}.",
         "## Points",
         "Mean ± standard error, best first; the gain is the paired difference to zero-shot.",
         _markdown_table(*_rows(ranking)),
-        "## Heat maps",
-        f"Best in bold; {_map_caption(ranking)}.",
     ]
-    if picture:
-        blocks.append(f"![{_label(ranking.objective)} by {', '.join(_MAPPED)}](heatmap.svg)")
-    rates, weights = ranking.axes["learning_rate"], ranking.axes["kl_coeff"]
-    for steps in ranking.axes["steps"]:
-        cells = _cells(ranking, steps)
-        body = [
-            [format_setting(r), *(_cell_text(ranking, cells.get((r, w)), "**{}**") for w in weights)]
-            for r in rates
-        ]
-        blocks += [f"### steps {format_setting(steps)}", _markdown_table(_map_header(ranking), body)]
+    if ranking.ranges is None:
+        blocks += _markdown_maps(ranking, picture)
+    elif plots:
+        blocks += ["## Plots", *(f"![{name.removesuffix('.svg')}]({name})" for name in plots)]
     if ranking.warnings:
         blocks += ["## Warnings", "\n".join(f"- {line}" for line in ranking.warnings)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_maps(ranking: Ranking, picture: bool) -> list[str]:
+    blocks = ["## Heat maps", f"{_unit_label(ranking)}, best in bold{_over(ranking)}."]
+    if picture:
+        blocks.append(f"![{_label(ranking.objective)} by {', '.join(_MAPPED)}](heatmap.svg)")
+    for steps in ranking.axes["steps"]:
+        cells, body = _cells(ranking, steps), []
+        for rate in ranking.axes["learning_rate"]:
+            points = (cells.get((rate, weight)) for weight in ranking.axes["kl_coeff"])
+            body.append([format_setting(rate), *(_cell_text(ranking, p, "**{}**") for p in points)])
+        blocks += [f"### steps {format_setting(steps)}", _markdown_table(_map_header(ranking), body)]
+    return blocks
 
 
 def heat_map(ranking: Ranking, path: Path) -> None:
@@ -105,7 +113,7 @@ def heat_map(ranking: Ranking, path: Path) -> None:
     # Neither the user's matplotlibrc nor a random salt may change the file.
     with style.context(["default", {"svg.hashsalt": "fastmem", "svg.fonttype": "none"}]):
         figure = Figure(
-            figsize=(columns * (1.2 + 0.75 * len(weights)) + 1.6, rows * (1.1 + 0.5 * len(rates)) + 0.6),
+            figsize=(columns * (1.2 + 0.75 * len(weights)) + 2.4, rows * (1.1 + 0.5 * len(rates)) + 0.6),
             layout="constrained",
         )
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -128,14 +136,20 @@ def heat_map(ranking: Ranking, path: Path) -> None:
                     outline.set_gid("best")
                     axes.add_patch(outline)
         figure.colorbar(image, ax=grid, label=_unit_label(ranking))
-        figure.suptitle(f"{_map_caption(ranking)}; best outlined", fontsize="medium")
+        figure.suptitle(f"best outlined{_over(ranking)}", fontsize="medium")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     write_atomic(path, buffer.getvalue())
 
 
 def _summary(ranking: Ranking) -> str:
-    axes = "; ".join(f"{a} {', '.join(map(format_setting, v))}" for a, v in ranking.axes.items())
+    ranges, values = ranking.ranges or {}, {}
+    for name, found in ranking.axes.items():
+        if name in ranges:
+            values[name] = " to ".join(map(format_setting, ranges[name][:2]))
+        else:
+            values[name] = ", ".join(map(format_setting, found))
+    axes = "; ".join(f"{name} {text}" for name, text in values.items())
     better = "lower" if lower_is_better(ranking.objective) else "higher"
     searched = f"{_count(len(ranking.points), 'point')} for {_label(ranking.objective)} ({better} is better)"
     return f"Searched {searched} on {_count(ranking.best.n, 'sample')}: {axes}"
@@ -149,6 +163,8 @@ def _rows(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
     further.append("output_words")
     counted = len({p.n for p in (*points, ranking.baseline)}) > 1
     failing = any(point.failed for point in points)
+    # Values that were drawn have digits that say nothing.
+    digits = 10 if ranking.ranges is None else 4
 
     def results(entry: RankedPoint | Baseline, gain: str, failed: str) -> list[str]:
         scores = [format_score(n, entry.scores[n]) if n in entry.scores else "-" for n in further]
@@ -158,7 +174,7 @@ def _rows(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
 
     rows = []
     for place, point in enumerate(points, 1):
-        settings = (format_setting(point.point[name]) for name in varying)
+        settings = (format_setting(point.point[name], digits) for name in varying)
         gain = format_score(objective, point.gain, point.gain_error, sign="+")
         rows.append([str(place), *settings, *results(point, gain, str(point.failed))])
     rows.append(["zero-shot", *["-"] * len(varying), *results(ranking.baseline, "-", "-")])
@@ -192,10 +208,9 @@ def _map_header(ranking: Ranking) -> list[str]:
     return ["learning_rate ↓ kl_coeff →", *map(format_setting, ranking.axes["kl_coeff"])]
 
 
-def _map_caption(ranking: Ranking) -> str:
+def _over(ranking: Ranking) -> str:
     others = [name for name, values in ranking.axes.items() if name not in _MAPPED and len(values) > 1]
-    over = f", each the best over {', '.join(others)}" if others else ""
-    return f"{_unit_label(ranking)} by learning_rate, kl_coeff and steps{over}"
+    return f"; a cell is the best over {', '.join(others)}" if others else ""
 
 
 def _cells(ranking: Ranking, steps: float) -> dict[tuple[float, float], RankedPoint]:

@@ -51,7 +51,7 @@ class SampleSearch:
 
     @property
     def loss_error(self) -> float | None:
-        """Largest error of the sampled loss that was seen (nats a token); ``None`` where none was looked for."""
+        """Largest error of the sampled loss that was seen, in nats a token; ``None`` without a check."""
         errors = self._reader.errors if self._reader else []
         return max(map(abs, errors), default=None)
 
@@ -170,7 +170,8 @@ class SampleSearch:
                 memory and memory.to(model.backbone.compute_dtype).deltas,
                 *self._shared(prompts[1:], count),
                 keys=[self._sample.index] * count,
-                graphs=model.graphs,
+                # A pool holds graphs for one number of rows, and that of the points is the frequent one.
+                graphs=model.graphs if count > 1 else None,
             ).run()
         return answers, timing["seconds"]
 

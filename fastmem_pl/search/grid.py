@@ -86,17 +86,18 @@ class SearchSettings:
             FastMemError: naming the setting.
         """
         method = self.chosen_method()
+        where = "search.optuna.space" if self.optuna else "search.grid"
         for name in self.axes:
             if name not in (*MEMORY_AXES, *DECODER_AXES):
-                raise unknown("search.grid", name, (*MEMORY_AXES, *DECODER_AXES))
+                raise unknown(where, name, (*MEMORY_AXES, *DECODER_AXES))
             if name in _OWN_AXES and method.decoder not in _OWN_AXES[name]:
                 fitting = [m.name for m in METHODS.values() if m.memory and m.decoder in _OWN_AXES[name]]
                 raise FastMemError(
-                    f"search.grid: {method.name!r} does not depend on {name}; leave {name} out, or set "
+                    f"{where}: {method.name!r} does not depend on {name}; leave {name} out, or set "
                     f"search.method to one of: {', '.join(fitting)}"
                 )
         if self.optuna:
-            self.optuna.check(lambda name, value: check_value(model, name, value))
+            self.optuna.check(lambda name, value: check_value(model, name, value, where))
         else:
             _check_grid(self.grid, model)
         _check_objective(self.objective, model, samples)
@@ -124,24 +125,30 @@ def tidy(name: str, value: float) -> float:
     return int(value) if name in _WHOLE else float(value)
 
 
-def check_value(model: FastMemModule, name: str, value: float) -> None:
+def check_value(model: FastMemModule, name: str, value: float, where: str = "search.grid") -> None:
     """Refuse a value that the setting does not take.
+
+    Args:
+        model: whose settings take it.
+        name: of the axis.
+        value: of it.
+        where: it was given, for the message.
 
     Raises:
         FastMemError: naming the axis and what is allowed.
     """
     if name in _WHOLE and (not math.isfinite(value) or value != int(value)):
-        raise FastMemError(f"search.grid.{name}: {value} is no whole number")
+        raise FastMemError(f"{where}.{name}: {value} is no whole number")
     if name == "steps" and value < 1:
         raise FastMemError(
-            f"search.grid.steps: {tidy(name, value)} is out of range; allowed: at least 1 (zero-shot is "
+            f"{where}.steps: {tidy(name, value)} is out of range; allowed: at least 1 (zero-shot is "
             "answered anyway)"
         )
     settings = model.settings if name in MEMORY_AXES else model.decoding
     try:
         replace(settings, **{name: tidy(name, value)})
     except FastMemError as error:
-        raise FastMemError(f"search.grid.{str(error).removeprefix('model.')}") from None
+        raise FastMemError(f"{where}.{str(error).removeprefix('model.')}") from None
 
 
 def _check_grid(grid: Mapping[str, Sequence[float]], model: FastMemModule) -> None:

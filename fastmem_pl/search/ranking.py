@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,12 @@ from fastmem_pl.metrics import SCORES, SampleMean
 
 # Nothing lies beyond these, so the best value being there does not ask for a larger grid.
 _BOUNDS = {"steps": 1, "kl_coeff": 0, "alpha": 0, "temperature": 0, "top_k": 0, "top_p": 1, "relative_top": 1}
+# So near to the end of a range, as a share of it, a value is at the end.
+_NEAR = 0.02
 _MORE_SAMPLES = "lower search.every or give more data"
+
+
+Range = tuple[float, float, bool]
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,17 @@ class RankedPoint:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All points, best first; ``axes`` holds the values that occur, ascending."""
+    """All points, best first; ``axes`` holds the values that occur, ascending.
+
+    ``ranges`` are those of a search by trials: lowest and highest value, and whether logarithmic.
+    """
 
     objective: str
     axes: dict[str, list[float]]
     baseline: Baseline
     points: list[RankedPoint]
     warnings: list[str]
+    ranges: dict[str, Range] | None = None
 
     @property
     def best(self) -> RankedPoint:
@@ -73,9 +83,14 @@ class Ranking:
 
 
 def rank(
-    records: Sequence[Mapping[str, Any]], objective: str, axes: Mapping[str, Sequence[float]]
+    records: Sequence[Mapping[str, Any]],
+    objective: str,
+    axes: Mapping[str, Sequence[float]],
+    ranges: Mapping[str, Range] | None = None,
 ) -> Ranking:
     """Rank points by the mean of the objective, those of fewer samples last.
+
+    Before them come points that failed on a sample: it is the base model's answer that was scored there.
 
     Ties go to fewer steps, then smaller learning rates, then larger KL weights: nearest to the model.
 
@@ -83,6 +98,7 @@ def rank(
         records: of points and of zero-shot; a sample counts where zero-shot has answered it as well.
         objective: name of a score.
         axes: values of every axis. Other points, as of an earlier and larger grid, are left out.
+        ranges: of a search by trials, which gives up points before their last sample; ``None`` for a grid.
 
     Raises:
         FastMemError: when no point has a sample with the objective in common with zero-shot.
@@ -106,10 +122,11 @@ def rank(
             RankedPoint(point=point, gain=gain, gain_error=error, failed=failed, **_means(own, objective))
         )
     sign = 1 if lower_is_better(objective) else -1
-    points.sort(key=lambda p: (-p.n, sign * p.value, _precedence(p.point)))
+    points.sort(key=lambda p: (-p.n, p.failed > 0, sign * p.value, _precedence(p.point)))
     occurring = {name: sorted({p.point[name] for p in points}) for name in axes}
     baseline = Baseline(**_means([zero_shot[index] for index in sorted(zero_shot)], objective))
-    return Ranking(objective, occurring, baseline, points, _warnings(objective, occurring, points))
+    warnings = _warnings(objective, occurring, points, ranges)
+    return Ranking(objective, occurring, baseline, points, warnings, dict(ranges) if ranges else None)
 
 
 def lower_is_better(name: str) -> bool:
@@ -130,22 +147,19 @@ def format_score(name: str, value: float, error: float | None = None, sign: str 
     return f"{shown:{sign}.1f}{'%' if percent else ''}{spread}"
 
 
-def format_setting(value: float) -> str:
+def format_setting(value: float, digits: int = 10) -> str:
     """Return a setting without the noise of its last binary digits."""
-    return f"{value:.10g}"
+    return f"{value:.{digits}g}"
 
 
-def _warnings(objective: str, axes: Mapping[str, list[float]], points: Sequence[RankedPoint]) -> list[str]:
+def _warnings(
+    objective: str,
+    axes: Mapping[str, list[float]],
+    points: Sequence[RankedPoint],
+    ranges: Mapping[str, Range] | None,
+) -> list[str]:
     best = points[0]
-    lines = []
-    for name, values in axes.items():
-        value = best.point[name]
-        if len(values) > 1 and value in (values[0], values[-1]) and value != _BOUNDS.get(name):
-            end, more = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
-            lines.append(
-                f"the best {name}, {format_setting(value)}, is the {end} of the grid; "
-                f"the optimum may lie beyond it: add {more} values"
-            )
+    lines = _at_the_end(best, axes) if ranges is None else _near_the_end(best, ranges)
     if best.n < 2:
         lines.append(f"a single sample gives no standard error and no ranking to rely on: {_MORE_SAMPLES}")
     if (-best.gain if lower_is_better(objective) else best.gain) <= (best.gain_error or 0.0):
@@ -159,7 +173,12 @@ def _warnings(objective: str, axes: Mapping[str, list[float]], points: Sequence[
             f"{ties} more point{'s tie' if ties > 1 else ' ties'} with the best; first is the one of fewest "
             f"steps, then of smallest learning_rate and largest kl_coeff: to tell them apart, {_MORE_SAMPLES}"
         )
-    if short := [p for p in points if p.n < best.n]:
+    short = [p for p in points if p.n < best.n]
+    if short and ranges is not None:
+        lines.append(
+            f"{len(short)} of {len(points)} points were given up before the last sample and are ranked last"
+        )
+    elif short:
         named = ["/".join(map(format_setting, p.point.values())) + f" ({p.n})" for p in short[:3]]
         lines.append(
             f"{len(short)} of {len(points)} points lack some of the {best.n} samples and are ranked last, "
@@ -171,6 +190,35 @@ def _warnings(objective: str, axes: Mapping[str, list[float]], points: Sequence[
             f"the loss was not finite in {len(failed)} of {len(points)} points, where the base model gave "
             f"{sum(p.failed for p in failed)} answers (see 'status'): leave out the largest learning rates"
         )
+    return lines
+
+
+def _at_the_end(best: RankedPoint, axes: Mapping[str, list[float]]) -> list[str]:
+    lines = []
+    for name, values in axes.items():
+        value = best.point[name]
+        if len(values) > 1 and value in (values[0], values[-1]) and value != _BOUNDS.get(name):
+            end, more = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
+            lines.append(
+                f"the best {name}, {format_setting(value)}, is the {end} of the grid; "
+                f"the optimum may lie beyond it: add {more} values"
+            )
+    return lines
+
+
+def _near_the_end(best: RankedPoint, ranges: Mapping[str, Range]) -> list[str]:
+    lines = []
+    for name, (low, high, logarithmic) in ranges.items():
+        ends = (low, best.point[name], high)
+        start, value, end = map(math.log, ends) if logarithmic else ends
+        place = (value - start) / (end - start)
+        if not _NEAR < place < 1 - _NEAR:
+            near, bound, change = ("lower", low, "lower") if place < 0.5 else ("upper", high, "raise")
+            if bound != _BOUNDS.get(name):
+                lines.append(
+                    f"the best {name}, {format_setting(ends[1], 4)}, is at the {near} end of the range; "
+                    f"the optimum may lie beyond it: {change} {format_setting(bound)}"
+                )
     return lines
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
-from tqdm import tqdm
 
-from fastmem_pl.callbacks import PredictionWriter, SampleProgress
-from fastmem_pl.data import BatchLimits, FastMemDataModule
+from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder, write_atomic
 from fastmem_pl.search.grid import MEMORY_AXES, Point, SearchSettings, check_every
+from fastmem_pl.search.loop import AnswerProgress, answer_loop
 from fastmem_pl.search.module import SearchModule
 from fastmem_pl.search.ranking import Ranking, format_score, rank
 
@@ -40,6 +37,7 @@ class SearchResult:
         ranking: all points, best first.
         num_samples: that were searched on.
         num_new: answers that were not there before this session.
+        files: of the run folder that show the result.
     """
 
     path: Path
@@ -47,6 +45,7 @@ class SearchResult:
     num_samples: int
     num_new: int
     mode: str = "search"
+    files: tuple[str, ...] = ("search.md", "heatmap.svg", "search.json")
 
 
 def run_search(
@@ -56,7 +55,7 @@ def run_search(
     settings: SearchSettings,
     run_dir: str | None = None,
 ) -> SearchResult:
-    """Evaluate every point on every fifth (or as set) sample, and rank the points.
+    """Evaluate every point, or trial, on every fifth (or as set) sample, and rank the points.
 
     Args:
         trainer: whose loop runs.
@@ -78,11 +77,16 @@ def run_search(
     model.use_methods([BASELINE, method.name])
     path = Path(run_dir or Path("runs") / f"search-{datamodule.task}")
     identity = _identity(trainer, model, datamodule, settings)
+    if settings.optuna:
+        # Imports Optuna, an extra.
+        from fastmem_pl.search.optimize import run_trials
+
+        return run_trials(trainer, model, datamodule, settings, path, identity)
     run = trainer.open_run(path, identity, [], model, datamodule)
     try:
         points = settings.points(model)
         records = run.records()
-        todo = _missing(points, [sample.index for sample in samples], records)
+        todo = missing(points, [sample.index for sample in samples], records)
         new = sum(map(len, todo.values()))
         if new:
             if records:
@@ -91,13 +95,14 @@ def run_search(
                     *(path, len(samples) * (len(points) + 1) - new, len(samples) * (len(points) + 1)),
                 )
             search = SearchModule(model, method, todo, settings.exact)
-            _loop(trainer, search, model, datamodule, run, len(samples) * (len(points) + 1))
+            bar = AnswerProgress(len(samples) * (len(points) + 1))
+            answer_loop(trainer, search, model, datamodule, run, bar)
         trainer.score_with_models(run, model, datamodule)
         wanted = {sample.index for sample in samples}
         records = [record for record in run.records() if record["index"] in wanted]
         axes = {name: [point[name] for point in points] for name in points[0]}
         ranking = rank(records, settings.objective, axes)
-        _write_results(trainer, model, datamodule, run, settings, ranking, records, start if new else None)
+        write_results(trainer, model, datamodule, run, settings, ranking, records, start if new else None)
         return SearchResult(path, ranking, len(samples), new)
     finally:
         run.close()
@@ -114,75 +119,25 @@ def _identity(
     return identity
 
 
-def _missing(
+def missing(
     points: Sequence[Point], indices: Sequence[int], records: Sequence[Mapping[str, Any]]
 ) -> dict[int, list[Point | None]]:
     """Points that have no record yet, by index of the sample; ``None`` stands for zero-shot."""
     done: dict[int, set[Any]] = defaultdict(set)
     for record in records:
-        done[record["index"]].add(_key(record["point"]))
+        done[record["index"]].add(key_of(record["point"]))
     todo = {
-        index: [point for point in (None, *points) if _key(point) not in done[index]] for index in indices
+        index: [point for point in (None, *points) if key_of(point) not in done[index]] for index in indices
     }
     return {index: left for index, left in todo.items() if left}
 
 
-def _key(point: Point | None) -> Any:
+def key_of(point: Point | None) -> Any:
+    """A point as a key of dictionaries; ``None`` for zero-shot."""
     return point and tuple(sorted(point.items()))
 
 
-def _loop(
-    trainer: FastMemTrainer,
-    search: SearchModule,
-    model: FastMemModule,
-    datamodule: FastMemDataModule,
-    run: RunFolder,
-    total: int,
-) -> None:
-    """Run Lightning's predict loop, one sample a batch."""
-    datamodule.skip({s.index for s in datamodule.samples} - search.todo.keys())
-    datamodule.plan(model.context_lengths(datamodule.remaining), BatchLimits(1))
-    usual = list(trainer.callbacks)
-    others = [callback for callback in usual if not isinstance(callback, SampleProgress)]
-    progress = [AnswerProgress(total)] if len(others) < len(usual) else []
-    trainer.callbacks = [PredictionWriter(run), *others, *progress]
-    try:
-        Trainer.predict(trainer, search, datamodule=datamodule, return_predictions=False)
-    finally:
-        trainer.callbacks = usual
-        model.graphs.clear()
-
-
-class AnswerProgress(SampleProgress):
-    """Counts answers: a sample has one for every point.
-
-    Args:
-        total: answers of the whole search; those of an earlier session count as done.
-    """
-
-    def __init__(self, total: int) -> None:
-        super().__init__()
-        self._total = total
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar."""
-        left = sum(map(len, pl_module.todo.values()))
-        self._bar = tqdm(
-            total=self._total,
-            initial=self._total - left,
-            desc="search",
-            unit="answer",
-            disable=not self._enabled,
-            mininterval=0.1 if sys.stderr.isatty() else 15,
-            dynamic_ncols=True,
-        )
-        pl_module.progress = self._bar.update
-
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the module tells of every answer."""
-
-
-def _write_results(
+def write_results(
     trainer: FastMemTrainer,
     model: FastMemModule,
     datamodule: FastMemDataModule,
@@ -191,8 +146,10 @@ def _write_results(
     ranking: Ranking,
     records: Sequence[Mapping[str, Any]],
     start: float | None,
+    study: Mapping[str, Any] | None = None,
+    plots: Sequence[str] = (),
 ) -> None:
-    """Write ``search.json``, ``search.md``, ``heatmap.svg`` and ``best.yaml``.
+    """Write ``search.json``, ``search.md``, ``best.yaml`` and, but for trials, ``heatmap.svg``.
 
     Where nothing was left to do, ``search.json`` keeps what was measured while there was.
     """
@@ -209,6 +166,7 @@ def _write_results(
             (r["loss_error"] for r in records if r["loss_error"] is not None), default=None
         ),
         "ranking": ranking.as_dict(),
+        **({"study": study} if study else {}),
         **trainer.provenance(model, run),
     }
     if start is None and summary.is_file():
@@ -217,8 +175,9 @@ def _write_results(
     elif start is not None:
         content["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
     write_atomic(summary, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    heat_map(ranking, run.path / "heatmap.svg")
-    write_atomic(run.path / "search.md", markdown(ranking, picture=True))
+    if study is None:
+        heat_map(ranking, run.path / "heatmap.svg")
+    write_atomic(run.path / "search.md", markdown(ranking, picture=True, plots=plots))
     config = trainer.config_text or trainer.resolved_config(model, datamodule, run.path)
     write_atomic(run.path / "best.yaml", best_config(config, ranking, settings, run.path))
 

@@ -1,0 +1,119 @@
+"""One sample at many points: what is shared, what is split, and what an error costs."""
+
+import pytest
+import torch
+
+from fastmem_pl import FastMemDataModule, FastMemModule, FastMemTrainer
+from fastmem_pl.errors import FastMemError
+from fastmem_pl.memory import ContextReader
+from fastmem_pl.search import SearchSettings
+from fastmem_pl.search import evaluate as evaluate_module
+from fastmem_pl.search.evaluate import SampleSearch
+
+GRID = {"learning_rate": [1e-4, 1e-3, 3e-3], "steps": [2, 4], "kl_coeff": [0.1, 1.0]}
+
+
+@pytest.fixture
+def model(tiny):
+    module = FastMemModule(methods=["zero-shot", "fastmem"], max_new_tokens=6)
+    module.load_backbone("32-true", tiny.device, tiny)
+    return module
+
+
+@pytest.fixture
+def sample():
+    data = FastMemDataModule(limit=1)
+    data.setup()
+    return data.samples[0]
+
+
+def search(model, sample, points, exact=False):
+    told = []
+    found = SampleSearch(model, sample, SearchSettings().chosen_method(), exact).points(points, told.append)
+    return {tuple(record["point"].values()): record for record in found}, told
+
+
+def essence(records):
+    return {key: (r["token_ids"], pytest.approx(r["curve"]["cross_entropy"])) for key, r in records.items()}
+
+
+def test_chunks_of_rows_change_nothing(model, sample, monkeypatch):
+    points = SearchSettings(grid=GRID).points(model)
+    together, _ = search(model, sample, points)
+    monkeypatch.setattr(evaluate_module, "_MOST_ROWS", 4)
+    found, told = search(model, sample, points)
+    assert len(found) == len(points) == 12
+    assert essence(found) == {
+        key: (r["token_ids"], r["curve"]["cross_entropy"]) for key, r in together.items()
+    }
+    assert told == [4, 4, 2, 2]
+
+
+def test_the_context_is_read_once(model, sample, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "_MOST_ROWS", 2)
+    read = []
+    original = type(model.memorizer).read
+    monkeypatch.setattr(
+        type(model.memorizer),
+        "read",
+        lambda self, encoded: read.append(len(encoded)) or original(self, encoded),
+    )
+    search(model, sample, SearchSettings(grid=GRID).points(model))
+    assert read == [1]
+
+
+def test_out_of_memory_halves_the_rows_and_loses_nothing(model, sample, monkeypatch, caplog):
+    points = SearchSettings(grid=GRID).points(model)
+    expected, _ = search(model, sample, points)
+    original = ContextReader.snapshots
+
+    def tight(self, rows, stops):
+        for steps, memory in original(self, rows, stops):
+            # After the first snapshot has been answered.
+            if len(rows) > 2 and steps == stops[-1]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield steps, memory
+
+    monkeypatch.setattr(ContextReader, "snapshots", tight)
+    found, told = search(model, sample, points)
+    assert essence(found) == {
+        key: (r["token_ids"], r["curve"]["cross_entropy"]) for key, r in expected.items()
+    }
+    assert sum(told) == len(points)
+    assert "out of memory with 6 settings at once; trying 3" in caplog.text
+
+
+def test_out_of_memory_with_one_row_is_one_line(model, sample, monkeypatch):
+    def none_fits(self, rows, stops):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(ContextReader, "snapshots", none_fits)
+    with pytest.raises(FastMemError, match="out of memory with one point of sample"):
+        search(model, sample, SearchSettings(grid=GRID).points(model))
+
+
+def test_points_of_unlike_steps_need_not_fill_the_grid(model, sample):
+    """As when a search goes on with some points done, or trials differ in their steps."""
+    whole, _ = search(model, sample, SearchSettings(grid=GRID).points(model))
+    keys = [(1e-4, 2, 0.1), (3e-3, 4, 0.1), (1e-3, 2, 1.0), (1e-3, 4, 1.0)]
+    points = [dict(zip(GRID, key, strict=True)) for key in keys]
+    found, _ = search(model, sample, points)
+    assert found.keys() == set(keys)
+    assert essence(found) == {
+        key: (whole[key]["token_ids"], whole[key]["curve"]["cross_entropy"]) for key in keys
+    }
+
+
+def test_every_answer_of_a_search_in_python(tmp_path, tiny_folder):
+    module = FastMemModule(str(tiny_folder), max_new_tokens=4)
+    trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False, inference_mode=True)
+    grid = {"learning_rate": [1e-3], "steps": [2], "alpha": [0.0, 0.5]}
+    settings = SearchSettings(grid=grid, every=2)
+    result = trainer.search(module, FastMemDataModule(limit=5), settings, str(tmp_path / "run"))
+    assert (result.num_samples, result.num_new) == (3, 3 * 3)
+    assert result.ranking.best.point.keys() == {"learning_rate", "steps", "kl_coeff", "alpha"}
+    assert result.ranking.best.point["kl_coeff"] == 0.1, "the model's own"
+    again = trainer.search(module, FastMemDataModule(limit=5), settings, str(tmp_path / "run"))
+    assert again.num_new == 0
+    assert again.ranking == result.ranking

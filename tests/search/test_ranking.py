@@ -1,0 +1,352 @@
+"""Means, paired gains, order and warnings of a ranking, against values worked out by hand or by numpy."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+from fastmem_pl.errors import FastMemError
+from fastmem_pl.search.ranking import format_score, format_setting, lower_is_better, rank
+
+RATES = [1e-6, 1e-5, 1e-4]
+AXES = {"learning_rate": RATES, "steps": [4], "kl_coeff": [0.1]}
+
+
+def point(rate=1e-5, steps=4, kl=0.1, **others):
+    return {"learning_rate": rate, "steps": steps, "kl_coeff": kl, **others}
+
+
+def answers(at, values, name="accuracy", status="ok", seconds=(0.4, 0.1), words=3, start=0):
+    """One record a value, on samples 0, 5, 10 ... as ``search.every: 5`` takes them."""
+    return [
+        {
+            "index": 5 * (start + i),
+            "method": "fastmem" if at else "zero-shot",
+            "point": at,
+            "scores": {name: value},
+            "output_words": words,
+            "seconds": dict(zip(("memorize", "decode"), seconds, strict=True)),
+            "status": status,
+        }
+        for i, value in enumerate(values)
+    ]
+
+
+def around(middle, others=(0.0,) * 8, before=(0.0,) * 8):
+    """Zero-shot, and three learning rates of which the middle one has its own values."""
+    records = answers(None, before) + answers(point(1e-5), middle)
+    return records + answers(point(1e-6), others) + answers(point(1e-4), others)
+
+
+def warning(ranking, word):
+    found = [line for line in ranking.warnings if word in line]
+    assert len(found) == 1, ranking.warnings
+    return found[0]
+
+
+def settings(ranking):
+    return [entry.point for entry in ranking.points]
+
+
+def test_means_errors_and_paired_gains():
+    before, after = [0, 1, 0, 0, 1, 0], [1, 1, 0, 1, 0, 1]
+    records = answers(None, before, seconds=(0.0, 0.25), words=8) + answers(point(), after)
+    ranking = rank(records, "accuracy", AXES)
+    best, differences = ranking.best, np.subtract(after, before)
+    assert (best.n, best.point, best.failed) == (6, point(), 0)
+    assert best.value == pytest.approx(4 / 6)
+    assert best.standard_error == pytest.approx(np.std(after, ddof=1) / np.sqrt(6))
+    assert best.gain == pytest.approx(2 / 6)
+    assert best.gain_error == pytest.approx(np.std(differences, ddof=1) / np.sqrt(6))
+    assert best.seconds == pytest.approx(0.5)
+    assert best.scores == pytest.approx({"accuracy": 4 / 6, "output_words": 3})
+    zero = ranking.baseline
+    assert (zero.n, zero.seconds, zero.scores["output_words"]) == (6, 0.25, 8)
+    assert zero.value == pytest.approx(2 / 6)
+    assert zero.standard_error == pytest.approx(np.std(before, ddof=1) / np.sqrt(6))
+
+
+def test_pairs_are_of_the_same_sample_whatever_the_order_of_the_records():
+    before, after = [0.0, 0.5, 0.25, 1.0], [0.5, 1.0, 0.75, 1.0]
+    records = answers(None, before) + answers(point(), after)
+    random.Random(1).shuffle(records)
+    best = rank(records, "accuracy", AXES).best
+    assert best.gain == pytest.approx(0.375)
+    assert best.gain_error == pytest.approx(np.std([0.5, 0.5, 0.5, 0.0], ddof=1) / 2)
+
+
+def test_a_score_that_some_samples_lack_is_averaged_over_the_others():
+    records = answers(None, [0.0] * 3) + answers(point(), [1.0] * 3)
+    records[4]["scores"]["original"] = 1.0
+    records[5]["scores"]["original"] = 0.0
+    assert rank(records, "accuracy", AXES).best.scores["original"] == 0.5
+
+
+def test_samples_without_the_objective_do_not_count():
+    records = answers(None, [0.0] * 3) + answers(point(), [1.0] * 3)
+    for record in (records[0], records[3]):
+        record["scores"] = {"contained": 1.0}
+    ranking = rank(records, "accuracy", AXES)
+    assert (ranking.baseline.n, ranking.best.n) == (2, 2)
+
+
+def test_samples_that_zero_shot_lacks_do_not_count():
+    records = answers(None, [0.0, 1.0]) + answers(point(), [0.0, 1.0, 1.0, 1.0])
+    best = rank(records, "accuracy", AXES).best
+    assert (best.n, best.value, best.gain) == (2, 0.5, 0.0)
+
+
+def test_points_are_ordered_by_value():
+    records = answers(None, [0.0] * 4)
+    for rate, right in zip(RATES, (1, 3, 2), strict=True):
+        records += answers(point(rate), [1.0] * right + [0.0] * (4 - right))
+    assert [p["learning_rate"] for p in settings(rank(records, "accuracy", AXES))] == [1e-5, 1e-4, 1e-6]
+
+
+@pytest.mark.parametrize("name", ["format_failure", "original"])
+def test_lower_is_better_turns_order_and_gain_around(name):
+    records = answers(None, [1, 1, 1, 0], name)
+    records += answers(point(1e-6), [1, 1, 1, 1], name) + answers(point(1e-5), [0, 0, 0, 0], name)
+    ranking = rank(records, name, AXES)
+    assert [p["learning_rate"] for p in settings(ranking)] == [1e-5, 1e-6]
+    assert ranking.best.gain == -0.75
+    assert not any("does not show a gain" in line for line in ranking.warnings)
+    worse = rank(records[:8], name, AXES)
+    assert worse.best.gain == 0.25
+    assert "+25.0% ± 25.0" in warning(worse, "does not show a gain")
+
+
+def test_which_scores_are_better_low():
+    names = ("accuracy", "contained", "f1", "rougeL", "factkb", "format_failure", "original")
+    assert [name for name in names if lower_is_better(name)] == ["format_failure", "original"]
+
+
+def test_ties_go_to_steps_then_rate_then_kl_then_the_other_axes():
+    order = [
+        point(1e-5, 2, 0.3, alpha=0.3),
+        point(1e-5, 2, 0.3, alpha=0.5),
+        point(1e-5, 2, 0.1, alpha=0.3),
+        point(1e-4, 2, 0.3, alpha=0.3),
+        point(1e-6, 4, 0.3, alpha=0.3),
+    ]
+    axes = {"alpha": [0.3, 0.5], "learning_rate": RATES, "kl_coeff": [0.1, 0.3], "steps": [4, 2]}
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(order, len(order))
+        records = answers(None, [0.0, 0.0]) + [r for p in shuffled for r in answers(p, [1.0, 0.0])]
+        ranking = rank(records, "accuracy", axes)
+        assert settings(ranking) == order
+        assert warning(ranking, "tie").startswith("4 more points tie with the best")
+
+
+def test_one_tie_is_told_in_the_singular_and_none_not_at_all():
+    tied = rank(around([1.0] * 8)[:-8] + answers(point(1e-4), [1.0] * 8), "accuracy", AXES)
+    assert warning(tied, "with the best").startswith("1 more point ties with the best")
+    assert not any("with the best" in line for line in rank(around([1.0] * 8), "accuracy", AXES).warnings)
+
+
+def test_the_same_scores_summed_in_another_order_tie():
+    values = [0.1, 0.2, 0.3]
+    assert sum(values) != sum(reversed(values))
+    records = answers(None, [0.0] * 3) + answers(point(1e-5), values) + answers(point(1e-6), values[::-1])
+    ranking = rank(records, "accuracy", AXES)
+    assert ranking.best.point["learning_rate"] == 1e-6
+    assert warning(ranking, "with the best")
+
+
+def test_axes_hold_the_values_that_occur_ascending():
+    records = answers(None, [0.0]) + answers(point(1e-4), [1.0]) + answers(point(1e-6), [0.0])
+    axes = {"learning_rate": [1e-4, 1e-5, 1e-6], "steps": [4, 8], "kl_coeff": [0.1]}
+    assert rank(records, "accuracy", axes).axes == {
+        "learning_rate": [1e-6, 1e-4],
+        "steps": [4],
+        "kl_coeff": [0.1],
+    }
+
+
+def test_points_of_another_grid_are_left_out():
+    records = answers(None, [0.0] * 2) + answers(point(), [0.5] * 2)
+    records += answers(point(steps=8), [1.0] * 2) + answers(point(alpha=0.5), [1.0] * 2)
+    ranking = rank(records, "accuracy", AXES)
+    assert settings(ranking) == [point()]
+    assert (ranking.best.value, ranking.axes["steps"]) == (0.5, [4])
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        answers(None, [1.0]),
+        answers(point(), [1.0]),
+        answers(None, [1.0]) + answers(point(), [1.0], start=1),
+        answers(None, [1.0]) + answers(point(steps=99), [1.0]),
+        answers(None, [1.0], "f1") + answers(point(), [1.0], "f1"),
+    ],
+    ids=["nothing", "zero-shot only", "no zero-shot", "no common sample", "other grid", "other score"],
+)
+def test_nothing_to_rank_is_told_in_one_line(records):
+    with pytest.raises(FastMemError, match=r"search\.objective: .*'accuracy'") as caught:
+        rank(records, "accuracy", AXES)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_warning_where_the_best_is_inside_complete_and_clearly_better():
+    assert rank(around([1, 1, 1, 1, 1, 1, 1, 0]), "accuracy", AXES).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "best", "expected"),
+    [
+        ("learning_rate", [1e-5, 3e-5], 3e-5, "3e-05, is the largest of the grid; .* add larger values"),
+        ("learning_rate", [1e-5, 3e-5], 1e-5, "1e-05, is the smallest of the grid; .* add smaller values"),
+        ("learning_rate", [1e-6, 1e-5, 3e-5], 1e-5, None),
+        ("learning_rate", [1e-5], 1e-5, None),
+        ("steps", [2, 4], 2, "2, is the smallest"),
+        ("steps", [1, 4], 1, None),
+        ("steps", [1, 4], 4, "4, is the largest"),
+        ("kl_coeff", [0.0, 0.1], 0.0, None),
+        ("kl_coeff", [0.0, 0.1], 0.1, "0.1, is the largest"),
+        ("alpha", [0, 0.5], 0, None),
+        ("alpha", [0.3, 0.5], 0.3, "0.3, is the smallest"),
+        ("temperature", [0.0, 1.0], 0.0, None),
+        ("temperature", [0.0, 1.0], 1.0, "1, is the largest"),
+        ("top_p", [0.9, 1.0], 1.0, None),
+        ("top_p", [0.9, 1.0], 0.9, "0.9, is the smallest"),
+        ("top_k", [0, 40], 0, None),
+        ("relative_top", [0.1, 1.0], 1.0, None),
+        ("repetition_penalty", [1.0, 1.2], 1.0, "1, is the smallest"),
+    ],
+)
+def test_the_edge_of_the_grid(axis, values, best, expected):
+    axes = {**AXES, "learning_rate": [1e-5], axis: values}
+    records = answers(None, [0.0] * 4)
+    for value in values:
+        at = {**point(), axis: value}
+        records += answers(at, [1.0, 1.0, 1.0, 0.0] if value == best else [0.0] * 4)
+    lines = rank(records, "accuracy", axes).warnings
+    if expected is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1
+        assert re.match(f"the best {axis}, {expected}", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("after", "text"),
+    [
+        # One gain in four: 0.25 with a standard error of 0.25, so no more than one.
+        ([1, 0, 0, 0], "+25.0% ± 25.0 on 4 samples"),
+        ([0, 0, 0, 0], "+0.0% ± 0.0 on 4 samples"),
+        ([1, 1, 0, 0], None),
+    ],
+)
+def test_a_gain_within_one_standard_error_is_none(after, text):
+    lines = rank(answers(None, [0.0] * 4) + answers(point(), after), "accuracy", AXES).warnings
+    assert len(lines) == (text is not None)
+    for line in lines:
+        assert line.startswith("the search does not show a gain")
+        assert text in line
+        assert "lower search.every" in line
+
+
+def test_a_best_point_below_zero_shot_shows_no_gain():
+    ranking = rank(answers(None, [1.0] * 3) + answers(point(), [0.0] * 3), "accuracy", AXES)
+    assert "-100.0% ± 0.0" in warning(ranking, "does not show a gain")
+
+
+@pytest.mark.parametrize(("after", "gains"), [(1.0, True), (0.0, False)])
+def test_a_single_sample_has_no_errors_and_says_so(after, gains):
+    ranking = rank(answers(None, [0.0]) + answers(point(), [after]), "accuracy", AXES)
+    best = ranking.best
+    assert (best.standard_error, best.gain_error, ranking.baseline.standard_error) == (None, None, None)
+    assert "lower search.every" in warning(ranking, "single sample")
+    assert any("does not show a gain" in line for line in ranking.warnings) != gains
+
+
+def test_unfinished_points_come_last_and_are_named():
+    records = around([1.0] * 4, others=[0.0] * 4, before=[0.0] * 4)
+    short = [r for r in records if not (r["point"] == point(1e-5) and r["index"] == 15)]
+    ranking = rank(short, "accuracy", AXES)
+    assert [p["learning_rate"] for p in settings(ranking)] == [1e-6, 1e-4, 1e-5]
+    assert [p.n for p in ranking.points] == [4, 4, 3]
+    line = warning(ranking, "lack some of the 4 samples")
+    assert line.startswith("1 of 3 points")
+    assert "learning_rate/steps/kl_coeff 1e-05/4/0.1 (3)" in line
+    assert "..." not in line
+
+
+def test_an_unfinished_point_does_not_tie_with_the_best():
+    records = answers(None, [0.0] * 4) + answers(point(1e-5), [1.0] * 4) + answers(point(1e-6), [1.0] * 3)
+    lines = rank(records, "accuracy", AXES).warnings
+    assert any("lack some" in line for line in lines)
+    assert not any("with the best" in line for line in lines)
+
+
+@pytest.mark.parametrize(("count", "end"), [(3, "(1): run"), (4, "(1), ...: run")])
+def test_of_many_unfinished_points_three_are_named(count, end):
+    axes = {**AXES, "steps": [1, 2, 3, 4, 5]}
+    records = answers(None, [0.0] * 2) + answers(point(steps=1), [1.0] * 2)
+    for steps in range(2, 2 + count):
+        records += answers(point(steps=steps), [0.0])
+    line = warning(rank(records, "accuracy", axes), "lack some")
+    assert line.startswith(f"{count} of {count + 1} points")
+    assert line.count("(1)") == 3
+    assert f"1e-05/4/0.1 {end} the same command again" in line
+
+
+def test_failed_answers_count_and_are_told():
+    records = around([1.0] * 8)
+    for record in records[8:10] + records[16:17]:  # two of the best point's, one of another's
+        record["status"] = "loss is not finite"
+    ranking = rank(records, "accuracy", AXES)
+    assert {p.point["learning_rate"]: p.failed for p in ranking.points} == {1e-5: 2, 1e-6: 1, 1e-4: 0}
+    assert ranking.best.n == 8
+    line = warning(ranking, "not finite")
+    assert "in 2 of 3 points" in line
+    assert "gave 3 answers" in line
+
+
+def test_points_that_failed_come_after_those_that_did_not_and_before_unfinished_ones():
+    records = (
+        answers(None, [0.0] * 4) + answers(point(1e-6), [1.0] * 3) + answers(point(1e-5), [1.0, 0, 0, 0])
+    )
+    records += answers(point(1e-4), [1.0] * 4, status="loss is not finite")
+    assert [p["learning_rate"] for p in settings(rank(records, "accuracy", AXES))] == [1e-5, 1e-4, 1e-6]
+
+
+def test_as_dict_is_json_without_nan():
+    ranking = rank(answers(None, [0.0]) + answers(point(), [1.0]), "accuracy", AXES)
+    plain = ranking.as_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["best"] == plain["points"][0]
+    assert plain["best"]["point"] == point()
+    assert plain["best"]["gain_error"] is None
+    assert (plain["objective"], plain["baseline"]["value"], plain["warnings"]) == (
+        "accuracy",
+        0.0,
+        ranking.warnings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("accuracy", 0.5), "50.0%"),
+        (("accuracy", 0.525, 0.0312), "52.5% ± 3.1"),
+        (("accuracy", 0.025, 0.0, "+"), "+2.5% ± 0.0"),
+        (("accuracy", -0.00001, None, "+"), "+0.0%"),
+        (("accuracy", -0.025, None, "+"), "-2.5%"),
+        (("output_words", 12.34), "12.3"),
+    ],
+)
+def test_scores_as_text(arguments, expected):
+    assert format_score(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(3e-5, "3e-05"), (10, "10"), (10.0, "10"), (0.1 + 0.2, "0.3"), (1.2345678e-5, "1.2345678e-05")],
+)
+def test_settings_as_text(value, expected):
+    assert format_setting(value) == expected
