@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -45,7 +45,7 @@ _MOST_SAMPLES = {"cpu": 16, "other": 32}
 _SHORTEST = {"cpu": 0.5, "other": 0.0}
 
 Mode = Literal["fit", "predict", "fit-predict"]
-Settings = TypeVar("Settings")
+Settings, Result = TypeVar("Settings"), TypeVar("Result")
 
 
 class FastMemModule(LightningModule):
@@ -292,17 +292,9 @@ class FastMemModule(LightningModule):
             return self._in_halves(batch)
         if cost > usable_bytes(self.backbone.device):
             self.graphs.clear()
-        for held in (bool(self.graphs), False):
-            try:
-                return self._process(batch, encoded)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside the handler, so that the traceback no longer keeps the tensors alive.
-            self.free_memory()
-            # Graphs of earlier batches may have been what was too much.
-            if not held:
-                break
+        records = self.with_room(lambda: self._process(batch, encoded))
+        if records is not None:
+            return records
         if len(batch) == 1 or not self.hparams.auto_batch:
             raise OutOfMemoryError(
                 f"out of memory with {len(batch)} sample(s) at once; lower --data.batch_size, "
@@ -313,8 +305,22 @@ class FastMemModule(LightningModule):
         self._too_much = cost
         return self._in_halves(batch)
 
-    def free_memory(self) -> None:
-        """Let go of recorded steps, and of what the allocator keeps."""
+    def with_room(self, work: Callable[[], Result]) -> Result | None:
+        """Do the work; when out of memory, again without recorded steps; ``None`` when it does not fit."""
+        for held in (bool(self.graphs), False):
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the handler, so that the traceback no longer keeps the tensors alive.
+            self._free_memory()
+            # Graphs of earlier batches may have been what was too much.
+            if not held:
+                break
+        return None
+
+    def _free_memory(self) -> None:
         self.graphs.clear()
         gc.collect()
         if self.backbone.device.type == "cuda":

@@ -274,8 +274,10 @@ class FastMemTrainer(Trainer):
         if not wanted:
             return []
         records = run.records()
+        indices = {sample.index for sample in datamodule.samples}
+        asked = [record for record in records if record["index"] in indices]
         device = model.backbone.device
-        return add_model_scores(records, datamodule.samples, wanted, device, lambda: run.replace(records))
+        return add_model_scores(asked, datamodule.samples, wanted, device, lambda: run.replace(records))
 
     def _loop(self, model: FastMemModule, datamodule: FastMemDataModule, callbacks: list[Callback]) -> None:
         """Run Lightning's predict loop over the remaining samples."""

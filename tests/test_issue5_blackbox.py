@@ -28,7 +28,7 @@ from conftest import assert_untouched, make_model, make_tokenizer, snapshot
 from test_issue3_blackbox import ROUGE, SUMMARIES, save_roberta
 from test_issue_blackbox import FASTMEM, NQ, files, read, write
 
-from fastmem_pl import Backbone
+from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer
 from fastmem_pl.cli import main
 from fastmem_pl.metrics.text import extract_answer, normalize_answer
 
@@ -178,7 +178,9 @@ class Commands:
     def model(self, family: str) -> Path:
         folder = self.root / "models" / family
         if not folder.is_dir():
-            make_model(family).save_pretrained(folder)
+            name, _, vocabulary = family.partition("@")
+            sizes = {"vocab_size": int(vocabulary)} if vocabulary else {}
+            make_model(name, **sizes).save_pretrained(folder)
             make_tokenizer().save_pretrained(folder)
         return folder
 
@@ -188,8 +190,11 @@ class Commands:
         return path if path.exists() else write(path, records)
 
     def arguments(self, family: str = "llama", data: list[dict] = DATA, **settings: object) -> list[str]:
-        given = {"backbone": self.model(family), "data__path": self.data(data), **DEFAULTS, **settings}
-        return options(**given)
+        return options(**self.settings(family, data, **settings))
+
+    def settings(self, family: str, data: list[dict], **settings: object) -> dict[str, Any]:
+        paths = {"backbone": str(self.model(family)), "data__path": str(self.data(data))}
+        return {**paths, **DEFAULTS, **settings}
 
     def fresh(self) -> Path:
         return self.root / f"run{next(self._count)}"
@@ -221,17 +226,19 @@ class Commands:
     def fit_predict(
         self, point: Point, method: str, family: str = "llama", data: list[dict] = DATA, **settings: object
     ) -> dict[str, dict[int, dict]]:
-        """Records of a separate `fit-predict` run, sample by sample, by method and index; made once."""
+        """Records of a separate `fit-predict` run, by method and index; made once."""
         both = ["fastmem", "fastmem+cd"]
         # Where several tests compare with a point, its methods share the run.
         methods = ["zero-shot", *(both if method in both and not settings else [method])]
         given = {**settings, **point, "methods": methods}
         key = json.dumps([family, data, given], sort_keys=True, default=str)
         if key not in self._references:
-            folder = self.fresh()
-            assert (
-                main(["fit-predict", *self.arguments(family, data, **given), "--run_dir", str(folder)]) == 0
-            )
+            folder, given = self.fresh(), self.settings(family, data, **given)
+            model = {name: value for name, value in given.items() if "__" not in name}
+            source = {name[6:]: value for name, value in given.items() if name.startswith("data__")}
+            # Without the command line, which takes half of the time.
+            trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False)
+            trainer.fit_predict(FastMemModule(**model), FastMemDataModule(**source), run_dir=str(folder))
             found: dict[str, dict[int, dict]] = {}
             for record in read(folder):
                 found.setdefault(record["method"], {})[record["index"]] = record
@@ -259,12 +266,10 @@ CASES = [
     ("gemma2", "fastmem+cd", {}),
     ("gpt2", "fastmem", {}),
     ("gpt2", "fastmem+cd", {}),
-    ("llama", "fastmem", {"num_layers": 2}),
-    ("llama", "fastmem+cd", {"num_layers": 2}),
     ("gemma2", "fastmem+cd", {"num_layers": 2}),
     ("gpt2", "fastmem", {"num_layers": 2, "kl_target": 0.05, "kl_gain": 0.5}),
-    ("llama", "fastmem+cd", {"kl_target": 0.05, "kl_gain": 0.5}),
-    ("llama", "fastmem", {"max_grad_norm": 0.05, "weight_decay": 5.0, "max_context_tokens": 60}),
+    ("llama", "fastmem+cd", {"kl_target": 0.05, "kl_gain": 0.5, "max_grad_norm": 0.05}),
+    ("llama", "fastmem", {"weight_decay": 5.0, "max_context_tokens": 60}),
     ("llama", "fastmem", {"num_layers": 2, "published_quirks": ["norm-every-layer", "round-weights"]}),
     ("llama", "fastmem+cad", {"alpha": 1.5}),
     ("llama", "fastmem+dola", {}),
@@ -279,12 +284,38 @@ def test_grid_points_equal_separate_fit_predict_runs(
     records = commands.records(GRID, family, search__method=method, **settings)
     assert len(records) == 3 * (18 + 1)
     # All steps of the checked points below are there, in rows of other learning rates.
-    for point in CHECKED if not settings else CHECKED[:2]:
+    for point in CHECKED if family == "llama" and not settings else CHECKED[:2]:
         expected = commands.fit_predict(point, method, family, **settings)
         found = at(records, point)
         assert sorted(found) == [0, 5, 10]
         assert_like(found, expected[method])
         assert_like(at(records, None), expected["zero-shot"])
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "settings"),
+    [
+        ("llama@30000", "fastmem", {}),
+        ("gpt2@30000", "fastmem+cd", {}),
+        ("llama@30000", "fastmem", {"kl_target": 0.05, "kl_gain": 0.5}),
+    ],
+    ids=str,
+)
+def test_losses_and_answers_with_a_vocabulary_of_real_size(
+    commands: Commands, family: str, method: str, settings: dict
+) -> None:
+    grid = {"learning_rate": [4e-3, 1e-2], "steps": [5, 3], "kl_coeff": [1.0, 0.03]}
+    records = commands.records(grid, family, search__method=method, **settings)
+    for point in (points_of(grid)[0], points_of(grid)[-1]):
+        expected = commands.fit_predict(point, method, family, **settings)[method]
+        for index, record in at(records, point).items():
+            assert record["token_ids"] == expected[index]["token_ids"]
+            ours, other = record["curve"], expected[index]["curve"]
+            assert ours["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=1e-4, abs=1e-6)
+            assert ours["kl"] == pytest.approx(other["kl"], rel=0, abs=1e-4)
+            # Not a loss, and where it was estimated 3e-4 were seen.
+            assert ours["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+            assert max(other["kl"]) > 1e-2, "a test that could not fail"
 
 
 def test_rows_move_and_differ_so_that_other_tests_can_fail(commands: Commands) -> None:
@@ -640,9 +671,7 @@ def test_no_warning_where_the_best_is_inside_and_clearly_better(aim: Aim) -> Non
         assert NEAR.search(text) is None
 
 
-@pytest.mark.parametrize(
-    ("axis", "value"), [("learning_rate", 3e-2), ("learning_rate", 6e-3), ("steps", 12), ("kl_coeff", 0.03)]
-)
+@pytest.mark.parametrize(("axis", "value"), [("learning_rate", 6e-3), ("steps", 12), ("kl_coeff", 0.03)])
 def test_a_warning_where_the_best_is_on_the_edge(aim: Aim, axis: str, value: float) -> None:
     point = {**MIDDLE, axis: value}
     assert best_of(aim(point)) == point
@@ -1057,11 +1086,11 @@ def test_samples_without_a_summary_do_not_count(commands: Commands) -> None:
 
 
 @pytest.fixture(scope="module")
-def metric_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def metric_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("metrics")
     return {
-        "bertscore_model": save_roberta(folder / "encoder", transformers.RobertaForMaskedLM),
-        "factkb_model": save_roberta(folder / "classifier", transformers.RobertaForSequenceClassification),
+        "bertscore_model": str(save_roberta(folder / "encoder", transformers.RobertaForMaskedLM)),
+        "factkb_model": str(save_roberta(folder / "factkb", transformers.RobertaForSequenceClassification)),
     }
 
 
@@ -1158,9 +1187,7 @@ def test_a_search_reads_contexts_and_prompts_as_often_as_one_run(
     assert searched <= 1.5 * single, "18 points cost more than one run's passes"
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"), [("llama", {}), ("gemma2", {}), ("llama", {"num_layers": 2})], ids=str
-)
+@pytest.mark.parametrize(("family", "settings"), [("gemma2", {}), ("llama", {"num_layers": 2})], ids=str)
 def test_rows_that_fail_do_not_disturb_others(commands: Commands, family: str, settings: dict) -> None:
     sound = {"learning_rate": [1e-3, 1e-2], "steps": [1, 4], "kl_coeff": [0.1]}
     mixed = {**sound, "learning_rate": [1e30, 1e-3, 1e38, 1e-2]}
@@ -1283,8 +1310,8 @@ def test_nq_swap_on_the_demo_model_as_in_separate_runs(tmp_path: Path, shared: P
     short = sorted(json.loads(source.read_text("utf-8")), key=lambda r: len(r["sub_context"]))
     data = write(tmp_path / "nq.json", [r for r in short if len(r["sub_context"]) > 90][:2])
     common = ["--config", "smollm2,nqswap", "--data.path", str(data), "--trainer.accelerator", "cpu"]
-    common += ["--model.max_new_tokens", "8", "--trainer.enable_progress_bar", "false"]
-    grid = {"learning_rate": [3e-4, 1e-3], "steps": [3, 5], "kl_coeff": [0.1]}
+    common += ["--model.max_new_tokens", "6", "--trainer.enable_progress_bar", "false"]
+    grid = {"learning_rate": [3e-4, 1e-3], "steps": [2, 4], "kl_coeff": [0.1]}
     block = ["--search.grid", flow(grid), "--search.every", "1"]
     assert main(["search", *common, *block, "--run_dir", str(tmp_path / "search")]) == 0
     records = read(tmp_path / "search")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -77,9 +78,17 @@ class FastMemDataModule(LightningDataModule):
         if not self.samples:
             self.samples = read_samples(self.path, self.task, self.fields, self.answer_prefix, self.limit)
 
-    def keep_every(self, stride: int) -> None:
-        """Keep the first of every ``stride`` samples; they keep their index."""
-        self.samples = [sample for sample in self.samples if sample.index % stride == 0]
+    @contextmanager
+    def every(self, stride: int) -> Iterator[None]:
+        """Hold the first of every ``stride`` samples only, under their own indices, while this lasts."""
+        self.setup()
+        whole = self.samples
+        self.samples = [sample for sample in whole if sample.index % stride == 0]
+        try:
+            yield
+        finally:
+            self.samples = whole
+            self.skip(())
 
     def file_hash(self) -> str:
         """Short hash of the data file, by which a run folder knows its data again."""

@@ -70,7 +70,7 @@ class DeltaAdamW(torch.optim.AdamW):
 
     Args:
         pairs: ``(delta (B, out, in), base weight (out, in))``.
-        lr: learning rate, one for all samples or one each.
+        lr: learning rate, one for all samples or one each; constant.
         weight_decay: decoupled weight decay.
         round_weights: keep ``W + delta`` at what float32 weights can hold, as editing them does. Updates of
             one size then round alike (at 1e-5, by +0.14% wherever the weight is between 0.25 and 1).
@@ -173,8 +173,7 @@ class DeltaAdamW(torch.optim.AdamW):
         state, group = self.state[delta], self.param_groups[0]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(delta), torch.zeros_like(delta)
-            device = delta.device if group["fused"] else None
-            state["step"] = [torch.zeros((), device=device) for _ in delta]
+            state["step"] = torch.zeros((), device=delta.device if group["fused"] else None)
         for lr in dict.fromkeys(self._lrs):
             rows = [row for row, own in enumerate(self._lrs) if own == lr]
             adamw(
@@ -182,7 +181,8 @@ class DeltaAdamW(torch.optim.AdamW):
                 [state["exp_avg"][row] for row in rows],
                 [state["exp_avg_sq"][row] for row in rows],
                 [],
-                [state["step"][row] for row in rows],
+                # Counted up in place, in as many tensors.
+                [state["step"].clone() for _ in rows],
                 fused=group["fused"],
                 amsgrad=False,
                 beta1=group["betas"][0],
@@ -192,6 +192,7 @@ class DeltaAdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
+        state["step"] += 1
 
     def _factored_step(self, delta: Tensor, base: Tensor) -> None:
         from fastmem_pl.kernels.adamw import factored_adamw_

@@ -140,9 +140,9 @@ class MemorizationModule(LightningModule):
         ]
         failed = ~(finite_steps.all(0) & torch.stack(delta_norms).isfinite().all(0))
         failed_rows = failed.nonzero().flatten().tolist()
-        for layer in deltas if failed_rows else ():
-            for tensor in layer.values():
-                tensor[failed_rows] = 0.0
+        if failed_rows:
+            # Copies: who goes on training must not start anew from zero.
+            deltas = [{n: t.masked_fill(failed[:, None, None], 0.0) for n, t in d.items()} for d in deltas]
         adaptive = [kl_coeff] if self._settings.kl_target is not None else []
         by_row = (values.T.tolist() for values in (cross_entropy, kl, norms, *adaptive))
         curves = [Curve(*values) for values in zip(*by_row, strict=True)]

@@ -65,6 +65,8 @@ class ContextReader:
                     taken = next(steps)
             with backbone.numerics():
                 memory = module.memory()
+                if self._sampled and stop and stop == stops[-1]:
+                    self._sampled.vocabulary.check()
             yield stop, memory
 
     def _prepare(self, count: int) -> MemorizationBatch | SampledBatch:

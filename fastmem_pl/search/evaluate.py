@@ -14,7 +14,6 @@ from fastmem_pl.encoding import EncodedSample
 from fastmem_pl.errors import OutOfMemoryError
 from fastmem_pl.memory import ContextReader, Footprint, Memory, usable_bytes
 from fastmem_pl.module import FastMemModule
-from fastmem_pl.phases import is_out_of_memory
 from fastmem_pl.search.grid import DECODER_AXES, Point
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,8 @@ class SampleSearch:
             model.meter,
         )
         self._reader: ContextReader | None = None
+        # What all points have in common is shared out among them: seconds of the context's pass.
+        self._reading, self._num_rows, self._num_points = 0.0, 1, 1
         self._footprint = Footprint.of(model.backbone, settings)
 
     @property
@@ -56,8 +57,16 @@ class SampleSearch:
         return max(map(abs, errors), default=None)
 
     def zero_shot(self) -> Record:
-        """The record of the base model."""
-        (answer,), seconds = self._answer(METHODS[BASELINE], None, 1, {})
+        """The record of the base model.
+
+        Raises:
+            OutOfMemoryError: when it does not fit.
+        """
+        found = self._model.with_room(lambda: self._answer(METHODS[BASELINE], None, 1, {}))
+        if found is None:
+            raise self._too_large()
+        (answer,), seconds = found
+        seconds += sum(self._prefills.seconds.values())
         return self._record(METHODS[BASELINE], answer, {"memorize": 0.0, "decode": seconds}, None, None, 0)
 
     def points(self, points: Sequence[Point], progress: Callable[[int], None]) -> list[Record]:
@@ -75,45 +84,54 @@ class SampleSearch:
             rows[point["learning_rate"], point["kl_coeff"]].append(point)
         # Rows that go on longest first, so that those of one chunk stop at the same steps.
         ordered = sorted(rows.values(), key=lambda row: -max(p["steps"] for p in row))
+        self._num_rows, self._num_points = len(ordered), len(points)
         records: list[Record] = []
         while ordered:
-            most = self._rows_at_once()
+            most = self._rows_at_once(len(ordered))
             chunk, ordered = ordered[:most], ordered[most:]
             records += self._in_memory(chunk, progress)
         return records
 
-    def _rows_at_once(self) -> int:
-        backbone = self._model.backbone
-        tokens = self._encoded.longest + self._model.longest_answer
-        fitting = self._footprint.samples_in(usable_bytes(backbone.device), tokens)
-        if backbone.device.type == "cpu":
-            fitting = min(fitting, _CPU_TOKENS // tokens)
+    def _rows_at_once(self, wanted: int) -> int:
+        """How many of the rows that are left go together."""
+        model = self._model
+        tokens, device = self._encoded.longest + model.longest_answer, model.backbone.device
+        fitting = self._footprint.samples_in(usable_bytes(device), tokens)
+        if fitting < wanted and model.graphs:
+            model.graphs.clear()
+            fitting = self._footprint.samples_in(usable_bytes(device), tokens)
+        if device.type == "cpu":
+            fitting = min(fitting, _CPU_TOKENS // len(self._encoded.context.input_ids))
         return max(1, min(_MOST_ROWS, fitting))
 
     def _in_memory(self, rows: Sequence[Sequence[Point]], progress: Callable[[int], None]) -> list[Record]:
         """Evaluate rows, in halves where they do not fit together."""
         records: list[Record] = []
-        try:
+
+        def work() -> list[Record]:
+            if records:
+                progress(-len(records))
+                records.clear()
             for found in self._evaluate(rows):
-                records += found
+                records.extend(found)
                 progress(len(found))
             return records
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler, so that the traceback no longer keeps the tensors alive.
-        progress(-len(records))
-        records.clear()
-        self._model.free_memory()
-        if len(rows) == 1:
-            raise OutOfMemoryError(
-                f"out of memory with one point of sample {self._sample.id}; lower --model.max_context_tokens "
-                "or use --trainer.precision bf16-true; what is done stays, and the same command goes on from "
-                "there"
-            )
+
+        if self._model.with_room(work) is not None:
+            return records
+        if records:
+            progress(-len(records))
+        if len(rows) == 1 or not self._model.hparams.auto_batch:
+            raise self._too_large()
         log.warning("out of memory with %d settings at once; trying %d", len(rows), len(rows) // 2)
         half = len(rows) // 2
         return self._in_memory(rows[:half], progress) + self._in_memory(rows[half:], progress)
+
+    def _too_large(self) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"out of memory with one point of sample {self._sample.id}; lower --model.max_context_tokens or "
+            "use --trainer.precision bf16-true; what is done stays, and the same command goes on from there"
+        )
 
     def _evaluate(self, rows: Sequence[Sequence[Point]]) -> Iterator[list[Record]]:
         """Records by number of steps, as the rows' common fit comes by."""
@@ -123,15 +141,16 @@ class SampleSearch:
             for row in rows
         ]
         stops = sorted({point["steps"] for row in rows for point in row})
-        memorize, snapshots = 0.0, None
+        with model.meter.measure("memorize") as timing:
+            if self._reader is None:
+                self._reader = ContextReader(model.memorizer, self._encoded.context, not self._exact)
+        self._reading += timing["seconds"]
+        snapshots, memorize = self._reader.snapshots(settings, stops), 0.0
         for _ in stops:
             with model.meter.measure("memorize") as timing:
-                if self._reader is None:
-                    self._reader = ContextReader(model.memorizer, self._encoded.context, not self._exact)
-                snapshots = snapshots or self._reader.snapshots(settings, stops)
                 steps, memory = next(snapshots)
             memorize += timing["seconds"]
-            yield self._at_step(rows, steps, memory, memorize / len(rows))
+            yield self._at_step(rows, steps, memory, memorize / len(rows) + self._reading / self._num_rows)
 
     def _at_step(
         self, rows: Sequence[Sequence[Point]], steps: int, memory: Memory, memorize: float
@@ -148,7 +167,8 @@ class SampleSearch:
             numbers = [number for number, _ in asked]
             used = memory if numbers == list(range(len(rows))) else memory.rows(numbers)
             answers, seconds = self._answer(self._method, used, len(asked), dict(own))
-            share = {"memorize": memorize, "decode": seconds / len(asked)}
+            prompts = sum(self._prefills.seconds.values()) / self._num_points
+            share = {"memorize": memorize, "decode": seconds / len(asked) + prompts}
             for place, (_, point) in enumerate(asked):
                 records.append(self._record(self._method, answers[place], share, point, used, place))
         return records

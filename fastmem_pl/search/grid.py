@@ -96,11 +96,20 @@ class SearchSettings:
                     f"{where}: {method.name!r} does not depend on {name}; leave {name} out, or set "
                     f"search.method to one of: {', '.join(fitting)}"
                 )
+            if name in ("top_p", "top_k") and not self._draws(model):
+                raise FastMemError(
+                    f"search.grid: {name} is of no account where the best token is taken; set "
+                    "--model.temperature above 0"
+                )
         if self.optuna:
             self.optuna.check(lambda name, value: check_value(model, name, value, where))
         else:
             _check_grid(self.grid, model)
         _check_objective(self.objective, model, samples)
+
+    def _draws(self, model: FastMemModule) -> bool:
+        values = (self.optuna.space if self.optuna else self.grid).get("temperature")
+        return min(values or [model.decoding.temperature]) > 0
 
     def points(self, model: FastMemModule) -> list[dict[str, float]]:
         """All points of the grid, with the model's value for an axis of memorizing that is left out."""
@@ -178,7 +187,11 @@ def _check_objective(objective: str, model: FastMemModule, samples: Iterable[Con
     if objective in METRIC_MODELS and not model.hparams[METRIC_MODELS[objective].setting[6:]]:
         setting = METRIC_MODELS[objective].setting
         raise FastMemError(f"search.objective: {objective!r} needs a model of its own; set --{setting}")
-    if not any(sample.references for sample in samples):
+    function = SCORES[objective].function
+    if not any(
+        sample.references and (not function or function("", sample.references, sample.originals) is not None)
+        for sample in samples
+    ):
         raise FastMemError(
-            "search.objective: no sample has an answer to score against; add answers to the data"
+            f"search.objective: no sample has an answer to score {objective!r} against; add some to the data"
         )

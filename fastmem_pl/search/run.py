@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import yaml
 
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.decoding import BASELINE
+from fastmem_pl.errors import FastMemError
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder, write_atomic
 from fastmem_pl.search.grid import MEMORY_AXES, Point, SearchSettings, check_every
@@ -67,10 +69,19 @@ def run_search(
     Raises:
         FastMemError: for a mistake in the settings, before anything is written.
     """
-    start = time.perf_counter()
     check_every(settings.every)
-    datamodule.setup()
-    datamodule.keep_every(settings.every)
+    with datamodule.every(settings.every):
+        return _run(trainer, model, datamodule, settings, run_dir)
+
+
+def _run(
+    trainer: FastMemTrainer,
+    model: FastMemModule,
+    datamodule: FastMemDataModule,
+    settings: SearchSettings,
+    run_dir: str | None,
+) -> SearchResult:
+    start = time.perf_counter()
     samples = datamodule.samples
     settings.check(model, samples)
     method = settings.chosen_method()
@@ -89,6 +100,9 @@ def run_search(
         todo = missing(points, [sample.index for sample in samples], records)
         new = sum(map(len, todo.values()))
         if new:
+            # They would be stale, should this session be killed.
+            for name in _RESULTS:
+                (path / name).unlink(missing_ok=True)
             if records:
                 log.warning(
                     "going on in %s: %d of %d answers are there",
@@ -174,14 +188,21 @@ def write_results(
         content |= {name: kept[name] for name in _MEASURED if name in kept}
     elif start is not None:
         content["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
-    write_atomic(summary, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    if study is None:
-        heat_map(ranking, run.path / "heatmap.svg")
-    write_atomic(run.path / "search.md", markdown(ranking, picture=True, plots=plots))
     config = trainer.config_text or trainer.resolved_config(model, datamodule, run.path)
-    write_atomic(run.path / "best.yaml", best_config(config, ranking, settings, run.path))
+    try:
+        write_atomic(summary, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        if study is None:
+            heat_map(ranking, run.path / "heatmap.svg")
+        write_atomic(run.path / "search.md", markdown(ranking, picture=True, plots=plots))
+        write_atomic(run.path / "best.yaml", best_config(config, ranking, settings, run.path))
+    except OSError as error:
+        raise FastMemError(
+            f"run_dir: cannot write {run.path}: {error.strerror}; the answers are kept, and the same command "
+            "writes the results"
+        ) from error
 
 
+_RESULTS = ("search.json", "search.md", "heatmap.svg", "best.yaml")
 _MEASURED = ("seconds_of_last_session", "peak_memory_gib", "environment")
 
 
@@ -196,7 +217,7 @@ def best_config(config_text: str, ranking: Ranking, settings: SearchSettings, pa
     score = format_score(ranking.objective, best.value, best.standard_error)
     return (
         f"# The best of {len(ranking.points)} points on {best.n} samples: {ranking.objective} {score}.\n"
-        f"# run:   fastmem fit-predict --config {path / 'best.yaml'}\n"
+        f"# run:   fastmem fit-predict --config {shlex.quote(str(path / 'best.yaml'))}\n"
         "# It was chosen on those samples, so give it others to judge it by (--data.path).\n"
         + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     )

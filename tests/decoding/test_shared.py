@@ -5,6 +5,7 @@ import torch
 
 from fastmem_pl import MemorizationSettings, Memorizer
 from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill, SharedPrefill
+from fastmem_pl.decoding.shared import SharedPath
 from fastmem_pl.memory import ContextReader
 
 RATES = (1e-5, 3e-3, 1e-2, 1e-2, 3e-2)
@@ -74,6 +75,28 @@ def test_the_trunk_runs_once_for_rows_that_agree(make_tiny, contexts, monkeypatc
     answers = Decoding(prefill, "greedy", DecodingSettings(max_new_tokens=12), memory.deltas).run()
     assert len({tuple(a.token_ids) for a in answers}) == 2, "the memories do not differ"
     assert set(batches) == {1, 2}
+
+
+def test_rows_that_end_leave_the_others_as_they_were(make_tiny, contexts, monkeypatch):
+    backbone = make_tiny(seed=1)
+    memory = memories(backbone, contexts[2])
+    prompt = backbone.chat.prompt("Who did what, and where?")
+    settings = DecodingSettings(max_new_tokens=40)
+    one = Prefill(backbone, [prompt])
+    first = Decoding(SharedPrefill(one, 5), "greedy", settings, memory.deltas).run()
+    # Two texts that end most rows soon, and not all.
+    ending = [answer.text[2:4] for answer in first if len(answer.text) > 6][:2]
+    settings = DecodingSettings(max_new_tokens=40, stop=tuple(ending))
+    dropped = []
+    rows = SharedPath.rows
+    monkeypatch.setattr(
+        SharedPath, "rows", lambda self, index: dropped.append(len(index)) or rows(self, index)
+    )
+    found = Decoding(SharedPrefill(one, 5), "greedy", settings, memory.deltas).run()
+    expected = Decoding(Prefill(backbone, [prompt] * 5), "greedy", settings, memory.deltas).run()
+    assert [a.token_ids for a in found] == [a.token_ids for a in expected]
+    assert dropped, "no row left"
+    assert len({len(a.token_ids) for a in found}) > 1
 
 
 def test_the_prefill_stays_as_it_was(tiny, contexts):

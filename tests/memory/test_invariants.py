@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from fastmem_pl import MemorizationModule, MemorizationSettings, Memorizer
-from fastmem_pl.memory import objective
+from fastmem_pl.memory import DeltaAdamW, objective
 
 STRONG = {"steps": 6, "learning_rate": 1e-3, "kl_coeff": 0.3}
 
@@ -276,3 +276,26 @@ def test_rounded_weights_are_those_of_edited_float32_weights(tiny, contexts):
         base = tiny.tail().ffns[0].base_weights[name]
         assert torch.equal((base + rounded[name]) - base, rounded[name])
         assert (rounded[name][0] - wanted).norm() < 0.5 * (exact[name][0] - wanted).norm()
+
+
+@pytest.mark.parametrize("round_weights", [False, True])
+def test_rates_by_row_are_adamw_of_each_row(round_weights):
+    torch.manual_seed(0)
+    rates = [1e-2, 3e-3, 1e-2, 1e-4]
+    base = torch.randn(5, 7)
+    weights = [base.clone().requires_grad_(True) for _ in rates]
+    groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
+    reference = torch.optim.AdamW(groups, weight_decay=0.1)
+    delta = torch.nn.Parameter(torch.zeros(len(rates), *base.shape))
+    optimizer = DeltaAdamW([(delta, base)], rates, 0.1, round_weights=round_weights)
+    for _ in range(6):
+        delta.grad = torch.randn_like(delta)
+        for row, weight in enumerate(weights):
+            weight.grad = delta.grad[row].clone()
+        reference.step()
+        optimizer.step()
+        for row, weight in enumerate(weights):
+            torch.testing.assert_close(base + delta[row].detach(), weight.detach(), rtol=0, atol=2e-6)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[delta]["step"] == 6

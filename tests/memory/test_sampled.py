@@ -92,8 +92,8 @@ def test_rows_that_move_far_get_a_new_anchor(head, tokens):
     changes = torch.stack([near, far])
     cross_entropy, kl, gradient = vocabulary.loss(anchors, changes, torch.tensor([0.1, 0.1]))
     exact = dense(head, *tokens, far, 0.1)
-    assert len(vocabulary.errors) == 1
-    assert abs(vocabulary.errors[0]) > 1e-5, "the estimate was no worse than the exact value"
+    estimate = sampled(head, *tokens, changes, [0.1, 0.1], size=300, max_drift=math.inf)[1]
+    assert abs(estimate[0][1].item() - exact[0]) > 3e-5, "the estimate was no worse than the exact value"
     assert cross_entropy[1].item() == pytest.approx(exact[0], abs=5e-6)
     assert kl[1].item() == pytest.approx(exact[1], abs=5e-6)
     torch.testing.assert_close(gradient[1], exact[2], rtol=1e-4, atol=1e-7)
@@ -101,8 +101,9 @@ def test_rows_that_move_far_get_a_new_anchor(head, tokens):
     assert not anchors.change[0].any()
     assert not vocabulary.start.change.any(), "anchors of rows are copies"
     # From the new anchor, a small step needs none.
+    kept = anchors.change.clone()
     vocabulary.loss(anchors, changes + 1e-3, torch.tensor([0.1, 0.1]))
-    assert len(vocabulary.errors) == 1
+    assert torch.equal(anchors.change, kept)
 
 
 def test_a_row_that_is_no_number_leaves_the_others_alone(head, tokens):
@@ -113,6 +114,25 @@ def test_a_row_that_is_no_number_leaves_the_others_alone(head, tokens):
     assert found[0][0] == alone[0][0]
     assert torch.equal(found[2][0], alone[2][0])
     assert found[0][1].isnan()
+
+
+def test_estimates_that_are_no_number_are_no_errors(head, tokens):
+    """They are not used; the exact values are."""
+    huge = 40 * torch.randn(1, TOKENS, WIDTH)
+    vocabulary, found = sampled(head, *tokens, huge, [0.1], size=200)
+    assert found[0].item() == pytest.approx(dense(head, *tokens, huge[0], 0.1)[0], rel=1e-5)
+    assert vocabulary.errors == []
+    vocabulary.check()
+    assert all(map(math.isfinite, vocabulary.errors))
+
+
+def test_check_finds_the_error_of_the_row_that_moved_most(head, tokens):
+    changes = torch.randn(3, TOKENS, WIDTH) * torch.tensor([0.01, 0.3, 0.1])[:, None, None]
+    vocabulary, found = sampled(head, *tokens, changes, [0.1] * 3, size=200, max_drift=math.inf)
+    vocabulary.check()
+    exact = dense(head, *tokens, changes[1], 0.1)[0]
+    assert vocabulary.errors == [pytest.approx(found[0][1].item() - exact, abs=5e-6)]
+    assert abs(vocabulary.errors[0]) > 2e-5, "too small to say"
 
 
 def test_words_are_drawn_by_importance():
@@ -146,25 +166,58 @@ def test_where_sampling_serves(tiny, make_tiny, monkeypatch):
     assert not sampling_fits(make_tiny(precision="bf16-true").tail())
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_snapshots_are_separate_fits(tiny, contexts, num_layers):
-    settings = MemorizationSettings(num_layers=num_layers)
+@pytest.mark.parametrize("size", [None, 120], ids=["all words", "120 of 259 words"])
+@pytest.mark.parametrize("further", [{}, {"num_layers": 2}, {"kl_target": 0.01}], ids=str)
+def test_snapshots_are_separate_fits(tiny, contexts, monkeypatch, further, size):
+    if size:
+        monkeypatch.setattr(sampled_module, "SAMPLE_SIZE", size)
+    settings = MemorizationSettings(**further)
     rows = [
-        MemorizationSettings(num_layers=num_layers, learning_rate=rate, kl_coeff=kl)
+        MemorizationSettings(learning_rate=rate, kl_coeff=kl, **further)
         for rate, kl in ((1e-4, 0.1), (3e-3, 0.1), (3e-3, 1.0))
     ]
     memorizer = Memorizer(tiny, settings)
     encoded = memorizer.encode(contexts[2])
-    for steps, memory in ContextReader(memorizer, encoded).snapshots(rows, [2, 5]):
+    reader = ContextReader(memorizer, encoded)
+    for steps, memory in reader.snapshots(rows, [2, 5]):
         for row, own in enumerate(rows):
             alone = Memorizer(tiny, **{**own.as_dict(), "steps": steps}).fit([encoded])
             for name in ("cross_entropy", "kl", "grad_norm"):
                 found, expected = getattr(memory.curves[row], name), getattr(alone.curves[0], name)
-                assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+                assert found == pytest.approx(expected, rel=1e-4, abs=1e-4 if size else 1e-6), name
             for layer, other in zip(memory.deltas, alone.deltas, strict=True):
                 for name, delta in layer.items():
-                    assert (delta[row] - other[name][0]).norm() < 1e-3 * other[name].norm()
+                    error = (delta[row] - other[name][0]).norm() / other[name].norm()
+                    assert error < (0.05 if size else 1e-3), name
     assert memory.settings["learning_rate"] == [1e-4, 3e-3, 3e-3]
+    assert bool(reader.errors) == bool(size)
+
+
+def test_a_row_that_failed_stays_failed(tiny, contexts):
+    """Its delta is answered with as zero, but not trained on from there."""
+    memorizer = Memorizer(tiny)
+    rows = [MemorizationSettings(learning_rate=rate) for rate in (1e30, 1e-3)]
+    encoded = memorizer.encode(contexts[2])
+
+    def curves(stops):
+        *_, (_, memory) = ContextReader(memorizer, encoded).snapshots(rows, stops)
+        assert [status.split(":")[0] for status in memory.status] == ["failed", "ok"]
+        assert not any(delta[0].any() for layer in memory.deltas for delta in layer.values())
+        return [curve.as_dict() for curve in memory.curves]
+
+    assert curves([2, 4]) == curves([4])
+
+
+def test_merging_keeps_the_smallest_steps(demo):
+    """A delta of 1e-6 beside weights of 0.1, both float32: the fall of the loss is still that of the fit."""
+    own = MemorizationSettings(steps=6, learning_rate=1e-6)
+    memorizer = Memorizer(demo, own)
+    encoded = memorizer.encode("The Mona Lisa was painted by Rembrandt in the year 1802.")
+    ((_, memory),) = ContextReader(memorizer, encoded).snapshots([own], [6])
+    found, expected = memory.curves[0].cross_entropy, memorizer.fit([encoded]).curves[0].cross_entropy
+    fall = expected[0] - expected[-1]
+    assert fall > 1e-3
+    assert found[0] - found[-1] == pytest.approx(fall, rel=0.01)
 
 
 def test_snapshots_from_a_sample_of_words(demo):
@@ -185,5 +238,6 @@ def test_snapshots_from_a_sample_of_words(demo):
         alone = Memorizer(demo, own).fit([encoded])
         for name in ("cross_entropy", "kl"):
             found, expected = getattr(memory.curves[row], name), getattr(alone.curves[0], name)
-            assert found == pytest.approx(expected, rel=0, abs=1e-4), (own, name)
+            moved = abs(expected[0] - expected[-1])
+            assert found == pytest.approx(expected, rel=0, abs=min(1e-4, 0.01 * moved + 1e-6)), (own, name)
     assert ContextReader(memorizer, encoded, sample_vocabulary=False).errors == []
