@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> None:
             {"run": "search", "points": summary["num_points"], "seconds": round(seconds, 1), **shared}
         )
         print(rows[-1], flush=True)
-        for rate, kl in CHECKED:
+        for rate, kl in CHECKED[: arguments.checks]:
             for steps in SearchSettings().grid["steps"]:
                 point = {"learning_rate": rate, "steps": steps, "kl_coeff": kl}
                 options = [part for name, value in point.items() for part in (f"--model.{name}", str(value))]
@@ -155,6 +155,9 @@ def main() -> None:
     parser.add_argument("action", choices=("measure", "render"))
     parser.add_argument("--data", type=Path, default=Path("nqswap.json"), help="NQ-Swap records")
     parser.add_argument("--max-words", type=int, default=150, help="leave out longer contexts (tables)")
+    parser.add_argument(
+        "--checks", type=int, default=len(CHECKED), help="pairs of rate and KL weight to check"
+    )
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--name", default="cpu", help="of the CSV file: search_NAME.csv")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")

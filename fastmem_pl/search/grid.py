@@ -97,8 +97,9 @@ class SearchSettings:
                     f"search.method to one of: {', '.join(fitting)}"
                 )
             if name in ("top_p", "top_k") and not self._draws(model):
+                where = "search.optuna.space" if self.optuna else "search.grid"
                 raise FastMemError(
-                    f"search.grid: {name} is of no account where the best token is taken; set "
+                    f"{where}.{name} is of no account where the best token is taken; set "
                     "--model.temperature above 0"
                 )
         if self.optuna:
