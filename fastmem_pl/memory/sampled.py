@@ -30,9 +30,9 @@ from fastmem_pl.memory.memorize import ReadContexts
 from fastmem_pl.memory.objective import Losses
 
 # Words drawn for contexts of so many tokens or more. Shorter ones average over fewer, and cost less anyway.
-SAMPLE_SIZE, _FULL_LENGTH = 3072, 128
+SAMPLE_SIZE, _FULL_LENGTH = 4096, 128
 # How far a row may move from its anchor: mean KL(p_anchor || p) of its tokens, in nats.
-MAX_DRIFT = 0.004
+MAX_DRIFT = 0.003
 # Bytes of one chunk of (tokens, V) logits.
 _CHUNK_BYTES = 96 << 20
 
@@ -103,7 +103,7 @@ class SampledVocabulary:
         for _, probs in self._predictions(torch.zeros_like(hidden)):
             squares += probs.square().sum(0)
         squares[labels] = torch.inf
-        size = size or int(SAMPLE_SIZE * max(1.0, _FULL_LENGTH / len(labels)) ** 0.5)
+        size = size or int(SAMPLE_SIZE * min(4.0, max(1.0, _FULL_LENGTH / len(labels))))
         self._words, self._inclusion = draw_words(squares.sqrt(), size)
         self._sample = self._head[self._words]
         self._label_head = self._head[labels]
