@@ -127,14 +127,15 @@ class SampledVocabulary:
         normalizer = anchors.normalizer + growth
         mean = (estimate.flatten(0, 1) @ self._sample).view_as(change)
         mean.add_(anchors.mean_rest).div_(total[:, :, None])
-        # Whatever is not a number has left its anchor, too.
-        for row in (~(drift <= self._max_drift)).nonzero().flatten().tolist():
+        # Whatever is not a number has left its anchor, too; so has a KL below 0, which no exact one is.
+        near = drift.abs() <= self._max_drift
+        for row in (~near).nonzero().flatten().tolist():
             anchors.replace(row, self._anchor(change[row]))
-            if drift[row] < 2 * self._max_drift:
+            if drift[row].abs() < 2 * self._max_drift:
                 # Of estimates much further off, none is used.
                 self.errors.append(float((normalizer[row] - anchors.normalizer[row]).mean()))
             normalizer[row], mean[row] = anchors.normalizer[row], anchors.mean[row]
-        self._last = change, normalizer, int(torch.where(drift <= self._max_drift, drift, 0.0).argmax())
+        self._last = change, normalizer, int(torch.where(near, drift, 0.0).argmax())
         gain = self._label_logits + torch.linalg.vecdot(self._label_head, change)
         kl = normalizer - self.start.normalizer - torch.linalg.vecdot(self.start.mean, change)
         coeff = kl_coeff[:, None, None]

@@ -47,7 +47,7 @@ class SearchSettings:
         every: search on every fifth (5) sample of the data, so that the others remain to test on.
         method: memory method to search for; left out, fastmem, or fastmem+cd where alpha is an axis.
         exact: compute losses from the whole vocabulary. Left off, a CPU in float32 estimates them from a
-            sample of it where that is good to 1e-4, several times faster (docs/search.md).
+            sample of it, which is faster, and keeps the largest error that it finds (docs/search.md).
         optuna: search a larger space by trials of Optuna instead of the grid.
     """
 

@@ -1,6 +1,7 @@
 """The loss from a sample of the vocabulary against the loss from all of it."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,22 @@ def test_estimates_that_are_no_number_are_no_errors(head, tokens):
     assert vocabulary.errors == []
     vocabulary.check()
     assert all(map(math.isfinite, vocabulary.errors))
+
+
+def test_a_poor_sample_is_not_taken_for_a_small_move(head, tokens):
+    """Where its words stand for too little, the estimated KL of a common shift is below 0."""
+    common = torch.ones(WIDTH)
+    head.head_weight += common
+    vocabulary = SampledVocabulary(head, *tokens, size=300)
+    whole = vocabulary.start.repeat(1)
+    weights = 0.3 * whole.weights
+    mean_rest = whole.mean_rest + 0.7 * whole.weights @ vocabulary._sample
+    poor = replace(whole, weights=weights, rest=1 - weights.sum(2), mean_rest=mean_rest)
+    change = 1.5 / WIDTH * common.expand(1, TOKENS, WIDTH).clone()
+    found = vocabulary.loss(poor, change, torch.tensor([0.1]))
+    exact = dense(head, *tokens, change[0], 0.1)
+    assert found[0].item() == pytest.approx(exact[0], abs=1e-5)
+    assert torch.equal(poor.change, change), "no new anchor"
 
 
 def test_check_finds_the_error_of_the_row_that_moved_most(head, tokens):
