@@ -56,7 +56,8 @@ def fused(norm: nn.Module) -> FusedRMSNorm | None:
     if not (alone and isinstance(weight, Tensor) and weight.ndim == 1 and isinstance(eps, float)):
         return None
     exact = copy.deepcopy(norm).float()
-    probe = torch.linspace(-2, 3, weight.numel(), device=weight.device)
+    # Not the default type, which is bfloat16 inside a bf16-true trainer.
+    probe = torch.linspace(-2, 3, weight.numel(), device=weight.device, dtype=torch.float32)
     # A small row too, in which eps counts.
     probe = torch.stack([probe, 1e-3 * probe])
     # Weights that count from one (Gemma) are kept in float32: the sum would lose them in bfloat16.
