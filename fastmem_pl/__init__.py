@@ -21,7 +21,9 @@ _EXPORTS = {
     "MemorizationSettings": "fastmem_pl.memory",
     "Memorizer": "fastmem_pl.memory",
     "Memory": "fastmem_pl.memory",
+    "WindowSettings": "fastmem_pl.memory",
     "answer": "fastmem_pl.answering",
+    "generator": "fastmem_pl.generation",
     "stream_answer": "fastmem_pl.answering",
 }
 

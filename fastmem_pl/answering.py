@@ -122,11 +122,7 @@ def _memory_of_each(backbone: Backbone, memory: Memory | None, count: int) -> Me
     """One row a question."""
     if memory is None:
         return None
-    if memory.fingerprint != backbone.fingerprint():
-        raise FastMemError(
-            f"answer: the memory belongs to the model {memory.fingerprint}, "
-            f"this one is {backbone.fingerprint()}"
-        )
+    memory.check(backbone)
     if len(memory) not in (1, count):
         raise FastMemError(f"answer: {count} questions but {len(memory)} memories")
     return memory.rows([0] * count) if len(memory) < count else memory

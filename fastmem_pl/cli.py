@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -22,10 +23,15 @@ commands:
   fit           memorize each context and save the memories
   predict       answer with saved memories; without any, zero-shot
   search        try a grid of settings on every fifth sample, and rank them
+  memorize      memorize one text and keep it as a file
+  ask           ask such a memory, on the command line or in a loop
+  export        ship it: a LoRA adapter, a merged checkpoint, a smaller file
   tasks [NAME]  show the tasks with their prompts
 
 first run:
   fastmem fit-predict --config demo
+one text:
+  fastmem memorize notes.txt && fastmem ask notes.fastmem "Who wrote the notes?"
 your own data (JSON or JSONL with context, question and, if known, answers):
   fastmem fit-predict --config smollm2,qa --data.path my.jsonl
 your own model (Hub id, folder or .gguf file):
@@ -50,6 +56,7 @@ packaged configs, later ones on top of earlier ones:
 """
 USAGE = "fastmem {command} --config NAME_OR_FILE [--data.path FILE] [--run_dir DIR] [options]"
 COMMANDS = ("fit-predict", "fit", "predict", "search")
+MEMORY_COMMANDS = ("memorize", "ask", "export")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -66,8 +73,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] == "tasks":
             return _show_tasks(arguments[1:])
+        if arguments[0] in MEMORY_COMMANDS:
+            return _run_memory_command(arguments[0], arguments[1:])
         if arguments[0] not in COMMANDS:
-            known = (*COMMANDS, "tasks")
+            known = (*COMMANDS, *MEMORY_COMMANDS, "tasks")
             hint = nearest(arguments[0], known)
             raise FastMemError(f"{arguments[0]!r} is no command; allowed: {', '.join(known)}{hint}")
         return _run(_resolve_configs(arguments))
@@ -75,7 +84,21 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"fastmem: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if arguments[0] in MEMORY_COMMANDS:
+            print("fastmem: stopped", file=sys.stderr)
+            return 130
         return _interrupted()
+
+
+def _run_memory_command(name: str, arguments: list[str]) -> int:
+    if not {"-h", "--help"} & set(arguments):
+        _quiet_libraries()
+    command = importlib.import_module(f"fastmem_pl.commands.{name}")
+    try:
+        return command.run(arguments)
+    except SystemExit as stop:
+        # argparse ends the program after its help.
+        return int(stop.code or 0)
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -137,9 +160,22 @@ def _resolve_configs(arguments: list[str]) -> list[str]:
         else:
             options.append(argument)
             continue
-        values += [value] if os.path.isfile(value) else [part.strip() for part in value.split(",")]
-    paths = _with_combinations([_config_path(value) for value in values])
-    return [arguments[0], *(part for path in paths for part in ("--config", path)), *options]
+        values.append(value)
+    return [arguments[0], *(part for path in config_paths(values) for part in ("--config", path)), *options]
+
+
+def config_paths(values: Sequence[str]) -> list[str]:
+    """Files of configs given by name or path, several with commas between, in order.
+
+    Raises:
+        FastMemError: for one that there is not.
+    """
+    names = [
+        part
+        for value in values
+        for part in ([value] if os.path.isfile(value) else [part.strip() for part in value.split(",")])
+    ]
+    return _with_combinations([_config_path(name) for name in names])
 
 
 def _with_combinations(paths: list[str]) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastmem_pl.backbone import EncodedContext
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.memory import Memorizer
+from fastmem_pl.memory import Memorizer, context_hash
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class EncodedSample:
     @property
     def context_hash(self) -> str:
         """Short hash that ties a saved memory to what was memorized."""
-        ids = " ".join(map(str, self.context.input_ids))
-        return hashlib.sha256(ids.encode()).hexdigest()[:16]
+        return context_hash([self.context])
 
 
 class SampleEncoder:

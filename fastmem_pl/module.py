@@ -407,7 +407,7 @@ class FastMemModule(LightningModule):
             memory.save(
                 folder.file(sample.index),
                 row,
-                self.backbone.compute_dtype,
+                "float32" if self.backbone.compute_dtype is torch.float32 else "bfloat16",
                 context_hash=encoded[row].context_hash,
                 id=sample.id,
             )

@@ -6,17 +6,21 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
+from fastmem_pl.backbone.fabric import fabric_settings
 from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.backbone.loading import load_model
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
 from fastmem_pl.errors import FastMemError, unknown
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -62,16 +66,26 @@ class Backbone:
     def load(
         cls,
         source: str = "demo",
-        precision: Precision = "32-true",
-        device: str | torch.device = "cpu",
+        precision: Precision | None = None,
+        device: str | torch.device | None = None,
         trust_remote_code: bool = False,
+        fabric: Fabric | None = None,
     ) -> Backbone:
         """Load a backbone from a Hub id, a folder, a ``.gguf`` file, or the packaged ``"demo"`` model.
+
+        Args:
+            source: which.
+            precision: ``32-true`` by default.
+            device: the CPU by default.
+            trust_remote_code: run code that comes with the checkpoint.
+            fabric: says precision and device, where they are left out.
 
         Raises:
             FastMemError: when there is no such model or it does not fit.
         """
-        precision = normalize_precision(precision)
+        stated = fabric_settings(fabric) if fabric else ("32-true", "cpu")
+        precision = normalize_precision(precision or stated[0])
+        device = device or stated[1]
         # Weights made under inference_mode could not take part in memorizing.
         with torch.inference_mode(False):
             model, tokenizer = load_model(source, _WEIGHT_DTYPE[precision], trust_remote_code)
@@ -157,9 +171,9 @@ class Backbone:
         """
         self.tail(num_layers)
         key = (num_layers, *early)
-        if key not in self._trunks:
-            self._trunks[key] = Trunk(self.anatomy, num_layers, early)
         with self.numerics(), self._autocast():
+            if key not in self._trunks:
+                self._trunks[key] = Trunk(self.anatomy, num_layers, early)
             return self._trunks[key](input_ids, attention_mask, position_ids, cache)
 
     def new_cache(self) -> Cache:
@@ -191,22 +205,9 @@ class Backbone:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def fingerprint(self) -> str:
-        """A short hash of the architecture, its constants, and a sample of every weight.
-
-        Weights are hashed as bfloat16, so a model loaded as float32 and as bfloat16 has one fingerprint.
-        """
-        if self._fingerprint is not None:
-            return self._fingerprint
-        config = self.model.config.get_text_config()
-        constants = {name: getattr(config, name, None) for name in _CONSTANTS}
-        digest = hashlib.sha256(f"{type(self.model).__name__}{constants}".encode())
-        for name, parameter in sorted(self.model.named_parameters()):
-            flat = parameter.detach().flatten()
-            # A stride prime to any row length, so that the sample is spread over rows and columns.
-            places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
-            sample = flat[places].to("cpu", torch.bfloat16).view(torch.int16)
-            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        self._fingerprint = digest.hexdigest()[:16]
+        """A short hash of the model (:func:`fingerprint_of`)."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(self.model)
         return self._fingerprint
 
     @contextmanager
@@ -254,6 +255,23 @@ class Backbone:
                 f"{self.anatomy.family.name!r}); allowed: decoder-only models whose last block ends in "
                 "residual + FFN, then the final norm and the LM head (docs/families.md)"
             )
+
+
+def fingerprint_of(model: Any) -> str:
+    """A short hash of a model's architecture, its constants, and a sample of every weight.
+
+    Weights are hashed as bfloat16, so a model loaded as float32 and as bfloat16 has one fingerprint.
+    """
+    config = model.config.get_text_config()
+    constants = {name: getattr(config, name, None) for name in _CONSTANTS}
+    digest = hashlib.sha256(f"{type(model).__name__}{constants}".encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        # A stride prime to any row length, so that the sample is spread over rows and columns.
+        places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
+        sample = flat[places].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def normalize_precision(precision: str | int) -> Precision:

@@ -191,6 +191,34 @@ class ChatEncoder:
         """
         return self.whole_context(*self.truncate(context, limit))
 
+    def windows(self, text: str, window: int, overlap: int) -> list[EncodedContext]:
+        """Encode a text of any length in windows, every token of it with a loss in one of them.
+
+        A window repeats the last ``overlap`` tokens of the one before, after the header and like it without
+        loss; the end of turn closes the last one only. A text of up to ``window`` tokens is one window, the
+        same as :meth:`context`.
+
+        Args:
+            text: what to memorize.
+            window: most tokens of the text in a window.
+            overlap: tokens repeated, fewer than ``window``.
+        """
+        ids = self._plain(text).input_ids
+        if len(ids) <= window:
+            return [self.context(text, window)]
+        header = self._bos + self._encode([(self.pieces.assistant_header, True)])
+        closing = self._encode([(self.pieces.end_of_turn, True)])
+        encoded = []
+        start = 0
+        while start < len(ids):
+            repeated = min(overlap, start)
+            end = start - repeated + window
+            part = ids[start - repeated : end] + (closing if end >= len(ids) else [])
+            new = min(end, len(ids)) - start
+            encoded.append(EncodedContext(header + part, len(header) + repeated, new, 0))
+            start = end
+        return encoded
+
     def whole_context(self, text: str, kept: int, cut: int) -> EncodedContext:
         """Encode what :meth:`truncate` returned."""
         pieces = self.pieces

@@ -97,24 +97,27 @@ class Anatomy:
         """The nonlinearity of a block's FFN."""
         return getattr(self.blocks[layer].mlp, self.family.activation)
 
+    def ffn_modules(self, layer: int) -> list[tuple[tuple[str, ...], nn.Module]]:
+        """The linear modules of a block's FFN, each with the projections that its rows are, in order."""
+        ffn, family = self.blocks[layer].mlp, self.family
+        if family.gate is None:
+            inner = [(("up",), family.up)]
+        elif family.gate == family.up:
+            inner = [(("gate", "up"), family.up)]
+        else:
+            inner = [(("gate",), family.gate), (("up",), family.up)]
+        return [(parts, getattr(ffn, name)) for parts, name in (*inner, (("down",), family.down))]
+
     def projections(self, layer: int) -> dict[str, Projection]:
         """Views of the FFN's base weights under the names ``gate`` (if gated), ``up`` and ``down``."""
-        ffn, family = self.blocks[layer].mlp, self.family
-        if family.gate is not None and family.gate == family.up:
-            fused = _projection(getattr(ffn, family.up))
-            half = fused.weight.shape[0] // 2
-            bias = (None, None) if fused.bias is None else fused.bias.split(half)
-            return {
-                "gate": Projection(fused.weight[:half], bias[0]),
-                "up": Projection(fused.weight[half:], bias[1]),
-                "down": _projection(getattr(ffn, family.down)),
-            }
-        names = {"gate": family.gate, "up": family.up, "down": family.down}
-        return {
-            part: _projection(getattr(ffn, attribute))
-            for part, attribute in names.items()
-            if attribute is not None
-        }
+        found: dict[str, Projection] = {}
+        for parts, module in self.ffn_modules(layer):
+            whole = _projection(module)
+            size = whole.weight.shape[0] // len(parts)
+            biases = (None,) * len(parts) if whole.bias is None else whole.bias.split(size)
+            for part, weight, bias in zip(parts, whole.weight.split(size), biases, strict=True):
+                found[part] = Projection(weight, bias)
+        return found
 
 
 def _projection(module: nn.Module) -> Projection:

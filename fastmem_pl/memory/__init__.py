@@ -1,9 +1,11 @@
 """Memories: the delta on the last FFN, the objective, fitting and saving."""
 
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
+from fastmem_pl.memory.document import DocumentFit, context_hash, encoded_text
+from fastmem_pl.memory.files import read_header
 from fastmem_pl.memory.footprint import Footprint, usable_bytes
 from fastmem_pl.memory.memorize import MemorizationModule, Memorizer
-from fastmem_pl.memory.memory import Curve, Memory, read_header
+from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.objective import (
     Losses,
     MemorizationBatch,
@@ -11,14 +13,18 @@ from fastmem_pl.memory.objective import (
     memorization_loss,
     prepare,
 )
-from fastmem_pl.memory.settings import MemorizationSettings
+from fastmem_pl.memory.probe import ContextProbe
+from fastmem_pl.memory.settings import POLICIES, MemorizationSettings, WindowSettings
 from fastmem_pl.memory.snapshots import ContextReader
 from fastmem_pl.memory.store import MemoryFolder
 
 __all__ = [
+    "POLICIES",
+    "ContextProbe",
     "ContextReader",
     "Curve",
     "DeltaAdamW",
+    "DocumentFit",
     "FFNDelta",
     "Footprint",
     "Losses",
@@ -29,6 +35,9 @@ __all__ = [
     "Memory",
     "MemoryFolder",
     "Reference",
+    "WindowSettings",
+    "context_hash",
+    "encoded_text",
     "memorization_loss",
     "prepare",
     "read_header",

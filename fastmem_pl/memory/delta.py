@@ -27,6 +27,7 @@ class FFNDelta(nn.Module):
         dtype: of the deltas.
         factored: leave gradients as the factors they are products of (:class:`Factors`), for the kernel
             that updates a delta without storing its gradient.
+        start: deltas to go on from; zero otherwise.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class FFNDelta(nn.Module):
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         factored: bool = False,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._dtype = dtype
@@ -45,6 +47,8 @@ class FFNDelta(nn.Module):
                 for name, shape in shapes.items()
             }
         )
+        for name, values in (start or {}).items():
+            self.weights[name].data.copy_(values)
         for parameter in self.weights.values() if factored else ():
             parameter.factors = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from fastmem_pl import kernels
 from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs
 from fastmem_pl.backbone.backbone import pad
+from fastmem_pl.backbone.fabric import check_fabric
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.footprint import usable_bytes
 from fastmem_pl.memory.memory import Curve, Memory
-from fastmem_pl.memory.objective import MemorizationBatch, prepare
-from fastmem_pl.memory.settings import MemorizationSettings
+from fastmem_pl.memory.objective import Losses, MemorizationBatch, prepare
+from fastmem_pl.memory.settings import MemorizationSettings, WindowSettings
 
 # Bound of the step-0 predictions that are kept, alone and as a share of the memory at hand; the others are
 # made anew at every step, for another product with the head.
@@ -55,6 +56,9 @@ class MemorizationModule(LightningModule):
         num_samples: ``B``.
         settings: of memorizing.
         rows: settings of each sample, where they differ; in ``learning_rate`` and ``kl_coeff`` they may.
+        start: a memory to go on from; its KL is still from the base model.
+        dense_gradients: give every delta an ordinary gradient, which losses of one's own may add to. On a GPU
+            in bfloat16 a delta's gradient is otherwise left as the factors it is a product of, once a step.
     """
 
     def __init__(
@@ -63,40 +67,51 @@ class MemorizationModule(LightningModule):
         num_samples: int,
         settings: MemorizationSettings,
         rows: Sequence[MemorizationSettings] | None = None,
+        start: Memory | None = None,
+        dense_gradients: bool = False,
     ) -> None:
         super().__init__()
         self._rows = [settings] * num_samples if rows is None else list(rows)
         self._backbone = backbone
         self._tail = backbone.tail(settings.num_layers)
         self._settings = settings
-        factored = kernels.usable(backbone.device, backbone.compute_dtype) and not settings.round_weights
+        factored = kernels.usable(backbone.device, backbone.compute_dtype)
+        factored = factored and not (settings.round_weights or dense_gradients)
         compact = factored and settings.optimizer_state == "auto"
         dtype = torch.bfloat16 if compact else torch.float32
+        self._moved = start is not None
+        started = start.deltas if start else [None] * len(self._tail.ffns)
         self.deltas = nn.ModuleList(
-            FFNDelta(ffn.shapes, num_samples, backbone.device, dtype, factored) for ffn in self._tail.ffns
+            FFNDelta(ffn.shapes, num_samples, backbone.device, dtype, factored, values)
+            for ffn, values in zip(self._tail.ffns, started, strict=True)
         )
         # Not a buffer: precision plugins would round it.
         self.kl_coeff = torch.tensor(
             [row.kl_coeff for row in self._rows], device=backbone.device, dtype=torch.float32
         )
         self._history: list[tuple[Tensor, Tensor, Tensor]] = []
+        # Losses of the step in progress; of several, where a text is too long for one batch.
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self._norms: list[Tensor] = []
 
     def training_step(self, batch: MemorizationBatch, batch_idx: int = 0) -> Tensor:
         """Return the sum over samples of their losses; each sample's gradient is its own."""
+        return self.losses(batch).total.sum()
+
+    def losses(self, batch: MemorizationBatch) -> Losses:
+        """Loss of every sample, ``(B,)``, for a loop or a loss of one's own.
+
+        A step ends with :meth:`configure_gradient_clipping`, which also records it in the curve.
+        """
+        moved = self._moved or bool(self._history)
         with self._backbone.numerics(grad=True):
             deltas = [delta.tensors() for delta in self.deltas]
-            norm_every_layer = self._settings.norm_every_layer and bool(self._history)
+            norm_every_layer = self._settings.norm_every_layer and moved
             states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=norm_every_layer)
-            kl_coeff = self.kl_coeff
             hidden = self._tail.final_norm(states[-1])
-            losses = batch.loss(self._tail, hidden, kl_coeff, moved=bool(self._history))
-        self._history.append((losses.cross_entropy, losses.kl, kl_coeff))
-        if self._settings.kl_target is not None:
-            self.kl_coeff = adapted_kl_coeff(
-                kl_coeff, losses.kl, self._settings.kl_target, self._settings.kl_gain
-            )
-        return losses.total.sum()
+            losses = batch.loss(self._tail, hidden, self.kl_coeff, moved=moved)
+        self._pending.append((losses.cross_entropy, losses.kl))
+        return losses
 
     def configure_optimizers(self) -> DeltaAdamW:
         """AdamW on the deltas that decays the weights they belong to."""
@@ -112,12 +127,26 @@ class MemorizationModule(LightningModule):
             settings.weight_decay,
             settings.round_weights,
             last_step=settings.steps,
-            from_zero=True,
+            from_zero=not self._moved,
         )
 
-    def configure_gradient_clipping(self, optimizer: DeltaAdamW, *args: Any, **kwargs: Any) -> None:
-        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``."""
-        self._norms.append(optimizer.clip(self._settings.max_grad_norm))
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``.
+
+        Args:
+            optimizer: of :meth:`configure_optimizers`, as it is or set up by Fabric.
+            args: as Lightning gives them.
+            kwargs: as Lightning gives them.
+        """
+        plain = optimizer if isinstance(optimizer, DeltaAdamW) else optimizer.optimizer
+        self._norms.append(plain.clip(self._settings.max_grad_norm))
+        cross_entropy, kl = (torch.stack(values).sum(0) for values in zip(*self._pending, strict=True))
+        self._pending.clear()
+        self._history.append((cross_entropy, kl, self.kl_coeff))
+        if self._settings.kl_target is not None:
+            self.kl_coeff = adapted_kl_coeff(
+                self.kl_coeff, kl, self._settings.kl_target, self._settings.kl_gain
+            )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch where the backbone made it."""
@@ -160,7 +189,8 @@ class MemorizationModule(LightningModule):
         for name in ("learning_rate", "kl_coeff"):
             values = [getattr(row, name) for row in self._rows]
             settings[name] = values[0] if len(set(values)) == 1 else values
-        return Memory(deltas, curves, status, settings, self._backbone.fingerprint())
+        backbone = self._backbone
+        return Memory(deltas, curves, status, settings, backbone.fingerprint(), backbone=backbone.name)
 
 
 def adapted_kl_coeff(kl_coeff: Tensor, kl: Tensor, target: float, gain: float) -> Tensor:
@@ -181,10 +211,19 @@ class Memorizer:
     Args:
         backbone: the frozen model.
         settings: of memorizing; keyword arguments of :class:`MemorizationSettings` do as well.
+        fabric: to drive the fit with; by default one for the backbone's device.
+
+    Raises:
+        FastMemError: when the Fabric is for another device or precision than the backbone's, or for several
+            processes.
     """
 
     def __init__(
-        self, backbone: Backbone, settings: MemorizationSettings | None = None, **kwargs: Any
+        self,
+        backbone: Backbone,
+        settings: MemorizationSettings | None = None,
+        fabric: Fabric | None = None,
+        **kwargs: Any,
     ) -> None:
         self.backbone = backbone
         if settings is not None and kwargs:
@@ -198,14 +237,51 @@ class Memorizer:
         # products itself. Modules need no wrapping for either, and Fabric would keep every one that it
         # wrapped, with gradients and optimizer moments, in its list of callbacks.
         device = backbone.device
-        self._fabric = Fabric(
+        if fabric is not None:
+            check_fabric(fabric, backbone)
+        self._fabric = fabric or Fabric(
             accelerator=device.type, strategy=SingleDeviceStrategy(device), precision="32-true"
         )
 
     def __call__(self, contexts: str | Sequence[str]) -> Memory:
-        """Memorize one context, or ``B`` together; equal to ``B`` separate calls up to rounding."""
+        """Memorize one context, or ``B`` together; equal to ``B`` separate calls up to rounding.
+
+        Raises:
+            FastMemError: when there is none, or one of them is empty.
+        """
         contexts = [contexts] if isinstance(contexts, str) else contexts
-        return self.fit([self.encode(context) for context in contexts])
+        if not contexts or not all(context.strip() for context in contexts):
+            raise FastMemError("Memorizer: there is nothing to memorize; give texts that are not empty")
+        memory = self.fit([self.encode(context) for context in contexts])
+        memory.texts = list(contexts)
+        return memory
+
+    def memorize_document(
+        self,
+        texts: str | Sequence[str],
+        windows: WindowSettings | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Memory:
+        """Memorize a text of any length, or several, as one memory.
+
+        Args:
+            texts: what to memorize; each text begins a window of its own.
+            windows: how they are cut (:class:`~fastmem_pl.memory.document.WindowSettings`).
+            progress: called with the number of updates done and of all, after each.
+
+        Returns:
+            a memory of one row. Of a text that fits one window, the same as that of a call with it.
+
+        Raises:
+            FastMemError: when there is nothing to memorize, or the policy does not fit the settings.
+        """
+        from fastmem_pl.memory.document import DocumentFit
+
+        fit = DocumentFit(self, texts, windows)
+        for done in fit.run():
+            if progress:
+                progress(done, fit.num_updates)
+        return fit.memory()
 
     @property
     def context_limit(self) -> int:
@@ -244,17 +320,28 @@ class Memorizer:
             module = MemorizationModule(self.backbone, len(encoded), self.settings)
             if self.settings.steps:
                 batch = self.prepare(encoded)
-                for _ in self.run(module, batch, self.settings.steps):
+                for _ in self.run(module, [batch], self.settings.steps):
                     pass
             return module.memory()
 
-    def run(self, module: MemorizationModule, batch: MemorizationBatch, steps: int) -> Iterator[int]:
-        """Fit a module step by step; yields the number of steps taken so far."""
+    def run(
+        self, module: MemorizationModule, parts: Sequence[MemorizationBatch], steps: int
+    ) -> Iterator[int]:
+        """Fit a module step by step.
+
+        Args:
+            module: to fit.
+            parts: batches whose losses add up to that of one step; usually one.
+            steps: to take.
+
+        Yields:
+            the number of steps taken so far.
+        """
         plain = module.configure_optimizers()
         optimizer = self._fabric.setup_optimizers(plain)
         for step in range(steps):
-            loss = module.training_step(batch, step)
-            self._fabric.backward(loss)
+            for part in parts:
+                self._fabric.backward(module.training_step(part, step))
             module.configure_gradient_clipping(plain)
             optimizer.step()
             optimizer.zero_grad()

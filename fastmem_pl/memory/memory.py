@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastmem_pl.errors import FastMemError
+from fastmem_pl.memory import files
 
-FORMAT_VERSION = "2"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fastmem_pl.backbone import Backbone
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Curve:
         return cls(**{n: [math.nan if v is None else v for v in values[n]] for n in values})
 
 
-@dataclass
+@dataclass(repr=False)
 class Memory:
     """Memorized contexts: one row a sample.
 
@@ -56,6 +59,9 @@ class Memory:
         settings: those of memorizing.
         fingerprint: of the backbone that the deltas belong to.
         context_hash: of the memorized token ids, on a memory loaded from a file that states it.
+        texts: what was memorized, one a row, where it is known.
+        backbone: what the model was called.
+        windows: how a long text was cut, on the memory of a document.
     """
 
     deltas: list[dict[str, Tensor]]
@@ -64,153 +70,211 @@ class Memory:
     settings: dict[str, Any]
     fingerprint: str
     context_hash: str | None = None
+    texts: list[str | None] = field(default_factory=list)
+    backbone: str = ""
+    windows: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.texts = self.texts or [None] * len(self.curves)
 
     def __len__(self) -> int:
         return len(self.curves)
+
+    def __repr__(self) -> str:
+        rows = "1 context" if len(self) == 1 else f"{len(self)} contexts"
+        losses = [curve.cross_entropy for curve in self.curves if curve.cross_entropy]
+        means = [sum(loss[i] for loss in losses) / len(losses) for i in (0, -1)] if losses else []
+        fell = f", cross-entropy {means[0]:.2f} -> {means[1]:.2f}" if means else ""
+        megabytes = sum(tensor.nbytes for layer in self.deltas for tensor in layer.values()) / 1e6
+        steps = f"{self.settings.get('steps')} steps"
+        return f"Memory({rows}, {steps}{fell}, {megabytes:.1f} MB, model {self.backbone!r})"
 
     @property
     def num_layers(self) -> int:
         """Trained layers."""
         return len(self.deltas)
 
+    @property
+    def curve(self) -> Curve:
+        """The curve of a memory of one row.
+
+        Raises:
+            FastMemError: when there are several.
+        """
+        if len(self) != 1:
+            raise FastMemError(f"memory.curve: there are {len(self)}; take one of memory.curves")
+        return self.curves[0]
+
+    def plot(self) -> Figure:
+        """Cross-entropy and KL (nats a token) over the steps, a line a row."""
+        # Notebooks show figures once this is imported.
+        import matplotlib.pyplot  # noqa: F401
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 2.6), layout="constrained")
+        for axes, name, title in zip(
+            figure.subplots(1, 2),
+            ("cross_entropy", "kl"),
+            ("cross-entropy of the context", "KL from the base model"),
+            strict=True,
+        ):
+            for row, curve in enumerate(self.curves):
+                axes.plot(getattr(curve, name), marker=".", label=f"row {row}")
+            axes.set(title=title, xlabel="step", ylabel="nats a token")
+            if 1 < len(self) <= 10:
+                axes.legend(fontsize="small")
+        return figure
+
     def rows(self, indices: Sequence[int]) -> Memory:
         """Pick rows, repeats allowed: ``memory.rows([0, 0])`` serves two questions on one context."""
         index = torch.tensor(indices, device=next(iter(self.deltas[0].values())).device)
-        return Memory(
-            [{n: t.index_select(0, index) for n, t in layer.items()} for layer in self.deltas],
-            [self.curves[i] for i in indices],
-            [self.status[i] for i in indices],
-            self.settings,
-            self.fingerprint,
+        return replace(
+            self,
+            deltas=[{n: t.index_select(0, index) for n, t in layer.items()} for layer in self.deltas],
+            context_hash=None,
+            **{name: [getattr(self, name)[i] for i in indices] for name in ("curves", "status", "texts")},
         )
 
-    def to(self, dtype: torch.dtype) -> Memory:
-        """The same memory with deltas of another type."""
-        return replace(self, deltas=[{n: t.to(dtype) for n, t in layer.items()} for layer in self.deltas])
+    def to(self, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Memory:
+        """The same memory with deltas of another type, or elsewhere."""
+        return replace(
+            self, deltas=[{n: t.to(device=device, dtype=dtype) for n, t in d.items()} for d in self.deltas]
+        )
 
     @classmethod
     def stack(cls, memories: Sequence[Memory]) -> Memory:
-        """Join memories of one backbone into one batch."""
-        first = memories[0]
-        return cls(
-            [
-                {name: torch.cat([m.deltas[layer][name] for m in memories]) for name in first.deltas[layer]}
-                for layer in range(first.num_layers)
-            ],
-            [curve for m in memories for curve in m.curves],
-            [status for m in memories for status in m.status],
-            first.settings,
-            first.fingerprint,
-        )
+        """Join memories of one backbone into one batch, one row after the other.
 
-    def save(self, path: str | Path, row: int = 0, dtype: torch.dtype = torch.float32, **extra: str) -> None:
+        Raises:
+            FastMemError: when they are of several models, or of different layers.
+        """
+        if not memories:
+            raise FastMemError("Memory.stack: no memories; give one or more")
+        first = memories[0]
+        for other in memories[1:]:
+            if other.fingerprint != first.fingerprint:
+                raise FastMemError(
+                    f"Memory.stack: memories of two models, {first.fingerprint} and {other.fingerprint}; "
+                    "a batch has one"
+                )
+            if other.num_layers != first.num_layers:
+                raise FastMemError(
+                    f"Memory.stack: memories of {first.num_layers} and of {other.num_layers} trained layers; "
+                    "a batch has one number"
+                )
+        deltas = [
+            {name: torch.cat([m.deltas[layer][name] for m in memories]) for name in first.deltas[layer]}
+            for layer in range(first.num_layers)
+        ]
+        joined = {
+            name: [value for memory in memories for value in getattr(memory, name)]
+            for name in ("curves", "status", "texts")
+        }
+        return replace(first, deltas=deltas, context_hash=None, windows=None, **joined)
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse to serve another model.
+
+        Raises:
+            FastMemError: with both fingerprints, or with the shapes that differ.
+        """
+        if self.fingerprint != backbone.fingerprint():
+            raise files.other_model("the memory", self.backbone, self.fingerprint, backbone.fingerprint())
+        shapes = [ffn.shapes for ffn in backbone.tail(self.num_layers).ffns]
+        for layer, (deltas, expected) in enumerate(zip(self.deltas, shapes, strict=True)):
+            found = {name: tuple(tensor.shape[1:]) for name, tensor in deltas.items()}
+            if found != {name: tuple(shape) for name, shape in expected.items()}:
+                raise FastMemError(
+                    f"the memory does not fit this model: layer {layer} has deltas {found}, the model's "
+                    f"weights are { ({name: tuple(shape) for name, shape in expected.items()}) }"
+                )
+
+    def attached(self, model: Any) -> AbstractContextManager[None]:
+        """Let a transformers model use this memory; see :func:`fastmem_pl.generation.attached`."""
+        from fastmem_pl.generation import attached
+
+        return attached(model, self)
+
+    def save(
+        self,
+        path: str | Path,
+        row: int = 0,
+        form: str = "float32",
+        text: bool = True,
+        factors: Sequence[Mapping[str, tuple[Tensor, Tensor]]] | None = None,
+        **extra: str,
+    ) -> None:
         """Write one row as a safetensors file; a reader sees the whole file or none.
 
         Args:
             path: of the file.
             row: which sample.
-            dtype: of the stored deltas. Products with a memory run in the backbone's compute type, so
-                storing that type loses nothing for answering.
+            form: ``float32``; ``bfloat16`` (half the size; products with a memory run in the backbone's
+                compute type, so for a bfloat16 model nothing is lost); ``int8`` (a quarter); ``low-rank``.
+            text: keep the memorized text, where it is known, in the file.
+            factors: of every delta by layer, ``(out, r)`` and ``(r, in)``, for ``low-rank``.
             extra: further text for the header.
 
         Raises:
             FastMemError: when the file cannot be written.
         """
-        from safetensors.torch import save
-
-        path = Path(path)
-        tensors = {
-            f"{layer}.{name}": tensor[row].detach().to("cpu", dtype).contiguous()
-            for layer, deltas in enumerate(self.deltas)
-            for name, tensor in deltas.items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for layer, deltas in enumerate(self.deltas):
+            for name, delta in deltas.items():
+                low_rank = factors[layer][name] if factors else None
+                tensors |= files.pack(f"{layer}.{name}", delta[row], form, low_rank)
         header = {
-            "format": "fastmem",
-            "version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
+            "form": form,
             "settings": json.dumps(self.settings),
             "curve": json.dumps(self.curves[row].as_dict()),
             "status": self.status[row],
+            "backbone": self.backbone,
+            **({"windows": json.dumps(self.windows)} if self.windows else {}),
+            **({"text": self.texts[row]} if text and self.texts[row] is not None else {}),
+            **({"context_hash": self.context_hash} if self.context_hash else {}),
             **extra,
         }
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(save(tensors, metadata=header))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise FastMemError(f"cannot write the memory {path}: {error.strerror}") from error
+        files.write(Path(path), tensors, header)
 
     @classmethod
     def load(
-        cls, path: str | Path, fingerprint: str | None = None, device: str | torch.device = "cpu"
+        cls,
+        path: str | Path,
+        fingerprint: str | Backbone | None = None,
+        device: str | torch.device = "cpu",
     ) -> Memory:
         """Read one memory (nothing in the file is executed).
 
         Args:
             path: of the file.
-            fingerprint: refuse a memory of another backbone.
+            fingerprint: refuse a memory of another backbone; given a backbone itself, also one of other
+                shapes.
             device: where to put the deltas.
 
         Raises:
-            FastMemError: when the file is missing, damaged, or belongs to another model.
+            FastMemError: when the file is missing, damaged, altered, or belongs to another model.
         """
-        with _opened(path, fingerprint) as file:
-            header = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        backbone = None if fingerprint is None or isinstance(fingerprint, str) else fingerprint
+        header, deltas = files.read(path, backbone.fingerprint() if backbone else fingerprint)
         try:
-            num_layers = 1 + max(int(name.split(".", 1)[0]) for name in tensors)
-            deltas: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
-            for name, tensor in tensors.items():
-                layer, part = name.split(".", 1)
-                deltas[int(layer)][part] = tensor.to(device)[None]
-            return cls(
-                deltas,
-                [Curve.from_dict(json.loads(header["curve"]))],
+            windows = json.loads(header["windows"]) if "windows" in header else None
+            settings, curve = json.loads(header["settings"]), json.loads(header["curve"])
+            if not isinstance(settings, dict) or not isinstance(windows, dict | None):
+                raise TypeError("settings and windows are no mappings")
+            memory = cls(
+                [{name: t.to(device)[None] for name, t in layer.items()} for layer in deltas],
+                [Curve.from_dict(curve)],
                 [header["status"]],
-                json.loads(header["settings"]),
+                settings,
                 header["fingerprint"],
                 header.get("context_hash"),
+                [header.get("text")],
+                header.get("backbone", ""),
+                windows,
             )
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise FastMemError(f"memory {path} is damaged ({error!r}); memorize it again") from error
-
-
-def read_header(path: str | Path, fingerprint: str | None = None) -> dict[str, str]:
-    """Read the header of a memory file, not its tensors.
-
-    Args:
-        path: of the file.
-        fingerprint: refuse a memory of another backbone.
-
-    Raises:
-        FastMemError: when the file is missing, damaged, or belongs to another model.
-    """
-    with _opened(path, fingerprint) as file:
-        return file.metadata()
-
-
-@contextmanager
-def _opened(path: str | Path, fingerprint: str | None) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FastMemError(f"no such memory: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != "fastmem" or header.get("version") != FORMAT_VERSION:
-                raise FastMemError(f"{path} is not a FastMem memory of format version {FORMAT_VERSION}")
-            if fingerprint is not None and header.get("fingerprint") != fingerprint:
-                raise FastMemError(
-                    f"memory {path} belongs to another model: its fingerprint is "
-                    f"{header.get('fingerprint')}, this model's {fingerprint}"
-                )
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise FastMemError(
-            f"memory {path} is damaged ({error}); memorize it again with fastmem fit"
-        ) from error
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise files.damaged(path, repr(error)) from error
+        if backbone is not None:
+            memory.check(backbone)
+        return memory

@@ -75,3 +75,51 @@ class MemorizationSettings:
     def as_dict(self) -> dict[str, float | bool | str | None]:
         """Plain values by name."""
         return asdict(self)
+
+
+POLICIES = ("joint", "sequential", "cut")
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """How a text that is longer than the model's context is cut into windows and memorized.
+
+    Args:
+        policy: ``joint``: every update is on all windows, with the loss averaged over all tokens;
+            ``sequential``: the windows one after the other, each with all updates and a fresh optimizer,
+            going on from the memory so far; ``cut``: the first window only, as the paper does.
+        window: most tokens of the text in a window; as many as model and settings allow by default.
+        overlap: tokens that a window repeats from the one before, as context without loss; an eighth of a
+            window by default.
+
+    Raises:
+        FastMemError: when a value is out of its range.
+    """
+
+    policy: str = "joint"
+    window: int | None = None
+    overlap: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise unknown("windows", self.policy, POLICIES)
+        if self.window is not None and self.window < 1:
+            raise FastMemError(f"window: {self.window} is out of range; allowed: at least 1")
+        if self.overlap is not None and self.overlap < 0:
+            raise FastMemError(f"overlap: {self.overlap} is out of range; allowed: at least 0")
+
+    def resolved(self, limit: int) -> tuple[int, int]:
+        """Window and overlap where at most ``limit`` tokens fit a window.
+
+        Raises:
+            FastMemError: when the window is over the limit, or the overlap not below the window.
+        """
+        window = limit if self.window is None else self.window
+        overlap = window // 8 if self.overlap is None else self.overlap
+        if window > limit:
+            raise FastMemError(
+                f"window: {window} is out of range; allowed: at most {limit}, the context limit"
+            )
+        if overlap >= window:
+            raise FastMemError(f"overlap: {overlap} is out of range; allowed: less than the window, {window}")
+        return window, overlap

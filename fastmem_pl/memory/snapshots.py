@@ -57,7 +57,7 @@ class ContextReader:
             settings = replace(self._memorizer.settings, steps=max(stops))
             module = MemorizationModule(backbone, count, settings, rows)
             batch = self._prepare(count) if settings.steps else None
-            steps = self._memorizer.run(module, batch, settings.steps)
+            steps = self._memorizer.run(module, [batch], settings.steps)
         taken = 0
         for stop in stops:
             while taken < stop:

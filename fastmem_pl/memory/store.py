@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.memory.memory import Memory, read_header
+from fastmem_pl.memory.files import read_header
+from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.settings import MemorizationSettings
 from fastmem_pl.published import QUIRKS
 

@@ -134,7 +134,7 @@ def test_answer_refuses_what_does_not_match(tiny, make_tiny, contexts):
         answer(tiny, ["a", "b", "c"], memory=memory)
     with pytest.raises(FastMemError, match="1 questions but 2 contexts"):
         answer(tiny, "a", contexts[:2])
-    with pytest.raises(FastMemError, match="the memory belongs to the model"):
+    with pytest.raises(FastMemError, match="the memory belongs to another model: its fingerprint is"):
         answer(make_tiny(seed=3), "a", memory=memory.rows([0]))
     with pytest.raises(FastMemError, match=r"decoder: 'gready' is unknown; .* did you mean 'greedy'"):
         answer(tiny, "a", decoder="gready")

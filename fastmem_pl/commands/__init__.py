@@ -1,0 +1,1 @@
+"""Commands on single memories: memorize a text, ask it, export it."""

@@ -1,0 +1,67 @@
+"""A memory as a smaller memory file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastmem_pl.backbone import Backbone
+from fastmem_pl.errors import unknown
+from fastmem_pl.export.low_rank import LowRank
+from fastmem_pl.export.report import ExportReport, Loss, check_target
+from fastmem_pl.memory import Memory
+from fastmem_pl.memory.files import FORMS
+
+
+def to_memory(
+    memory: Memory,
+    backbone: Backbone,
+    out: str | Path,
+    form: str = "low-rank",
+    rank: int | Literal["auto"] = "auto",
+    max_kl: float = 0.01,
+    context: str | None = None,
+    force: bool = False,
+) -> ExportReport:
+    """Write the memory in another form.
+
+    Args:
+        memory: of one row.
+        backbone: its model.
+        out: file to write.
+        form: ``float32``, ``bfloat16``, ``int8``, or ``low-rank`` (factors in bfloat16).
+        rank: of ``low-rank``; ``auto`` takes the smallest whose KL is at most ``max_kl``.
+        max_kl: ``KL(memory || file)`` on the memorized text, nats a token.
+        context: what was memorized, where the memory does not hold it.
+        force: replace what exists.
+
+    Raises:
+        FastMemError: when ``out`` exists or cannot be written, or a value is out of range.
+    """
+    if form not in FORMS:
+        raise unknown("form", form, FORMS)
+    out = Path(out)
+    check_target(out, force)
+    loss = Loss(memory, backbone, context)
+    factors, chosen, tried = None, None, []
+    if form == "low-rank":
+        low_rank = LowRank(memory, backbone, torch.bfloat16)
+        chosen, tried = low_rank.choose(loss, rank, max_kl)
+        factors = low_rank.factors(chosen)
+    memory.save(out, form=form, factors=factors)
+    kept = replace(memory, deltas=Memory.load(out, backbone, backbone.device).deltas)
+    return ExportReport(
+        "memory",
+        out,
+        form,
+        out.stat().st_size,
+        loss.relative_error(kept.deltas),
+        loss.kl(kept.deltas),
+        loss.kl_base,
+        kept,
+        chosen,
+        tried,
+    )

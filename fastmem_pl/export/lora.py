@@ -1,0 +1,106 @@
+"""A memory as a LoRA adapter that PEFT loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from fastmem_pl.backbone import Backbone
+from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.export.low_rank import LowRank
+from fastmem_pl.export.report import ExportReport, Loss, check_target, new_folder, size_of
+from fastmem_pl.memory import Memory
+from fastmem_pl.memory.files import write_tensors
+
+DTYPES = ("float32", "bfloat16")
+
+
+def to_lora(
+    memory: Memory,
+    backbone: Backbone,
+    out: str | Path,
+    rank: int | Literal["auto"] = "auto",
+    max_kl: float = 0.01,
+    dtype: str = "bfloat16",
+    context: str | None = None,
+    force: bool = False,
+) -> ExportReport:
+    """Write a PEFT adapter of the memory's best approximation of a rank.
+
+    Args:
+        memory: of one row.
+        backbone: its model.
+        out: folder to write.
+        rank: of every matrix; ``auto`` takes the smallest whose KL is at most ``max_kl``.
+        max_kl: ``KL(memory || adapter)`` on the memorized text, nats a token.
+        dtype: of the adapter's weights.
+        context: what was memorized, where the memory does not hold it.
+        force: replace what exists.
+
+    Raises:
+        FastMemError: when peft is missing, ``out`` exists or cannot be written, or a value is out of range.
+    """
+    peft = _peft()
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    out = Path(out)
+    check_target(out, force)
+    loss = Loss(memory, backbone, context)
+    low_rank = LowRank(memory, backbone, getattr(torch, dtype))
+    rank, tried = low_rank.choose(loss, rank, max_kl)
+    exported = low_rank.memory(rank)
+    names = {module: name for name, module in backbone.model.named_modules()}
+    weights, targets, transposed = {}, [], False
+    for layer, factors in zip(backbone.tail(memory.num_layers).layers, low_rank.modules(rank), strict=True):
+        for (_, module), (outer, inner) in zip(backbone.anatomy.ffn_modules(layer), factors, strict=True):
+            targets.append(names[module])
+            transposed = isinstance(module, Conv1D)
+            weights[f"base_model.model.{names[module]}.lora_A.weight"] = inner
+            weights[f"base_model.model.{names[module]}.lora_B.weight"] = outer
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=backbone.name,
+        inference_mode=True,
+        r=rank,
+        # PEFT scales by alpha / r.
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+    )
+    with new_folder(out, sum(tensor.nbytes for tensor in weights.values()) + (1 << 20)) as folder:
+        _save(weights, config, folder)
+        report = ExportReport(
+            "lora",
+            out,
+            dtype,
+            size_of(folder),
+            loss.relative_error(exported.deltas),
+            loss.kl(exported.deltas),
+            loss.kl_base,
+            exported,
+            rank,
+            tried,
+        )
+        report.write(folder)
+    return report
+
+
+def _save(weights: dict[str, torch.Tensor], config: object, folder: Path) -> None:
+    cpu = {name: tensor.to("cpu").contiguous() for name, tensor in weights.items()}
+    write_tensors(folder / "adapter_model.safetensors", cpu, {"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise FastMemError(
+            'exporting to LoRA needs the package peft; run: pip install "fastmem-pl[lora]" (or peft)'
+        ) from error
+    return peft

@@ -1,0 +1,204 @@
+"""Memories inside the ``generate`` of transformers.
+
+Two ways: :func:`attached` lets the model's own forward pass use a memory, with all that ``generate`` can do
+(beams, assistants, processors); :func:`generator` is a ``custom_generate`` that decodes with FastMem's
+decoders, which look at more than the memorized model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from fastmem_pl.backbone import FFN, Backbone, find_anatomy, fingerprint_of
+from fastmem_pl.decoding import DECODERS, DecodingSettings, Prefill
+from fastmem_pl.decoding.state import DecodeState, Views
+from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.memory import Memory
+from fastmem_pl.memory.files import other_model
+
+# Options of generate that the loop of generator() does not know.
+_UNSUPPORTED = {
+    "num_beams": 1,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "guidance_scale": None,
+}
+
+
+@contextmanager
+def attached(model: Any, memory: Memory) -> Iterator[None]:
+    """Let a transformers model use a memory: its forward pass, and with it ``generate``.
+
+    Hooks on the trained feed-forward networks add the memory's change to their output; no weight is
+    written to, and the hooks go when the context ends. A trained last block feeds no attention, so a memory
+    may come and go in the middle of a ``generate`` call: the KV cache is the same with and without it.
+
+    Args:
+        model: a transformers model, or a :class:`~fastmem_pl.Backbone`, whose model is meant.
+        memory: of one row, which serves all sequences, or of ``B`` rows for ``B`` sequences; with beams or
+            several returned sequences each row serves those of its prompt.
+
+    Raises:
+        FastMemError: when the memory is of another model; inside, when the rows do not fit the batch.
+    """
+    backbone = model if isinstance(model, Backbone) else None
+    model = backbone.model if backbone else model
+    fingerprint = backbone.fingerprint() if backbone else fingerprint_of(model)
+    if memory.fingerprint != fingerprint:
+        raise other_model("the memory", memory.backbone, memory.fingerprint, fingerprint)
+    anatomy = find_anatomy(model)
+    first = len(anatomy.blocks) - memory.num_layers
+    weight = anatomy.head.weight
+    dtype = backbone.compute_dtype if backbone else weight.dtype
+    handles = []
+    try:
+        for number, deltas in enumerate(memory.deltas, first):
+            ffn = FFN(anatomy.projections(number), anatomy.activation(number), dtype)
+            placed = {name: delta.to(weight.device) for name, delta in deltas.items()}
+            handles.append(anatomy.blocks[number].mlp.register_forward_hook(_Hook(ffn, placed)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Hook:
+    """Replaces an FFN's output by the memorized one's."""
+
+    def __init__(self, ffn: FFN, deltas: dict[str, Tensor]) -> None:
+        self._ffn, self._deltas = ffn, deltas
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        (ffn_input,) = args
+        rows, sequences = len(next(iter(self._deltas.values()))), len(ffn_input)
+        if sequences % rows:
+            raise FastMemError(
+                f"the memory has {rows} rows for {sequences} sequences; give one row, or one for each prompt"
+            )
+        with torch.no_grad(), torch.autocast(ffn_input.device.type, enabled=False):
+            base = self._ffn.base(ffn_input)
+            each = sequences // rows
+            # generate puts the sequences of one prompt side by side.
+            deltas = {
+                name: delta.expand(sequences, -1, -1) if rows == 1 else delta.repeat_interleave(each, 0)
+                for name, delta in self._deltas.items()
+            }
+            return self._ffn.memorized(ffn_input, deltas, base).to(output.dtype)
+
+
+def generator(
+    backbone: Backbone, memory: Memory | None, decoder: str = "greedy", **settings: Any
+) -> Callable[..., Any]:
+    """A ``custom_generate`` for ``backbone.model.generate``, decoding with a memory and a decoder.
+
+    What ``generate`` prepares is honoured: lengths, end tokens, sampling, logits processors, stopping
+    criteria, streamers. Rows that have ended are filled up with the pad token.
+
+    Args:
+        backbone: the model that ``generate`` is called on.
+        memory: of one row, or one a prompt; ``None`` for the base model.
+        decoder: ``"greedy"``, ``"cd"`` or ``"dola"``.
+        settings: of the decoder (:class:`~fastmem_pl.DecodingSettings`): ``alpha``, ``dola_layers``,
+            ``relative_top``.
+
+    Raises:
+        FastMemError: when the memory is of another model, the decoder needs what is not there, or (in the
+            call) an option of ``generate`` cannot be honoured.
+    """
+    allowed = [
+        name for name in DECODERS if not DECODERS[name](DecodingSettings(), backbone).needs_without_context
+    ]
+    if decoder not in allowed:
+        raise unknown("decoder", decoder, allowed)
+    for name in settings:
+        if name not in ("alpha", "dola_layers", "relative_top"):
+            raise FastMemError(f"generator: give {name} to generate, or none: it is no setting of a decoder")
+    chosen = DECODERS[decoder](DecodingSettings(**settings), backbone)
+    if memory is not None:
+        memory.check(backbone)
+    elif chosen.needs_base:
+        raise FastMemError(f"generator: decoder {decoder!r} contrasts a memory with the base model; give one")
+
+    def generate(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        streamer: Any = None,
+        **prepared: Any,
+    ) -> Any:
+        _check_options(model, backbone, generation_config)
+        mask = prepared.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
+        each = len(prompts) // len(memory) if memory else 1
+        if memory and each * len(memory) != len(prompts):
+            raise FastMemError(
+                f"generator: the memory has {len(memory)} rows for {len(prompts)} prompts; give one row, or "
+                "one for each prompt"
+            )
+        deltas = memory and memory.rows([row for row in range(len(memory)) for _ in range(each)]).deltas
+        num_layers = memory.num_layers if memory else 1
+        chooser = _Chooser(input_ids, logits_processor, generation_config)
+        room = generation_config.max_length - input_ids.shape[1]
+        with backbone.on_device(), torch.inference_mode(False), torch.no_grad():
+            prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
+            views = Views(backbone, num_layers, chosen, deltas)
+            state: DecodeState | None = None
+            while bool(chooser.going.any()):
+                if state is None:
+                    state = DecodeState.start([prefill], views, chooser, max(room, 1))
+                else:
+                    state.step()
+                if streamer is not None:
+                    streamer.put(chooser.ids[:, -1].cpu())
+                chooser.going &= ~stopping_criteria(chooser.ids, None)
+        if streamer is not None:
+            streamer.end()
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=chooser.ids)
+        return chooser.ids
+
+    return generate
+
+
+def _check_options(model: Any, backbone: Backbone, config: Any) -> None:
+    if model is not backbone.model:
+        raise FastMemError("generator: it was made for another model; call generate of backbone.model")
+    for name, only in _UNSUPPORTED.items():
+        if getattr(config, name, None) not in (None, only):
+            raise FastMemError(
+                f"generator: generate's {name} = {getattr(config, name)} cannot be honoured; leave it out "
+                "or use memory.attached(model) and the model's own generate"
+            )
+
+
+class _Chooser:
+    """Chooses tokens as generate does: its processors, then the highest score or a draw.
+
+    Attributes:
+        ids: prompts and answers so far, ``(B, T)``.
+        going: rows that have not ended, ``(B,)``.
+    """
+
+    def __init__(self, ids: Tensor, processors: Any, config: Any) -> None:
+        self.ids, self.going = ids, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self._processors, self._sample = processors, config.do_sample
+        pad = config._pad_token_tensor if hasattr(config, "_pad_token_tensor") else config.pad_token_id
+        self._pad = 0 if pad is None else int(pad)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        scores = self._processors(self.ids, scores)
+        token = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if self._sample else scores.argmax(-1)
+        token = torch.where(self.going, token, self._pad)
+        self.ids = torch.cat([self.ids, token[:, None]], 1)
+        return token

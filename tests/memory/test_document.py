@@ -1,0 +1,172 @@
+"""Texts longer than a window: the policies against plain loops over the model's own weights."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
+
+from fastmem_pl import FastMemError, Memorizer, WindowSettings
+from fastmem_pl.memory import DocumentFit, document
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXT = (
+    "The Velm rises in the hills of Ardow and runs for ninety miles to the sea. Its water is blue in May and "
+    "brown in June, when the snow melts. Nobody fishes in it. The queen owns both banks and the bridge."
+)
+STRONG = {"steps": 4, "learning_rate": 2e-3, "kl_coeff": 0.3}
+SMALL = WindowSettings("joint", window=48, overlap=16)
+
+
+def edited(backbone, windows, steps, learning_rate, kl_coeff):
+    """Plain autograd on a copy of the model: the loss of all windows together, weighted by token."""
+    model = copy.deepcopy(backbone.model)
+    block = backbone.anatomy.layers_name and getattr(model.base_model, backbone.anatomy.layers_name)[-1]
+    trained = list(block.mlp.parameters())
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    # Biases are not trained by FastMem.
+    trained = [p for p in trained if p.ndim == 2]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
+    curve, references = [], None
+    for _ in range(steps):
+        log_ps, labels = [], []
+        for part in windows:
+            logits = model(input_ids=torch.tensor([part.input_ids])).logits[0]
+            log_ps.append(logits[part.header_length - 1 : -1].log_softmax(-1))
+            labels.append(torch.tensor(part.input_ids[part.header_length :]))
+        log_p, label = torch.cat(log_ps), torch.cat(labels)
+        references = log_p.detach() if references is None else references
+        cross_entropy = F.nll_loss(log_p, label)
+        kl = F.kl_div(log_p, references, reduction="batchmean", log_target=True)
+        optimizer.zero_grad()
+        (cross_entropy + kl_coeff * kl).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        curve.append((cross_entropy.item(), kl.item(), norm.item()))
+    return torch.tensor(curve)
+
+
+def curve_of(memory):
+    return torch.tensor([memory.curve.cross_entropy, memory.curve.kl, memory.curve.grad_norm]).T
+
+
+def same_deltas(one, other):
+    for a, b in zip(one.deltas, other.deltas, strict=True):
+        for name in a:
+            assert (a[name] - b[name]).norm() < 1e-3 * b[name].norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_joint_is_one_loss_over_all_windows(make_tiny, family):
+    backbone = make_tiny(family)
+    before = snapshot(backbone)
+    fit = DocumentFit(Memorizer(backbone, **STRONG), TEXT, SMALL)
+    assert len(fit.encoded) == 6
+    assert list(fit.run()) == [1, 2, 3, 4]
+    found = curve_of(fit.memory())
+    torch.testing.assert_close(found, edited(backbone, fit.encoded, **STRONG), rtol=2e-3, atol=1e-5)
+    assert found[-1, 0] < found[0, 0]
+    assert_untouched(backbone, before)
+
+
+def test_parts_of_a_document_add_up(tiny, monkeypatch):
+    memorizer = Memorizer(tiny, **STRONG)
+    whole = memorizer.memorize_document(TEXT, SMALL)
+    monkeypatch.setattr(document, "_TOKENS_AT_ONCE", 30)
+    parts = DocumentFit(memorizer, TEXT, SMALL)
+    assert len(parts._parts(parts.encoded)) > 3
+    list(parts.run())
+    torch.testing.assert_close(curve_of(parts.memory()), curve_of(whole), rtol=1e-4, atol=1e-6)
+    same_deltas(parts.memory(), whole)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_sequential_goes_on_from_window_to_window(make_tiny, num_layers):
+    backbone = make_tiny("llama")
+    memorizer = Memorizer(backbone, num_layers=num_layers, **STRONG)
+    fit = DocumentFit(memorizer, TEXT, replace(SMALL, policy="sequential"))
+    assert fit.num_updates == 4 * len(fit.encoded)
+    assert list(fit.run()) == list(range(1, fit.num_updates + 1))
+    memory = fit.memory()
+    # By hand: a copy of the model whose weights are edited in window after window.
+    model = copy.deepcopy(backbone.model)
+    blocks = model.model.layers[-num_layers:]
+    trained = [p for block in blocks for p in block.mlp.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    curve = []
+    for part in fit.encoded:
+        ids, place = torch.tensor([part.input_ids]), slice(part.header_length - 1, -1)
+        label = ids[0, part.header_length :]
+        with torch.no_grad():
+            reference = backbone.model(input_ids=ids).logits[0, place].log_softmax(-1)
+        optimizer = torch.optim.AdamW(trained, lr=STRONG["learning_rate"], weight_decay=0.01)
+        for _ in range(4):
+            log_p = model(input_ids=ids).logits[0, place].log_softmax(-1)
+            cross_entropy = F.nll_loss(log_p, label)
+            kl = F.kl_div(log_p, reference, reduction="batchmean", log_target=True)
+            optimizer.zero_grad()
+            (cross_entropy + STRONG["kl_coeff"] * kl).backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            curve.append((cross_entropy.item(), kl.item(), norm.item()))
+    torch.testing.assert_close(curve_of(memory), torch.tensor(curve), rtol=5e-3, atol=1e-4)
+
+
+def test_windows_give_every_token_one_loss(tiny):
+    ids = tiny.tokenizer(TEXT, add_special_tokens=False).input_ids
+    header = tiny.chat.context("x", 1).header_length
+    for window, overlap in ((48, 16), (48, 0), (50, 49), (7, 3), (len(ids) - 1, 5)):
+        parts = tiny.chat.windows(TEXT, window, overlap)
+        labels = [token for part in parts for token in part.input_ids[part.header_length :]]
+        # The end of turn closes the last window, and only that.
+        assert labels[:-1] == ids
+        assert labels[-1] == tiny.tokenizer.eos_token_id
+        assert all(len(part.input_ids) - header <= window + 1 for part in parts)
+        repeated = [part.header_length - header for part in parts]
+        assert repeated[0] == 0
+        assert all(0 <= count <= overlap for count in repeated[1:])
+
+
+def test_a_fit_that_is_left_early_is_one_of_fewer_steps(tiny):
+    memorizer = Memorizer(tiny, **STRONG)
+    fit = DocumentFit(memorizer, TEXT, SMALL)
+    for done in fit.run():
+        if done == 2:
+            break
+    early, short = fit.memory(), Memorizer(tiny, **{**STRONG, "steps": 2}).memorize_document(TEXT, SMALL)
+    assert early.settings["steps"] == 2
+    assert early.curve == short.curve
+    for name, delta in early.deltas[0].items():
+        assert torch.equal(delta, short.deltas[0][name])
+
+
+def test_joint_refuses_upper_layers_and_names_the_way_out(tiny):
+    memorizer = Memorizer(tiny, num_layers=2, **STRONG)
+    with pytest.raises(FastMemError, match=r"joint trains one layer, not num_layers 2, .* use sequential"):
+        memorizer.memorize_document(TEXT, SMALL)
+    # One window has no need of it.
+    assert memorizer.memorize_document(TEXT[:40], SMALL).num_layers == 2
+
+
+def test_several_texts_are_found_again_in_the_one_that_is_kept(tiny):
+    memorizer = Memorizer(tiny, **STRONG)
+    texts = [TEXT[:70], "Bob lives here.", TEXT[70:]]
+    fit = DocumentFit(memorizer, texts, SMALL)
+    list(fit.run())
+    memory = fit.memory()
+    assert document.encoded_text(memory, memorizer) == fit.encoded
+    with pytest.raises(FastMemError, match="this is not the text that was memorized"):
+        document.encoded_text(memory, memorizer, memory.texts[0].replace("Bob", "Rob"))
+
+
+def test_a_non_finite_window_ends_a_sequential_fit(tiny):
+    memorizer = Memorizer(tiny, steps=3, learning_rate=1e38, kl_coeff=0.1)
+    fit = DocumentFit(memorizer, TEXT, replace(SMALL, policy="sequential"))
+    list(fit.run())
+    memory = fit.memory()
+    assert memory.status[0].startswith("failed: the memorization loss is not finite")
+    assert all((delta == 0).all() for delta in memory.deltas[0].values())
