@@ -1,19 +1,21 @@
-# make demo   the main job on the packaged model     make test   the tests
-# make lint   ruff check and format                  make clean  remove what these made
+# make demo   the main job on the packaged model     make test       the tests, in two processes (WORKERS=N)
+# make lint   ruff check and format                  make notebooks  execute the notebooks, keep their output
+# make wheel  build the wheel into dist/             make clean      remove what these made
 #
 # Each target makes .venv and installs what it needs when that is missing or out of date.
 
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo test lint format notebooks wheel clean
 
 demo: .venv/installed
 	$(BIN)/fastmem fit-predict --config configs/demo.yaml --trainer.accelerator cpu
 
-# Passive waiting: spinning threads of two processes on few cores stop each other (docs/LOG.md).
+# One thread each: spinning threads of two processes on few cores stop each other (docs/LOG.md).
 test: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -22,6 +24,9 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: .venv/installed
+	$(BIN)/python notebooks/execute.py --write
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.data import TASKS
-from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
+from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill, PromptCache
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory import Memory
 
@@ -57,13 +57,16 @@ def stream_answer(
     memory: Memory | None = None,
     decoder: str = "greedy",
     answer_prefix: str = "",
+    prompts: PromptCache | None = None,
     **settings: Any,
 ) -> Iterator[str]:
     """Answer one question piece by piece, as the tokens come; arguments as :func:`answer`.
 
-    Joined, the pieces are what :func:`answer` returns.
+    Joined, the pieces are what :func:`answer` returns. Given the same ``prompts``, calls one after the other
+    read what their prompts begin with, the context above all, only once.
     """
-    decoding = _decoding(backbone, [question], context, memory, decoder, _settings(**settings), answer_prefix)
+    made = _settings(**settings)
+    decoding = _decoding(backbone, [question], context, memory, decoder, made, answer_prefix, prompts)
     if answer_prefix:
         yield answer_prefix
     yield from decoding.texts()
@@ -84,6 +87,7 @@ def _decoding(
     decoder: str,
     settings: DecodingSettings,
     answer_prefix: str,
+    seen: PromptCache | None = None,
 ) -> Decoding:
     contexts = [context] * len(questions) if context is None or isinstance(context, str) else list(context)
     if not questions:
@@ -114,8 +118,21 @@ def _decoding(
             backbone.chat.prompt(qa.prompt_text("", q, "without_context"), answer_prefix) for q in questions
         ]
         without_context = Prefill(backbone, bare, num_layers)
-    prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
+    if seen is None:
+        prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
+    else:
+        prefill = seen.prefill(backbone, prompts[0], num_layers, chosen.early_layers)
     return Decoding(prefill, decoder, settings, memory and memory.deltas, without_context)
+
+
+def context_room(
+    backbone: Backbone, question: str, decoder: str, settings: DecodingSettings, answer_prefix: str = ""
+) -> int:
+    """Most tokens of a context that fit the model beside a question and its answer."""
+    bare = backbone.chat.prompt(TASKS["qa"].prompt_text("", question), answer_prefix)
+    longest = DECODERS[decoder](settings, backbone).max_new_tokens or settings.max_new_tokens
+    # Tokens may merge otherwise where the context begins and ends.
+    return backbone.context_length - len(bare) - longest - 4
 
 
 def _memory_of_each(backbone: Backbone, memory: Memory | None, count: int) -> Memory | None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import GenerationMode
 
 from fastmem_pl.backbone import FFN, Backbone, find_anatomy, fingerprint_of
 from fastmem_pl.decoding import DECODERS, DecodingSettings, Prefill
@@ -24,7 +25,6 @@ from fastmem_pl.memory.files import other_model
 
 # Options of generate that the loop of generator() does not know.
 _UNSUPPORTED = {
-    "num_beams": 1,
     "output_scores": False,
     "output_logits": False,
     "output_attentions": False,
@@ -95,17 +95,23 @@ class _Hook:
 
 
 def generator(
-    backbone: Backbone, memory: Memory | None, decoder: str = "greedy", **settings: Any
+    backbone: Backbone,
+    memory: Memory | None,
+    decoder: str = "greedy",
+    streamer: BaseStreamer | None = None,
+    **settings: Any,
 ) -> Callable[..., Any]:
     """A ``custom_generate`` for ``backbone.model.generate``, decoding with a memory and a decoder.
 
     What ``generate`` prepares is honoured: lengths, end tokens, sampling, logits processors, stopping
-    criteria, streamers. Rows that have ended are filled up with the pad token.
+    criteria. Rows that have ended are filled up with the pad token.
 
     Args:
         backbone: the model that ``generate`` is called on.
         memory: of one row, or one a prompt; ``None`` for the base model.
         decoder: ``"greedy"``, ``"cd"`` or ``"dola"``.
+        streamer: gets the prompt and the tokens as they come. It is given here because ``generate`` hands a
+            ``custom_generate`` none of its own.
         settings: of the decoder (:class:`~fastmem_pl.DecodingSettings`): ``alpha``, ``dola_layers``,
             ``relative_top``.
 
@@ -133,7 +139,6 @@ def generator(
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generation_config: Any = None,
-        streamer: Any = None,
         **prepared: Any,
     ) -> Any:
         _check_options(model, backbone, generation_config)
@@ -154,6 +159,8 @@ def generator(
             prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
             views = Views(backbone, num_layers, chosen, deltas)
             state: DecodeState | None = None
+            if streamer is not None:
+                streamer.put(input_ids.cpu())
             while bool(chooser.going.any()):
                 if state is None:
                     state = DecodeState.start([prefill], views, chooser, max(room, 1))
@@ -174,6 +181,12 @@ def generator(
 def _check_options(model: Any, backbone: Backbone, config: Any) -> None:
     if model is not backbone.model:
         raise FastMemError("generator: it was made for another model; call generate of backbone.model")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise FastMemError(
+            f"generator: generate's mode {str(mode.value).replace('_', ' ')} cannot be honoured; use "
+            "memory.attached(model) and the model's own generate"
+        )
     for name, only in _UNSUPPORTED.items():
         if getattr(config, name, None) not in (None, only):
             raise FastMemError(

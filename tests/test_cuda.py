@@ -4,8 +4,21 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_tokenizer, snapshot
 
-from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer, Memorizer, kernels
+from fastmem_pl import (
+    Backbone,
+    FastMemDataModule,
+    FastMemModule,
+    FastMemTrainer,
+    Memorizer,
+    Memory,
+    WindowSettings,
+    answer,
+    generator,
+    kernels,
+)
 from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, graphs
+from fastmem_pl.export import to_checkpoint, to_lora
+from fastmem_pl.memory import document
 from fastmem_pl.run import RunFolder
 from fastmem_pl.search import SearchSettings
 
@@ -205,3 +218,67 @@ def test_search_is_separate_runs(tmp_path, tiny_folder, precision, method):
             assert curve == pytest.approx(expected, abs=tolerance)
             if precision == "32-true":
                 assert record["token_ids"] == other["token_ids"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("policy", ["joint", "joint in parts", "sequential"])
+def test_documents_are_those_of_the_cpu(tiny, monkeypatch, precision, policy):
+    text = (
+        "The Velm rises in the hills and runs for ninety miles to the sea, blue in May, brown in June. " * 3
+    )
+    policy, _, parts = policy.partition(" in ")
+    windows = WindowSettings(policy, window=64, overlap=16)
+    expected = Memorizer(tiny, **STRONG).memorize_document(text, windows).curve.cross_entropy
+    if parts:
+        monkeypatch.setattr(document, "_TOKENS_AT_ONCE", 100)
+    backbone = on_gpu(precision)
+    found = Memorizer(backbone, **STRONG).memorize_document(text, windows).curve.cross_entropy
+    # Adam's noise and bfloat16's rounding, relative to what the loss falls by.
+    fall = max(expected) - min(expected)
+    tolerance = 1e-4 * expected[0] if precision == "32-true" else 0.03 * fall
+    assert fall > 0.1
+    if precision == "bf16-true":
+        # Its base weights are rounded: curves start elsewhere.
+        found = [value - found[0] + expected[0] for value in found]
+    assert found == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_generate_uses_a_memory(contexts, precision):
+    backbone = on_gpu(precision)
+    memory = Memorizer(backbone, steps=6, learning_rate=1e-2)(contexts[:3])
+    prompts = [backbone.chat.prompt(text) for text in PROMPTS]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[backbone.pad_id] * (width - len(p)) + p for p in prompts], device="cuda")
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device="cuda")
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12}
+    base = backbone.model.generate(ids, **options)
+    with memory.attached(backbone.model):
+        attached = backbone.model.generate(ids, **options)
+    assert not torch.equal(attached, base)
+    assert torch.equal(backbone.model.generate(ids, **options), base)
+    for decoder in ("greedy", "cd", "dola"):
+        made = generator(backbone, memory, decoder)
+        found = backbone.model.generate(ids, custom_generate=made, **options)
+        penalty = {"repetition_penalty": 1.0}
+        texts = answer(backbone, PROMPTS, None, memory, decoder, max_new_tokens=12, **penalty)
+        assert [backbone.chat.decode(row[width:].tolist()) for row in found] == texts
+        if decoder == "greedy" and precision == "32-true":
+            assert torch.equal(found, attached)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_memories_leave_and_come_back(tmp_path, contexts, precision):
+    pytest.importorskip("peft")
+    backbone = on_gpu(precision)
+    memory = Memorizer(backbone, steps=6, learning_rate=1e-2)(contexts[1])
+    memory.save(tmp_path / "m.fastmem", form="bfloat16" if precision == "bf16-true" else "float32")
+    loaded = Memory.load(tmp_path / "m.fastmem", backbone, "cuda")
+    for name, delta in memory.deltas[0].items():
+        assert torch.equal(loaded.deltas[0][name], delta)
+    report = to_lora(memory, backbone, tmp_path / "lora", max_kl=0.05)
+    assert 0 < report.kl <= 0.05
+    assert report.kl_base > 0.05
+    merged = to_checkpoint(memory, backbone, tmp_path / "merged")
+    # bfloat16 weights take few small changes; float32 ones all.
+    assert merged.kl < (1e-6 if precision == "32-true" else report.kl_base)

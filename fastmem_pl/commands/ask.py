@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fastmem_pl.commands.options import (
@@ -57,16 +58,18 @@ class Asker:
         settings: DecodingSettings,
         answer_prefix: str,
     ) -> None:
+        from fastmem_pl.decoding import PromptCache
+
         self._common = {"backbone": backbone, "context": context, "memory": memory, "decoder": decoder}
         self._common["answer_prefix"] = answer_prefix
-        self._settings = vars(settings)
+        self._settings, self._prompts = vars(settings), PromptCache()
         self.decoder, self.with_context, self.with_memory = decoder, context is not None, memory is not None
 
     def stream(self, question: str) -> Iterator[str]:
         """One answer, piece by piece."""
         from fastmem_pl.answering import stream_answer
 
-        return stream_answer(question=question, **self._common, **self._settings)
+        return stream_answer(question=question, prompts=self._prompts, **self._common, **self._settings)
 
     def together(self, questions: list[str]) -> list[str]:
         """Several answers at once."""
@@ -180,11 +183,11 @@ def _context(
             )
         print("fastmem: the file does not hold its text, so the memory alone is asked", file=sys.stderr)
         return None
-    # Instructions, template, and a question where it is not known yet.
-    around = (
-        160 + max((len(q.encode()) for q in questions), default=256) + len(options.answer_prefix.encode())
-    )
-    room = backbone.context_length - settings.max_new_tokens - around
+    from fastmem_pl.answering import context_room
+
+    # Of the loop, no question is known yet.
+    longest = max(questions, key=len, default=50 * " word")
+    room = context_room(backbone, longest, options.decoder, settings, options.answer_prefix)
     shown, _, cut = backbone.chat.cut(text, max(room, 1))
     if cut and options.with_context is None:
         print(
@@ -242,6 +245,9 @@ def _loop(asker: Asker, as_json: bool) -> int:
     """Ask until the input ends; Ctrl-C breaks an answer off."""
     interactive = sys.stdin.isatty()
     if interactive:
+        with suppress(ImportError):
+            # Line editing and history for input().
+            import readline  # noqa: F401
         print("ask; an empty line or Ctrl-D ends", file=sys.stderr)
     while True:
         try:

@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
     header = read_header(options.memory)
     if out.exists() and out.resolve() == Path(options.memory).resolve():
         raise FastMemError(f"--out: {out} is the memory itself; give another")
-    check_target(out, options.force)
+    check_target(out, options.force, folder=options.to != "memory")
     context = read_text(options.context) if options.context else None
     if context is None and "text" not in header and _rank_of(options) == "auto":
         raise FastMemError(
@@ -55,7 +55,8 @@ def run(arguments: list[str]) -> int:
     backbone = load_backbone(settings)
     memory = Memory.load(options.memory, backbone, backbone.device)
     common = {"context": context, "force": options.force}
-    low_rank = {"rank": options.rank or "auto", "max_kl": 0.01 if options.max_kl is None else options.max_kl}
+    rank = "auto" if options.rank is None else options.rank
+    low_rank = {"rank": rank, "max_kl": 0.01 if options.max_kl is None else options.max_kl}
     if options.to == "lora":
         report = to_lora(memory, backbone, out, dtype=options.dtype or "bfloat16", **low_rank, **common)
     elif options.to == "checkpoint":
@@ -112,7 +113,9 @@ def _rank(value: str) -> int | str:
 def _rank_of(options: argparse.Namespace) -> int | str | None:
     """The rank that will be used, where one is."""
     used = options.to == "lora" or (options.to == "memory" and (options.form or "low-rank") == "low-rank")
-    return (options.rank or "auto") if used else None
+    if not used:
+        return None
+    return "auto" if options.rank is None else options.rank
 
 
 def _check_combination(options: argparse.Namespace) -> None:

@@ -126,7 +126,7 @@ def _default_out(first: str) -> str:
 def _check(out: Path, force: bool) -> None:
     from fastmem_pl.export.report import check_target
 
-    check_target(out, force)
+    check_target(out, force, folder=False)
 
 
 def _fit(fit: DocumentFit, quiet: bool) -> bool:

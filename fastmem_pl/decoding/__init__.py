@@ -10,7 +10,7 @@ from fastmem_pl.decoding.decoders import (
     StepLogits,
 )
 from fastmem_pl.decoding.graphs import GraphPool
-from fastmem_pl.decoding.loop import Decoding, Generated, Prefill, PrefillCache
+from fastmem_pl.decoding.loop import Decoding, Generated, Prefill, PrefillCache, PromptCache
 from fastmem_pl.decoding.methods import BASELINE, METHODS, Method, select_methods
 from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.decoding.shared import SharedPrefill
@@ -31,6 +31,7 @@ __all__ = [
     "Method",
     "Prefill",
     "PrefillCache",
+    "PromptCache",
     "SharedPrefill",
     "StepLogits",
     "select_methods",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
 from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.backbone.backbone import pad
@@ -50,6 +51,7 @@ class Prefill:
         prompts: token ids of ``B`` prompts.
         num_layers: trained layers of the memories that will be used.
         early_layers: numbers of the hidden states that decoders will look at.
+        earlier: prefill of a prompt that began alike, which is used up: its KV cache becomes this one's.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Prefill:
         prompts: Sequence[Sequence[int]],
         num_layers: int = 1,
         early_layers: Sequence[int] = (),
+        earlier: Prefill | None = None,
     ) -> None:
         self.backbone = backbone
         self.num_layers = num_layers
@@ -67,18 +70,51 @@ class Prefill:
         self.keys = [zlib.crc32(" ".join(map(str, prompt)).encode()) for prompt in prompts]
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.next_position = positions[:, -1:] + 1
-        self.cache = backbone.new_cache()
+        self.cache, known = self._beginning(earlier)
         # Filled by the blocks above the first trained FFN; empty for one trained layer.
         self.inputs = backbone.run_trunk(
-            num_layers, self.ids, self.mask, positions, self.cache, self.trunk_layers
+            num_layers, self.ids[:, known:], self.mask, positions[:, known:], self.cache, self.trunk_layers
         ).last()
 
     def __len__(self) -> int:
         return self.mask.shape[0]
 
+    def _beginning(self, earlier: Prefill | None) -> tuple[Cache, int]:
+        """A KV cache, and how many tokens of the prompt it holds already."""
+        # Blocks above a trained FFN need all of the prompt's hidden states, and windows slide on.
+        fits = earlier is not None and len(earlier) == len(self) == self.num_layers == 1
+        if not (fits and all(type(layer) is DynamicLayer for layer in earlier.cache.layers)):
+            return self.backbone.new_cache(), 0
+        width = min(self.ids.shape[1] - 1, earlier.ids.shape[1])
+        same = self.ids[0, :width] == earlier.ids[0, :width]
+        known = int(same.int().cumprod(0).sum())
+        cache, earlier.cache = earlier.cache, None
+        if known < cache.get_seq_length():
+            # A positive number has other meanings in other versions.
+            cache.crop(known - cache.get_seq_length())
+        return cache, known
+
     def path(self, max_new_tokens: int) -> Path:
         """Go on from the prompts; the prefill stays as it is."""
         return Path.of(self, max_new_tokens)
+
+
+class PromptCache:
+    """Keeps the last prompt's prefill, so that the next prompt's pass begins where the two differ.
+
+    Questions about one text share all that comes before the question.
+    """
+
+    def __init__(self) -> None:
+        self._last: Prefill | None = None
+
+    def prefill(
+        self, backbone: Backbone, prompt: Sequence[int], num_layers: int, early_layers: Sequence[int]
+    ) -> Prefill:
+        """The prefill of one prompt; the one before must not be used any more."""
+        last, self._last = self._last, None
+        self._last = Prefill(backbone, [prompt], num_layers, early_layers, last)
+        return self._last
 
 
 class PrefillCache:

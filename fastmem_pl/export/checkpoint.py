@@ -45,7 +45,7 @@ def to_checkpoint(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     out = Path(out)
-    check_target(out, force)
+    check_target(out, force, folder=True)
     loss = Loss(memory, backbone, context)
     kind = getattr(torch, dtype)
     names = {module: name for name, module in model.named_modules()}

@@ -44,7 +44,7 @@ def to_memory(
     if form not in FORMS:
         raise unknown("form", form, FORMS)
     out = Path(out)
-    check_target(out, force)
+    check_target(out, force, folder=False)
     loss = Loss(memory, backbone, context)
     factors, chosen, tried = None, None, []
     if form == "low-rank":

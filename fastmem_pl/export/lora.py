@@ -48,7 +48,7 @@ def to_lora(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     out = Path(out)
-    check_target(out, force)
+    check_target(out, force, folder=True)
     loss = Loss(memory, backbone, context)
     low_rank = LowRank(memory, backbone, getattr(torch, dtype))
     rank, tried = low_rank.choose(loss, rank, max_kl)

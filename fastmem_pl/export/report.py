@@ -133,16 +133,31 @@ def relative_error(exact: Sequence[Delta], other: Sequence[Delta]) -> float:
     return (sum(square(a - b.to(a.device)) for a, b in pairs) / whole) ** 0.5 if whole else 0.0
 
 
-def check_target(path: Path, force: bool) -> None:
+def check_target(path: Path, force: bool, folder: bool) -> None:
     """Refuse to write over what exists, before anything is computed.
 
+    Args:
+        path: to write.
+        force: replace a file, or a folder that an export wrote.
+        folder: whether it will be one.
+
     Raises:
-        FastMemError: when it exists and ``force`` is not set, or its folder does not.
+        FastMemError: when it exists and may not be replaced, or the folder around it does not.
     """
-    if path.exists() and not force:
-        raise FastMemError(f"{path} exists; give --force to replace it, or another --out")
+    if path.exists():
+        if not force:
+            raise FastMemError(f"{path} exists; give --force to replace it, or another --out")
+        is_own = path.is_file() if not folder else path.is_dir() and _is_export(path)
+        if not is_own:
+            what = "folder that fastmem export did not write" if path.is_dir() else "file"
+            raise FastMemError(f"{path} is a {what}, which --force does not replace; give another --out")
     if not path.absolute().parent.is_dir():
         raise FastMemError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a folder holds an export, or nothing."""
+    return not any(path.iterdir()) or (path / "export.json").is_file()
 
 
 @contextmanager

@@ -21,8 +21,6 @@ from torch import Tensor
 from fastmem_pl.errors import FastMemError, unknown
 
 FORMAT_VERSION = "3"
-# Files of version 2 hold float32 or bfloat16 deltas and no digest.
-_READABLE = ("2", FORMAT_VERSION)
 FORMS = ("float32", "bfloat16", "int8", "low-rank")
 _SUFFIXES = {"float32": ("",), "bfloat16": ("",), "int8": ("", ".scale"), "low-rank": (".outer", ".inner")}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -124,7 +122,7 @@ def read(path: str | Path, fingerprint: str | None = None) -> tuple[dict[str, st
     with _opened(path, fingerprint) as file:
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if header["version"] == FORMAT_VERSION and digest(tensors, header) != header.get("digest"):
+    if digest(tensors, header) != header.get("digest"):
         raise damaged(path, "its digest is not that of its content")
     form = header.get("form", "float32")
     if form not in FORMS:
@@ -201,8 +199,13 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != "fastmem" or header.get("version") not in _READABLE:
-                raise FastMemError(f"{path} is not a FastMem memory of format version {FORMAT_VERSION}")
+            if header.get("format") != "fastmem":
+                raise FastMemError(f"{path} is not a FastMem memory")
+            if header.get("version") != FORMAT_VERSION:
+                raise FastMemError(
+                    f"memory {path} has format version {header.get('version')}, this program reads "
+                    f"{FORMAT_VERSION}; memorize it again"
+                )
             for name in ("fingerprint", "settings", "curve", "status"):
                 if name not in header:
                     raise damaged(path, f"its header lacks {name!r}")

@@ -90,6 +90,7 @@ class MemorizationModule(LightningModule):
             [row.kl_coeff for row in self._rows], device=backbone.device, dtype=torch.float32
         )
         self._history: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._untouched = self._versions()
         # Losses of the step in progress; of several, where a text is too long for one batch.
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._norms: list[Tensor] = []
@@ -103,7 +104,7 @@ class MemorizationModule(LightningModule):
 
         A step ends with :meth:`configure_gradient_clipping`, which also records it in the curve.
         """
-        moved = self._moved or bool(self._history)
+        moved = self._moved or bool(self._history) or self._versions() != self._untouched
         with self._backbone.numerics(grad=True):
             deltas = [delta.tensors() for delta in self.deltas]
             norm_every_layer = self._settings.norm_every_layer and moved
@@ -112,6 +113,10 @@ class MemorizationModule(LightningModule):
             losses = batch.loss(self._tail, hidden, self.kl_coeff, moved=moved)
         self._pending.append((losses.cross_entropy, losses.kl))
         return losses
+
+    def _versions(self) -> list[int]:
+        # PyTorch counts writes: an optimizer of one's own may have moved the deltas.
+        return [parameter._version for parameter in self.deltas.parameters()]
 
     def configure_optimizers(self) -> DeltaAdamW:
         """AdamW on the deltas that decays the weights they belong to."""

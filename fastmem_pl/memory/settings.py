@@ -103,10 +103,9 @@ class WindowSettings:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise unknown("windows", self.policy, POLICIES)
-        if self.window is not None and self.window < 1:
-            raise FastMemError(f"window: {self.window} is out of range; allowed: at least 1")
-        if self.overlap is not None and self.overlap < 0:
-            raise FastMemError(f"overlap: {self.overlap} is out of range; allowed: at least 0")
+        for name, value, least in (("window", self.window, 1), ("overlap", self.overlap, 0)):
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise FastMemError(f"{name}: {value} is out of range; allowed: whole numbers from {least}")
 
     def resolved(self, limit: int) -> tuple[int, int]:
         """Window and overlap where at most ``limit`` tokens fit a window.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
 
-from fastmem_pl import Memorizer, answer
-from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
+from fastmem_pl import Backbone, Memorizer, answer, stream_answer
+from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill, PromptCache
 from fastmem_pl.errors import FastMemError
 
 PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
@@ -154,3 +154,44 @@ def test_answer_refuses_what_does_not_match(tiny, make_tiny, contexts):
 def test_decoding_settings_out_of_range(settings, message):
     with pytest.raises(FastMemError, match=message):
         DecodingSettings(**settings)
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize(("decoder", "num_layers"), [("greedy", 1), ("cd", 1), ("dola", 1), ("cd", 2)])
+def test_a_prompt_that_goes_on_from_an_earlier_one_is_the_prompt(
+    make_tiny, contexts, family, decoder, num_layers
+):
+    if family == "gemma3_text" and num_layers == 2:
+        pytest.skip("its upper blocks have an attention of their own")
+    backbone = make_tiny(family)
+    memory = Memorizer(backbone, steps=3, learning_rate=1e-2, num_layers=num_layers)(contexts[0])
+    seen = PromptCache()
+    settings = {"max_new_tokens": 8, "repetition_penalty": 1.0}
+    # Alike but for the question, longer, shorter, the same again, and another altogether.
+    for context, question in (
+        (contexts[3], "Who?"),
+        (contexts[3], "Who crosses them, and where to?"),
+        (contexts[3], "W"),
+        (contexts[3], "W"),
+        (contexts[1], "Who?"),
+    ):
+        arguments = (backbone, question, context, memory, decoder)
+        pieces = stream_answer(*arguments, prompts=seen, **settings)
+        assert "".join(pieces) == "".join(stream_answer(*arguments, **settings))
+
+
+def test_what_prompts_share_is_read_once(tiny, contexts, monkeypatch):
+    read, run = [], Backbone.run_trunk
+
+    def counted(self, num_layers, input_ids, *args, **kwargs):
+        read.append(input_ids.shape[1])
+        return run(self, num_layers, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Backbone, "run_trunk", counted)
+    seen = PromptCache()
+    for question in ("Who is it?", "Who was it?"):
+        list(stream_answer(tiny, question, contexts[3], prompts=seen, max_new_tokens=1))
+    assert len(read) == 2
+    # From the letter on in which the questions differ, to the end of the turn.
+    end = tiny.tokenizer(tiny.chat.pieces.user_end, add_special_tokens=False).input_ids
+    assert read[1] == len("was it?") + len(end)
