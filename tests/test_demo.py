@@ -71,6 +71,19 @@ def test_readme_example(capsys):
     assert len(output) >= 7
 
 
+def test_examples_of_the_guide_to_memories(tmp_path, monkeypatch):
+    guide = (Path(__file__).parents[1] / "docs" / "memories.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(compile(example, "memories.md", "exec"), names)
+    assert [path.name for path in tmp_path.iterdir()] == ["velm.fastmem"]
+    assert names["memory"].curve.cross_entropy[-1] < names["memory"].curve.cross_entropy[0]
+    texts = [names["backbone"].tokenizer.decode(names[name][0]) for name in ("beams", "contrasted")]
+    assert texts[1].startswith("The tower of Velm is red")
+    assert texts[0] != texts[1]
+
+
 def test_zero_shot_is_generate(demo, prompts):
     found = decode(Prefill(demo, prompts), "greedy", None, 20)
     for prompt, answer in zip(prompts, found, strict=True):
