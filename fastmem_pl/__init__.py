@@ -23,6 +23,7 @@ _EXPORTS = {
     "Memory": "fastmem_pl.memory",
     "WindowSettings": "fastmem_pl.memory",
     "answer": "fastmem_pl.answering",
+    "encode_prompt": "fastmem_pl.answering",
     "generator": "fastmem_pl.generation",
     "stream_answer": "fastmem_pl.answering",
 }

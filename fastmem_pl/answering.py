@@ -72,6 +72,14 @@ def stream_answer(
     yield from decoding.texts()
 
 
+def encode_prompt(
+    backbone: Backbone, question: str, context: str | None = None, answer_prefix: str = ""
+) -> list[int]:
+    """Token ids of the prompt that :func:`answer` asks with."""
+    text = question if context is None else TASKS["qa"].prompt_text(context, question)
+    return backbone.chat.prompt(text, answer_prefix)
+
+
 def _settings(**given: Any) -> DecodingSettings:
     try:
         return DecodingSettings(**given)
@@ -95,9 +103,10 @@ def _decoding(
     if len(contexts) != len(questions):
         raise FastMemError(f"answer: {len(questions)} questions but {len(contexts)} contexts")
     memory = _memory_of_each(backbone, memory, len(questions))
-    qa = TASKS["qa"]
-    texts = [q if c is None else qa.prompt_text(c, q) for q, c in zip(questions, contexts, strict=True)]
-    prompts = [backbone.chat.prompt(text, answer_prefix) for text in texts]
+    prompts = [
+        encode_prompt(backbone, question, shown, answer_prefix)
+        for question, shown in zip(questions, contexts, strict=True)
+    ]
     chosen = DECODERS[decoder](settings, backbone)
     longest = max(map(len, prompts)) + (chosen.max_new_tokens or settings.max_new_tokens)
     if longest > backbone.context_length:
@@ -114,9 +123,9 @@ def _decoding(
     if chosen.needs_without_context:
         if context is None:
             raise FastMemError(f"answer: decoder {decoder!r} contrasts with and without context; give one")
-        bare = [
-            backbone.chat.prompt(qa.prompt_text("", q, "without_context"), answer_prefix) for q in questions
-        ]
+        form = "without_context"
+        texts = [TASKS["qa"].prompt_text("", question, form) for question in questions]
+        bare = [backbone.chat.prompt(text, answer_prefix) for text in texts]
         without_context = Prefill(backbone, bare, num_layers)
     if seen is None:
         prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
@@ -129,7 +138,7 @@ def context_room(
     backbone: Backbone, question: str, decoder: str, settings: DecodingSettings, answer_prefix: str = ""
 ) -> int:
     """Most tokens of a context that fit the model beside a question and its answer."""
-    bare = backbone.chat.prompt(TASKS["qa"].prompt_text("", question), answer_prefix)
+    bare = encode_prompt(backbone, question, "", answer_prefix)
     longest = DECODERS[decoder](settings, backbone).max_new_tokens or settings.max_new_tokens
     # Tokens may merge otherwise where the context begins and ends.
     return backbone.context_length - len(bare) - longest - 4

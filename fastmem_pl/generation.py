@@ -39,7 +39,8 @@ def attached(model: Any, memory: Memory) -> Iterator[None]:
 
     Hooks on the trained feed-forward networks add the memory's change to their output; no weight is
     written to, and the hooks go when the context ends. A trained last block feeds no attention, so a memory
-    may come and go in the middle of a ``generate`` call: the KV cache is the same with and without it.
+    may come and go in the middle of a ``generate`` call: the KV cache is the same with and without it. With
+    several trained layers it is not, and a backbone of the same model must not be asked meanwhile.
 
     Args:
         model: a transformers model, or a :class:`~fastmem_pl.Backbone`, whose model is meant.
@@ -111,7 +112,7 @@ def generator(
         memory: of one row, or one a prompt; ``None`` for the base model.
         decoder: ``"greedy"``, ``"cd"`` or ``"dola"``.
         streamer: gets the prompt and the tokens as they come. It is given here because ``generate`` hands a
-            ``custom_generate`` none of its own.
+            ``custom_generate`` neither its streamer nor its assistant model.
         settings: of the decoder (:class:`~fastmem_pl.DecodingSettings`): ``alpha``, ``dola_layers``,
             ``relative_top``.
 

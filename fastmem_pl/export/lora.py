@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -94,6 +95,11 @@ def _save(weights: dict[str, torch.Tensor], config: object, folder: Path) -> Non
     cpu = {name: tensor.to("cpu").contiguous() for name, tensor in weights.items()}
     write_tensors(folder / "adapter_model.safetensors", cpu, {"format": "pt"})
     config.save_pretrained(folder)
+    # peft keeps the modules as a set, whose order changes from run to run.
+    path = folder / "adapter_config.json"
+    stated = json.loads(path.read_text())
+    stated["target_modules"] = sorted(stated["target_modules"])
+    path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 
 def _peft() -> ModuleType:

@@ -102,7 +102,8 @@ class MemorizationModule(LightningModule):
     def losses(self, batch: MemorizationBatch) -> Losses:
         """Loss of every sample, ``(B,)``, for a loop or a loss of one's own.
 
-        A step ends with :meth:`configure_gradient_clipping`, which also records it in the curve.
+        A step ends with :meth:`configure_gradient_clipping`, which also records it in the curve. Tokens count
+        by ``batch.weights``, there too.
         """
         moved = self._moved or bool(self._history) or self._versions() != self._untouched
         with self._backbone.numerics(grad=True):

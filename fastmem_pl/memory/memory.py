@@ -107,11 +107,9 @@ class Memory:
 
     def plot(self) -> Figure:
         """Cross-entropy and KL (nats a token) over the steps, a line a row."""
-        # Notebooks show figures once this is imported.
-        import matplotlib.pyplot  # noqa: F401
-        from matplotlib.figure import Figure
+        from fastmem_pl.memory.chart import Chart
 
-        figure = Figure(figsize=(7, 2.6), layout="constrained")
+        figure = Chart(figsize=(7, 2.6), layout="constrained")
         for axes, name, title in zip(
             figure.subplots(1, 2),
             ("cross_entropy", "kl"),
