@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.data import TASKS
 from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill, PromptCache
 from fastmem_pl.errors import FastMemError
@@ -102,7 +102,7 @@ def _decoding(
         raise FastMemError("answer: no questions; give one or more")
     if len(contexts) != len(questions):
         raise FastMemError(f"answer: {len(questions)} questions but {len(contexts)} contexts")
-    memory = _memory_of_each(backbone, memory, len(questions))
+    deltas = _deltas_of_each(backbone, memory, len(questions))
     prompts = [
         encode_prompt(backbone, question, shown, answer_prefix)
         for question, shown in zip(questions, contexts, strict=True)
@@ -131,7 +131,7 @@ def _decoding(
         prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
     else:
         prefill = seen.prefill(backbone, prompts[0], num_layers, chosen.early_layers)
-    return Decoding(prefill, decoder, settings, memory and memory.deltas, without_context)
+    return Decoding(prefill, decoder, settings, deltas, without_context)
 
 
 def context_room(
@@ -144,11 +144,12 @@ def context_room(
     return backbone.context_length - len(bare) - longest - 4
 
 
-def _memory_of_each(backbone: Backbone, memory: Memory | None, count: int) -> Memory | None:
-    """One row a question."""
+def _deltas_of_each(backbone: Backbone, memory: Memory | None, count: int) -> list[Delta] | None:
+    """One row a question, in the type of the products; one memory serves all questions without copies."""
     if memory is None:
         return None
     memory.check(backbone)
     if len(memory) not in (1, count):
         raise FastMemError(f"answer: {count} questions but {len(memory)} memories")
-    return memory.rows([0] * count) if len(memory) < count else memory
+    cast = memory.to(backbone.compute_dtype, backbone.device)
+    return [{name: delta.expand(count, -1, -1) for name, delta in layer.items()} for layer in cast.deltas]

@@ -1,4 +1,4 @@
-"""The ``fastmem`` command: a LightningCLI with the subcommands fit-predict, fit and predict."""
+"""The ``fastmem`` command: Lightning's subcommands over samples, and commands on single memories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastmem_pl.errors import FastMemError, nearest, unknown
 OVERVIEW = """\
 fastmem: make a language model read its context before it answers (FastMem, arXiv 2406.16069)
 
-usage: fastmem <command> --config NAME_OR_FILE[,NAME_OR_FILE ...] [options]
+usage: fastmem <command> [--config NAME_OR_FILE[,NAME_OR_FILE ...]] [options]
 
 commands:
   fit-predict   memorize each context, answer about it, compare methods
@@ -95,10 +95,25 @@ def _run_memory_command(name: str, arguments: list[str]) -> int:
         _quiet_libraries()
     command = importlib.import_module(f"fastmem_pl.commands.{name}")
     try:
-        return command.run(arguments)
+        status = command.run(arguments)
+        sys.stdout.flush()
+        return status
     except SystemExit as stop:
         # argparse ends the program after its help.
         return int(stop.code or 0)
+    except BrokenPipeError:
+        # Whoever reads has enough; Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (RuntimeError, MemoryError) as error:
+        from fastmem_pl.phases import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise FastMemError(
+            "out of memory; try --precision bf16-true, --windows sequential with a smaller --window, or "
+            "--device cpu"
+        ) from error
 
 
 def packaged_configs() -> dict[str, Path]:

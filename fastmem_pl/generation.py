@@ -22,6 +22,7 @@ from fastmem_pl.decoding.state import DecodeState, Views
 from fastmem_pl.errors import FastMemError, unknown
 from fastmem_pl.memory import Memory
 from fastmem_pl.memory.files import other_model
+from fastmem_pl.memory.memory import check_shapes
 
 # Options of generate that the loop of generator() does not know.
 _UNSUPPORTED = {
@@ -30,6 +31,11 @@ _UNSUPPORTED = {
     "output_attentions": False,
     "output_hidden_states": False,
     "guidance_scale": None,
+}
+# What generate prepares by itself, and what says nothing that the loop does not know.
+_PREPARED = {
+    *("attention_mask", "past_key_values", "position_ids", "cache_position"),
+    *("use_cache", "logits_to_keep", "token_type_ids"),
 }
 
 
@@ -48,7 +54,8 @@ def attached(model: Any, memory: Memory) -> Iterator[None]:
             several returned sequences each row serves those of its prompt.
 
     Raises:
-        FastMemError: when the memory is of another model; inside, when the rows do not fit the batch.
+        FastMemError: when the memory is of another model, or one is attached already; inside, when the rows
+            do not fit the batch.
     """
     backbone = model if isinstance(model, Backbone) else None
     model = backbone.model if backbone else model
@@ -56,15 +63,19 @@ def attached(model: Any, memory: Memory) -> Iterator[None]:
     if memory.fingerprint != fingerprint:
         raise other_model("the memory", memory.backbone, memory.fingerprint, fingerprint)
     anatomy = find_anatomy(model)
-    first = len(anatomy.blocks) - memory.num_layers
-    weight = anatomy.head.weight
-    dtype = backbone.compute_dtype if backbone else weight.dtype
+    check_shapes(memory.shapes, anatomy)
+    dtype = backbone.compute_dtype if backbone else anatomy.head.weight.dtype
+    numbers = range(len(anatomy.blocks) - memory.num_layers, len(anatomy.blocks))
+    trained = [anatomy.blocks[number].mlp for number in numbers]
+    if any(isinstance(hook, _Hook) for ffn in trained for hook in ffn._forward_hooks.values()):
+        raise FastMemError("a memory is attached to this model already; stack memories to serve several")
     handles = []
     try:
-        for number, deltas in enumerate(memory.deltas, first):
+        for number, module, deltas in zip(numbers, trained, memory.deltas, strict=True):
             ffn = FFN(anatomy.projections(number), anatomy.activation(number), dtype)
-            placed = {name: delta.to(weight.device) for name, delta in deltas.items()}
-            handles.append(anatomy.blocks[number].mlp.register_forward_hook(_Hook(ffn, placed)))
+            device = ffn.base_weights["down"].device
+            placed = {name: delta.to(device, dtype) for name, delta in deltas.items()}
+            handles.append(module.register_forward_hook(_Hook(ffn, placed)))
         yield
     finally:
         for handle in handles:
@@ -72,27 +83,37 @@ def attached(model: Any, memory: Memory) -> Iterator[None]:
 
 
 class _Hook:
-    """Replaces an FFN's output by the memorized one's."""
+    """Adds the memory's change to an FFN's output."""
 
     def __init__(self, ffn: FFN, deltas: dict[str, Tensor]) -> None:
         self._ffn, self._deltas = ffn, deltas
+        # Of the last number of sequences: copies of deltas are large, and made once a generate call.
+        self._served = deltas
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         (ffn_input,) = args
-        rows, sequences = len(next(iter(self._deltas.values()))), len(ffn_input)
+        deltas = self._for(len(ffn_input))
+        with torch.autocast(ffn_input.device.type, enabled=False):
+            base = self._ffn.base(ffn_input)
+            change = self._ffn.memorized(ffn_input, deltas, base) - base.output
+            return (output.float() + change).to(output.dtype)
+
+    def _for(self, sequences: int) -> dict[str, Tensor]:
+        """The deltas, one row a sequence."""
+        rows = len(next(iter(self._deltas.values())))
         if sequences % rows:
             raise FastMemError(
                 f"the memory has {rows} rows for {sequences} sequences; give one row, or one for each prompt"
             )
-        with torch.no_grad(), torch.autocast(ffn_input.device.type, enabled=False):
-            base = self._ffn.base(ffn_input)
-            each = sequences // rows
+        if len(next(iter(self._served.values()))) != sequences:
             # generate puts the sequences of one prompt side by side.
-            deltas = {
-                name: delta.expand(sequences, -1, -1) if rows == 1 else delta.repeat_interleave(each, 0)
+            self._served = {
+                name: delta.expand(sequences, -1, -1)
+                if rows == 1
+                else delta.repeat_interleave(sequences // rows, 0)
                 for name, delta in self._deltas.items()
             }
-            return self._ffn.memorized(ffn_input, deltas, base).to(output.dtype)
+        return self._served
 
 
 def generator(
@@ -143,6 +164,7 @@ def generator(
         **prepared: Any,
     ) -> Any:
         _check_options(model, backbone, generation_config)
+        _check_prepared(prepared)
         mask = prepared.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
@@ -194,6 +216,16 @@ def _check_options(model: Any, backbone: Backbone, config: Any) -> None:
                 f"generator: generate's {name} = {getattr(config, name)} cannot be honoured; leave it out "
                 "or use memory.attached(model) and the model's own generate"
             )
+
+
+def _check_prepared(prepared: dict[str, Any]) -> None:
+    """Refuse inputs that would not be looked at."""
+    cache = prepared.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise FastMemError("generator: filled past_key_values cannot be gone on from; give the whole prompt")
+    for name, value in prepared.items():
+        if name not in _PREPARED and value is not None:
+            raise FastMemError(f"generator: generate's {name} cannot be honoured; leave it out")
 
 
 class _Chooser:

@@ -672,7 +672,8 @@ def test_all_parts_of_a_text_become_likelier(backbone, policy: str) -> None:
 def test_the_command_takes_the_policy(fastmem, tmp_path: Path, backbone, policy: str) -> None:
     text = prose(200)
     (tmp_path / "long.txt").write_text(text)
-    out = fastmem("memorize", "long.txt", windows=policy, window=64, overlap=10, form="float32").out
+    overlap = None if policy == "cut" else 10
+    out = fastmem("memorize", "long.txt", windows=policy, window=64, overlap=overlap, form="float32").out
     expected = Memorizer(backbone, **STRONG).memorize_document(text, WindowSettings(policy, 64, 10))
     assert_deltas(Memory.load("long.fastmem"), expected)
     if policy != "cut":
@@ -1335,6 +1336,8 @@ def test_a_terminal_is_prompted(kept: Path, backbone, tiny_folder: Path) -> None
     try:
         read_until(lambda: (len(shown) > 0 and b"> " in shown) or b"?" in shown or b": " in shown, 60)
         assert shown, "no prompt"
+        # A terminal gets no control characters, which a random model says.
+        expected = ["".join(c if c.isprintable() else "\ufffd" for c in answer_) for answer_ in expected]
         for question, wanted in zip(QUESTIONS[:2], expected, strict=True):
             os.write(ours, (question + "\n").encode())
             read_until(lambda wanted=wanted: wanted in text(), 60)

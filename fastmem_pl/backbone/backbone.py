@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -99,6 +100,13 @@ class Backbone:
         return twin
 
     @property
+    def public_name(self) -> str:
+        """The name without private folders, for what is shipped."""
+        path = Path(self.name)
+        local = path.suffix == ".gguf" or self.name.startswith((".", "/", "~")) or path.exists()
+        return path.name if local else self.name
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.anatomy.head.weight.device
@@ -171,7 +179,7 @@ class Backbone:
         """
         self.tail(num_layers)
         key = (num_layers, *early)
-        with self.numerics(), self._autocast():
+        with self.numerics(), self.autocast():
             if key not in self._trunks:
                 self._trunks[key] = Trunk(self.anatomy, num_layers, early)
             return self._trunks[key](input_ids, attention_mask, position_ids, cache)
@@ -211,7 +219,8 @@ class Backbone:
         return self._fingerprint
 
     @contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def autocast(self) -> Iterator[None]:
+        """Run the model's own forward pass as the precision says."""
         # Autocast keeps no copies of frozen weights, so bf16-mixed casts them anew in every call.
         mixed = self.precision == "bf16-mixed"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed):
@@ -239,7 +248,7 @@ class Backbone:
         """Compare tail(trunk(ids)) with the model's own logits once."""
         vocabulary = self.anatomy.head.weight.shape[0]
         ids = torch.arange(8, device=self.device).remainder(vocabulary)[None]
-        with self.numerics(), self._autocast():
+        with self.numerics(), self.autocast():
             expected = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
             # Norms as the model has them: on ids that are no text, bfloat16 logits differ by half when one
             # rounding does, which says nothing about the split.

@@ -192,7 +192,8 @@ class ChatEncoder:
         return self.whole_context(*self.truncate(context, limit))
 
     def windows(self, text: str, window: int, overlap: int) -> list[EncodedContext]:
-        """Encode a text of any length in windows, every token of it with a loss in one of them.
+        """Encode a text of any length in windows, every token of it with a loss in one of them (but for the
+        first of a window that neither bos, header nor overlap precedes: nothing predicts it).
 
         A window repeats the last ``overlap`` tokens of the one before, after the header and like it without
         loss; the end of turn closes the last one only. A text of up to ``window`` tokens is one window, the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.strategies import SingleDeviceStrategy
 
 from fastmem_pl.errors import FastMemError
 
@@ -29,12 +30,16 @@ def check_fabric(fabric: Fabric, backbone: Backbone) -> None:
     from fastmem_pl.backbone.backbone import normalize_precision
 
     precision, device = fabric_settings(fabric)
-    if fabric.world_size > 1:
+    if not isinstance(fabric.strategy, SingleDeviceStrategy):
         raise FastMemError(
-            f"fabric: {fabric.world_size} processes would average the gradients of different samples; "
-            "allowed: one, so give each process a Fabric of its own"
+            f"fabric: {type(fabric.strategy).__name__} would average the gradients of different samples; "
+            "allowed: one device, so give each process a Fabric of its own (devices=1, no strategy)"
         )
-    if normalize_precision(precision) != backbone.precision:
+    try:
+        same = normalize_precision(precision) == backbone.precision
+    except FastMemError as error:
+        raise FastMemError(str(error).replace("trainer.precision", "fabric", 1)) from None
+    if not same:
         raise FastMemError(
             f"fabric: its precision is {precision}, the backbone's {backbone.precision}; load it with "
             "Backbone.load(..., fabric=fabric)"

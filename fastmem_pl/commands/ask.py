@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -60,28 +61,60 @@ class Asker:
     ) -> None:
         from fastmem_pl.decoding import PromptCache
 
-        self._common = {"backbone": backbone, "context": context, "memory": memory, "decoder": decoder}
-        self._common["answer_prefix"] = answer_prefix
-        self._settings, self._prompts = vars(settings), PromptCache()
+        self._backbone, self._context, self._settings = backbone, context, settings
+        self._common = {"backbone": backbone, "memory": memory, "decoder": decoder}
+        self._common |= {"answer_prefix": answer_prefix, **vars(settings)}
+        self._prompts = PromptCache()
         self.decoder, self.with_context, self.with_memory = decoder, context is not None, memory is not None
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether questions go one by one: the text is then read once, not once a question."""
+        return self.with_context and self._backbone.device.type == "cpu"
 
     def stream(self, question: str) -> Iterator[str]:
         """One answer, piece by piece."""
         from fastmem_pl.answering import stream_answer
 
-        return stream_answer(question=question, prompts=self._prompts, **self._common, **self._settings)
+        context = self._cut_for([question])
+        return stream_answer(question=question, context=context, prompts=self._prompts, **self._common)
 
     def together(self, questions: list[str]) -> list[str]:
-        """Several answers at once."""
+        """Several answers at once, in halves where there is no memory for all."""
         from fastmem_pl.answering import answer
+        from fastmem_pl.phases import is_out_of_memory
 
-        return answer(questions=questions, **self._common, **self._settings)
+        try:
+            return answer(questions=questions, context=self._cut_for(questions), **self._common)
+        except (RuntimeError, MemoryError) as error:
+            if len(questions) == 1 or not is_out_of_memory(error):
+                raise
+        half = len(questions) // 2
+        return self.together(questions[:half]) + self.together(questions[half:])
 
     def record(self, question: str, text: str) -> str:
         """A line of JSON for one answer."""
         stated = {"question": question, "answer": text, "decoder": self.decoder}
         stated |= {"context": self.with_context, "memory": self.with_memory}
         return json.dumps(stated, ensure_ascii=False)
+
+    def _cut_for(self, questions: list[str]) -> str | None:
+        """The context, shorter where one of these questions needs the room."""
+        if self._context is None:
+            return None
+        return self._backbone.chat.cut(self._context, self._room(questions))[0]
+
+    def tokens_cut(self, questions: list[str]) -> int:
+        """Tokens of the context that do not fit beside one of these questions."""
+        return self._backbone.chat.cut(self._context, self._room(questions))[2]
+
+    def _room(self, questions: list[str]) -> int:
+        """Tokens of a context that fit beside each of these questions and its answer."""
+        from fastmem_pl.answering import context_room
+
+        prefix = self._common["answer_prefix"]
+        rooms = [context_room(self._backbone, q, self.decoder, self._settings, prefix) for q in questions]
+        return max(min(rooms), 1)
 
 
 def run(arguments: list[str]) -> int:
@@ -98,16 +131,19 @@ def run(arguments: list[str]) -> int:
         raise FastMemError("give questions or --questions FILE, not both")
     from_file = _read_questions(options.questions) if options.questions else []
     settings = model_settings(options)
+    decoding = _decoding_settings(options, settings)
 
     from fastmem_pl.memory import Memory, read_header
 
     read_header(options.memory)
-    asker_settings = _decoding_settings(options, settings)
     backbone = load_backbone(settings)
-    memory = Memory.load(options.memory, backbone, backbone.device)
-    context = _context(options, memory, backbone, asker_settings, asked or from_file)
+    memory = Memory.load(options.memory, backbone, backbone.device).to(backbone.compute_dtype)
+    _warn(memory)
     used = None if options.no_memory else memory
-    asker = Asker(backbone, used, context, options.decoder, asker_settings, options.answer_prefix)
+    context = None if options.with_context is False else memory.texts[0]
+    asker = Asker(backbone, used, context, options.decoder, decoding, options.answer_prefix)
+    if options.with_context is not False and not _shows(asker, options, memory.texts[0], asked or from_file):
+        asker = Asker(backbone, used, None, options.decoder, decoding, options.answer_prefix)
     if from_file:
         return _answer_file(asker, from_file, options.json)
     if asked:
@@ -155,55 +191,65 @@ def _parser() -> CommandParser:
 
 
 def _decoding_settings(options: argparse.Namespace, settings: dict[str, Any]) -> DecodingSettings:
+    """The settings of decoding; refuses options that would be of no account."""
     from fastmem_pl.decoding import DECODERS, DecodingSettings
 
     DECODERS[options.decoder]
-    # A demo run keeps its answers short; an asked one may be long.
-    own = {**settings, "max_new_tokens": options.max_new_tokens, "alpha": options.alpha}
-    own["stop"] = tuple(options.stop or ())
-    own["temperature"] = options.temperature
-    return pick(DecodingSettings, own)
+    if options.decoder == "cd" and options.no_memory:
+        raise FastMemError("--decoder: cd contrasts a memory with the base model; leave --no-memory out")
+    if options.decoder == "cad" and options.with_context is False:
+        raise FastMemError("--decoder: cad contrasts with and without the text; leave --without-context out")
+    decoding = pick(DecodingSettings, settings)
+    draws = decoding.temperature > 0
+    for name, needed, applies in (
+        ("alpha", "--decoder cd or cad", options.decoder in ("cd", "cad")),
+        ("top_p", "--temperature above 0", draws),
+        ("top_k", "--temperature above 0", draws),
+        ("seed", "--temperature above 0", draws),
+    ):
+        if getattr(options, name) is not None and not applies:
+            raise FastMemError(f"--{name.replace('_', '-')}: is of no account without {needed}; leave it out")
+    return decoding
 
 
-def _context(
-    options: argparse.Namespace,
-    memory: Memory,
-    backbone: Backbone,
-    settings: DecodingSettings,
-    questions: Iterable[str],
-) -> str | None:
-    """The text to show, cut where it has to be, or ``None``."""
-    text = memory.texts[0]
-    if options.with_context is False:
-        return None
+def _warn(memory: Memory) -> None:
+    """Say what is wrong with a memory that can be asked all the same."""
+    if memory.status[0] != "ok":
+        print(f"fastmem: memorizing {memory.status[0].split(';')[0]}: it is the base model", file=sys.stderr)
+    windows = memory.windows
+    if windows and windows["updates"] < windows["planned"]:
+        done = f"{windows['updates']} of {windows['planned']} updates"
+        print(f"fastmem: memorizing was stopped after {done}", file=sys.stderr)
+
+
+def _shows(asker: Asker, options: argparse.Namespace, text: str | None, questions: list[str]) -> bool:
+    """Whether the text is to be shown; says why not, or what of it is not."""
     if text is None:
-        if options.with_context:
+        if options.with_context or options.decoder == "cad":
+            wanted = "--with-context" if options.with_context else f"--decoder {options.decoder}"
             raise FastMemError(
-                f"{options.memory} does not hold its text (it was made with --no-text); ask --without-context"
+                f"{wanted}: {options.memory} does not hold its text (memorize --no-text); leave it out"
             )
         print("fastmem: the file does not hold its text, so the memory alone is asked", file=sys.stderr)
-        return None
-    from fastmem_pl.answering import context_room
-
+        return False
     # Of the loop, no question is known yet.
-    longest = max(questions, key=len, default=50 * " word")
-    room = context_room(backbone, longest, options.decoder, settings, options.answer_prefix)
-    shown, _, cut = backbone.chat.cut(text, max(room, 1))
-    if cut and options.with_context is None:
-        print(
-            f"fastmem: the text does not fit the model's {backbone.context_length} tokens, so the memory "
-            "alone is asked (--with-context shows its beginning)",
-            file=sys.stderr,
-        )
-        return None
-    if cut:
+    cut = asker.tokens_cut(questions or [50 * " word"])
+    if not cut:
+        return True
+    if options.with_context or options.decoder == "cad":
         print(f"fastmem: the last {cut} tokens of the text do not fit and are not shown", file=sys.stderr)
-    return shown
+        return True
+    print(
+        "fastmem: the text does not fit the model's context, so the memory alone is asked (--with-context "
+        "shows its beginning)",
+        file=sys.stderr,
+    )
+    return False
 
 
 def _read_questions(path: str) -> list[str]:
     questions = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, "questions, one a line").splitlines(), 1):
         question = line.strip()
         if question.startswith("{"):
             try:
@@ -221,11 +267,14 @@ def _answer_file(asker: Asker, questions: list[str], as_json: bool) -> int:
     """Answer in batches, printed as each is done."""
     from tqdm import tqdm
 
+    size = 1 if asker.reads_once else _BATCH
     with tqdm(total=len(questions), desc="answering", unit="question", disable=None) as bar:
-        for start in range(0, len(questions), _BATCH):
-            batch = questions[start : start + _BATCH]
-            for question, text in zip(batch, asker.together(batch), strict=True):
-                print(asker.record(question, text) if as_json else f"Q: {question}\n{text}\n", flush=True)
+        for start in range(0, len(questions), size):
+            batch = questions[start : start + size]
+            texts = ["".join(asker.stream(batch[0]))] if size == 1 else asker.together(batch)
+            for question, text in zip(batch, texts, strict=True):
+                shown = f"Q: {question}\n{_printable(text)}\n"
+                print(asker.record(question, text) if as_json else shown, flush=True)
             bar.update(len(batch))
     return 0
 
@@ -237,8 +286,15 @@ def _show(asker: Asker, question: str, with_question: bool, as_json: bool) -> No
     if with_question:
         print(f"Q: {question}")
     for piece in asker.stream(question):
-        print(piece, end="", flush=True)
+        print(_printable(piece), end="", flush=True)
     print("\n" if with_question else "", flush=True)
+
+
+def _printable(text: str) -> str:
+    """A text without what a terminal would act on: a stranger's memory may say anything."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 def _loop(asker: Asker, as_json: bool) -> int:
@@ -252,8 +308,11 @@ def _loop(asker: Asker, as_json: bool) -> int:
     while True:
         try:
             question = input("> " if interactive else "").strip()
+            question.encode()
         except EOFError:
             return 0
+        except UnicodeError:
+            raise FastMemError("cannot read a question: standard input is no UTF-8 text") from None
         if not question:
             if interactive:
                 return 0

@@ -13,6 +13,7 @@ from fastmem_pl.commands.options import (
     read_text,
 )
 from fastmem_pl.errors import FastMemError
+from fastmem_pl.targets import check_target
 
 DESCRIPTION = """\
 Ship a memory to other programs.
@@ -24,6 +25,8 @@ Ship a memory to other programs.
 What is lost is printed, and kept as export.json: the deltas' relative error, and the KL from the exact
 memory on the memorized text.
 """
+# As memorize joins several files.
+BETWEEN = "\n\n"
 _FORMS = ("float32", "bfloat16", "int8", "low-rank")
 
 
@@ -35,24 +38,22 @@ def run(arguments: list[str]) -> int:
     """
     options = _parser().parse(arguments)
     _check_combination(options)
-    out = Path(options.out or _default_out(Path(options.memory), options))
-    settings = model_settings(options)
 
     from fastmem_pl.export import to_checkpoint, to_lora, to_memory
-    from fastmem_pl.export.report import check_target
     from fastmem_pl.memory import Memory, read_header
 
     header = read_header(options.memory)
-    if out.exists() and out.resolve() == Path(options.memory).resolve():
+    out = Path(options.out or _default_out(Path(options.memory), options))
+    if out.exists() and out.samefile(options.memory):
         raise FastMemError(f"--out: {out} is the memory itself; give another")
     check_target(out, options.force, folder=options.to != "memory")
-    context = read_text(options.context) if options.context else None
+    context = BETWEEN.join(read_text(path) for path in options.context) if options.context else None
     if context is None and "text" not in header and _rank_of(options) == "auto":
         raise FastMemError(
             f"--rank: auto measures on the memorized text, which {options.memory} does not hold; give "
             "--context FILE with it, or a rank"
         )
-    backbone = load_backbone(settings)
+    backbone = load_backbone(model_settings(options))
     memory = Memory.load(options.memory, backbone, backbone.device)
     common = {"context": context, "force": options.force}
     rank = "auto" if options.rank is None else options.rank
@@ -62,7 +63,8 @@ def run(arguments: list[str]) -> int:
     elif options.to == "checkpoint":
         report = to_checkpoint(memory, backbone, out, options.dtype, **common)
     else:
-        report = to_memory(memory, backbone, out, options.form or "low-rank", **low_rank, **common)
+        form = options.form or "low-rank"
+        report = to_memory(memory, backbone, out, form, text=options.text, **low_rank, **common)
     for line in report.lines():
         print(line)
     if options.to == "lora":
@@ -96,8 +98,16 @@ def _parser() -> CommandParser:
         help="of lora (default: bfloat16) and checkpoint (default: as the model is loaded)",
     )
     parser.add_argument("--form", choices=_FORMS, help="of --to memory (default: low-rank)")
-    parser.add_argument("--context", metavar="FILE", help="the memorized text, where MEMORY does not hold it")
-    add_model_options(parser)
+    parser.add_argument(
+        "--context",
+        nargs="+",
+        metavar="FILE",
+        help="the memorized text (files in the order of memorize), where MEMORY does not hold it",
+    )
+    parser.add_argument(
+        "--no-text", dest="text", action="store_false", help="leave the text out of --to memory's file"
+    )
+    add_model_options(parser, config=False)
     return parser
 
 
@@ -125,6 +135,7 @@ def _check_combination(options: argparse.Namespace) -> None:
         ("--max-kl", options.max_kl, _rank_of(options) == "auto"),
         ("--dtype", options.dtype, options.to != "memory"),
         ("--form", options.form, options.to == "memory"),
+        ("--no-text", None if options.text else True, options.to == "memory"),
     ):
         if value is not None and not fits:
             raise FastMemError(f"{name}: is of no account here; leave it out (fastmem export --help)")

@@ -19,9 +19,10 @@ from fastmem_pl.commands.options import (
     read_text,
 )
 from fastmem_pl.errors import FastMemError
+from fastmem_pl.targets import check_target, free_name
 
 if TYPE_CHECKING:
-    from fastmem_pl.memory import DocumentFit
+    from fastmem_pl.memory import DocumentFit, Memory
 
 DESCRIPTION = """\
 Memorize a text: fit the last feed-forward network to it and keep the change as a file.
@@ -43,8 +44,14 @@ def run(arguments: list[str]) -> int:
         FastMemError: for a mistake.
     """
     options = _parser().parse(arguments)
+    if options.windows == "cut" and options.overlap is not None:
+        raise FastMemError("--overlap: is of no account with --windows cut; leave it out")
     out = Path(options.out or _default_out(options.files[0]))
-    _check(out, options.force)
+    check_target(out, options.force)
+    if out.exists() and any(
+        path != "-" and out.samefile(path) for path in options.files if Path(path).exists()
+    ):
+        raise FastMemError(f"--out: {out} is the text itself; give another")
     texts = [read_text(path) for path in options.files]
     settings = model_settings(options)
 
@@ -58,12 +65,18 @@ def run(arguments: list[str]) -> int:
     left_out = sum(part.truncated for part in fit.encoded)
     if left_out:
         print(f"fastmem: {left_out} tokens of the text are left out (--windows cut)", file=sys.stderr)
-    stopped = _fit(fit, options.quiet)
-    memory = fit.memory()
-    if memory.status[0] != "ok":
-        raise FastMemError(f"{out} is not written: {memory.status[0].split(';')[0]}; lower --learning-rate")
-    _check(out, options.force)
-    memory.save(out, form=options.form, text=options.text)
+    # Ctrl-C is held off until the file is whole.
+    with _interruptible() as seen:
+        stopped = _fit(fit, seen, options.quiet)
+        memory = fit.memory()
+        if memory.status[0] != "ok":
+            raise FastMemError(
+                f"{out} is not written: {memory.status[0].split(';')[0]}; lower --learning-rate"
+            )
+        if not options.force:
+            # What came there meanwhile is somebody's.
+            out = free_name(out)
+        memory.save(out, form=options.form, text=options.text)
     if not options.quiet:
         for line in _summary(fit, memory, out, options.form, time.perf_counter() - start):
             print(line)
@@ -123,23 +136,14 @@ def _default_out(first: str) -> str:
     return f"{'memory' if first == '-' else Path(first).stem}.fastmem"
 
 
-def _check(out: Path, force: bool) -> None:
-    from fastmem_pl.export.report import check_target
-
-    check_target(out, force, folder=False)
-
-
-def _fit(fit: DocumentFit, quiet: bool) -> bool:
+def _fit(fit: DocumentFit, seen: list[int], quiet: bool) -> bool:
     """Take all updates; returns whether the user stopped after at least one."""
     from tqdm import tqdm
 
-    with (
-        _interruptible() as stop,
-        tqdm(total=fit.num_updates, desc="memorizing", unit="update", disable=quiet or None) as bar,
-    ):
+    with tqdm(total=fit.num_updates, desc="memorizing", unit="update", disable=quiet or None) as bar:
         for done in fit.run():
             bar.update(done - bar.n)
-            if stop and done < fit.num_updates:
+            if seen and done < fit.num_updates:
                 return True
     return False
 
@@ -167,7 +171,8 @@ def _interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _summary(fit: DocumentFit, memory: object, out: Path, form: str, seconds: float) -> list[str]:
+def _summary(fit: DocumentFit, memory: Memory, out: Path, form: str, seconds: float) -> list[str]:
+    from fastmem_pl.export.report import relative_error
     from fastmem_pl.memory import Memory
 
     curve, windows = memory.curve, memory.windows
@@ -180,8 +185,6 @@ def _summary(fit: DocumentFit, memory: object, out: Path, form: str, seconds: fl
             f"{curve.kl[-1]:.4f} (nats a token, before the last update)"
         )
     if form != "float32":
-        from fastmem_pl.export.report import relative_error
-
         error = relative_error(memory.deltas, Memory.load(out).deltas)
         lines.append(f"{form} changes the memory by {error:.2%} (relative error of the deltas)")
     lines.append(f'ask it: fastmem ask {out} "..."')

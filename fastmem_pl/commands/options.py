@@ -49,20 +49,21 @@ class CommandParser(argparse.ArgumentParser):
         raise FastMemError(f"{message}; see {self.prog} --help")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say which model, where, and with what settings."""
+def add_model_options(parser: argparse.ArgumentParser, config: bool = True) -> None:
+    """Options that say which model, where, and (with ``config``) with what settings."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="NAME",
         help="demo (default), a Hub id, a folder or a .gguf file",
     )
-    group.add_argument(
-        "--config",
-        metavar="NAMES",
-        help="packaged configs or files whose model settings apply, later ones on top (default: demo for the "
-        "demo model, base for others)",
-    )
+    if config:
+        group.add_argument(
+            "--config",
+            metavar="NAMES",
+            help="packaged configs or files whose model settings apply, later ones on top (default: those of "
+            "memorizing in demo for the demo model, in base for others)",
+        )
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     group.add_argument(
         "--precision",
@@ -77,37 +78,76 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def model_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The ``model`` settings of the configs that apply, with what the command line says on top.
 
+    Of the configs that apply by default, only the settings of memorizing count: how answers are decoded is
+    :class:`~fastmem_pl.DecodingSettings`' to say unless a config is asked for by name.
+
     Raises:
-        FastMemError: when a config cannot be read.
+        FastMemError: when a config cannot be read, or holds what is no setting.
     """
-    import yaml
-
     from fastmem_pl.cli import config_paths
+    from fastmem_pl.memory import MemorizationSettings
 
+    named = getattr(options, "config", None)
     given: dict[str, Any] = {}
-    names = options.config or (DEMO if options.model in (None, DEMO) else "base")
-    for path in config_paths([names]):
-        try:
-            content = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise FastMemError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
-        section = content.get("model") if isinstance(content, Mapping) else None
-        if isinstance(section, Mapping):
-            given |= section
-    if options.model is not None:
-        given["backbone"] = options.model
-    given.setdefault("backbone", DEMO)
+    for path in config_paths([named or (DEMO if options.model in (None, DEMO) else "base")]):
+        given |= _read_config(path)
+    if not named:
+        given = {name: given[name] for name in {f.name for f in fields(MemorizationSettings)} & given.keys()}
+    given["backbone"] = options.model or given.get("backbone") or DEMO
     return given | {name: value for name, value in vars(options).items() if value is not None}
 
 
+def _read_config(path: str) -> dict[str, Any]:
+    """The ``model`` section of a config."""
+    import inspect
+
+    import yaml
+
+    from fastmem_pl.module import FastMemModule
+
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FastMemError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
+    section = (content.get("model") if isinstance(content, Mapping) else None) or {}
+    known = list(inspect.signature(FastMemModule).parameters)
+    for name in section:
+        if name not in known:
+            raise FastMemError(f"--config: {path}: model.{name} is unknown{nearest(str(name), known)}")
+    return dict(section)
+
+
 def pick(kind: type[Any], settings: Mapping[str, Any]) -> Any:
-    """One of the settings classes from those of the settings that are its own."""
-    own = {f.name: settings[f.name] for f in fields(kind) if settings.get(f.name) is not None}
+    """One of the settings classes from those of the settings that are its own.
+
+    Raises:
+        FastMemError: when a value is of another type, or out of its range.
+    """
+    own = {}
+    for field in fields(kind):
+        value = settings.get(field.name)
+        if value is not None:
+            # YAML takes 1e-4 for a text.
+            own[field.name] = _number(field.name, value, str(field.type))
     try:
         return kind(**own)
     except FastMemError as error:
         # There is one model here: options have no prefix.
         raise FastMemError(str(error).removeprefix("model.")) from None
+
+
+def _number(name: str, value: Any, kind: str) -> Any:
+    wanted = next((one for one in (int, float) if kind.startswith(one.__name__)), None)
+    if wanted is None:
+        return tuple(value) if isinstance(value, list) else value
+    try:
+        number = float(value)
+        if isinstance(value, bool) or wanted(number) != number:
+            raise ValueError
+    except (TypeError, ValueError):
+        allowed = "whole numbers" if wanted is int else "numbers"
+        raise FastMemError(f"{name}: {value!r} does not fit; allowed: {allowed}") from None
+    return wanted(number)
 
 
 def load_backbone(settings: Mapping[str, Any]) -> Backbone:
@@ -118,7 +158,7 @@ def load_backbone(settings: Mapping[str, Any]) -> Backbone:
     """
     import torch
 
-    from fastmem_pl.backbone import Backbone
+    from fastmem_pl.backbone import Backbone, ChatSettings
 
     device = settings["device"]
     if device == "auto":
@@ -130,11 +170,17 @@ def load_backbone(settings: Mapping[str, Any]) -> Backbone:
         if int(device.partition(":")[2] or 0) >= count:
             raise FastMemError(f"--device: there is no {device} here ({count} GPUs); give --device cpu")
     precision = settings.get("precision") or ("32-true" if device == "cpu" else "bf16-true")
-    return Backbone.load(settings["backbone"], precision, device, settings.get("trust_remote_code", False))
+    backbone = Backbone.load(settings["backbone"], precision, device, settings["trust_remote_code"])
+    chat = pick(ChatSettings, settings)
+    return backbone if chat == ChatSettings() else backbone.with_chat(chat)
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, what: str = "a text to memorize") -> str:
     """A text file, or standard input for ``-``.
+
+    Args:
+        path: of the file.
+        what: the file should hold.
 
     Raises:
         FastMemError: when there is no such file, or it is no UTF-8 text, or empty.
@@ -153,5 +199,5 @@ def read_text(path: str) -> str:
             f"cannot read {name}: it is no UTF-8 text (byte {error.start}); convert it to plain text first"
         ) from error
     if not text.strip():
-        raise FastMemError(f"{name} is empty; give a text to memorize")
+        raise FastMemError(f"{name} is empty; give {what}")
     return text

@@ -83,6 +83,7 @@ class Prefill:
         """A KV cache, and how many tokens of the prompt it holds already."""
         # Blocks above a trained FFN need all of the prompt's hidden states, and windows slide on.
         fits = earlier is not None and len(earlier) == len(self) == self.num_layers == 1
+        fits = fits and earlier.backbone is self.backbone
         if not (fits and all(type(layer) is DynamicLayer for layer in earlier.cache.layers)):
             return self.backbone.new_cache(), 0
         width = min(self.ids.shape[1] - 1, earlier.ids.shape[1])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.errors import FastMemError, unknown
 from fastmem_pl.export.lora import DTYPES
-from fastmem_pl.export.report import ExportReport, Loss, as_matrix, check_target, new_folder, size_of
+from fastmem_pl.export.report import Deviation, ExportReport, as_matrix
 from fastmem_pl.memory import Memory
+from fastmem_pl.targets import check_target, new_folder, size_of
 
 
 def to_checkpoint(
@@ -32,8 +35,8 @@ def to_checkpoint(
         memory: of one row.
         backbone: its model.
         out: folder to write.
-        dtype: of all weights; that of the model as it is loaded by default. The report states what rounding
-            the trained weights to it loses: updates of 1e-5 are lost on most bfloat16 weights.
+        dtype: of all weights; that of the model as it is loaded by default. What rounding to bfloat16 loses
+            is in the report: its KL is that of a forward pass with the weights as they are written.
         context: what was memorized, where the memory does not hold it.
         force: replace what exists.
 
@@ -46,7 +49,7 @@ def to_checkpoint(
         raise unknown("dtype", dtype, DTYPES)
     out = Path(out)
     check_target(out, force, folder=True)
-    loss = Loss(memory, backbone, context)
+    deviation = Deviation(memory, backbone, context)
     kind = getattr(torch, dtype)
     names = {module: name for name, module in model.named_modules()}
     merged: dict[str, Tensor] = {}
@@ -67,9 +70,11 @@ def to_checkpoint(
     unknown_names = merged.keys() - state.keys()
     if unknown_names:
         raise FastMemError(f"this model does not store {', '.join(sorted(unknown_names))} as plain weights")
+    state |= merged
+    kl = _kl_of_weights(memory, backbone, deviation.encoded, state) if deviation.encoded else None
     stored = {tensor.data_ptr(): tensor.nbytes for tensor in state.values()}
     with new_folder(out, sum(stored.values())) as folder:
-        model.save_pretrained(folder, state_dict={**state, **merged})
+        model.save_pretrained(folder, state_dict=state)
         backbone.tokenizer.save_pretrained(folder)
         # save_pretrained states the type of the model in memory.
         config = json.loads((folder / "config.json").read_text())
@@ -79,13 +84,40 @@ def to_checkpoint(
             out,
             dtype,
             size_of(folder),
-            loss.relative_error(kept),
-            loss.kl(kept),
-            loss.kl_base,
+            deviation.relative_error(kept),
+            kl,
+            deviation.kl_base,
             replace(memory, deltas=kept),
         )
         report.write(folder)
     return report
+
+
+@torch.no_grad()
+def _kl_of_weights(
+    memory: Memory, backbone: Backbone, encoded: Sequence[EncodedContext], state: dict[str, Tensor]
+) -> float:
+    """KL from the memory to the model with other weights, on the memorized text, by the model's own code."""
+
+    def rewritten(**kwargs: Any) -> Any:
+        return functional_call(backbone.model, state, (), kwargs)
+
+    total, count = 0.0, 0
+    with backbone.numerics(), backbone.autocast(), memory.attached(backbone):
+        exact = [_log_probs(backbone.model, part, backbone.device) for part in encoded]
+    with backbone.numerics():
+        for part, log_p in zip(encoded, exact, strict=True):
+            other = _log_probs(rewritten, part, backbone.device)
+            total += (log_p.exp() * (log_p - other)).sum().item()
+            count += len(log_p)
+    return max(total, 0.0) / count
+
+
+def _log_probs(model: Callable[..., Any], part: EncodedContext, device: torch.device) -> Tensor:
+    """Of the next token at every position that has a label, ``(N, V)`` float32."""
+    ids = torch.tensor([part.input_ids], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    return logits[0, part.header_length - 1 : -1].float().log_softmax(-1)
 
 
 def _converted(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

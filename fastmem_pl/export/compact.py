@@ -11,9 +11,10 @@ import torch
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.errors import unknown
 from fastmem_pl.export.low_rank import LowRank
-from fastmem_pl.export.report import ExportReport, Loss, check_target
+from fastmem_pl.export.report import Deviation, ExportReport
 from fastmem_pl.memory import Memory
 from fastmem_pl.memory.files import FORMS
+from fastmem_pl.targets import check_target
 
 
 def to_memory(
@@ -25,6 +26,7 @@ def to_memory(
     max_kl: float = 0.01,
     context: str | None = None,
     force: bool = False,
+    text: bool = True,
 ) -> ExportReport:
     """Write the memory in another form.
 
@@ -37,6 +39,7 @@ def to_memory(
         max_kl: ``KL(memory || file)`` on the memorized text, nats a token.
         context: what was memorized, where the memory does not hold it.
         force: replace what exists.
+        text: keep the memorized text, where it is known, in the file.
 
     Raises:
         FastMemError: when ``out`` exists or cannot be written, or a value is out of range.
@@ -45,22 +48,22 @@ def to_memory(
         raise unknown("form", form, FORMS)
     out = Path(out)
     check_target(out, force, folder=False)
-    loss = Loss(memory, backbone, context)
+    deviation = Deviation(memory, backbone, context)
     factors, chosen, tried = None, None, []
     if form == "low-rank":
         low_rank = LowRank(memory, backbone, torch.bfloat16)
-        chosen, tried = low_rank.choose(loss, rank, max_kl)
+        chosen, tried = low_rank.choose(deviation, rank, max_kl)
         factors = low_rank.factors(chosen)
-    memory.save(out, form=form, factors=factors)
+    memory.save(out, form=form, text=text, factors=factors)
     kept = replace(memory, deltas=Memory.load(out, backbone, backbone.device).deltas)
     return ExportReport(
         "memory",
         out,
         form,
         out.stat().st_size,
-        loss.relative_error(kept.deltas),
-        loss.kl(kept.deltas),
-        loss.kl_base,
+        deviation.relative_error(kept.deltas),
+        deviation.kl(kept.deltas),
+        deviation.kl_base,
         kept,
         chosen,
         tried,

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.errors import FastMemError, unknown
 from fastmem_pl.export.low_rank import LowRank
-from fastmem_pl.export.report import ExportReport, Loss, check_target, new_folder, size_of
+from fastmem_pl.export.report import Deviation, ExportReport
 from fastmem_pl.memory import Memory
 from fastmem_pl.memory.files import write_tensors
+from fastmem_pl.targets import check_target, new_folder, size_of
 
 DTYPES = ("float32", "bfloat16")
 
@@ -50,9 +51,9 @@ def to_lora(
         raise unknown("dtype", dtype, DTYPES)
     out = Path(out)
     check_target(out, force, folder=True)
-    loss = Loss(memory, backbone, context)
+    deviation = Deviation(memory, backbone, context)
     low_rank = LowRank(memory, backbone, getattr(torch, dtype))
-    rank, tried = low_rank.choose(loss, rank, max_kl)
+    rank, tried = low_rank.choose(deviation, rank, max_kl)
     exported = low_rank.memory(rank)
     names = {module: name for name, module in backbone.model.named_modules()}
     weights, targets, transposed = {}, [], False
@@ -64,7 +65,7 @@ def to_lora(
             weights[f"base_model.model.{names[module]}.lora_B.weight"] = outer
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=backbone.name,
+        base_model_name_or_path=backbone.public_name,
         inference_mode=True,
         r=rank,
         # PEFT scales by alpha / r.
@@ -80,9 +81,9 @@ def to_lora(
             out,
             dtype,
             size_of(folder),
-            loss.relative_error(exported.deltas),
-            loss.kl(exported.deltas),
-            loss.kl_base,
+            deviation.relative_error(exported.deltas),
+            deviation.kl(exported.deltas),
+            deviation.kl_base,
             exported,
             rank,
             tried,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.export.report import Loss, as_matrix
+from fastmem_pl.export.report import Deviation, as_matrix
 from fastmem_pl.memory import Memory
 
 Factors = tuple[Tensor, Tensor]
@@ -76,8 +76,11 @@ class LowRank:
         ]
         return replace(self._memory, deltas=deltas)
 
-    def rank_within(self, loss: Loss, max_kl: float) -> tuple[int, list[dict[str, float]]]:
+    def rank_within(self, deviation: Deviation, max_kl: float) -> tuple[int, list[dict[str, float]]]:
         """The smallest rank whose KL from the memory on its text is at most ``max_kl``, by bisection.
+
+        That takes KL to fall with the rank, which best approximations of ever higher rank make it do but for
+        rounding.
 
         Returns:
             the rank, and the ranks that were looked at with their KL.
@@ -85,14 +88,16 @@ class LowRank:
         Raises:
             FastMemError: when the text is not known, or no rank is that close.
         """
-        if not loss.text_known:
+        if not max_kl > 0:
+            raise FastMemError(f"max_kl: {max_kl} is out of range; allowed: above 0")
+        if not deviation.text_known:
             raise FastMemError(
                 "rank: auto measures on the memorized text, which is not known; give it (--context FILE)"
             )
         tried: dict[int, float] = {}
 
         def fits(rank: int) -> bool:
-            tried[rank] = loss.kl(self.memory(rank).deltas)
+            tried[rank] = deviation.kl(self.memory(rank).deltas)
             return tried[rank] <= max_kl
 
         # Small ranks first: doubling until one fits, then halving the gap.
@@ -110,10 +115,14 @@ class LowRank:
         return high, [{"rank": rank, "kl": tried[rank]} for rank in sorted(tried)]
 
     def choose(
-        self, loss: Loss, rank: int | Literal["auto"], max_kl: float
+        self, deviation: Deviation, rank: int | Literal["auto"], max_kl: float
     ) -> tuple[int, list[dict[str, float]]]:
         """The rank that was asked for, or the one found by :meth:`rank_within`."""
-        return self.rank_within(loss, max_kl) if rank == "auto" else (int(rank), [])
+        if rank == "auto":
+            return self.rank_within(deviation, max_kl)
+        if not isinstance(rank, int):
+            raise FastMemError(f"rank: {rank!r} is out of range; allowed: 1 to {self.max_rank}, or auto")
+        return rank, []
 
 
 def _decomposed(delta: Tensor) -> Factors:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmem_pl.backbone import Backbone, Delta
+from fastmem_pl.backbone import Backbone, Delta, EncodedContext
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory import ContextProbe, Memorizer, Memory, encoded_text
+from fastmem_pl.targets import MANIFEST
 
 _PACKAGES = ("fastmem-pl", "torch", "transformers", "peft", "safetensors")
 
@@ -37,6 +35,7 @@ class ExportReport:
         kl_base: the same for the base model, which holds nothing of the memory.
         rank: of low-rank forms.
         tried: ranks that ``auto`` looked at, with their KL.
+        note: what the figures do not say.
         memory: what the export holds, to answer with.
     """
 
@@ -50,6 +49,7 @@ class ExportReport:
     memory: Memory
     rank: int | None = None
     tried: list[dict[str, float]] = field(default_factory=list)
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for export.json."""
@@ -59,6 +59,7 @@ class ExportReport:
         return {
             **stated,
             **({"tried": self.tried} if self.tried else {}),
+            **({"note": self.note} if self.note else {}),
             "model": self.memory.backbone,
             "fingerprint": self.memory.fingerprint,
             "settings": self.memory.settings,
@@ -66,8 +67,9 @@ class ExportReport:
         }
 
     def write(self, folder: Path) -> None:
-        """Leave it as ``export.json``."""
-        (folder / "export.json").write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        """Leave it as ``export.json``, with the names of the files that are the export."""
+        stated = {**self.as_dict(), "files": sorted(path.name for path in folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps(stated, indent=2) + "\n")
 
     def lines(self) -> list[str]:
         """The same in words."""
@@ -81,31 +83,38 @@ class ExportReport:
                 f"KL from the exact memory on its text: {self.kl:.2e} nats a token (the base model's: "
                 f"{self.kl_base:.2e})"
             )
-        return lines
+        return lines + ([self.note] if self.note else [])
 
 
-class Loss:
-    """Measures what an approximation of a memory of one row loses.
+class Deviation:
+    """Measures how far an approximation of a memory of one row is from it.
 
     Args:
         memory: the exact one.
         backbone: its model.
         context: what was memorized, where the memory does not hold it.
 
+    Attributes:
+        encoded: the windows of the memorized text; empty where it is not known.
+
     Raises:
-        FastMemError: when the memory is of another model, or the text another.
+        FastMemError: when the memory is of another model, holds nothing, or the text is another.
     """
 
     def __init__(self, memory: Memory, backbone: Backbone, context: str | None = None) -> None:
         if len(memory) != 1:
             raise FastMemError(f"export: the memory has {len(memory)} rows; take one, memory.rows([i])")
         memory.check(backbone)
+        if memory.status[0] != "ok":
+            raise FastMemError(f"export: memorizing it {memory.status[0].split(';')[0]}; memorize it again")
         self.memory = memory
+        self.encoded: list[EncodedContext] = []
         self._probe: ContextProbe | None = None
         if context is not None or memory.texts[0] is not None:
             limit = memory.settings.get("max_context_tokens", 7500)
             memorizer = Memorizer(backbone, num_layers=memory.num_layers, max_context_tokens=limit)
-            self._probe = ContextProbe(memorizer, memory, encoded_text(memory, memorizer, context))
+            self.encoded = encoded_text(memory, memorizer, context)
+            self._probe = ContextProbe(memorizer, memory, self.encoded)
         self.kl_base = self.kl(None)
 
     @property
@@ -131,67 +140,6 @@ def relative_error(exact: Sequence[Delta], other: Sequence[Delta]) -> float:
 
     whole = sum(square(a) for a, _ in pairs)
     return (sum(square(a - b.to(a.device)) for a, b in pairs) / whole) ** 0.5 if whole else 0.0
-
-
-def check_target(path: Path, force: bool, folder: bool) -> None:
-    """Refuse to write over what exists, before anything is computed.
-
-    Args:
-        path: to write.
-        force: replace a file, or a folder that an export wrote.
-        folder: whether it will be one.
-
-    Raises:
-        FastMemError: when it exists and may not be replaced, or the folder around it does not.
-    """
-    if path.exists():
-        if not force:
-            raise FastMemError(f"{path} exists; give --force to replace it, or another --out")
-        is_own = path.is_file() if not folder else path.is_dir() and _is_export(path)
-        if not is_own:
-            what = "folder that fastmem export did not write" if path.is_dir() else "file"
-            raise FastMemError(f"{path} is a {what}, which --force does not replace; give another --out")
-    if not path.absolute().parent.is_dir():
-        raise FastMemError(f"there is no folder {path.absolute().parent} to write {path.name} into")
-
-
-def _is_export(path: Path) -> bool:
-    """Whether a folder holds an export, or nothing."""
-    return not any(path.iterdir()) or (path / "export.json").is_file()
-
-
-@contextmanager
-def new_folder(path: Path, bytes_needed: int) -> Iterator[Path]:
-    """A folder to write to that takes its place when all is written, and is removed when it is not.
-
-    Raises:
-        FastMemError: when there is no room, or it cannot be written.
-    """
-    free = shutil.disk_usage(path.absolute().parent).free
-    if free < bytes_needed:
-        raise FastMemError(
-            f"cannot write {path}: it takes {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "free some disk or give another --out"
-        )
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        partial.rename(path)
-    except OSError as error:
-        raise FastMemError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of the files of a folder."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(file.stat().st_size for file in files)
 
 
 def as_matrix(parts: tuple[str, ...], deltas: Delta) -> Tensor:

@@ -1,10 +1,10 @@
 """Memories: the delta on the last FFN, the objective, fitting and saving."""
 
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
-from fastmem_pl.memory.document import DocumentFit, context_hash, encoded_text
+from fastmem_pl.memory.document import DocumentFit, encoded_text
 from fastmem_pl.memory.files import read_header
 from fastmem_pl.memory.footprint import Footprint, usable_bytes
-from fastmem_pl.memory.memorize import MemorizationModule, Memorizer
+from fastmem_pl.memory.memorize import MemorizationModule, Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.objective import (
     Losses,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
-from fastmem_pl.backbone import EncodedContext, TailInputs
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.memory.memorize import MemorizationModule, Memorizer
+from fastmem_pl.backbone import EncodedContext, Tail, TailInputs
+from fastmem_pl.errors import FastMemError, OutOfMemoryError
+from fastmem_pl.memory.footprint import usable_bytes
+from fastmem_pl.memory.memorize import MemorizationModule, Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.objective import MemorizationBatch, prepare
 from fastmem_pl.memory.settings import WindowSettings
@@ -54,6 +54,8 @@ class DocumentFit:
             self.encoded[0] = replace(self.encoded[0], truncated=self.encoded[0].truncated + skipped)
         else:
             self.encoded = [part for text in texts for part in chat.windows(text, window, overlap)]
+        if not all(part.header_length < len(part.input_ids) for part in self.encoded):
+            raise FastMemError(f"window: {window} leaves windows without a token to learn; give a larger one")
         self._texts = texts
         self._layout = {**asdict(self._windows), "window": window, "overlap": overlap}
         # To find the texts again in the one that is kept.
@@ -76,7 +78,13 @@ class DocumentFit:
         return sum(part.context_tokens for part in self.encoded)
 
     def run(self) -> Iterator[int]:
-        """Take the updates one by one; yields how many are done. It may be left before the end."""
+        """Take the updates one by one; yields how many are done. It may be left before the end.
+
+        Raises:
+            FastMemError: when they have been taken, or the activations have no room.
+        """
+        if self._done:
+            raise FastMemError("this fit has taken its updates; start another")
         memorizer, steps = self._memorizer, self._memorizer.settings.steps
         groups = [[part] for part in self.encoded] if self._passes > 1 else [self.encoded]
         memory: Memory | None = None
@@ -106,14 +114,23 @@ class DocumentFit:
         with memorizer.backbone.numerics():
             module = self._module or MemorizationModule(memorizer.backbone, 1, memorizer.settings)
             memory = module.memory()
+            # The module may go on training its own.
+            memory.deltas = [{n: t.clone() for n, t in layer.items()} for layer in memory.deltas]
         if self._passes > 1:
             going = [] if len(self._earlier) * memorizer.settings.steps == self._done else memory.curves
             memory.curves = [_joined([*self._earlier, *going])]
-        if self._done < self.num_updates and memory.status[0] == "ok":
+        if self._passes == 1 and memory.status[0] == "ok":
+            # Fewer updates are the beginning of more; of windows one after the other they are not.
             memory.settings["steps"] = self._done
         memory.texts = [_BETWEEN.join(self._texts)]
-        memory.context_hash = context_hash(self.encoded)
-        memory.windows = {**self._layout, "count": len(self.encoded), "tokens": self.num_tokens}
+        memory.context_hashes = [context_hash(self.encoded)]
+        memory.windows = {
+            **self._layout,
+            "count": len(self.encoded),
+            "tokens": self.num_tokens,
+            "updates": self._done,
+            "planned": self.num_updates,
+        }
         return memory
 
     def _parts(self, group: Sequence[EncodedContext]) -> list[MemorizationBatch]:
@@ -122,6 +139,7 @@ class DocumentFit:
         tail = memorizer.backbone.tail(memorizer.settings.num_layers)
         if len(group) == 1:
             return [memorizer.prepare(group)]
+        self._check_room(tail)
         inputs, labels = self._read(group)
         total = len(labels)
         parts: list[MemorizationBatch] = []
@@ -138,6 +156,20 @@ class DocumentFit:
                     batch.scratch = parts[0].scratch
                 parts.append(batch)
         return parts
+
+    def _check_room(self, tail: Tail) -> None:
+        """Refuse a text whose activations, which stay for all updates, do not fit the free memory."""
+        backbone = self._memorizer.backbone
+        wide, narrow = (tail.ffns[0].shapes["up"][i] for i in (0, 1))
+        size = backbone.compute_dtype.itemsize
+        # Products with gate and up, what becomes of them, and the residual stream.
+        needed = self.num_tokens * ((2 * size + 4) * wide + (2 * size + 8) * narrow)
+        free = usable_bytes(backbone.device)
+        if needed > free:
+            raise OutOfMemoryError(
+                f"windows: joint needs {needed / 1e9:.1f} GB for {self.num_tokens} tokens, "
+                f"{free / 1e9:.1f} GB are free; use --windows sequential, or a shorter text"
+            )
 
     def _read(self, group: Sequence[EncodedContext]) -> tuple[TailInputs, Tensor]:
         """The trunk's results at all positions that have a label, as one row, and the labels ``(N,)``."""
@@ -174,15 +206,9 @@ def encoded_text(memory: Memory, memorizer: Memorizer, text: str | None = None) 
         encoded = DocumentFit(memorizer, [t for t in texts if t.strip()], windows).encoded
     else:
         encoded = [memorizer.encode(text)]
-    if memory.context_hash not in (None, context_hash(encoded)):
+    if memory.context_hashes[0] not in (None, context_hash(encoded)):
         raise FastMemError("this is not the text that was memorized; give the one that was (--context FILE)")
     return encoded
-
-
-def context_hash(encoded: Sequence[EncodedContext]) -> str:
-    """Short hash of the token ids that are memorized."""
-    ids = " ".join(str(i) for part in encoded for i in part.input_ids)
-    return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 
 def _joined(curves: Sequence[Curve]) -> Curve:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,25 @@ import torch
 from torch import Tensor
 
 from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.memory.header import checked
+from fastmem_pl.targets import write_whole
 
 FORMAT_VERSION = "3"
 FORMS = ("float32", "bfloat16", "int8", "low-rank")
 _SUFFIXES = {"float32": ("",), "bfloat16": ("",), "int8": ("", ".scale"), "low-rank": (".outer", ".inner")}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+# Types of the tensors of each form, as safetensors calls them.
+_STORED = {
+    "float32": {("F32",)},
+    "bfloat16": {("BF16",)},
+    "int8": {("I8", "F32")},
+    "low-rank": {("F32", "F32"), ("BF16", "BF16")},
+}
 _PARTS = ("gate", "up", "down")
-# Of one delta: several times what models of 70B parameters have, and nothing that factors blow up beyond.
+# Of all deltas: three times what one layer of a 70B model has.
 _MOST_NUMBERS = 1 << 31
 
 Deltas = list[dict[str, Tensor]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def pack(
@@ -78,12 +87,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) 
     """
     header = {"format": "fastmem", "version": FORMAT_VERSION, **header}
     header["digest"] = digest(tensors, header)
-    partial = path.with_name(path.name + ".partial")
     try:
-        write_tensors(partial, tensors, header)
-        partial.replace(path)
+        write_whole(path, lambda partial: write_tensors(partial, tensors, header))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise FastMemError(f"cannot write the memory {path}: {error.strerror}") from error
 
 
@@ -113,54 +119,81 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     return result.hexdigest()
 
 
-def read(path: str | Path, fingerprint: str | None = None) -> tuple[dict[str, str], Deltas]:
+def read(
+    path: str | Path,
+    fingerprint: str | None = None,
+    check_shapes: Callable[[list[Shapes]], None] | None = None,
+) -> tuple[dict[str, Any], Deltas]:
     """Read header and deltas ``(out, in)`` by layer, lowest first, and part.
+
+    Args:
+        path: of the file.
+        fingerprint: refuse a memory of another backbone.
+        check_shapes: refuses, by an error, shapes that do not fit; called before any tensor is read.
+
+    Returns:
+        the values of the header (:func:`~fastmem_pl.memory.header.checked`), and the deltas.
 
     Raises:
         FastMemError: when the file is missing, damaged, altered, or belongs to another model.
     """
-    with _opened(path, fingerprint) as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if digest(tensors, header) != header.get("digest"):
-        raise damaged(path, "its digest is not that of its content")
-    form = header.get("form", "float32")
-    if form not in FORMS:
-        raise damaged(path, f"unknown form {form!r}")
     try:
-        return header, _deltas(tensors, form)
+        with _opened(path, fingerprint) as (file, values):
+            form = values["form"]
+            stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = _layout({n: (t.get_dtype(), tuple(t.get_shape())) for n, t in stored.items()}, form)
+            if check_shapes:
+                check_shapes(shapes)
+            tensors = {name: file.get_tensor(name) for name in stored}
+            if digest(tensors, file.metadata()) != file.metadata().get("digest"):
+                raise ValueError("its digest is not that of its content")
+        deltas = [
+            {part: unpack(f"{layer}.{part}", tensors, form) for part in parts}
+            for layer, parts in enumerate(shapes)
+        ]
+        if not all(delta.isfinite().all() for parts in deltas for delta in parts.values()):
+            raise ValueError("it holds values that are not finite")
+    except FastMemError:
+        raise
     except ValueError as error:
         raise damaged(path, error) from error
+    return values, deltas
 
 
-def _deltas(tensors: dict[str, Tensor], form: str) -> Deltas:
-    """Deltas by layer from the tensors of a file; a ``ValueError`` says what is wrong with them."""
-    deltas: Deltas = []
-    left = set(tensors)
+def _layout(stored: Mapping[str, tuple[str, tuple[int, ...]]], form: str) -> list[Shapes]:
+    """Shapes of the deltas by layer and part, from types and shapes of the tensors that are stored.
+
+    Raises:
+        ValueError: when they are not those of a memory in this form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}")
+    layers: list[Shapes] = []
+    left = set(stored)
     while left:
-        layer = len(deltas)
-        deltas.append({})
+        layer = len(layers)
+        layers.append({})
         for part in _PARTS:
             names = [f"{layer}.{part}{suffix}" for suffix in _SUFFIXES[form]]
             if part == "gate" and left.isdisjoint(names):
                 continue
             if not left.issuperset(names):
                 raise ValueError(f"it lacks {names[0]}, or holds other tensors than a memory's")
-            if not all(tensors[name].ndim == 2 and tensors[name].dtype in _DTYPES for name in names):
-                raise ValueError(f"{names[0]} is no matrix of numbers")
-            inner = names[1] if form == "low-rank" else names[0]
-            if tensors[names[0]].shape[0] * tensors[inner].shape[1] > _MOST_NUMBERS:
-                raise ValueError(f"{names[0]} is too large")
             left.difference_update(names)
-            try:
-                deltas[layer][part] = unpack(f"{layer}.{part}", tensors, form)
-            except RuntimeError:
-                raise ValueError(f"{names[0]} does not fit its scale or factor") from None
-            if not deltas[layer][part].isfinite().all():
-                raise ValueError(f"{names[0]} holds values that are not finite")
-    if not deltas:
-        raise ValueError("it holds no tensors")
-    return deltas
+            dtypes, shapes = zip(*(stored[name] for name in names), strict=True)
+            if dtypes not in _STORED[form] or not all(len(shape) == 2 and all(shape) for shape in shapes):
+                raise ValueError(f"{names[0]} is no matrix of {form} numbers")
+            if form == "low-rank":
+                fits, shape = shapes[0][1] == shapes[1][0], (shapes[0][0], shapes[1][1])
+            else:
+                fits, shape = form != "int8" or shapes[1] == (shapes[0][0], 1), shapes[0]
+            if not fits:
+                raise ValueError(f"{names[0]} does not fit its scale or factor")
+            layers[layer][part] = shape
+    # Factors are small and what they stand for is not.
+    if not layers or sum(out * width for parts in layers for out, width in parts.values()) > _MOST_NUMBERS:
+        raise ValueError("it holds no deltas, or more than any model has")
+    return layers
 
 
 def read_header(path: str | Path, fingerprint: str | None = None) -> dict[str, str]:
@@ -173,7 +206,7 @@ def read_header(path: str | Path, fingerprint: str | None = None) -> dict[str, s
     Raises:
         FastMemError: when the file is missing, damaged, or belongs to another model.
     """
-    with _opened(path, fingerprint) as file:
+    with _opened(path, fingerprint) as (file, _):
         return file.metadata()
 
 
@@ -184,18 +217,24 @@ def damaged(path: str | Path, why: object) -> FastMemError:
 
 def other_model(what: str, made_with: str, fingerprint: str, other: str) -> FastMemError:
     """The error for a memory of another model."""
-    hint = f" It was made with {made_with!r}: give --model {made_with}" if made_with else ""
+    hint = f"; it was made with {made_with!r}, so give that model" if made_with else ""
     return FastMemError(
-        f"{what} belongs to another model: its fingerprint is {fingerprint}, this model's {other}.{hint}"
+        f"{what} belongs to another model: its fingerprint is {fingerprint}, this model's {other}{hint}"
     )
 
 
 @contextmanager
-def _opened(path: str | Path, fingerprint: str | None) -> Iterator[Any]:
+def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file, and the values of its header."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise FastMemError(f"no such memory: {path}")
+    try:
+        if not Path(path).is_file():
+            raise FastMemError(f"no such memory: {path}")
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise FastMemError(f"cannot read the memory {str(path)[:120]}: {error.strerror}") from error
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -203,16 +242,15 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[Any]:
                 raise FastMemError(f"{path} is not a FastMem memory")
             if header.get("version") != FORMAT_VERSION:
                 raise FastMemError(
-                    f"memory {path} has format version {header.get('version')}, this program reads "
+                    f"memory {path} has format version {header.get('version')!r:.20}, this program reads "
                     f"{FORMAT_VERSION}; memorize it again"
                 )
-            for name in ("fingerprint", "settings", "curve", "status"):
-                if name not in header:
-                    raise damaged(path, f"its header lacks {name!r}")
-            if fingerprint is not None and header["fingerprint"] != fingerprint:
-                raise other_model(
-                    f"memory {path}", header.get("backbone", ""), header["fingerprint"], fingerprint
-                )
-            yield file
+            try:
+                values = checked(header)
+            except ValueError as error:
+                raise damaged(path, error) from error
+            if fingerprint is not None and values["fingerprint"] != fingerprint:
+                raise other_model(f"memory {path}", values["backbone"], values["fingerprint"], fingerprint)
+            yield file, values
     except (SafetensorError, OSError) as error:
         raise damaged(path, " ".join(str(error).split())) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +197,13 @@ class MemorizationModule(LightningModule):
             values = [getattr(row, name) for row in self._rows]
             settings[name] = values[0] if len(set(values)) == 1 else values
         backbone = self._backbone
-        return Memory(deltas, curves, status, settings, backbone.fingerprint(), backbone=backbone.name)
+        return Memory(deltas, curves, status, settings, backbone.fingerprint(), backbone=backbone.public_name)
+
+
+def context_hash(encoded: Sequence[EncodedContext]) -> str:
+    """Short hash of the token ids that are memorized."""
+    ids = " ".join(str(i) for part in encoded for i in part.input_ids)
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 
 def adapted_kl_coeff(kl_coeff: Tensor, kl: Tensor, target: float, gain: float) -> Tensor:
@@ -258,8 +265,10 @@ class Memorizer:
         contexts = [contexts] if isinstance(contexts, str) else contexts
         if not contexts or not all(context.strip() for context in contexts):
             raise FastMemError("Memorizer: there is nothing to memorize; give texts that are not empty")
-        memory = self.fit([self.encode(context) for context in contexts])
+        encoded = [self.encode(context) for context in contexts]
+        memory = self.fit(encoded)
         memory.texts = list(contexts)
+        memory.context_hashes = [context_hash([part]) for part in encoded]
         return memory
 
     def memorize_document(

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fastmem_pl.backbone import Backbone
+    from fastmem_pl.backbone.families import Anatomy
+
+# Attributes of a memory that hold a value for each row.
+_BY_ROW = ("curves", "status", "texts", "context_hashes")
 
 
 @dataclass
@@ -58,8 +62,8 @@ class Memory:
         status: ``"ok"`` or what failed, one a row; a failed row holds zero deltas (the base model).
         settings: those of memorizing.
         fingerprint: of the backbone that the deltas belong to.
-        context_hash: of the memorized token ids, on a memory loaded from a file that states it.
         texts: what was memorized, one a row, where it is known.
+        context_hashes: of the memorized token ids, one a row, where they are known.
         backbone: what the model was called.
         windows: how a long text was cut, on the memory of a document.
     """
@@ -69,13 +73,14 @@ class Memory:
     status: list[str]
     settings: dict[str, Any]
     fingerprint: str
-    context_hash: str | None = None
     texts: list[str | None] = field(default_factory=list)
+    context_hashes: list[str | None] = field(default_factory=list)
     backbone: str = ""
     windows: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.texts = self.texts or [None] * len(self.curves)
+        self.context_hashes = self.context_hashes or [None] * len(self.curves)
 
     def __len__(self) -> int:
         return len(self.curves)
@@ -93,6 +98,11 @@ class Memory:
     def num_layers(self) -> int:
         """Trained layers."""
         return len(self.deltas)
+
+    @property
+    def shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Shapes of one row's deltas by layer."""
+        return [{name: tuple(t.shape[1:]) for name, t in layer.items()} for layer in self.deltas]
 
     @property
     def curve(self) -> Curve:
@@ -129,8 +139,8 @@ class Memory:
         return replace(
             self,
             deltas=[{n: t.index_select(0, index) for n, t in layer.items()} for layer in self.deltas],
-            context_hash=None,
-            **{name: [getattr(self, name)[i] for i in indices] for name in ("curves", "status", "texts")},
+            settings=_by_row(self.settings, indices),
+            **{name: [getattr(self, name)[i] for i in indices] for name in _BY_ROW},
         )
 
     def to(self, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Memory:
@@ -164,11 +174,8 @@ class Memory:
             {name: torch.cat([m.deltas[layer][name] for m in memories]) for name in first.deltas[layer]}
             for layer in range(first.num_layers)
         ]
-        joined = {
-            name: [value for memory in memories for value in getattr(memory, name)]
-            for name in ("curves", "status", "texts")
-        }
-        return replace(first, deltas=deltas, context_hash=None, windows=None, **joined)
+        joined = {name: [value for memory in memories for value in getattr(memory, name)] for name in _BY_ROW}
+        return replace(first, deltas=deltas, settings=_joined_settings(memories), windows=None, **joined)
 
     def check(self, backbone: Backbone) -> None:
         """Refuse to serve another model.
@@ -178,14 +185,7 @@ class Memory:
         """
         if self.fingerprint != backbone.fingerprint():
             raise files.other_model("the memory", self.backbone, self.fingerprint, backbone.fingerprint())
-        shapes = [ffn.shapes for ffn in backbone.tail(self.num_layers).ffns]
-        for layer, (deltas, expected) in enumerate(zip(self.deltas, shapes, strict=True)):
-            found = {name: tuple(tensor.shape[1:]) for name, tensor in deltas.items()}
-            if found != {name: tuple(shape) for name, shape in expected.items()}:
-                raise FastMemError(
-                    f"the memory does not fit this model: layer {layer} has deltas {found}, the model's "
-                    f"weights are { ({name: tuple(shape) for name, shape in expected.items()}) }"
-                )
+        check_shapes(self.shapes, backbone.anatomy)
 
     def attached(self, model: Any) -> AbstractContextManager[None]:
         """Let a transformers model use this memory; see :func:`fastmem_pl.generation.attached`."""
@@ -224,13 +224,13 @@ class Memory:
         header = {
             "fingerprint": self.fingerprint,
             "form": form,
-            "settings": json.dumps(self.settings),
+            "settings": json.dumps(_by_row(self.settings, [row])),
             "curve": json.dumps(self.curves[row].as_dict()),
             "status": self.status[row],
             "backbone": self.backbone,
             **({"windows": json.dumps(self.windows)} if self.windows else {}),
             **({"text": self.texts[row]} if text and self.texts[row] is not None else {}),
-            **({"context_hash": self.context_hash} if self.context_hash else {}),
+            **({"context_hash": self.context_hashes[row]} if self.context_hashes[row] else {}),
             **extra,
         }
         files.write(Path(path), tensors, header)
@@ -254,25 +254,59 @@ class Memory:
             FastMemError: when the file is missing, damaged, altered, or belongs to another model.
         """
         backbone = None if fingerprint is None or isinstance(fingerprint, str) else fingerprint
-        header, deltas = files.read(path, backbone.fingerprint() if backbone else fingerprint)
-        try:
-            windows = json.loads(header["windows"]) if "windows" in header else None
-            settings, curve = json.loads(header["settings"]), json.loads(header["curve"])
-            if not isinstance(settings, dict) or not isinstance(windows, dict | None):
-                raise TypeError("settings and windows are no mappings")
-            memory = cls(
-                [{name: t.to(device)[None] for name, t in layer.items()} for layer in deltas],
-                [Curve.from_dict(curve)],
-                [header["status"]],
-                settings,
-                header["fingerprint"],
-                header.get("context_hash"),
-                [header.get("text")],
-                header.get("backbone", ""),
-                windows,
+        values, deltas = files.read(
+            path,
+            backbone.fingerprint() if backbone else fingerprint,
+            (lambda shapes: check_shapes(shapes, backbone.anatomy)) if backbone else None,
+        )
+        return cls(
+            [{name: t.to(device)[None] for name, t in layer.items()} for layer in deltas],
+            [Curve.from_dict(values["curve"])],
+            [values["status"]],
+            values["settings"],
+            values["fingerprint"],
+            [values["text"]],
+            [values["context_hash"]],
+            values["backbone"],
+            values["windows"],
+        )
+
+
+def check_shapes(shapes: Sequence[Mapping[str, tuple[int, ...]]], anatomy: Anatomy) -> None:
+    """Refuse deltas ``(out, in)`` by layer that are not those of the model's last feed-forward networks.
+
+    Raises:
+        FastMemError: naming what does not fit.
+    """
+    total = len(anatomy.blocks)
+    if not 1 <= len(shapes) <= total:
+        raise FastMemError(f"the memory is of {len(shapes)} layers, this model has {total}")
+    for layer, found in enumerate(shapes, total - len(shapes)):
+        expected = {name: tuple(p.weight.shape) for name, p in anatomy.projections(layer).items()}
+        if dict(found) != expected:
+            raise FastMemError(
+                f"the memory does not fit this model: its deltas are {dict(found)}, the weights of block "
+                f"{layer} are {expected}"
             )
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise files.damaged(path, repr(error)) from error
-        if backbone is not None:
-            memory.check(backbone)
-        return memory
+
+
+def _by_row(settings: Mapping[str, Any], index: Sequence[int]) -> dict[str, Any]:
+    """Settings of some rows: a list where rows differed, one value where these agree."""
+    chosen = {}
+    for name, value in settings.items():
+        values = [value[i] for i in index] if isinstance(value, list) else [value]
+        chosen[name] = values[0] if all(one == values[0] for one in values) else values
+    return chosen
+
+
+def _joined_settings(memories: Sequence[Memory]) -> dict[str, Any]:
+    """Settings of the rows of several memories."""
+    every = {
+        name: [
+            value[row] if isinstance(value := memory.settings.get(name), list) else value
+            for memory in memories
+            for row in range(len(memory))
+        ]
+        for name in memories[0].settings
+    }
+    return _by_row(every, range(sum(map(len, memories))))

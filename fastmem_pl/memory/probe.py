@@ -34,8 +34,13 @@ class ContextProbe:
         with self._backbone.numerics():
             for start in range(0, len(encoded), count):
                 read = memorizer.read(encoded[start : start + count])
-                self._groups.append((read.inputs, self._tail.base(read.inputs), read.label_mask))
-                labels.append(read.labels[read.label_mask])
+                inputs, mask = read.inputs, read.label_mask
+                labels.append(read.labels[mask])
+                if memory.num_layers == 1:
+                    # Without attention above the trunk, all positions are those of one row.
+                    inputs = TailInputs(inputs.residual[mask][None], inputs.ffn_input[mask][None])
+                    mask = mask.new_ones(inputs.residual.shape[:2])
+                self._groups.append((inputs, self._tail.base(inputs), mask))
             self._labels = torch.cat(labels)
             self._exact = self._hidden(memory.deltas)
 
@@ -59,8 +64,13 @@ class ContextProbe:
     def _hidden(self, deltas: Sequence[Delta] | None) -> Tensor:
         """The head's input at all label tokens, ``(N, D)``."""
         parts = []
+        backbone = self._backbone
+        # Cast once: a copy for every row would be made of what is cast after it is expanded.
+        cast = deltas and [
+            {n: t.to(backbone.device, backbone.compute_dtype) for n, t in layer.items()} for layer in deltas
+        ]
         for inputs, base, mask in self._groups:
             rows = len(mask)
-            served = deltas and [{n: t.expand(rows, -1, -1) for n, t in layer.items()} for layer in deltas]
+            served = cast and [{n: t.expand(rows, -1, -1) for n, t in layer.items()} for layer in cast]
             parts.append(self._tail.hidden(inputs, base, served)[mask])
         return torch.cat(parts)

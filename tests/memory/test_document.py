@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
 
 from fastmem_pl import FastMemError, Memorizer, WindowSettings
+from fastmem_pl.errors import OutOfMemoryError
 from fastmem_pl.memory import DocumentFit, document
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,3 +171,31 @@ def test_a_non_finite_window_ends_a_sequential_fit(tiny):
     memory = fit.memory()
     assert memory.status[0].startswith("failed: the memorization loss is not finite")
     assert all((delta == 0).all() for delta in memory.deltas[0].values())
+
+
+def test_what_a_fit_hands_out_stays_as_it_was(tiny):
+    fit = DocumentFit(Memorizer(tiny, **STRONG), TEXT, SMALL)
+    norms = [fit.memory().deltas[0]["up"].norm() for _ in fit.run()]
+    memories = [norm.item() for norm in norms]
+    assert memories == sorted(memories)
+    fit = DocumentFit(Memorizer(tiny, **STRONG), TEXT, SMALL)
+    kept = [fit.memory() for _ in fit.run()]
+    assert [memory.deltas[0]["up"].norm().item() for memory in kept] == memories
+    with pytest.raises(FastMemError, match="this fit has taken its updates"):
+        next(fit.run())
+
+
+def test_a_sequential_fit_that_is_left_early_says_so(tiny):
+    fit = DocumentFit(Memorizer(tiny, **STRONG), TEXT, replace(SMALL, policy="sequential"))
+    for done in fit.run():
+        if done == STRONG["steps"]:
+            break
+    memory = fit.memory()
+    assert memory.settings["steps"] == STRONG["steps"]
+    assert (memory.windows["updates"], memory.windows["planned"]) == (4, 4 * len(fit.encoded))
+
+
+def test_a_text_whose_activations_have_no_room_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(document, "usable_bytes", lambda device: 1e4)
+    with pytest.raises(OutOfMemoryError, match=r"windows: joint needs .* use --windows sequential"):
+        Memorizer(tiny, **STRONG).memorize_document(TEXT, SMALL)
