@@ -30,7 +30,7 @@ from speed import _8B, _TINY, device_slug, provenance, random_model, random_samp
 from fastmem_pl import Backbone, Memorizer, Memory, WindowSettings, answer
 from fastmem_pl.backbone import EncodedContext
 from fastmem_pl.export import to_lora, to_memory
-from fastmem_pl.export.report import Loss
+from fastmem_pl.export.report import Deviation
 from fastmem_pl.memory import DocumentFit
 from fastmem_pl.metrics import normalize_answer
 
@@ -180,14 +180,14 @@ def shape_rows(shape: str, device: torch.device) -> Iterator[Row]:
             yield row(f"save {form}", lambda path=path, form=form: memory.save(path, form=form))
             size = path.stat().st_size
             yield row(f"load {form}", lambda path=path: Memory.load(path, backbone, device), bytes=size)
-        loss = Loss(memory, backbone)
+        deviation = Deviation(memory, backbone)
         path = Path(folder, "lora")
         for rank in (16, 64, "auto"):
-            report = to_lora(memory, backbone, path, rank, max_kl=loss.kl_base / 100, force=True)
+            report = to_lora(memory, backbone, path, rank, max_kl=deviation.kl_base / 100, force=True)
             yield row(
                 f"LoRA, rank {rank}",
                 lambda rank=rank: to_lora(
-                    memory, backbone, path, rank, max_kl=loss.kl_base / 100, force=True
+                    memory, backbone, path, rank, max_kl=deviation.kl_base / 100, force=True
                 ),
                 bytes=report.bytes,
                 rank=report.rank,
