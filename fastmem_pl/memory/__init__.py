@@ -4,8 +4,9 @@ from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.document import DocumentFit, encoded_text
 from fastmem_pl.memory.files import read_header
 from fastmem_pl.memory.footprint import Footprint, usable_bytes
-from fastmem_pl.memory.memorize import MemorizationModule, Memorizer, context_hash
+from fastmem_pl.memory.memorize import Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
+from fastmem_pl.memory.module import MemorizationModule
 from fastmem_pl.memory.objective import (
     Losses,
     MemorizationBatch,

@@ -11,8 +11,9 @@ from torch import Tensor
 from fastmem_pl.backbone import EncodedContext, Tail, TailInputs
 from fastmem_pl.errors import FastMemError, OutOfMemoryError
 from fastmem_pl.memory.footprint import usable_bytes
-from fastmem_pl.memory.memorize import MemorizationModule, Memorizer, context_hash
+from fastmem_pl.memory.memorize import Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
+from fastmem_pl.memory.module import MemorizationModule
 from fastmem_pl.memory.objective import MemorizationBatch, prepare
 from fastmem_pl.memory.settings import WindowSettings
 
