@@ -60,26 +60,16 @@ MEMORY_COMMANDS = ("memorize", "ask", "export")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (2 for a mistake, 130 for an interrupt)."""
-    arguments = list(sys.argv[1:] if args is None else args)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(OVERVIEW.format(configs=_config_overview()))
-        return 0
-    if arguments[0] == "--version":
-        from importlib.metadata import version
+    """Run the command line.
 
-        print(f"fastmem-pl {version('fastmem-pl')}")
-        return 0
+    Returns:
+        the exit status: 2 for a mistake, 130 for an interrupt, 141 when what it prints is no longer read.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
     try:
-        if arguments[0] == "tasks":
-            return _show_tasks(arguments[1:])
-        if arguments[0] in MEMORY_COMMANDS:
-            return _run_memory_command(arguments[0], arguments[1:])
-        if arguments[0] not in COMMANDS:
-            known = (*COMMANDS, *MEMORY_COMMANDS, "tasks")
-            hint = nearest(arguments[0], known)
-            raise FastMemError(f"{arguments[0]!r} is no command; allowed: {', '.join(known)}{hint}")
-        return _run(_resolve_configs(arguments))
+        status = _command(arguments)
+        sys.stdout.flush()
+        return status
     except FastMemError as error:
         print(f"fastmem: error: {error}", file=sys.stderr)
         return 2
@@ -88,6 +78,31 @@ def main(args: Sequence[str] | None = None) -> int:
             print("fastmem: stopped", file=sys.stderr)
             return 130
         return _interrupted()
+    except BrokenPipeError:
+        # Whoever reads has enough; Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _command(arguments: list[str]) -> int:
+    """Run one command."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(OVERVIEW.format(configs=_config_overview()))
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"fastmem-pl {version('fastmem-pl')}")
+        return 0
+    if arguments[0] == "tasks":
+        return _show_tasks(arguments[1:])
+    if arguments[0] in MEMORY_COMMANDS:
+        return _run_memory_command(arguments[0], arguments[1:])
+    if arguments[0] not in COMMANDS:
+        known = (*COMMANDS, *MEMORY_COMMANDS, "tasks")
+        hint = nearest(arguments[0], known)
+        raise FastMemError(f"{arguments[0]!r} is no command; allowed: {', '.join(known)}{hint}")
+    return _run(_resolve_configs(arguments))
 
 
 def _run_memory_command(name: str, arguments: list[str]) -> int:
@@ -95,16 +110,10 @@ def _run_memory_command(name: str, arguments: list[str]) -> int:
         _quiet_libraries()
     command = importlib.import_module(f"fastmem_pl.commands.{name}")
     try:
-        status = command.run(arguments)
-        sys.stdout.flush()
-        return status
+        return command.run(arguments)
     except SystemExit as stop:
         # argparse ends the program after its help.
         return int(stop.code or 0)
-    except BrokenPipeError:
-        # Whoever reads has enough; Python would complain when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (RuntimeError, MemoryError) as error:
         from fastmem_pl.phases import is_out_of_memory
 
