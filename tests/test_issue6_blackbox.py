@@ -520,13 +520,17 @@ def test_ctrl_c_of_a_process(notes: Path, tiny_folder: Path, backbone) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SAY_STEPS, "memorize", "notes.txt", *map(str, options)],
         cwd=notes.parent,
+        # Unread lines stay in the pipe, to be counted.
+        bufsize=0,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        while b"a step" not in (line := process.stdout.readline()):
-            assert line, process.stderr.read()
+        # The second begins when the first is done: before that there is nothing to keep.
+        for _ in range(2):
+            while b"a step" not in (line := process.stdout.readline()):
+                assert line, process.stderr.read()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     finally:

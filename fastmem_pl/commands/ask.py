@@ -13,6 +13,7 @@ from fastmem_pl.commands.asker import Asker
 from fastmem_pl.commands.options import (
     CommandParser,
     add_model_options,
+    check_exists,
     load_backbone,
     model_settings,
     pick,
@@ -50,6 +51,7 @@ def run(arguments: list[str]) -> int:
     if options.questions and asked:
         raise FastMemError("give questions or --questions FILE, not both")
     from_file = _read_questions(options.questions) if options.questions else []
+    check_exists(options.memory)
     settings = model_settings(options)
     decoding = _decoding_settings(options, settings)
 
@@ -74,8 +76,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> CommandParser:
-    from fastmem_pl.decoding.settings import DecodingSettings
-
     parser = CommandParser(prog="fastmem ask", description=DESCRIPTION)
     parser.add_argument("memory", metavar="MEMORY", help="file that fastmem memorize wrote")
     parser.add_argument("question", nargs="*", metavar="QUESTION", help="one or several, in quotes")
@@ -96,8 +96,7 @@ def _parser() -> CommandParser:
         metavar="NAME",
         help="greedy (default), cd (memorized against base), cad (with against without context), dola",
     )
-    defaults = DecodingSettings()
-    group.add_argument("--alpha", type=float, help=f"strength of cd and cad (default: {defaults.alpha})")
+    group.add_argument("--alpha", type=float, help="strength of cd and cad (default: 0.5)")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 100)")
     group.add_argument("--temperature", type=float, help="above 0 draws tokens (default: 0)")
     group.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this total probability")

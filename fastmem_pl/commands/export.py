@@ -8,6 +8,7 @@ from pathlib import Path
 from fastmem_pl.commands.options import (
     CommandParser,
     add_model_options,
+    check_exists,
     load_backbone,
     model_settings,
     read_text,
@@ -38,6 +39,7 @@ def run(arguments: list[str]) -> int:
     """
     options = _parser().parse(arguments)
     _check_combination(options)
+    check_exists(options.memory)
 
     from fastmem_pl.export import to_checkpoint, to_lora, to_memory
     from fastmem_pl.memory import Memory, read_header
@@ -68,7 +70,8 @@ def run(arguments: list[str]) -> int:
     for line in report.lines():
         print(line)
     if options.to == "lora":
-        print(f'load it: peft.PeftModel.from_pretrained(model, "{out}")')
+        model = f'fastmem_pl.Backbone.load("{backbone.name}").model'
+        print(f'load it: peft.PeftModel.from_pretrained({model}, "{out}")')
     elif options.to == "checkpoint":
         print(f'load it: transformers.AutoModelForCausalLM.from_pretrained("{out}")')
     return 0

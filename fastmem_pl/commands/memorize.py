@@ -35,6 +35,8 @@ A text that is longer than a window is cut into overlapping windows (--windows):
   sequential  one window after the other, each with all updates, going on from the memory so far
   cut         the first window only, as the paper does
 """
+# Seconds between lines that say how far it is, where there is no terminal for a bar.
+_LINE_EVERY = 30
 
 
 def run(arguments: list[str]) -> int:
@@ -58,6 +60,8 @@ def run(arguments: list[str]) -> int:
     from fastmem_pl.memory import DocumentFit, MemorizationSettings, Memorizer, WindowSettings
 
     memorization = pick(MemorizationSettings, settings)
+    if not memorization.steps:
+        raise FastMemError("steps: 0 memorizes nothing; allowed: at least 1")
     windows = WindowSettings(options.windows, options.window, options.overlap)
     backbone = load_backbone(settings)
     start = time.perf_counter()
@@ -65,8 +69,11 @@ def run(arguments: list[str]) -> int:
     left_out = sum(part.truncated for part in fit.encoded)
     if left_out:
         print(f"fastmem: {left_out} tokens of the text are left out (--windows cut)", file=sys.stderr)
-    # Ctrl-C is held off until the file is whole.
-    with _interruptible() as seen:
+    if not options.quiet:
+        windows_ = "" if len(fit.encoded) == 1 else f" in {len(fit.encoded)} windows ({options.windows})"
+        print(f"fastmem: {fit.num_tokens} tokens{windows_}, {fit.num_updates} updates", file=sys.stderr)
+    # From the first update on, Ctrl-C is held off until the file is whole.
+    with _interruptible(fit) as seen:
         stopped = _fit(fit, seen, options.quiet)
         memory = fit.memory()
         if memory.status[0] != "ok":
@@ -140,21 +147,28 @@ def _fit(fit: DocumentFit, seen: list[int], quiet: bool) -> bool:
     """Take all updates; returns whether the user stopped after at least one."""
     from tqdm import tqdm
 
+    said = time.perf_counter()
     with tqdm(total=fit.num_updates, desc="memorizing", unit="update", disable=quiet or None) as bar:
         for done in fit.run():
             bar.update(done - bar.n)
+            if bar.disable and not quiet and time.perf_counter() - said > _LINE_EVERY:
+                # A log has no use for a bar.
+                said = time.perf_counter()
+                print(f"fastmem: {done} of {fit.num_updates} updates", file=sys.stderr, flush=True)
             if seen and done < fit.num_updates:
                 return True
     return False
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Let the update in progress end at the first Ctrl-C, which the list then holds; a second one raises."""
+def _interruptible(fit: DocumentFit) -> Iterator[list[int]]:
+    """Let the update in progress end at the first Ctrl-C, which the list then holds; a second one raises, as
+    does the first where there is no update to keep yet.
+    """
     seen: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if seen:
+        if seen or not fit.num_done:
             raise KeyboardInterrupt
         seen.append(number)
         print("\nfastmem: stopping after this update; Ctrl-C again stops at once", file=sys.stderr)

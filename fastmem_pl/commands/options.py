@@ -175,6 +175,20 @@ def load_backbone(settings: Mapping[str, Any]) -> Backbone:
     return backbone if chat == ChatSettings() else backbone.with_chat(chat)
 
 
+def check_exists(memory: str) -> None:
+    """Refuse a memory that there is not, before anything heavy is imported.
+
+    Raises:
+        FastMemError: naming it.
+    """
+    try:
+        if Path(memory).is_file():
+            return
+    except OSError:
+        pass
+    raise FastMemError(f"no such memory: {memory:.200}")
+
+
 def read_text(path: str, what: str = "a text to memorize") -> str:
     """A text file, or standard input for ``-``.
 

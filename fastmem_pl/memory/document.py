@@ -74,6 +74,11 @@ class DocumentFit:
         self._done = 0
 
     @property
+    def num_done(self) -> int:
+        """Updates taken."""
+        return self._done
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the text that are memorized."""
         return sum(part.context_tokens for part in self.encoded)

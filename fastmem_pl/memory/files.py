@@ -253,4 +253,8 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, di
                 raise other_model(f"memory {path}", values["backbone"], values["fingerprint"], fingerprint)
             yield file, values
     except (SafetensorError, OSError) as error:
-        raise damaged(path, " ".join(str(error).split())) from error
+        reason = " ".join(str(error).split())
+        raise FastMemError(
+            f"memory {path} is damaged ({reason}), or no memory at all; give what fastmem memorize wrote, or "
+            "memorize it again"
+        ) from error
