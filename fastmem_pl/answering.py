@@ -145,11 +145,9 @@ def context_room(
 
 
 def _deltas_of_each(backbone: Backbone, memory: Memory | None, count: int) -> list[Delta] | None:
-    """One row a question, in the type of the products; one memory serves all questions without copies."""
+    """One row a question."""
     if memory is None:
         return None
-    memory.check(backbone)
     if len(memory) not in (1, count):
         raise FastMemError(f"answer: {count} questions but {len(memory)} memories")
-    cast = memory.to(backbone.compute_dtype, backbone.device)
-    return [{name: delta.expand(count, -1, -1) for name, delta in layer.items()} for layer in cast.deltas]
+    return memory.serving(backbone, count)

@@ -22,7 +22,7 @@ from fastmem_pl.decoding.state import DecodeState, Views
 from fastmem_pl.errors import FastMemError, unknown
 from fastmem_pl.memory import Memory
 from fastmem_pl.memory.files import other_model
-from fastmem_pl.memory.memory import check_shapes
+from fastmem_pl.memory.memory import check_shapes, spread
 
 # Options of generate that the loop of generator() does not know.
 _UNSUPPORTED = {
@@ -106,13 +106,7 @@ class _Hook:
                 f"the memory has {rows} rows for {sequences} sequences; give one row, or one for each prompt"
             )
         if len(next(iter(self._served.values()))) != sequences:
-            # generate puts the sequences of one prompt side by side.
-            self._served = {
-                name: delta.expand(sequences, -1, -1)
-                if rows == 1
-                else delta.repeat_interleave(sequences // rows, 0)
-                for name, delta in self._deltas.items()
-            }
+            self._served = {name: spread(delta, sequences) for name, delta in self._deltas.items()}
         return self._served
 
 
@@ -168,13 +162,7 @@ def generator(
         mask = prepared.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
-        each = len(prompts) // len(memory) if memory else 1
-        if memory and each * len(memory) != len(prompts):
-            raise FastMemError(
-                f"generator: the memory has {len(memory)} rows for {len(prompts)} prompts; give one row, or "
-                "one for each prompt"
-            )
-        deltas = memory and memory.rows([row for row in range(len(memory)) for _ in range(each)]).deltas
+        deltas = memory and memory.serving(backbone, len(prompts))
         num_layers = memory.num_layers if memory else 1
         chooser = _Chooser(input_ids, logits_processor, generation_config)
         room = generation_config.max_length - input_ids.shape[1]

@@ -103,13 +103,14 @@ def _kl_of_weights(
         return functional_call(backbone.model, state, (), kwargs)
 
     total, count = 0.0, 0
-    with backbone.numerics(), backbone.autocast(), memory.attached(backbone):
-        exact = [_log_probs(backbone.model, part, backbone.device) for part in encoded]
-    with backbone.numerics():
-        for part, log_p in zip(encoded, exact, strict=True):
+    # Window by window: the probabilities of a whole vocabulary are large.
+    for part in encoded:
+        with backbone.numerics(), backbone.autocast(), memory.attached(backbone):
+            exact = _log_probs(backbone.model, part, backbone.device)
+        with backbone.numerics():
             other = _log_probs(rewritten, part, backbone.device)
-            total += (log_p.exp() * (log_p - other)).sum().item()
-            count += len(log_p)
+        total += (exact.exp() * (exact - other)).sum().item()
+        count += len(exact)
     return max(total, 0.0) / count
 
 

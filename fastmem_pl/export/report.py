@@ -35,7 +35,6 @@ class ExportReport:
         kl_base: the same for the base model, which holds nothing of the memory.
         rank: of low-rank forms.
         tried: ranks that ``auto`` looked at, with their KL.
-        note: what the figures do not say.
         memory: what the export holds, to answer with.
     """
 
@@ -49,7 +48,6 @@ class ExportReport:
     memory: Memory
     rank: int | None = None
     tried: list[dict[str, float]] = field(default_factory=list)
-    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for export.json."""
@@ -59,7 +57,6 @@ class ExportReport:
         return {
             **stated,
             **({"tried": self.tried} if self.tried else {}),
-            **({"note": self.note} if self.note else {}),
             "model": self.memory.backbone,
             "fingerprint": self.memory.fingerprint,
             "settings": self.memory.settings,
@@ -83,7 +80,7 @@ class ExportReport:
                 f"KL from the exact memory on its text: {self.kl:.2e} nats a token (the base model's: "
                 f"{self.kl_base:.2e})"
             )
-        return lines + ([self.note] if self.note else [])
+        return lines
 
 
 class Deviation:

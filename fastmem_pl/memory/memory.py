@@ -187,6 +187,28 @@ class Memory:
             raise files.other_model("the memory", self.backbone, self.fingerprint, backbone.fingerprint())
         check_shapes(self.shapes, backbone.anatomy)
 
+    def serving(self, backbone: Backbone, count: int) -> list[dict[str, Tensor]]:
+        """The deltas for ``count`` sequences, in the type of the backbone's products.
+
+        One row serves all of them without copies; each of several rows serves as many, side by side.
+
+        Args:
+            backbone: the model.
+            count: a multiple of the number of rows.
+
+        Raises:
+            FastMemError: when the memory is of another model, or the rows do not share out evenly.
+        """
+        self.check(backbone)
+        if count % len(self):
+            raise FastMemError(
+                f"the memory has {len(self)} rows for {count} sequences; give one row, or one for each prompt"
+            )
+        return [
+            {name: spread(t.to(backbone.device, backbone.compute_dtype), count) for name, t in layer.items()}
+            for layer in self.deltas
+        ]
+
     def attached(self, model: Any) -> AbstractContextManager[None]:
         """Let a transformers model use this memory; see :func:`fastmem_pl.generation.attached`."""
         from fastmem_pl.generation import attached
@@ -270,6 +292,13 @@ class Memory:
             values["backbone"],
             values["windows"],
         )
+
+
+def spread(delta: Tensor, count: int) -> Tensor:
+    """Rows of a delta for ``count`` sequences, a multiple of its rows."""
+    if len(delta) == 1:
+        return delta.expand(count, -1, -1)
+    return delta if len(delta) == count else delta.repeat_interleave(count // len(delta), 0)
 
 
 def check_shapes(shapes: Sequence[Mapping[str, tuple[int, ...]]], anatomy: Anatomy) -> None:
