@@ -115,6 +115,11 @@ class Memory:
             raise FastMemError(f"memory.curve: there are {len(self)}; take one of memory.curves")
         return self.curves[0]
 
+    @property
+    def context_hash(self) -> str | None:
+        """Hash of the token ids that a memory of one row was made from, where it is known."""
+        return self.context_hashes[0] if len(self) == 1 else None
+
     def plot(self) -> Figure:
         """Cross-entropy and KL (nats a token) over the steps, a line a row."""
         from fastmem_pl.memory.chart import Chart
@@ -219,7 +224,7 @@ class Memory:
         self,
         path: str | Path,
         row: int = 0,
-        form: str = "float32",
+        form: str | torch.dtype = "float32",
         text: bool = True,
         factors: Sequence[Mapping[str, tuple[Tensor, Tensor]]] | None = None,
         **extra: str,
@@ -230,7 +235,8 @@ class Memory:
             path: of the file.
             row: which sample.
             form: ``float32``; ``bfloat16`` (half the size; products with a memory run in the backbone's
-                compute type, so for a bfloat16 model nothing is lost); ``int8`` (a quarter); ``low-rank``.
+                compute type, so for a bfloat16 model nothing is lost); ``int8`` (a quarter); ``low-rank``. A
+                type of PyTorch does as well.
             text: keep the memorized text, where it is known, in the file.
             factors: of every delta by layer, ``(out, r)`` and ``(r, in)``, for ``low-rank``.
             extra: further text for the header.
@@ -238,6 +244,7 @@ class Memory:
         Raises:
             FastMemError: when the file cannot be written.
         """
+        form = str(form).removeprefix("torch.")
         tensors: dict[str, Tensor] = {}
         for layer, deltas in enumerate(self.deltas):
             for name, delta in deltas.items():
