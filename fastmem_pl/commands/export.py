@@ -26,8 +26,6 @@ Ship a memory to other programs.
 What is lost is printed, and kept as export.json: the deltas' relative error, and the KL from the exact
 memory on the memorized text.
 """
-# As memorize joins several files.
-BETWEEN = "\n\n"
 _FORMS = ("float32", "bfloat16", "int8", "low-rank")
 
 
@@ -43,6 +41,7 @@ def run(arguments: list[str]) -> int:
 
     from fastmem_pl.export import to_checkpoint, to_lora, to_memory
     from fastmem_pl.memory import Memory, read_header
+    from fastmem_pl.memory.document import BETWEEN
 
     header = read_header(options.memory)
     out = Path(options.out or _default_out(Path(options.memory), options))

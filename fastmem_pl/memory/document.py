@@ -20,7 +20,7 @@ from fastmem_pl.memory.settings import WindowSettings
 # Tokens of one trunk pass, and of the activations that one backward pass goes through.
 _TOKENS_AT_ONCE = 8192
 # Stands between several texts where they are shown as one.
-_BETWEEN = "\n\n"
+BETWEEN = "\n\n"
 
 
 class DocumentFit:
@@ -128,7 +128,7 @@ class DocumentFit:
         if self._passes == 1 and memory.status[0] == "ok":
             # Fewer updates are the beginning of more; of windows one after the other they are not.
             memory.settings["steps"] = self._done
-        memory.texts = [_BETWEEN.join(self._texts)]
+        memory.texts = [BETWEEN.join(self._texts)]
         memory.context_hashes = [context_hash(self.encoded)]
         memory.windows = {
             **self._layout,
@@ -207,7 +207,7 @@ def encoded_text(memory: Memory, memorizer: Memorizer, text: str | None = None) 
     if memory.windows:
         layout = memory.windows
         windows = WindowSettings(layout["policy"], layout["window"], layout["overlap"])
-        starts = [sum(layout["lengths"][:i]) + i * len(_BETWEEN) for i in range(len(layout["lengths"]))]
+        starts = [sum(layout["lengths"][:i]) + i * len(BETWEEN) for i in range(len(layout["lengths"]))]
         texts = [text[start : start + n] for start, n in zip(starts, layout["lengths"], strict=True)]
         encoded = DocumentFit(memorizer, [t for t in texts if t.strip()], windows).encoded
     else:

@@ -118,7 +118,9 @@ class MemorizationModule(LightningModule):
         """
         plain = optimizer if isinstance(optimizer, DeltaAdamW) else optimizer.optimizer
         self._norms.append(plain.clip(self._settings.max_grad_norm))
-        cross_entropy, kl = (torch.stack(values).sum(0) for values in zip(*self._pending, strict=True))
+        cross_entropy, kl = self._pending[0]
+        for more in self._pending[1:]:
+            cross_entropy, kl = cross_entropy + more[0], kl + more[1]
         self._pending.clear()
         self._history.append((cross_entropy, kl, self.kl_coeff))
         if self._settings.kl_target is not None:
