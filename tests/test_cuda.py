@@ -280,5 +280,5 @@ def test_memories_leave_and_come_back(tmp_path, contexts, precision):
     assert 0 < report.kl <= 0.05
     assert report.kl_base > 0.05
     merged = to_checkpoint(memory, backbone, tmp_path / "merged")
-    # bfloat16 weights take few small changes; float32 ones all.
-    assert merged.kl < (1e-6 if precision == "32-true" else report.kl_base)
+    # Rounding the sum to bfloat16 cost 5.3e-5 on an H200, where the base model is 0.42 away.
+    assert merged.kl < (1e-6 if precision == "32-true" else 3e-4)
