@@ -1,5 +1,7 @@
 """The same invariants on a GPU; skipped where there is none."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_tokenizer, snapshot
@@ -7,6 +9,7 @@ from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_tokenize
 from fastmem_pl import (
     Backbone,
     FastMemDataModule,
+    FastMemError,
     FastMemModule,
     FastMemTrainer,
     Memorizer,
@@ -183,7 +186,7 @@ def test_batches_fit_the_memory_that_is_allowed(tmp_path):
         module = FastMemModule(steps=2, max_new_tokens=4, auto_batch=True)
         object.__setattr__(module, "_backbone", backbone)
         module.load_backbone("bf16-true", backbone.device, backbone)
-        assert 1 < module.batch_limits(None, None).most(100) < 32
+        assert 1 < module.room.limits(module.longest_answer).most(100) < 32
         result = trainer.fit_predict(module, FastMemDataModule(limit=20), run_dir=str(tmp_path / "run"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -282,3 +285,94 @@ def test_memories_leave_and_come_back(tmp_path, contexts, precision):
     merged = to_checkpoint(memory, backbone, tmp_path / "merged")
     # Rounding the sum to bfloat16 cost 5.3e-5 on an H200, where the base model is 0.42 away.
     assert merged.kl < (1e-6 if precision == "32-true" else 3e-4)
+
+
+class TestSpread:
+    """Blocks on the CPU and the tail on the GPU, as blocks on two GPUs are (tests/backbone/test_placement.py)."""
+
+    MAP: ClassVar = {"": "cuda:0", "model.embed_tokens": "cpu", "model.layers.0": "cpu"}
+
+    @pytest.fixture(params=["llama", "qwen3", "gemma2", "tied"])
+    def folder(self, request, tmp_path):
+        family = "llama" if request.param == "tied" else request.param
+        # Gemma's layers alternate between two kinds of attention, and each must be in the trunk.
+        model = make_model(family, num_hidden_layers=5, tie_word_embeddings=request.param == "tied")
+        model.save_pretrained(tmp_path / "model")
+        make_tokenizer().save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    def load(self, folder, precision="32-true", **more):
+        return Backbone.load(folder, precision, "cuda:0", device_map=self.MAP | more, num_layers=2)
+
+    def test_weights_stay_where_they_are(self, folder):
+        backbone = self.load(folder, **{"model.layers.2": "cpu"})
+        kinds = [device.type for device in backbone.placement.blocks]
+        assert kinds == ["cpu", "cuda", "cpu", "cuda", "cuda"]
+        before = snapshot(backbone)
+        Memorizer(backbone, **STRONG)(["The tower stands in Rome."])
+        assert_untouched(backbone, before)
+        assert [device.type for device in backbone.placement.blocks] == kinds
+        assert not any(hasattr(module, "_hf_hook") for module in backbone.model.modules())
+        assert backbone.device.type == "cuda"
+        assert not backbone.recordable
+
+    def test_memories_and_answers_are_those_of_the_cpu(self, folder, contexts):
+        spread, whole = self.load(folder, **{"model.layers.2": "cpu"}), Backbone.load(folder)
+        assert spread.fingerprint() == whole.fingerprint()
+        prompts = [whole.chat.prompt(text) for text in PROMPTS]
+        for num_layers in (1, 2):
+            memories = [Memorizer(b, num_layers=num_layers, **STRONG)(contexts[:3]) for b in (spread, whole)]
+            for one, other in zip(*(memory.curves for memory in memories), strict=True):
+                assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-4)
+            for decoder in ("greedy", "cd", "cad", "dola"):
+                settings, found = DecodingSettings(max_new_tokens=16, dola_layers=(0, 1, 2)), []
+                for backbone, memory in zip((spread, whole), memories, strict=True):
+                    prefill = Prefill(backbone, prompts, num_layers, (0, 1, 2))
+                    bare = Prefill(backbone, [backbone.chat.prompt("Why?")] * 3, num_layers)
+                    answers = Decoding(prefill, decoder, settings, memory.deltas, bare).run()
+                    found.append([one.token_ids for one in answers])
+                assert found[0] == found[1]
+
+    @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+    def test_bfloat16(self, folder, contexts, precision):
+        curves = Memorizer(self.load(folder, precision), **STRONG)(contexts[:2]).curves
+        assert all(curve.cross_entropy[-1] < curve.cross_entropy[0] for curve in curves)
+
+    def test_the_model_generates_with_ids_from_anywhere(self, folder):
+        spread, whole = self.load(folder), Backbone.load(folder)
+        ids = torch.tensor([whole.chat.prompt("Who?")])
+        expected = whole.model.generate(ids, max_new_tokens=5, do_sample=False)
+        for device in ("cpu", "cuda:0"):
+            found = spread.model.generate(ids.to(device), max_new_tokens=5, do_sample=False)
+            assert found.cpu().tolist() == expected.tolist()
+            assert spread.model(ids.to(device)).logits.device == torch.device(device)
+
+    def test_a_run(self, folder, tmp_path):
+        trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False)
+        module = FastMemModule(folder, steps=2, max_new_tokens=4, device_map=self.MAP)
+        result = trainer.fit_predict(module, FastMemDataModule(limit=3), run_dir=str(tmp_path / "run"))
+        assert result.metrics["groups"]["all"]["fastmem"]["n"] == 3
+
+    def test_blocks_below_the_head_are_not_trained(self, folder):
+        with pytest.raises(FastMemError, match=r"trained blocks, final norm and LM head are on cpu"):
+            self.load(folder, **{"model.layers.3": "cpu"})
+        backbone = Backbone.load(folder, device="cuda:0", device_map=self.MAP | {"model.layers.3": "cpu"})
+        with pytest.raises(FastMemError, match=r"block 3 is trained .* allowed: cuda:0"):
+            backbone.tail(2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_two_gpus_are_one(tmp_path, contexts, precision):
+    make_model(num_hidden_layers=6).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    spread = Backbone.load(str(tmp_path), precision, device_map="balanced", num_layers=2)
+    whole = Backbone.load(str(tmp_path), precision, "cuda:0")
+    assert len(spread.placement.devices) == torch.cuda.device_count()
+    assert spread.device.index == torch.cuda.device_count() - 1
+    for num_layers in (1, 2):
+        one, other = (Memorizer(b, num_layers=num_layers, **STRONG)(contexts[:3]) for b in (spread, whole))
+        for found, expected in zip(one.curves, other.curves, strict=True):
+            assert found.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-4)
+        texts = [answer(b, PROMPTS, None, m, max_new_tokens=16) for b, m in ((spread, one), (whole, other))]
+        assert texts[0] == texts[1]

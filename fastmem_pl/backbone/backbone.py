@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,9 +15,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
+from fastmem_pl.backbone.crossing import Placement, let_cross
 from fastmem_pl.backbone.fabric import fabric_settings
-from fastmem_pl.backbone.families import find_anatomy
+from fastmem_pl.backbone.families import check_plain, find_anatomy
 from fastmem_pl.backbone.loading import load_model
+from fastmem_pl.backbone.packed import hold_still, must_run, stored_tensors, waits_for_device
+from fastmem_pl.backbone.placement import DeviceMap
+from fastmem_pl.backbone.quantization import check_precision, check_quantization, quantized_method
+from fastmem_pl.backbone.sharding import Shards, check_tail, whole
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
 from fastmem_pl.errors import FastMemError, unknown
 
@@ -53,15 +59,25 @@ class Backbone:
         self, model: Any, tokenizer: Any, precision: Precision = "32-true", name: str = "model"
     ) -> None:
         self.precision = normalize_precision(precision)
+        method = quantized_method(model.config)
+        check_precision(method, self.precision)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.anatomy = find_anatomy(model)
+        self.placement, self.shards = Placement.of(model, self.anatomy), Shards.of(model)
+        if self.placement.spread:
+            let_cross(model, self.anatomy, self.placement)
+        self._device_types = sorted({device.type for device in self.placement.devices})
         self.chat = ChatEncoder(tokenizer)
         self._tails: dict[int, Tail] = {}
         self._trunks: dict[tuple[int, ...], Trunk] = {}
         self._fingerprint: str | None = None
-        self._check_split()
+        if method:
+            check_plain("the LM head", self.anatomy.head)
+            hold_still(model, self.compute_dtype)
+        with must_run(name, method):
+            self._check_split()
 
     @classmethod
     def load(
@@ -71,27 +87,62 @@ class Backbone:
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         fabric: Fabric | None = None,
+        quantization: str | None = None,
+        device_map: DeviceMap | None = None,
+        tp_plan: str | None = None,
+        num_layers: int = 1,
     ) -> Backbone:
         """Load a backbone from a Hub id, a folder, a ``.gguf`` file, or the packaged ``"demo"`` model.
 
         Args:
             source: which.
             precision: ``32-true`` by default.
-            device: the CPU by default.
+            device: the CPU by default, with ``device_map`` the last GPU.
             trust_remote_code: run code that comes with the checkpoint.
             fabric: says precision and device, where they are left out.
+            quantization: keep the trunk in ``bnb-4bit``, ``bnb-8bit``, ``torchao-int8`` or ``torchao-int4``
+                (:mod:`.quantization`).
+            device_map: lay the blocks out over devices of this process: ``auto``, ``balanced``,
+                ``sequential``, or devices by names of modules (:mod:`.placement`).
+            tp_plan: ``auto`` shares every matrix of the trunk among the processes of ``torch.distributed``,
+                all of which have to load (:mod:`.sharding`).
+            num_layers: feed-forward networks from the top that may be trained, so are never quantized nor
+                sharded, and are on the LM head's device.
 
         Raises:
-            FastMemError: when there is no such model or it does not fit.
+            FastMemError: when there is no such model, it does not fit, or it cannot be quantized or laid
+                out so.
         """
         stated = fabric_settings(fabric) if fabric else ("32-true", "cpu")
         precision = normalize_precision(precision or stated[0])
-        device = device or stated[1]
+        if device is None:
+            on_gpu = device_map and fabric is None and torch.cuda.is_available()
+            device = "cuda" if on_gpu else stated[1]
+        if quantization:
+            check_quantization(quantization, precision, device)
+        if tp_plan and (device_map or quantization):
+            other = "device_map" if device_map else "quantization"
+            raise FastMemError(f"model.tp_plan: it does not go with model.{other}; allowed: one of the two")
         # Weights made under inference_mode could not take part in memorizing.
         with torch.inference_mode(False):
-            model, tokenizer = load_model(source, _WEIGHT_DTYPE[precision], trust_remote_code)
-            model = model.to(device)
-        return cls(model, tokenizer, precision, name=source)
+            model, tokenizer = load_model(
+                source,
+                _WEIGHT_DTYPE[precision],
+                trust_remote_code,
+                quantization,
+                device,
+                num_layers,
+                device_map,
+                tp_plan,
+                _compute_dtype(precision),
+            )
+            if not (quantized_method(model.config) or device_map or tp_plan):
+                model = model.to(device)
+        backbone = cls(model, tokenizer, precision, name=source)
+        if backbone.shards.processes > 1:
+            # Here all processes ask for it; later, one alone would wait for the others.
+            backbone.fingerprint()
+        return backbone
 
     def with_chat(self, settings: ChatSettings) -> Backbone:
         """This backbone, sharing all of its parts, with texts encoded in another way."""
@@ -108,13 +159,19 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are; of a model on several devices, those of the tail."""
         return self.anatomy.head.weight.device
+
+    @cached_property
+    def recordable(self) -> bool:
+        """Whether a forward pass can be recorded as a CUDA graph."""
+        together = not self.placement.spread and self.shards.processes == 1
+        return together and self.device.type == "cuda" and not waits_for_device(self.model)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type in which the tail's matrix products run."""
-        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+        return _compute_dtype(self.precision)
 
     @property
     def context_length(self) -> int:
@@ -200,7 +257,7 @@ class Backbone:
             self.on_device(),
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
-            torch.autocast(self.device.type, enabled=False),
+            self._autocast(False),
         ):
             torch.set_default_dtype(torch.float32)
             try:
@@ -223,8 +280,22 @@ class Backbone:
         """Run the model's own forward pass as the precision says."""
         # Autocast keeps no copies of frozen weights, so bf16-mixed casts them anew in every call.
         mixed = self.precision == "bf16-mixed"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed):
+        with self._autocast(mixed):
             yield
+
+    def agree(self, tensor: Tensor) -> None:
+        """Give a tensor the values that it has in the first of the processes that share the trunk."""
+        if self.shards.processes > 1:
+            torch.distributed.broadcast(tensor, src=0)
+
+    def _autocast(self, enabled: bool) -> AbstractContextManager:
+        regions = [torch.autocast(kind, torch.bfloat16, enabled) for kind in self._device_types]
+        if len(regions) == 1:
+            return regions[0]
+        stack = ExitStack()
+        for region in regions:
+            stack.enter_context(region)
+        return stack
 
     def _check_layers(self, first: int) -> None:
         """Refuse trained blocks of another layout, and attention types that only the upper blocks have."""
@@ -234,6 +305,14 @@ class Backbone:
                     f"model.num_layers: a block of the last {len(self.anatomy.blocks) - first} has another "
                     f"feed-forward network ({type(block.mlp).__name__}); lower it"
                 )
+        check_tail(self.anatomy, len(self.anatomy.blocks) - first)
+        strangers = [i for i in range(first, self.num_blocks) if self.placement.blocks[i] != self.device]
+        if strangers:
+            raise FastMemError(
+                f"model.device_map: block {strangers[0]} is trained with model.num_layers="
+                f"{self.num_blocks - first}, and on {self.placement.blocks[strangers[0]]}; allowed: "
+                f"{self.device}, where the LM head is"
+            )
         # The model sizes an attention mask by the first cached layer of its type, which the trunk must hold.
         types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
         missing = set(types[first + 1 :]) - set(types[: first + 1])
@@ -246,6 +325,7 @@ class Backbone:
     @torch.no_grad()
     def _check_split(self) -> None:
         """Compare tail(trunk(ids)) with the model's own logits once."""
+        tail = self.tail()
         vocabulary = self.anatomy.head.weight.shape[0]
         ids = torch.arange(8, device=self.device).remainder(vocabulary)[None]
         with self.numerics(), self.autocast():
@@ -254,7 +334,6 @@ class Backbone:
             # rounding does, which says nothing about the split.
             inputs = Trunk(self.anatomy, 1, fuse_norms=False)(ids)
         with self.numerics():
-            tail = self.tail()
             found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
         error = ((found - expected).norm() / expected.norm()).item()
         if not error <= _SPLIT_TOLERANCE[self.precision]:
@@ -269,18 +348,27 @@ class Backbone:
 def fingerprint_of(model: Any) -> str:
     """A short hash of a model's architecture, its constants, and a sample of every weight.
 
-    Weights are hashed as bfloat16, so a model loaded as float32 and as bfloat16 has one fingerprint.
+    Weights are hashed as bfloat16, so a model loaded as float32 and as bfloat16 has one fingerprint; packed
+    ones as they are stored.
     """
     config = model.config.get_text_config()
     constants = {name: getattr(config, name, None) for name in _CONSTANTS}
     digest = hashlib.sha256(f"{type(model).__name__}{constants}".encode())
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        # A stride prime to any row length, so that the sample is spread over rows and columns.
-        places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
-        sample = flat[places].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        for tensor in stored_tensors(whole(parameter)):
+            flat = tensor.detach().flatten()
+            # A stride prime to any row length, so that the sample is spread over rows and columns.
+            places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
+            sample = flat[places].cpu()
+            if sample.is_floating_point():
+                sample = sample.to(torch.bfloat16).view(torch.int16)
+            digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _compute_dtype(precision: Precision) -> torch.dtype:
+    return torch.float32 if precision == "32-true" else torch.bfloat16
 
 
 def normalize_precision(precision: str | int) -> Precision:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -21,7 +22,7 @@ class FixedLayer(StaticLayer):
     Args:
         keys: ``(B, H, room, D)``, or ``None`` for a block that the trunk does not run.
         values: like ``keys``.
-        position: slot that the next token goes to, ``(1,)``.
+        position: slot that the next token goes to, ``(1,)``, on the block's device.
         is_sliding: whether the block's attention has a window.
     """
 
@@ -50,15 +51,17 @@ class FixedCache(Cache):
 
     Args:
         layers: one a block.
+        places: slot of the next token on every device that they are on.
     """
 
-    def __init__(self, layers: Sequence[FixedLayer]) -> None:
+    def __init__(self, layers: Sequence[FixedLayer], places: Places) -> None:
         super().__init__(layers=list(layers))
+        self._places = places
 
     @classmethod
     def continuing(cls, cache: Cache, room: int, position: Tensor, length: int) -> FixedCache:
         """Copy a cache that has read ``length`` tokens into ``room`` slots."""
-        layers = []
+        layers, places = [], Places(position)
         for layer in cache.layers:
             sliding = bool(getattr(layer, "is_sliding", False))
             if not layer.is_initialized:
@@ -70,8 +73,12 @@ class FixedCache(Cache):
                 # A sliding layer has kept the last tokens only.
                 slots[:, :, length - tensor.shape[2] : length] = tensor
                 pair.append(slots)
-            layers.append(FixedLayer(*pair, position, sliding))
-        return cls(layers)
+            layers.append(FixedLayer(*pair, places.on(pair[0].device), sliding))
+        return cls(layers, places)
+
+    def move(self) -> None:
+        """Go on to the next slot, to which the position that the cache was made with has moved."""
+        self._places.follow()
 
     def tensors(self) -> list[Tensor]:
         """All keys and values."""
@@ -79,16 +86,36 @@ class FixedCache(Cache):
 
     def rows(self, index: Tensor, position: Tensor) -> FixedCache:
         """A copy with some rows only."""
-        return FixedCache(
-            [
-                FixedLayer(
-                    *(None if t is None else t.index_select(0, index) for t in (layer.keys, layer.values)),
-                    position,
-                    layer.is_sliding,
-                )
-                for layer in self.layers
-            ]
-        )
+        layers, places = [], Places(position)
+        for layer in self.layers:
+            if layer.is_initialized:
+                device = layer.keys.device
+                pair = [t.index_select(0, index.to(device)) for t in (layer.keys, layer.values)]
+                layers.append(FixedLayer(*pair, places.on(device), layer.is_sliding))
+            else:
+                layers.append(FixedLayer(None, None, position, layer.is_sliding))
+        return FixedCache(layers, places)
+
+
+class Places:
+    """A position, and copies of it on other devices."""
+
+    def __init__(self, position: Tensor) -> None:
+        self._position = position
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The position on a device."""
+        if device == self._position.device:
+            return self._position
+        if device not in self._copies:
+            self._copies[device] = self._position.to(device)
+        return self._copies[device]
+
+    def follow(self) -> None:
+        """Bring the copies to where the position is."""
+        for copy in self._copies.values():
+            copy.copy_(self._position)
 
 
 def room_for(tokens: int) -> int:

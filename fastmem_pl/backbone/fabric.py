@@ -46,6 +46,10 @@ def check_fabric(fabric: Fabric, backbone: Backbone) -> None:
         )
     if device.type != backbone.device.type or (device.index or 0) != (backbone.device.index or 0):
         raise FastMemError(
-            f"fabric: its device is {device}, the backbone is on {backbone.device}; load it with "
-            "Backbone.load(..., fabric=fabric)"
+            f"fabric: its device is {device}, the backbone is on {backbone.device}; "
+            + (
+                f"allowed: Fabric(devices=[{backbone.device.index}]), where its tail is"
+                if backbone.placement.spread
+                else "load it with Backbone.load(..., fabric=fabric)"
+            )
         )

@@ -120,7 +120,28 @@ class Anatomy:
         return found
 
 
+def is_quantized(weight: Tensor | None) -> bool:
+    """Whether a weight is stored in fewer bits, as bitsandbytes, torchao or others keep it."""
+    packed = type(weight).__module__.split(".")[0] in ("bitsandbytes", "torchao")
+    return packed or weight is None or not weight.is_floating_point()
+
+
+def check_plain(what: str, module: nn.Module) -> None:
+    """Refuse a module that memories act on when its weight is quantized.
+
+    Raises:
+        FastMemError: saying how to load the model instead.
+    """
+    # Layers of some quantizers have no attribute of this name.
+    if is_quantized(getattr(module, "weight", None)):
+        raise FastMemError(
+            f"model.quantization: {what} is quantized ({type(module).__name__}) where memories act; load the "
+            "model with Backbone.load, and with num_layers as in the settings"
+        )
+
+
 def _projection(module: nn.Module) -> Projection:
+    check_plain("a feed-forward network", module)
     weight = module.weight.detach()
     # GPT-2's Conv1D stores its weight as (in, out).
     weight = weight.t() if isinstance(module, Conv1D) else weight

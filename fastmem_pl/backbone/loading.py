@@ -10,17 +10,21 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from fastmem_pl.backbone import sharding
+from fastmem_pl.backbone.packed import make_plain, must_run
+from fastmem_pl.backbone.placement import DeviceMap, plan, stored_size
+from fastmem_pl.backbone.quantization import check_method, loading_options, quantized_method
 from fastmem_pl.errors import FastMemError, nearest
-from fastmem_pl.hub import cache_first, load_tokenizer
+from fastmem_pl.hub import cache_dir, cache_first, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -31,38 +35,84 @@ _SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
 
 
-def cache_dir() -> Path:
-    """Folder of converted models."""
-    if "FASTMEM_CACHE" in os.environ:
-        return Path(os.environ["FASTMEM_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmem_pl"
-
-
-def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Load ``(model, tokenizer)`` on the CPU.
+def load_model(
+    source: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+    device: str | torch.device = "cpu",
+    num_layers: int = 1,
+    device_map: DeviceMap | None = None,
+    tp_plan: str | None = None,
+    products: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """Load ``(model, tokenizer)``: a quantized model on ``device``, others on the CPU or as laid out.
 
     Args:
         source: ``"demo"``, a Hub id, a local folder, or a ``.gguf`` file.
-        dtype: of the weights; always stated, since transformers would take the checkpoint's.
+        dtype: of the weights, where they are not quantized; always stated, since transformers would take the
+            checkpoint's.
         trust_remote_code: run code that comes with the checkpoint; off unless asked for by name.
+        quantization: of the trunk (:data:`~fastmem_pl.backbone.quantization.KINDS`).
+        device: where quantized weights are made; the last of a layout.
+        num_layers: feed-forward networks from the top that stay plain in a quantized model, and whole in one
+            that is laid out.
+        device_map: over devices of this process (:func:`~fastmem_pl.backbone.placement.plan`).
+        tp_plan: over the processes of ``torch.distributed`` (:mod:`.sharding`).
+        products: type of the tail's products, by default that of the weights.
 
     Raises:
-        FastMemError: when there is no such model or it cannot be read.
+        FastMemError: when there is no such model, it cannot be read, or it cannot be quantized or
+            laid out so.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     path = _resolve(source)
-    options = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = load_tokenizer(path, trust_remote_code)
-        model = cache_first(
-            path,
-            lambda local: AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, local_files_only=local, **options
-            ),
+        config = cache_first(
+            path, lambda local: AutoConfig.from_pretrained(path, local_files_only=local, **options)
         )
+        method = quantized_method(config)
+        if method:
+            if quantization:
+                raise FastMemError(
+                    f"model.quantization: {source!r} is quantized already, with {method}; leave it out"
+                )
+            check_method(source, method)
+        elif quantization:
+            options |= loading_options(quantization, config, dtype, num_layers, trust_remote_code)
+        device, kind = torch.device(device), quantization or method
+        if kind:
+            # With its number, which the loaders of quantized weights take.
+            options["device_map"] = {"": torch.empty(0, device=device).device}
+        if device_map or tp_plan:
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+        if device_map:
+            types, size = (dtype, products or dtype), stored_size(kind, config)
+            options["device_map"] = plan(device_map, empty, num_layers, types, device, size)
+        with ExitStack() as stack:
+            if tp_plan:
+                options |= stack.enter_context(sharding.loading(tp_plan, empty, source, kind, device))
+            model = cache_first(
+                path,
+                lambda local: AutoModelForCausalLM.from_pretrained(
+                    path, dtype=dtype, use_safetensors=True, local_files_only=local, **options
+                ),
+            )
+    except FastMemError:
+        raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise FastMemError(f"model.backbone: cannot load {source!r}: {_one_line(error)}") from error
+    if kind:
+        with must_run(source, kind):
+            make_plain(model, dtype, num_layers)
+    if tp_plan:
+        sharding.make_tail_whole(model, num_layers)
     return model, tokenizer
 
 

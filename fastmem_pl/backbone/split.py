@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from fastmem_pl.backbone.copies import float_copy, shallow_copy
+from fastmem_pl.backbone.crossing import Entrance
 from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
 from fastmem_pl.backbone.norms import with_fused_norms
@@ -122,7 +123,7 @@ class Trunk:
             use_cache=cache is not None,
         ).last_hidden_state
         calls = tuple(recorder.take() for recorder in self._recorders)
-        early = {number: probe.take() for number, probe in self._probes.items()}
+        early = {number: probe.take().to(residual.device) for number, probe in self._probes.items()}
         return TailInputs(residual, self._tap.take(), calls, early)
 
 
@@ -242,6 +243,10 @@ class _Wrapper(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+        for hook in block._forward_pre_hooks.values():
+            # Arguments are on the block's device when they are seen here.
+            if isinstance(hook, Entrance):
+                self.register_forward_pre_hook(hook, with_kwargs=True)
 
     def __getattr__(self, name: str) -> Any:
         try:

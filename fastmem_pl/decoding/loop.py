@@ -200,7 +200,7 @@ class Decoding:
                 self.max_new_tokens,
                 self._views.tail.head_weight.shape[0],
             )
-        self._graphs = (GraphPool() if graphs is None else graphs) if on_gpu else None
+        self._graphs = (GraphPool() if graphs is None else graphs) if backbone.recordable else None
         self._name = decoder
         self._lease: Lease | None = None
         self._count = 0
@@ -305,7 +305,7 @@ class Decoding:
         places = [self._live.index(row) for row in live]
         with self._backbone.on_device(), torch.inference_mode(False), torch.no_grad():
             state = self._lease.state.rows(torch.tensor(places, device=self._backbone.device))
-            self._reader = Reader(len(live), self._graphs is not None)
+            self._reader = Reader(len(live), self._backbone.device.type == "cuda")
             if self._graphs is not None:
                 # The next batch is as large as this one was: its graphs stay.
                 self._graphs = GraphPool()

@@ -58,6 +58,7 @@ class Path:
         """Go on to the next slot."""
         self.position += 1
         self.place += 1
+        self.cache.move()
 
     def tensors(self) -> list[Tensor]:
         """All that persists."""
@@ -198,6 +199,8 @@ class DecodeState:
         self.last[0].copy_(self.chooser(decoder.scores(self.views.logits(*inputs))))
         if decoder.note is not None:
             self.last[1].copy_(decoder.note)
+        # Processes that share a trunk must not read different tokens, should their sums ever round apart.
+        self.views.backbone.agree(self.last)
 
     def tensors(self) -> list[Tensor]:
         """All that persists from step to step, in a fixed order."""

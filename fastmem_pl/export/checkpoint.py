@@ -14,6 +14,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone import Backbone, EncodedContext
+from fastmem_pl.backbone.quantization import quantized_method
 from fastmem_pl.errors import FastMemError, unknown
 from fastmem_pl.export.lora import DTYPES
 from fastmem_pl.export.report import Deviation, ExportReport, as_matrix
@@ -41,9 +42,16 @@ def to_checkpoint(
         force: replace what exists.
 
     Raises:
-        FastMemError: when ``out`` exists or cannot be written, or the memory is of another model.
+        FastMemError: when ``out`` exists or cannot be written, the memory is of another model, or the model
+            is quantized.
     """
     model = backbone.model
+    method = quantized_method(model.config)
+    if method:
+        raise FastMemError(
+            f"a checkpoint is written in plain weights, and this model's are quantized ({method}); use --to "
+            "lora, or memorize with the model without quantization"
+        )
     dtype = dtype or str(backbone.anatomy.head.weight.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)

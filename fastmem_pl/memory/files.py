@@ -217,7 +217,8 @@ def damaged(path: str | Path, why: object) -> FastMemError:
 
 def other_model(what: str, made_with: str, fingerprint: str, other: str) -> FastMemError:
     """The error for a memory of another model."""
-    hint = f"; it was made with {made_with!r}, so give that model" if made_with else ""
+    same = "so give that model, in the quantization it had"
+    hint = f"; it was made with {made_with!r}, {same}" if made_with else ""
     return FastMemError(
         f"{what} belongs to another model: its fingerprint is {fingerprint}, this model's {other}{hint}"
     )

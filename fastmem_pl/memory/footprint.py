@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastmem_pl import kernels
-from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone import Backbone, Tail
 from fastmem_pl.memory.objective import reference_bytes_per_token
 from fastmem_pl.memory.settings import MemorizationSettings
 
@@ -26,19 +27,50 @@ class Footprint:
         per_token: activations, reference predictions and KV cache, for every padded position.
         per_pair: Gram matrices of the clipping norm, for every two positions of a row.
         fixed: buffers that do not grow with the batch.
+        elsewhere: what the trunk takes for every position on other devices, if it lies on several.
     """
 
     per_sample: int
     per_token: int
     per_pair: int
     fixed: int
+    elsewhere: tuple[tuple[torch.device, int], ...] = ()
 
     @classmethod
     def of(cls, backbone: Backbone, settings: MemorizationSettings) -> Footprint:
         """Count from the shapes of the trained FFNs, the head and the attention."""
-        tail = backbone.tail(settings.num_layers)
-        device, size = backbone.device, backbone.compute_dtype.itemsize
-        kernel = kernels.usable(device, backbone.compute_dtype)
+        tail, config = backbone.tail(settings.num_layers), backbone.model.config.get_text_config()
+        places, dtype = backbone.placement, backbone.compute_dtype
+        here = cls.of_tail(
+            tail, config, places.blocks.count(places.tail), places.tail, dtype, settings, backbone.shards.kv
+        )
+        kv_cache, passing = trunk_bytes_per_token(tail, config, dtype)
+        others = {d: places.blocks.count(d) * kv_cache + passing for d in places.devices if d != places.tail}
+        return replace(here, elsewhere=tuple(others.items()))
+
+    @classmethod
+    def of_tail(
+        cls,
+        tail: Tail,
+        config: Any,
+        num_blocks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        settings: MemorizationSettings,
+        kv_shards: int = 1,
+    ) -> Footprint:
+        """Count for the device of a tail, whose weights need not be loaded.
+
+        Args:
+            tail: the part of the model that memories act on.
+            config: of the model's language part.
+            num_blocks: blocks on the same device, those of the tail among them.
+            device: where it is or will be.
+            dtype: of the products.
+            settings: of memorizing.
+            kv_shards: processes that share the KV heads.
+        """
+        size, kernel = dtype.itemsize, kernels.usable(device, dtype)
         weights = sum(shape.numel() for ffn in tail.ffns for shape in ffn.shapes.values())
         if not kernel:
             state = 4 + 4 + 8 + size  # float32 delta, gradient and moments; a copy for the products
@@ -47,11 +79,7 @@ class Footprint:
         else:
             state = 2 + 2 + 4
         decoding = size if device.type == "cuda" else 0  # graphs read the memory from a place of their own
-        config = backbone.model.config.get_text_config()
-        heads = config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        kv_cache = 2 * 2 * backbone.num_blocks * kv_heads * head_size * size  # the prompt's, and its copy
+        kv_cache = num_blocks * trunk_bytes_per_token(tail, config, dtype, kv_shards)[0]
         wide = next(iter(tail.ffns[0].shapes.values()))[0]
         passes = 8 * size if tail.ffns[0].has_kernel() else 12 * 4
         activations = settings.num_layers * wide * passes + 12 * 4 * config.hidden_size
@@ -61,15 +89,27 @@ class Footprint:
         return cls(weights * (state + decoding), per_token, 12 if kernel else 0, fixed)
 
     def cost(self, samples: int, tokens: int) -> int:
-        """Bytes of a batch whose longest row has ``tokens``."""
+        """Bytes of a batch whose longest row has ``tokens``, on the tail's device."""
         return self.fixed + samples * self._row(tokens)
 
     def samples_in(self, budget: float, tokens: int) -> int:
-        """How many rows of ``tokens`` fit ``budget`` bytes."""
-        return int((budget - self.fixed) // self._row(tokens))
+        """How many rows of ``tokens`` fit ``budget`` bytes of the tail's device, and what others have."""
+        fitting = [(budget - self.fixed) // self._row(tokens)]
+        fitting += [usable_bytes(device) // (tokens * size) for device, size in self.elsewhere]
+        return int(min(fitting))
 
     def _row(self, tokens: int) -> int:
         return self.per_sample + tokens * (self.per_token + tokens * self.per_pair)
+
+
+def trunk_bytes_per_token(tail: Tail, config: Any, dtype: torch.dtype, kv_shards: int = 1) -> tuple[int, int]:
+    """Bytes of a position in one block's KV cache, and of its activations in the block that runs."""
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = (getattr(config, "num_key_value_heads", None) or heads) // kv_shards
+    kv_cache = 2 * 2 * kv_heads * head_size * dtype.itemsize  # the prompt's, and its copy
+    wide = next(iter(tail.ffns[0].shapes.values()))[0]
+    return kv_cache, (6 * config.hidden_size + 3 * wide) * dtype.itemsize
 
 
 def usable_bytes(device: torch.device) -> float:

@@ -1,0 +1,197 @@
+"""Tensor parallelism: every process holds a share of each matrix of the trunk, and all of the tail.
+
+The plan is the model's own, of transformers. Memories act on the tail, so its weights are put together
+again after loading: every process computes the same tail from the same residual stream, and nothing but
+the trunk needs the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastmem_pl.backbone.families import Anatomy, find_anatomy
+from fastmem_pl.errors import FastMemError, unknown
+
+# Projections whose output holds the keys of the attention, alone or with others.
+_KEYS = ("k_proj", "qkv_proj", "query_key_value")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a loaded model is shared out.
+
+    Attributes:
+        processes: that share the trunk.
+        kv: that share the KV heads; 1 where each of them has all.
+    """
+
+    processes: int = 1
+    kv: int = 1
+
+    @classmethod
+    def of(cls, model: Any) -> Shards:
+        """Look at the parameters."""
+        sharded = next((p for p in model.parameters() if is_sharded(p)), None)
+        if sharded is None:
+            return cls()
+        count = sharded.device_mesh.size()
+        return cls(count, count if _shares_heads(model.tp_plan) else 1)
+
+
+def check_processes(tp_plan: str, device: torch.device) -> int:
+    """Number of the processes that will share the trunk.
+
+    Raises:
+        FastMemError: for an unknown plan, and where there are no processes to share it.
+    """
+    if tp_plan != "auto":
+        raise unknown("model.tp_plan", tp_plan, ["auto"])
+    joined = distributed.is_available() and distributed.is_initialized()
+    count = distributed.get_world_size() if joined else 1
+    if count == 1:
+        raise FastMemError(
+            f"model.tp_plan: {tp_plan} shares the model among processes, and there is one; start it with "
+            "--trainer.devices N or torchrun --nproc-per-node N; for one process: --model.device_map auto"
+        )
+    mesh = torch._C._get_accelerator().type
+    if mesh != device.type:
+        raise FastMemError(
+            f"model.tp_plan: transformers shards on this machine's {mesh}, trainer.accelerator says "
+            f"{device.type}; allowed: --trainer.accelerator {'gpu' if mesh == 'cuda' else mesh}"
+        )
+    return count
+
+
+def check_plan(model: Any, count: int) -> None:
+    """Refuse a model that cannot be shared by so many processes.
+
+    Args:
+        model: without weights, on the meta device.
+        count: processes.
+
+    Raises:
+        FastMemError: when transformers has no plan for it, or its heads do not divide.
+    """
+    name, plan = type(model).__name__, model.tp_plan or {}
+    layers = find_anatomy(model).layers_name
+    if not any(f"{layers}.*" in rule for rule in plan):
+        raise FastMemError(
+            f"model.tp_plan: transformers has no plan to shard {name}; allowed: --model.device_map auto, "
+            "which lays its blocks out over the devices of one process"
+        )
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if _shares_heads(plan) and heads % count:
+        fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+        raise FastMemError(
+            f"model.tp_plan: {count} processes cannot share the {heads} key and value heads of {name}; "
+            f"allowed: {f'{fitting} processes, or ' if fitting else ''}--model.device_map auto"
+        )
+
+
+@contextmanager
+def loading(
+    tp_plan: str, model: Any, source: str, quantized: str | None, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Arguments of ``from_pretrained`` that keep this process's share only, on its device.
+
+    Args:
+        tp_plan: ``auto``.
+        model: without weights, on the meta device.
+        source: its name.
+        quantized: how its weights are stored in fewer bits, if they are.
+        device: this process's.
+
+    Raises:
+        FastMemError: when the model cannot be shared, or there are no processes to share it.
+    """
+    if quantized:
+        raise FastMemError(
+            f"model.tp_plan: {source!r} is quantized ({quantized}); allowed: --model.device_map auto"
+        )
+    count = check_processes(tp_plan, device)
+    check_plan(model, count)
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        raise FastMemError(
+            "model.tp_plan: this version of transformers has no DistributedConfig; run: "
+            "pip install -U transformers"
+        ) from error
+    # Where it looks which GPU is this process's; launchers other than torchrun do not say it there.
+    before = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if device.index is None else device.index)
+    try:
+        yield {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=count)}
+    finally:
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
+@torch.no_grad()
+def make_tail_whole(model: Any, num_layers: int) -> None:
+    """Give every process all weights of the trained FFNs, the blocks above the first, the norm and the head.
+
+    To be called by all processes at once.
+    """
+    anatomy = find_anatomy(model)
+    blocks = anatomy.blocks[len(anatomy.blocks) - num_layers :]
+    found: dict[int, nn.Parameter] = {}
+    tail = [blocks[0].mlp, *blocks[1:], anatomy.final_norm, anatomy.head]
+    embedding = model.get_input_embeddings()
+    if embedding.weight is anatomy.head.weight:
+        tail.append(embedding)
+    for module in [inner for part in tail for inner in part.modules()]:
+        for name, parameter in module._parameters.items():
+            if is_sharded(parameter):
+                if id(parameter) not in found:
+                    found[id(parameter)] = nn.Parameter(whole(parameter), requires_grad=False)
+                module._parameters[name] = found[id(parameter)]
+    for module in model.modules():
+        # What is whole needs none of the plan's wrappers. Norms of single heads have one for gradients.
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if getattr(module, "_is_hooked", False) and own and not any(map(is_sharded, own)):
+            module.__dict__.pop("forward", None)
+
+
+def check_tail(anatomy: Anatomy, num_layers: int) -> None:
+    """Refuse to train FFNs of which this process holds a share only.
+
+    Raises:
+        FastMemError: naming the setting.
+    """
+    first = len(anatomy.blocks) - num_layers
+    parts = [anatomy.blocks[first].mlp, *anatomy.blocks[first + 1 :]]
+    if any(is_sharded(parameter) for part in parts for parameter in part.parameters()):
+        raise FastMemError(
+            f"model.num_layers: {num_layers} feed-forward networks are more than were left whole when the "
+            "model was sharded; load it with Backbone.load(..., num_layers) as of the settings"
+        )
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether this process holds a share of a tensor only."""
+    if not distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; for a share, all processes have to ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def _shares_heads(plan: dict[str, str]) -> bool:
+    return any(rule.rsplit(".", 1)[-1] in _KEYS and style == "colwise" for rule, style in plan.items())
