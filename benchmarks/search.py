@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
+from fastmem_pl.provenance import environment
 from fastmem_pl.search import SearchSettings
-from fastmem_pl.trainer import environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

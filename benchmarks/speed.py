@@ -74,7 +74,7 @@ from fastmem_pl.decoding import Decoding, Prefill
 from fastmem_pl.encoding import EncodedSample
 from fastmem_pl.errors import OutOfMemoryError
 from fastmem_pl.phases import PhaseMeter, is_out_of_memory
-from fastmem_pl.trainer import environment
+from fastmem_pl.provenance import environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmem_pl.errors import FastMemError, nearest, unknown
+from fastmem_pl.errors import FailedElsewhereError, FastMemError, TerminatedError, nearest, unknown
 
 # Heavy imports (torch, lightning, transformers) wait until a subcommand is known, so that
 # `fastmem --help` answers at once.
@@ -63,16 +63,24 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        the exit status: 2 for a mistake, 130 for an interrupt, 141 when what it prints is no longer read.
+        the exit status: 2 for a mistake, 75 for a run that ended early by no fault of its settings (a full
+        disk, a process that died), 130 for an interrupt, 141 when what it prints is no longer read, 143 after
+        SIGTERM.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         status = _command(arguments)
         sys.stdout.flush()
         return status
+    except FailedElsewhereError as error:
+        # That process says why.
+        return error.exit_status
+    except TerminatedError as error:
+        print(f"fastmem: {error}", file=sys.stderr)
+        return error.exit_status
     except FastMemError as error:
         print(f"fastmem: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         if arguments[0] in MEMORY_COMMANDS:
             print("fastmem: stopped", file=sys.stderr)

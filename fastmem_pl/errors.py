@@ -9,12 +9,30 @@ from collections.abc import Iterable
 class FastMemError(ValueError):
     """A mistake or a condition that the user can mend: one line that says what and how.
 
-    The command line prints the message without a traceback and exits with status 2.
+    The command line prints the message without a traceback and exits with ``exit_status``.
     """
+
+    exit_status = 2
 
 
 class OutOfMemoryError(FastMemError):
     """The device had no room for one sample; the message says which setting to lower."""
+
+
+class RunStoppedError(FastMemError):
+    """A run ended before it was done, by no fault of its settings: the same command goes on."""
+
+    exit_status = 75  # EX_TEMPFAIL: worth another try
+
+
+class TerminatedError(RunStoppedError):
+    """A scheduler asked the run to end with SIGTERM, and it ended after its batch."""
+
+    exit_status = 143  # 128 + SIGTERM
+
+
+class FailedElsewhereError(RunStoppedError):
+    """Another process of the run failed, and says why itself."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

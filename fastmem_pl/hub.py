@@ -1,7 +1,8 @@
-"""Loading from the Hugging Face Hub without waiting for a network that is not there."""
+"""Loading from the Hugging Face Hub without waiting for a network that is not there; the own cache."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +10,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _PROBE_SECONDS = 3.0
+
+
+def cache_dir() -> Path:
+    """Folder of converted models, and of answers that a run folder had no room for."""
+    if "FASTMEM_CACHE" in os.environ:
+        return Path(os.environ["FASTMEM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmem_pl"
 
 
 def cache_first(source: str, load: Callable[[bool], T]) -> T:

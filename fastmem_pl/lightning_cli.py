@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,8 @@ from fastmem_pl.report import print_run
 from fastmem_pl.report.search import print_search
 from fastmem_pl.report.terminal import make_console
 from fastmem_pl.search import SearchResult
-from fastmem_pl.trainer import FastMemTrainer, RunResult
+from fastmem_pl.session import RunResult
+from fastmem_pl.trainer import FastMemTrainer
 
 
 class FastMemArgumentParser(LightningArgumentParser):
@@ -82,6 +84,10 @@ class FastMemCLI(LightningCLI):
 
     result: RunResult | SearchResult
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.arguments = list(kwargs["args"])
+        super().__init__(*args, **kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods and those of their arguments that the CLI fills in itself."""
@@ -106,6 +112,7 @@ class FastMemCLI(LightningCLI):
             raise FastMemError(f"{'.'.join(['trainer', *named[:1]])}: {message}") from error
         parser = self._parser(self.subcommand)
         trainer.config_text = parser.dump(self.config[self.subcommand], skip_none=False)
+        trainer.command = [sys.executable, "-m", "fastmem_pl", *self.arguments]
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -140,6 +147,9 @@ def run_command(arguments: list[str]) -> int:
         args=arguments,
     )
     result = cli.result
+    if cli.trainer.processes.rank > 0:
+        # The first process has printed it.
+        return 0
     if isinstance(result, SearchResult):
         _print_search(result)
     elif result.mode == "fit":

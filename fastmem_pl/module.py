@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from fastmem_pl.backbone import Backbone, ChatSettings, normalize_precision
-from fastmem_pl.data import TASKS, BatchLimits, ContextSample
+from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding import (
     BASELINE,
     DECODERS,
@@ -30,22 +28,14 @@ from fastmem_pl.decoding import (
 )
 from fastmem_pl.encoding import EncodedSample, SampleEncoder
 from fastmem_pl.errors import FastMemError, OutOfMemoryError
-from fastmem_pl.memory import Footprint, MemorizationSettings, Memorizer, Memory, MemoryFolder, usable_bytes
+from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
 from fastmem_pl.metrics import score_answer
 from fastmem_pl.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.published import ANSWER_QUIRKS, select_quirks
-
-log = logging.getLogger(__name__)
-
-# Tokens of question and instruction that room is left for when batches are planned.
-_AROUND_CONTEXT = 128
-# More rows than these gain little (docs/performance.md).
-_MOST_SAMPLES = {"cpu": 16, "other": 32}
-# A CPU takes as long for a padded token as for any other, and gains little from large batches.
-_SHORTEST = {"cpu": 0.5, "other": 0.0}
+from fastmem_pl.room import Room
 
 Mode = Literal["fit", "predict", "fit-predict"]
-Settings, Result = TypeVar("Settings"), TypeVar("Result")
+Settings = TypeVar("Settings")
 
 
 class FastMemModule(LightningModule):
@@ -96,6 +86,12 @@ class FastMemModule(LightningModule):
             GPU, in bfloat16); float32 keeps all of it in float32, and takes more memory.
         auto_batch: choose the size of batches by the free memory, and when one does not fit all the same,
             halve it and try again.
+        quantization: keep the trunk in fewer bits: bnb-4bit, bnb-8bit (extra bnb), torchao-int8, torchao-int4
+            (extra torchao). The trained networks and the head stay as they are.
+        device_map: lay the trunk out over the devices of this process: auto, balanced, sequential, or a
+            mapping from module names to devices.
+        tp_plan: "auto" shards every matrix of the trunk over the processes of torchrun or trainer.devices,
+            which then work on the same batch.
         trust_remote_code: run model code that comes with a checkpoint. Off unless you trust its source.
     """
 
@@ -131,6 +127,9 @@ class FastMemModule(LightningModule):
         factkb_model: str | None = None,
         optimizer_state: str = "auto",
         auto_batch: bool = True,
+        quantization: str | None = None,
+        device_map: str | dict[str, str | int] | None = None,
+        tp_plan: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -181,13 +180,22 @@ class FastMemModule(LightningModule):
         strategies would wrap parameters that nothing trains.
         """
         backbone = backbone or self._backbone
-        if backbone is None or (backbone.precision, backbone.device) != (
-            normalize_precision(precision),
-            device,
+        spread = self.hparams.device_map is not None or self.hparams.quantization is not None
+        if (
+            backbone is None
+            or backbone.precision != normalize_precision(precision)
+            or not (spread or backbone.device == device)
         ):
             try:
                 backbone = Backbone.load(
-                    self.hparams.backbone, precision, device, self.hparams.trust_remote_code
+                    self.hparams.backbone,
+                    precision,
+                    device,
+                    self.hparams.trust_remote_code,
+                    quantization=self.hparams.quantization,
+                    device_map=self.hparams.device_map,
+                    tp_plan=self.hparams.tp_plan,
+                    num_layers=self.settings.num_layers,
                 )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -200,8 +208,7 @@ class FastMemModule(LightningModule):
         self.memorizer = Memorizer(self.backbone, self.settings)
         self.meter = PhaseMeter(self.backbone.device)
         self.graphs = GraphPool()
-        self._footprint = Footprint.of(self.backbone, self.settings)
-        self._too_much: int | None = None
+        self.room = Room(self.backbone, self.settings, self.graphs, self.hparams.auto_batch)
         self._prepare_methods()
 
     def use_mode(self, mode: Mode, run_memories: Path) -> None:
@@ -225,7 +232,7 @@ class FastMemModule(LightningModule):
     def identity(self, answers: bool) -> dict[str, Any]:
         """Settings that memories depend on and, with ``answers``, what answers depend on beside them."""
         quirks = sorted(select_quirks(self.hparams.published_quirks))
-        names = ["backbone", *(f.name for f in fields(MemorizationSettings)), "chat_template"]
+        names = ["backbone", "quantization", *(f.name for f in fields(MemorizationSettings)), "chat_template"]
         settings = {name: self.hparams[name] for name in names if name in self.hparams}
         settings["published_quirks"] = [quirk for quirk in quirks if quirk not in ANSWER_QUIRKS]
         if answers:
@@ -261,22 +268,6 @@ class FastMemModule(LightningModule):
         """Leave the texts alone."""
         return batch
 
-    def batch_limits(self, batch_size: int | None, max_tokens: int | None) -> BatchLimits:
-        """Bounds of a batch: as given, or by the free memory."""
-        if batch_size is not None or not self.hparams.auto_batch:
-            return BatchLimits(batch_size or 8, max_tokens)
-        device = self.backbone.device
-        budget = usable_bytes(device)
-        kind = "cpu" if device.type == "cpu" else "other"
-        # Beside the context: question, instruction, and the answer.
-        further = _AROUND_CONTEXT + self.longest_answer
-        return BatchLimits(
-            _MOST_SAMPLES[kind],
-            max_tokens,
-            lambda tokens: self._footprint.samples_in(budget, tokens + further),
-            _SHORTEST[kind],
-        )
-
     def context_lengths(self, samples: Sequence[ContextSample]) -> list[int]:
         """Tokens of each context, up to the limit."""
         counts = self.backbone.chat.count_tokens([sample.context for sample in samples])
@@ -284,51 +275,12 @@ class FastMemModule(LightningModule):
 
     def predict_step(self, batch: list[ContextSample], batch_idx: int = 0) -> list[dict[str, Any]]:
         """Memorize and answer a batch; returns one record per sample and method (``fit``: per sample)."""
-        encoded = [self.encoder(sample) for sample in batch]
-        tokens = max(sample.longest for sample in encoded) + self.longest_answer
-        cost = self._footprint.cost(len(batch), tokens)
-        if self._too_much is not None and len(batch) > 1 and cost >= self._too_much:
-            # What was too much once is not tried again.
-            return self._in_halves(batch)
-        if cost > usable_bytes(self.backbone.device):
-            self.graphs.clear()
-        records = self.with_room(lambda: self._process(batch, encoded))
-        if records is not None:
-            return records
-        if len(batch) == 1 or not self.hparams.auto_batch:
-            raise OutOfMemoryError(
-                f"out of memory with {len(batch)} sample(s) at once; lower --data.batch_size, "
-                "--model.max_context_tokens or use --trainer.precision bf16-true; "
-                "what was answered before stays, and the same command goes on from there"
-            )
-        log.warning("out of memory with %d samples at once; trying %d", len(batch), len(batch) // 2)
-        self._too_much = cost
-        return self._in_halves(batch)
+        pairs = [(sample, self.encoder(sample)) for sample in batch]
+        return self.room.process(pairs, self._longest, self._process)
 
-    def with_room(self, work: Callable[[], Result]) -> Result | None:
-        """Do the work; when out of memory, again without recorded steps; ``None`` when it does not fit."""
-        for held in (bool(self.graphs), False):
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside the handler, so that the traceback no longer keeps the tensors alive.
-            self._free_memory()
-            # Graphs of earlier batches may have been what was too much.
-            if not held:
-                break
-        return None
-
-    def _free_memory(self) -> None:
-        self.graphs.clear()
-        gc.collect()
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _in_halves(self, batch: list[ContextSample]) -> list[dict[str, Any]]:
-        half = len(batch) // 2
-        return self.predict_step(batch[:half]) + self.predict_step(batch[half:])
+    def _longest(self, pairs: Sequence[tuple[ContextSample, EncodedSample]]) -> int:
+        """Tokens of the longest row, answer included."""
+        return max(encoded.longest for _, encoded in pairs) + self.longest_answer
 
     def check_samples(self, samples: list[ContextSample]) -> None:
         """Refuse what cannot be answered before anything is: questions without room, memories that do
@@ -342,7 +294,8 @@ class FastMemModule(LightningModule):
                 context_hash = self.encoder(sample).context_hash
                 folder.check(sample.index, sample.id, context_hash, self.backbone.fingerprint(), wanted)
 
-    def _process(self, samples: list[ContextSample], encoded: list[EncodedSample]) -> list[dict[str, Any]]:
+    def _process(self, pairs: Sequence[tuple[ContextSample, EncodedSample]]) -> list[dict[str, Any]]:
+        samples, encoded = [sample for sample, _ in pairs], [encoded for _, encoded in pairs]
         memory, memorize_seconds = self._obtain_memory(samples, encoded)
         if self.mode == "fit":
             return self._save(samples, encoded, memory)

@@ -1,18 +1,27 @@
 """The run folder: what is on disk after every batch, and how a killed run goes on.
 
 ``config.yaml`` (resolved settings), ``run.json`` (what the results depend on), ``predictions.jsonl``
-(one record per sample and method, appended batch by batch), ``metrics.json``, ``memories/``.
+(one record per sample and method, appended batch by batch), ``metrics.json``, ``memories/``. While
+several processes answer, all but the first write to files of their own in ``parts/``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.errors import FastMemError, RunStoppedError
+from fastmem_pl.records import (
+    RescueFolder,
+    append_records,
+    as_line,
+    merge_records,
+)
 
 try:
     import fcntl
@@ -46,11 +55,19 @@ class RunFolder:
         self._optional = optional
         self._lock: Any = None
         self._found: Mapping[str, Any] = {}
+        self._id = secrets.token_hex(8)
+        self._written_to = self.predictions_path
+        self._counted: dict[Path, tuple[int, int]] = {}
 
     @property
     def predictions_path(self) -> Path:
         """One record per sample and method."""
         return self.path / "predictions.jsonl"
+
+    @property
+    def parts_path(self) -> Path:
+        """Folder of the records that were not merged yet, one file a process."""
+        return self.path / "parts"
 
     @property
     def metrics_path(self) -> Path:
@@ -62,6 +79,15 @@ class RunFolder:
         """Folder of saved memories."""
         return self.path / "memories"
 
+    @property
+    def claims_path(self) -> Path:
+        """Folder of what independent workers have in hand (:mod:`fastmem_pl.claims`)."""
+        return self.path / "work"
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self.path / "run.json"
+
     def check(self) -> None:
         """Refuse a folder that holds something else; reads only.
 
@@ -70,7 +96,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise FastMemError(f"run_dir: {self.path} is a file; give a folder")
-        manifest = self.path / "run.json"
+        manifest = self._manifest_path
         if not manifest.is_file():
             foreign = [name for name in _OWN_FILES if (self.path / name).exists()]
             if foreign:
@@ -80,12 +106,13 @@ class RunFolder:
                 )
             return
         try:
-            found = json.loads(manifest.read_text())["identity"]
+            content = json.loads(manifest.read_text())
+            found = content["identity"]
         except (json.JSONDecodeError, KeyError, TypeError):
             raise FastMemError(
                 f"run_dir: {manifest} is damaged; remove it or give another --run_dir"
             ) from None
-        self._found = found
+        self._found, self._id = found, content.get("id", self._id)
         different = differences(found, self.identity, self._optional)
         if different:
             raise FastMemError(
@@ -99,22 +126,31 @@ class RunFolder:
         Raises:
             FastMemError: when the folder cannot be written or another process writes to it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+        with self._opening():
+            self._take_lock(alone=True)
             self.check()
-            identity = _merged(self._found, self.identity)
-            manifest = {"schema_version": SCHEMA_VERSION, "identity": identity}
-            # First, since a folder with any other file but without this one is taken for somebody else's.
-            write_atomic(self.path / "run.json", json.dumps(manifest, indent=2) + "\n")
-            write_atomic(self.path / "config.yaml", config_text)
-            self._repair()
-        except OSError as error:
-            self.close()
-            raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror}") from error
-        except FastMemError:
-            self.close()
-            raise
+            self._write_settings(config_text)
+            self.gather()
+
+    def open_shared(self, config_text: str, worker: str) -> None:
+        """Create the folder, or join the workers that are in it; records go to this worker's own file.
+
+        Raises:
+            FastMemError: when the folder cannot be written, or a process writes to it that shares nothing.
+        """
+        with self._opening():
+            self._take_lock(alone=False)
+            # Of workers that start together, the first to put its manifest there names the run.
+            if not self._manifest_path.is_file():
+                create_whole(self._manifest_path, self._manifest())
+            self.check()
+            self._write_settings(config_text)
+            self.join(worker)
+
+    def join(self, part: str) -> None:
+        """Write records to a file of this process alone, in a folder that is open already."""
+        self.parts_path.mkdir(exist_ok=True)
+        self._written_to = self.parts_path / f"{part}.jsonl"
 
     def close(self) -> None:
         """Give the lock back."""
@@ -123,108 +159,171 @@ class RunFolder:
             self._lock = None
 
     def records(self) -> list[dict[str, Any]]:
-        """All records, as they stand in the file."""
-        return [json.loads(line) for line in self._lines()]
+        """Records of complete samples in the order of the data, those of other processes included."""
+        return [record for _, record in merge_records(self._files(), self.methods)]
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add the records of a batch; on disk when this returns.
 
         Raises:
-            FastMemError: when the disk is full or gone; what was there before stays.
+            RunStoppedError: when the disk is full or gone; what was there before stays.
         """
-        text = "".join(_line(record) for record in records)
-        try:
-            with open(self.predictions_path, "ab") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise FastMemError(
-                f"cannot write {self.predictions_path}: {error.strerror}; what was answered before stays, "
-                "and the same command goes on from there"
-            ) from error
+        append_records(self._written_to, records, self._rescue, self._manifest_path)
 
-    def sort(self) -> None:
-        """Bring the records into the order of the data; batches were formed by length."""
-        order = {name: i for i, name in enumerate(self.methods)}
-        lines = self._lines()
+    def gather(self) -> None:
+        """Bring all records together in the order of the data; batches were formed by length.
 
-        def place(line: bytes) -> tuple[int, int]:
-            record = json.loads(line)
-            return record["index"], order.get(record["method"], len(order))
+        Half-written lines, samples that lack one of their methods and repeated records are dropped.
 
-        ordered = sorted(lines, key=place)
-        if ordered != lines:
-            write_atomic(self.predictions_path, b"".join(ordered))
+        Raises:
+            FastMemError: for a damaged file, or when it cannot be written; nothing is lost then.
+        """
+        files = self._files()
+        content = b"".join(line for line, _ in merge_records(files, self.methods))
+        there = self.predictions_path.read_bytes() if self.predictions_path.is_file() else b""
+        with self._writing(self.predictions_path):
+            if content != there:
+                write_atomic(self.predictions_path, content)
+            for file in files[1:]:
+                file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.parts_path.rmdir()
+
+    def parts(self) -> list[Path]:
+        """Files of records that were not merged yet, one a process."""
+        return sorted(self.parts_path.glob("*.jsonl"))
+
+    def count_lines(self) -> int:
+        """Records so far, by the lines of all files; of the files only what is new is read."""
+        for file in (self.predictions_path, *self.parts()):
+            offset, count = self._counted.get(file, (0, 0))
+            try:
+                with open(file, "rb") as opened:
+                    opened.seek(offset)
+                    content = opened.read()
+            except OSError:
+                continue
+            self._counted[file] = (offset + len(content), count + content.count(b"\n"))
+        return sum(count for _, count in self._counted.values())
 
     def replace(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write all records anew, at once."""
-        write_atomic(self.predictions_path, "".join(_line(record) for record in records))
+        with self._writing(self.predictions_path):
+            write_atomic(self.predictions_path, "".join(map(as_line, records)))
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json`` at once."""
-        write_atomic(self.metrics_path, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        with self._writing(self.metrics_path):
+            write_atomic(self.metrics_path, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
 
     def metrics(self) -> dict[str, Any]:
         """Read ``metrics.json``."""
         return json.loads(self.metrics_path.read_text())
 
-    def _lines(self) -> list[bytes]:
-        if not self.predictions_path.is_file():
-            return []
-        return self.predictions_path.read_bytes().splitlines(keepends=True)
+    @property
+    def _rescue(self) -> RescueFolder:
+        return RescueFolder(self._id)
 
-    def _repair(self) -> None:
-        """Drop a half-written last line and samples that lack one of their methods."""
-        lines = self._lines()
-        if not lines:
-            return
-        whole: list[tuple[bytes, dict[str, Any]]] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                whole.append((line, json.loads(line)))
-                complete = line.endswith(b"\n")
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                complete = False
-            if not complete and number < len(lines):
-                raise FastMemError(
-                    f"{self.predictions_path}, line {number}: not a record; "
-                    "remove the line or give another --run_dir"
-                )
-            if not complete and whole and whole[-1][0] is line:
-                whole.pop()
-        methods: dict[int, set[str]] = {}
-        for _, record in whole:
-            methods.setdefault(record["index"], set()).add(record["method"])
-        kept = [line for line, record in whole if methods[record["index"]] >= set(self.methods)]
-        if len(kept) < len(lines):
-            write_atomic(self.predictions_path, b"".join(kept))
+    def _files(self) -> list[Path]:
+        """Files that may hold records, the merged one first."""
+        return [self.predictions_path, *self.parts(), *self._rescue.files()]
 
-    def _take_lock(self) -> None:
+    def _manifest(self) -> str:
+        identity = _merged(self._found, self.identity)
+        content = {"schema_version": SCHEMA_VERSION, "id": self._id, "identity": identity}
+        return json.dumps(content, indent=2) + "\n"
+
+    def _write_settings(self, config_text: str) -> None:
+        # First, since a folder with any other file but without this one is taken for somebody else's.
+        write_atomic(self._manifest_path, self._manifest())
+        write_atomic(self.path / "config.yaml", config_text)
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            self.close()
+            raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror}") from error
+        except FastMemError:
+            self.close()
+            raise
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunStoppedError(
+                f"cannot write {path}: {error.strerror}; what was answered stays, and the same command goes "
+                "on from there"
+            ) from error
+
+    def _take_lock(self, alone: bool) -> None:
         if fcntl is None:
             return
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
             raise FastMemError(
-                f"run_dir: another process is writing to {self.path}; wait for it or give another --run_dir"
+                f"run_dir: another process is writing to {self.path}; wait for it or give another --run_dir "
+                "(several processes share one when each has --trainer.elastic true)"
             ) from None
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        except OSError:
+            # A network file system without locks: claims do without, a run of its own goes unguarded.
+            self.close()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader, or a crash, finds the old content or the new."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = _write_beside(path, content)
+    try:
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def create_whole(path: Path, content: str | bytes) -> bool:
+    """Create a file with its content at once, on network file systems too; false where it exists.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    partial = _write_beside(path, content)
+    try:
+        # A hard link is made by one of several at most. Its reply may get lost: then the count tells.
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return os.stat(partial).st_nlink == 2
+        except OSError:
+            if path.exists():
+                return False
+            # No hard links here. A reader may find the file empty for a moment.
+            with open(path, "xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_beside(path: Path, content: str | bytes) -> Path:
+    # A name of its own: several processes may write the same file at once.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return partial
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:

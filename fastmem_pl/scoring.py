@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastmem_pl.data import TASKS, ContextSample
+from fastmem_pl.data import TASKS, ContextSample, FastMemDataModule
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.metrics import METRIC_MODELS, load_metric_model
+from fastmem_pl.module import FastMemModule
 from fastmem_pl.phases import is_out_of_memory
+from fastmem_pl.run import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,18 @@ def wanted_models(settings: Mapping[str, Any], samples: Sequence[ContextSample])
     found = {name: settings[model.setting.removeprefix("model.")] for name, model in METRIC_MODELS.items()}
     listed = {score for sample in samples for score in TASKS[sample.task].scores}
     return {name: source for name, source in found.items() if source and name in listed}
+
+
+def score_records(run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> list[str]:
+    """Add the scores that need a model of their own to a run's records; returns which came."""
+    wanted = wanted_models(model.hparams, datamodule.samples)
+    if not wanted:
+        return []
+    records = run.records()
+    indices = {sample.index for sample in datamodule.samples}
+    asked = [record for record in records if record["index"] in indices]
+    device = model.backbone.device
+    return add_model_scores(asked, datamodule.samples, wanted, device, lambda: run.replace(records))
 
 
 def add_model_scores(

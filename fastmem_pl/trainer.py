@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import logging
-import platform
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fastmem_pl.callbacks import ALL, MetricAggregation, PredictionWriter, SampleProgress
+from fastmem_pl.callbacks import SampleProgress, StopOnSignal
 from fastmem_pl.data import FastMemDataModule
+from fastmem_pl.elastic import ElasticWorker, worker_name
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.memory import MemoryFolder
 from fastmem_pl.module import FastMemModule, Mode
-from fastmem_pl.run import SCHEMA_VERSION, RunFolder
-from fastmem_pl.scoring import add_model_scores, wanted_models
+from fastmem_pl.processes import Processes
+from fastmem_pl.run import RunFolder
 from fastmem_pl.search import SearchResult, SearchSettings, run_search
+from fastmem_pl.session import RunResult, Session
 
-log = logging.getLogger(__name__)
-
-_PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
-_DATA_FREE = {"batch_size", "max_batch_tokens", "path", "_instantiator"}  # what no answer depends on
-
-
-@dataclass
-class RunResult:
-    """What a run leaves.
-
-    Attributes:
-        path: the run folder.
-        mode: the command.
-        num_samples: samples of the data.
-        metrics: content of ``metrics.json``; empty after ``fit``, which answers nothing.
-        num_failed: after ``fit``, memories whose loss was not finite.
-        num_new: samples that were not done before this session.
-        added_scores: those of metric models that came in this session.
-    """
-
-    path: Path
-    mode: Mode
-    num_samples: int
-    metrics: dict[str, Any] = field(default_factory=dict)
-    num_failed: int = 0
-    num_new: int = 0
-    added_scores: list[str] = field(default_factory=list)
+# What no answer depends on.
+_DATA_FREE = {"batch_size", "max_batch_tokens", "path", "_instantiator"}
 
 
 class FastMemTrainer(Trainer):
@@ -62,7 +35,13 @@ class FastMemTrainer(Trainer):
     Args:
         precision: 32-true; bf16-true halves the memory and is fastest; bf16-mixed keeps float32 weights.
             Memories are kept apart from the weights, so bfloat16 follows the float32 loss curve.
-        devices: one device so far; "[1]" picks the second GPU.
+        devices: several share out the samples, each with the whole model; "[1]" picks the second GPU. For one
+            model over several devices see model.device_map and model.tp_plan.
+        elastic: share the run folder with other processes of the same command, which may come and go: each
+            takes the next samples that nobody has. No scheduler is needed, a shared file system is.
+        chunk_samples: samples that an elastic process takes at once.
+        stale_after: seconds without a sign of life after which the samples of an elastic process go to
+            others; 60 at least on a network file system.
         inference_mode: Lightning's default is true; memorizing works under both.
         logger: none by default; results are in the run folder.
         enable_checkpointing: off, as there is nothing to checkpoint.
@@ -75,6 +54,9 @@ class FastMemTrainer(Trainer):
     config_text: str | None = None
     """Resolved configuration to keep in the run folder; the command line sets it."""
 
+    command: Sequence[str] | None = None
+    """Starts this program again, for further processes; the command line sets it."""
+
     search: Any
     """:meth:`search_settings`."""
 
@@ -83,6 +65,9 @@ class FastMemTrainer(Trainer):
         *,
         precision: Literal["32-true", "bf16-mixed", "bf16-true", "32", "bf16"] = "32-true",
         devices: list[int] | str | int = 1,
+        elastic: bool = False,
+        chunk_samples: int = 32,
+        stale_after: float = 300.0,
         inference_mode: bool = False,
         logger: Any = False,
         enable_checkpointing: bool | None = False,
@@ -91,6 +76,9 @@ class FastMemTrainer(Trainer):
         callbacks: list[Callback] | Callback | None = None,
         **kwargs: Any,
     ) -> None:
+        for name, value in (("chunk_samples", chunk_samples), ("stale_after", stale_after)):
+            if value < 1:
+                raise FastMemError(f"trainer.{name}: {value} is out of range; allowed: at least 1")
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         own: list[Callback] = [] if enable_progress_bar is False else [SampleProgress()]
         super().__init__(
@@ -104,6 +92,8 @@ class FastMemTrainer(Trainer):
             callbacks=[*given, *own],
             **kwargs,
         )
+        self.elastic, self.chunk_samples, self.stale_after = elastic, chunk_samples, stale_after
+        self.processes: Processes | None = None
 
     def fit_predict(
         self, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None = None
@@ -173,9 +163,10 @@ class FastMemTrainer(Trainer):
         identity = self.identity(model, datamodule, bool(methods))
         run = self.open_run(path, identity, methods, model, datamodule)
         try:
-            if mode == "fit":
-                return self._memorize_all(run, model, datamodule)
-            return self._answer_all(run, mode, model, datamodule, start)
+            session = Session(self, run, mode, model, datamodule, start)
+            if self.elastic:
+                return ElasticWorker(session, self.chunk_samples, self.stale_after).work()
+            return session.work()
         finally:
             run.close()
 
@@ -187,7 +178,7 @@ class FastMemTrainer(Trainer):
         model: FastMemModule,
         datamodule: FastMemDataModule,
     ) -> RunFolder:
-        """Load the model and open the run folder, once all that can be refused is accepted.
+        """Start the processes, load the model and open the run folder, once all that can be is checked.
 
         Args:
             path: of the folder.
@@ -199,99 +190,93 @@ class FastMemTrainer(Trainer):
         Raises:
             FastMemError: for anything that cannot be done, before anything is written.
         """
-        if self.num_devices * self.num_nodes > 1:
-            raise FastMemError(
-                f"trainer.devices: {self.num_devices} on {self.num_nodes} node(s); allowed: 1 device, as "
-                "samples are not yet shared out over several (--trainer.devices 1)"
-            )
         # `fit` answers nothing, the fingerprint is known late, and early versions knew one state only.
         optional = {"model.fingerprint", "data.answer_prefix", "model.optimizer_state"}
         optional |= {f"model.{name}" for name in model.identity(True).keys() - model.identity(False).keys()}
         run = RunFolder(path, identity, methods, optional)
-        # What needs no model is refused before it is loaded.
+        tensor_parallel = model.hparams.tp_plan is not None
+        self.processes = processes = Processes(self.strategy, self.command)
+        self._check_processes(model)
+        # What needs neither model nor company is refused before there are any.
         run.check()
-        model.load_backbone(str(self.precision), self.strategy.root_device)
+        processes.start(tensor_parallel)
+        processes.each(lambda: model.load_backbone(str(self.precision), self.strategy.root_device))
         run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
-        run.check()
-        model.check_samples(datamodule.samples)
-        run.open(self.config_text or self.resolved_config(model, datamodule, path))
+        config = self.config_text or self.resolved_config(model, datamodule, path)
+
+        def open_folder() -> None:
+            run.check()
+            model.check_samples(datamodule.samples)
+            if self.elastic:
+                run.open_shared(config, worker_name())
+            else:
+                run.open(config)
+
+        processes.first(open_folder)
+        if processes.rank > 0:
+            run.join(f"rank-{processes.rank:04d}")
         return run
 
-    def _memorize_all(self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> RunResult:
-        run.memories_path.mkdir(exist_ok=True)
-        indices = [sample.index for sample in datamodule.samples]
-        folder = MemoryFolder(run.memories_path)
-        datamodule.skip(folder.headers(indices).keys())
-        self._loop(model, datamodule, [])
-        headers = folder.headers(indices)
-        failed = sum(header["status"] != "ok" for header in headers.values())
-        new = len(datamodule.remaining)
-        return RunResult(run.path, "fit", len(datamodule.samples), num_failed=failed, num_new=new)
+    def _check_processes(self, model: FastMemModule) -> None:
+        """Refuse ways to use several devices that exclude each other, and a launcher nobody reckons with."""
+        count = self.processes.count
+        if self.elastic and count > 1:
+            raise FastMemError(
+                f"trainer.elastic: each process works on its own, but trainer.devices asks for {count}; "
+                "start the command once for every device, each with --trainer.devices 1"
+            )
+        if model.hparams.device_map is not None and count > 1:
+            raise FastMemError(
+                "model.device_map: lays one model out over all devices of a process; give it with "
+                "--trainer.devices 1"
+            )
+        if model.hparams.tp_plan is not None and count == 1:
+            raise FastMemError(
+                "model.tp_plan: shards the model over several processes; give --trainer.devices N, or start "
+                "them with torchrun and say how many (--trainer.devices, --trainer.num_nodes)"
+            )
+        launched = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        if launched > 1 and count == 1 and not self.elastic:
+            raise FastMemError(
+                f"trainer.devices: torchrun started {launched} processes, and each would do all of the work; "
+                f"give --trainer.devices {os.environ.get('LOCAL_WORLD_SIZE', launched)} "
+                "and the number of nodes (--trainer.num_nodes)"
+            )
 
-    def _answer_all(
-        self, run: RunFolder, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, start: float
-    ) -> RunResult:
-        aggregation = MetricAggregation()
-        wanted = {sample.index for sample in datamodule.samples}
-        earlier = [record for record in run.records() if record["index"] in wanted]
-        aggregation.feed(earlier)
-        datamodule.skip({record["index"] for record in earlier})
-        remaining = len(datamodule.remaining)
-        if remaining and earlier:
-            total = len(datamodule.samples)
-            log.warning("going on in %s: %d of %d samples are done", run.path, total - remaining, total)
-        if remaining:
-            # Those of an earlier session would be stale, should this one be killed.
-            run.metrics_path.unlink(missing_ok=True)
-            self._loop(model, datamodule, [aggregation, PredictionWriter(run)])
-        run.sort()
-        added = self.score_with_models(run, model, datamodule)
-        records = [record for record in run.records() if record["index"] in wanted]
-        written = run.metrics_path.is_file()
-        grown = bool(added) or (written and _lacks_scores(run.metrics(), records))
-        if remaining or grown or not written:
-            if grown:
-                # Anew, as metric models added scores to records that were fed before.
-                aggregation = MetricAggregation()
-                aggregation.feed(records)
-            metrics = self._metrics(aggregation, model, run)
-            metrics["num_samples"] = len(datamodule.samples)
-            metrics["seconds_of_last_session"] = round(time.perf_counter() - start, 2)
-            if not remaining and written:
-                # Only scores came: what was measured while answering stays.
-                metrics = {**run.metrics(), "groups": metrics["groups"]}
-            run.write_metrics(metrics)
-        else:
-            metrics = run.metrics()
-        total = len(datamodule.samples)
-        return RunResult(run.path, mode, total, metrics, num_new=remaining, added_scores=added)
+    @contextmanager
+    def counted_progress(self, count: Callable[[], int] | None) -> Iterator[None]:
+        """Meanwhile, keep the progress bar from loop to loop, and let it show what ``count`` says is done."""
+        bars = [callback for callback in self.callbacks if isinstance(callback, SampleProgress)]
+        with ExitStack() as stack:
+            for bar in bars:
+                bar.count_by(count)
+                stack.callback(bar.count_by, None)
+                stack.enter_context(bar.lasting())
+            yield
 
-    def score_with_models(
-        self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule
-    ) -> list[str]:
-        """Add the scores that need a model of their own; returns which came."""
-        wanted = wanted_models(model.hparams, datamodule.samples)
-        if not wanted:
-            return []
-        records = run.records()
-        indices = {sample.index for sample in datamodule.samples}
-        asked = [record for record in records if record["index"] in indices]
-        device = model.backbone.device
-        return add_model_scores(asked, datamodule.samples, wanted, device, lambda: run.replace(records))
+    def run_loop(
+        self,
+        module: LightningModule,
+        datamodule: FastMemDataModule,
+        callbacks: Sequence[Callback],
+        progress: Callback | None = None,
+    ) -> None:
+        """Run Lightning's predict loop; it ends early, with all on disk, when SIGTERM comes.
 
-    def _loop(self, model: FastMemModule, datamodule: FastMemDataModule, callbacks: list[Callback]) -> None:
-        """Run Lightning's predict loop over the remaining samples."""
-        if not datamodule.remaining:
-            return
-        limits = model.batch_limits(datamodule.batch_size, datamodule.max_batch_tokens)
-        datamodule.plan(model.context_lengths(datamodule.remaining), limits)
+        Args:
+            module: whose predict step runs.
+            datamodule: the batches.
+            callbacks: that come before the trainer's own.
+            progress: takes the place of the trainer's progress bar, where it has one.
+        """
         usual = list(self.callbacks)
-        self.callbacks = [*callbacks, *usual]
+        shown = [progress if progress and isinstance(c, SampleProgress) else c for c in usual]
+        stop = StopOnSignal(self.processes.signal, self.processes.parent)
+        self.callbacks = [*callbacks, stop, *shown]
         try:
-            super().predict(model, datamodule=datamodule, return_predictions=False)
+            super().predict(module, datamodule=datamodule, return_predictions=False)
         finally:
             self.callbacks = usual
-            model.graphs.clear()
 
     def identity(self, model: FastMemModule, datamodule: FastMemDataModule, answers: bool) -> dict[str, Any]:
         """Settings that the results depend on; memories depend on fewer than answers."""
@@ -315,63 +300,8 @@ class FastMemTrainer(Trainer):
         }
         return yaml.safe_dump(config, sort_keys=False)
 
-    def _metrics(
-        self, aggregation: MetricAggregation, model: FastMemModule, run: RunFolder
-    ) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "groups": aggregation.compute(),
-            **self.provenance(model, run),
-        }
-
-    def provenance(self, model: FastMemModule, run: RunFolder) -> dict[str, Any]:
-        """By what model, with what settings, and where results were made."""
-        backbone = model.backbone
-        return {
-            "model": {
-                "backbone": backbone.name,
-                "class": type(backbone.model).__name__,
-                "fingerprint": backbone.fingerprint(),
-                "precision": backbone.precision,
-            },
-            "peak_memory_gib": model.meter.peak_gib(),
-            "environment": environment(backbone.device),
-            "settings": run.identity,
-        }
-
-
-def _lacks_scores(metrics: dict[str, Any], records: list[dict[str, Any]]) -> bool:
-    """Whether records hold scores that the metrics do not: a session was killed between the two."""
-    methods = metrics["groups"][ALL]
-    return any(record["scores"].keys() - methods[record["method"]]["metrics"].keys() for record in records)
-
 
 # LightningCLI calls the trainer's attribute named like the subcommand. A method called `search` could not
 # have a parameter `search`: jsonargparse names a group of options after each.
 setattr(FastMemTrainer, "fit-predict", FastMemTrainer.fit_predict)
 FastMemTrainer.search = FastMemTrainer.search_settings
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and device, as kept with every result."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

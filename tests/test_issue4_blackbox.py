@@ -262,9 +262,9 @@ def test_automatic_batches_follow_free_memory(run, monkeypatch: pytest.MonkeyPat
     module, most = run.module(), []
     for exponent in range(16, 44):
         free_memory(monkeypatch, 2**exponent)
-        limits = module.batch_limits(None, None)
+        limits = module.room.limits(module.longest_answer)
         most.append((limits.most(2000), limits.most(10)))
-        assert module.batch_limits(5, None).most(2000) == 5, "a given size holds"
+        assert module.room.limits(module.longest_answer, 5).most(2000) == 5, "a given size holds"
     assert most[0] == (1, 1)
     assert most[-1] == (16, 16), "as the help of data.batch_size says"
     assert most == sorted(most)

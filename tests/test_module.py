@@ -234,11 +234,11 @@ def test_graphs_of_earlier_batches_make_room_first(run, monkeypatch, caplog):
     expected = essence(run(name="roomy", batch_size=2))
     process, sizes = FastMemModule._process, []
 
-    def cramped(self, samples, encoded):
-        sizes.append(len(samples))
+    def cramped(self, pairs):
+        sizes.append(len(pairs))
         if self.graphs:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        records = process(self, samples, encoded)
+        records = process(self, pairs)
         self.graphs._idle["kept"] = None
         return records
 
@@ -338,12 +338,6 @@ def test_the_base_is_untouched_also_when_a_run_raises(run, tiny, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run(name="raises")
     assert_untouched(tiny, before)
-
-
-def test_several_devices_are_refused_for_now(run):
-    trainer = FastMemTrainer(accelerator="cpu", devices=2, strategy="ddp", enable_progress_bar=False)
-    with pytest.raises(FastMemError, match=r"trainer\.devices: 2 on 1 node\(s\); allowed: 1 device"):
-        run(trainer=trainer)
 
 
 def test_metrics_cover_resumed_records(run, tmp_path, capsys):

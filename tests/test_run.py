@@ -119,7 +119,7 @@ def test_sorting_brings_back_the_order_of_the_data(run):
     in_order = run.predictions_path.read_bytes()
     lines = in_order.splitlines(keepends=True)
     run.predictions_path.write_bytes(b"".join(lines[2:] + lines[:2]))
-    run.sort()
+    run.gather()
     assert run.predictions_path.read_bytes() == in_order
 
 

@@ -1,7 +1,8 @@
-"""Callbacks: metric aggregation, prediction writer, progress."""
+"""Callbacks: metric aggregation, prediction writer, progress, ending early."""
 
 from fastmem_pl.callbacks.metrics import ALL, MetricAggregation
 from fastmem_pl.callbacks.progress import SampleProgress
+from fastmem_pl.callbacks.stopping import StopOnSignal
 from fastmem_pl.callbacks.writer import PredictionWriter
 
-__all__ = ["ALL", "MetricAggregation", "PredictionWriter", "SampleProgress"]
+__all__ = ["ALL", "MetricAggregation", "PredictionWriter", "SampleProgress", "StopOnSignal"]

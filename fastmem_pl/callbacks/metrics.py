@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +13,7 @@ from fastmem_pl.decoding import BASELINE
 from fastmem_pl.metrics import SCORES, McNemar, SampleMean
 
 ALL = "all"
+_ALONE = {"sync_on_compute": False}
 # Scores that are 0 or 1, so that methods can be compared sample by sample with McNemar's test.
 _PAIRED = ("accuracy", "contained", "exact_match", "format_failure", "original")
 
@@ -20,8 +22,9 @@ class MetricAggregation(Callback):
     """Feeds torchmetrics by group (all samples, and each task of a mixed file) and method."""
 
     def __init__(self) -> None:
-        self.means: dict[tuple[str, str, str], SampleMean] = defaultdict(SampleMean)
-        self.tests: dict[tuple[str, str, str], McNemar] = defaultdict(McNemar)
+        # Fed with the records of all processes, by one of them: nothing is left to exchange.
+        self.means: dict[tuple[str, str, str], SampleMean] = defaultdict(partial(SampleMean, **_ALONE))
+        self.tests: dict[tuple[str, str, str], McNemar] = defaultdict(partial(McNemar, **_ALONE))
         self.tasks: dict[str, set[int]] = defaultdict(set)
 
     def on_predict_batch_end(
@@ -39,25 +42,21 @@ class MetricAggregation(Callback):
     def feed(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add records; all methods of one sample must come together."""
         baselines = {r["index"]: r["scores"] for r in records if r["method"] == BASELINE}
+        values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        pairs: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
         for record in records:
             self.tasks[record["task"]].add(record["index"])
-            values = dict(record["scores"])
-            values["output_words"] = record["output_words"]
-            values["seconds_memorize"] = record["seconds"]["memorize"]
-            values["seconds_decode"] = record["seconds"]["decode"]
-            values["seconds"] = values["seconds_memorize"] + values["seconds_decode"]
-            values["failed"] = float(record["status"] != "ok")
-            values["truncated"] = float(record["n_truncated_tokens"] > 0)
+            baseline = baselines.get(record["index"]) if record["method"] != BASELINE else None
             for group in (ALL, record["task"]):
-                for name, value in values.items():
-                    self.means[group, record["method"], name].update([value])
-                if record["method"] == BASELINE or record["index"] not in baselines:
-                    continue
-                baseline = baselines[record["index"]]
-                for name in set(_PAIRED) & record["scores"].keys() & baseline.keys():
-                    self.tests[group, record["method"], name].update(
-                        [baseline[name]], [record["scores"][name]]
-                    )
+                for name, value in _values(record).items():
+                    values[group, record["method"], name].append(value)
+                for name in set(_PAIRED) & record["scores"].keys() & (baseline or {}).keys():
+                    pair = (baseline[name], record["scores"][name])
+                    pairs[group, record["method"], name].append(pair)
+        for key, several in values.items():
+            self.means[key].update(several)
+        for key, both in pairs.items():
+            self.tests[key].update(*zip(*both, strict=True))
 
     def compute(self) -> dict[str, dict[str, Any]]:
         """Values with standard errors and paired tests, by group and method."""
@@ -69,7 +68,7 @@ class MetricAggregation(Callback):
             entry = groups.setdefault(group, {}).setdefault(
                 method, {"n": 0, "metrics": {}, "against_zero_shot": {}}
             )
-            count = int(mean.count)
+            count = mean.count
             entry["n"] = max(entry["n"], count)
             # Seconds are shares of a batch, not independent values.
             error = float("nan") if name.startswith("seconds") else mean.standard_error().item()
@@ -93,3 +92,17 @@ class MetricAggregation(Callback):
                     sorted(entry["metrics"].items(), key=lambda item: order.index(item[0]))
                 )
         return groups
+
+
+def _values(record: Mapping[str, Any]) -> dict[str, float]:
+    """All numbers of a record that are averaged."""
+    seconds = record["seconds"]
+    return {
+        **record["scores"],
+        "output_words": record["output_words"],
+        "seconds_memorize": seconds["memorize"],
+        "seconds_decode": seconds["decode"],
+        "seconds": seconds["memorize"] + seconds["decode"],
+        "failed": float(record["status"] != "ok"),
+        "truncated": float(record["n_truncated_tokens"] > 0),
+    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +19,22 @@ class SampleProgress(ProgressBar):
         super().__init__()
         self._bar: tqdm | None = None
         self._enabled = True
+        self._count: Callable[[], int] | None = None
+        self._lasting = False
+
+    def count_by(self, count: Callable[[], int] | None) -> None:
+        """Ask for the samples that are done, where other processes do some of them."""
+        self._count = count
+
+    @contextmanager
+    def lasting(self) -> Iterator[None]:
+        """Keep the bar from loop to loop meanwhile."""
+        self._lasting = True
+        try:
+            yield
+        finally:
+            self._lasting = False
+            self._close()
 
     def disable(self) -> None:
         """Show nothing (Lightning calls this on ranks other than 0)."""
@@ -28,8 +46,10 @@ class SampleProgress(ProgressBar):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
+        if self._bar is not None:
+            return
         data = trainer.datamodule
-        done = len(data.samples) - len(data.remaining)
+        done = self._count() if self._count else len(data.samples) - len(data.remaining)
         self._bar = tqdm(
             total=len(data.samples),
             initial=done,
@@ -51,11 +71,12 @@ class SampleProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Advance by the samples of the batch."""
-        self._bar.update(len(batch))
+        self._bar.update(self._count() - self._bar.n if self._count else len(batch))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
-        self._close()
+        if not self._lasting:
+            self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the bar, so that the message stands on its own line."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DistributedSampler
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,30 @@ class BatchLimits:
         if self.fitting is not None:
             most = min(most, self.fitting(longest))
         return max(1, most)
+
+
+class ShareSampler(DistributedSampler):
+    """The batches of one process: its share of all, none of them twice, and none at all if they are few.
+
+    Lightning would put in a sampler of its own, which refuses an empty share, for anything that is no
+    :class:`DistributedSampler`.
+
+    Args:
+        batches: of all processes.
+        num_replicas: processes that share them out.
+        rank: of this one.
+    """
+
+    def __init__(self, batches: Sequence[Any], num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(batches, num_replicas, rank, shuffle=False)
+        # The first ranks get the longest of every round.
+        self._places = range(rank, len(batches), num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def plan(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:

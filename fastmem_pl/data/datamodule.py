@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from fastmem_pl.data.batches import BatchLimits, plan
+from fastmem_pl.data.batches import BatchLimits, ShareSampler, plan
 from fastmem_pl.data.reader import read_samples
 from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import OWN_FIELDS
@@ -68,6 +68,9 @@ class FastMemDataModule(LightningDataModule):
         self.samples: list[ContextSample] = []
         self._done: Container[int] = ()
         self._batches: list[list[ContextSample]] | None = None
+        self._whole = False
+        # With few samples, some processes have none.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def setup(self, stage: str | None = None) -> None:
         """Read the file once.
@@ -104,18 +107,38 @@ class FastMemDataModule(LightningDataModule):
         """Samples that are still to do, in the file's order."""
         return [sample for sample in self.samples if sample.index not in self._done]
 
-    def plan(self, lengths: Sequence[int], limits: BatchLimits) -> None:
-        """Choose the batches of the remaining samples, given the tokens of their contexts."""
+    def plan(self, lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
+        """Batches of the remaining samples as lists of their places among them.
+
+        Args:
+            lengths: tokens of each remaining context.
+            limits: of a batch.
+        """
+        if len(lengths) != len(self.remaining):
+            raise ValueError(f"{len(lengths)} lengths for {len(self.remaining)} samples")
+        return plan(lengths, limits)
+
+    def use_plan(self, batches: Sequence[Sequence[int]], whole: bool = False) -> None:
+        """Answer in these batches (:meth:`plan`).
+
+        Args:
+            batches: the same in all processes.
+            whole: let every process do all of them, as processes do that hold one model together.
+        """
         remaining = self.remaining
-        self._batches = [[remaining[i] for i in batch] for batch in plan(lengths, limits)]
+        self._batches = [[remaining[i] for i in batch] for batch in batches]
+        self._whole = whole
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of the remaining samples, as lists: of like length, the longest first.
 
         Rows are padded to the longest of their batch, so mixing lengths wastes most of the work where
-        they differ much. Without :meth:`plan`, which the trainer calls, characters stand in for tokens.
+        they differ much. Without :meth:`use_plan`, which the trainer calls, characters stand in for tokens.
+        Every process of the trainer gets its share of the batches.
         """
         if self._batches is None:
             limits = BatchLimits(self.batch_size or _UNPLANNED)
-            self.plan([len(sample.context) for sample in self.remaining], limits)
-        return DataLoader(self._batches, batch_size=1, collate_fn=operator.itemgetter(0))
+            self.use_plan(self.plan([len(sample.context) for sample in self.remaining], limits))
+        share = {} if self._whole or self.trainer is None else self.trainer.distributed_sampler_kwargs or {}
+        sampler = ShareSampler(self._batches, **share)
+        return DataLoader(self._batches, batch_size=1, sampler=sampler, collate_fn=operator.itemgetter(0))

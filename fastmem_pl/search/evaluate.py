@@ -62,7 +62,7 @@ class SampleSearch:
         Raises:
             OutOfMemoryError: when it does not fit.
         """
-        found = self._model.with_room(lambda: self._answer(METHODS[BASELINE], None, 1, {}))
+        found = self._model.room.attempt(lambda: self._answer(METHODS[BASELINE], None, 1, {}))
         if found is None:
             raise self._too_large()
         (answer,), seconds = found
@@ -117,7 +117,7 @@ class SampleSearch:
                 progress(len(found))
             return records
 
-        if self._model.with_room(work) is not None:
+        if self._model.room.attempt(work) is not None:
             return records
         if records:
             progress(-len(records))

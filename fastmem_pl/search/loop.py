@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,15 +30,10 @@ def answer_loop(
 ) -> None:
     """Run Lightning's predict loop, one sample a batch; further callbacks find its answers on disk."""
     datamodule.skip({s.index for s in datamodule.samples} - search.todo.keys())
-    datamodule.plan(model.context_lengths(datamodule.remaining), BatchLimits(1))
-    usual = list(trainer.callbacks)
-    others = [callback for callback in usual if not isinstance(callback, SampleProgress)]
-    progress = [bar] if len(others) < len(usual) else []
-    trainer.callbacks = [PredictionWriter(run), *further, *others, *progress]
+    datamodule.use_plan(datamodule.plan(model.context_lengths(datamodule.remaining), BatchLimits(1)))
     try:
-        Trainer.predict(trainer, search, datamodule=datamodule, return_predictions=False)
+        trainer.run_loop(search, datamodule, [PredictionWriter(run), *further], bar)
     finally:
-        trainer.callbacks = usual
         model.graphs.clear()
 
 
@@ -48,11 +43,12 @@ class AnswerProgress(SampleProgress):
     Args:
         total: answers of the whole search; those of an earlier session count as done.
         title: before the bar.
+        count: tells the answers that are there, where other processes give some of them.
     """
 
-    def __init__(self, total: int, title: str = "search") -> None:
+    def __init__(self, total: int, title: str = "search", count: Callable[[], int] | None = None) -> None:
         super().__init__()
-        self._total, self._title = total, title
+        self._total, self._title, self._count = total, title, count
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
@@ -66,7 +62,10 @@ class AnswerProgress(SampleProgress):
             mininterval=0.1 if sys.stderr.isatty() else 15,
             dynamic_ncols=True,
         )
-        pl_module.progress = self._bar.update
+        if not self._count:
+            pl_module.progress = self._bar.update
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the module tells of every answer."""
+        """Advance where the answers are counted; else the module tells of every one."""
+        if self._count:
+            super().on_predict_batch_end(*args, **kwargs)

@@ -19,6 +19,7 @@ from fastmem_pl.errors import FastMemError
 from fastmem_pl.metrics import METRIC_MODELS
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.run import RunFolder
+from fastmem_pl.scoring import score_records
 from fastmem_pl.search.batch import TrialBatch, TrialModule
 from fastmem_pl.search.grid import MEMORY_AXES, SearchSettings, tidy
 from fastmem_pl.search.loop import AnswerProgress, answer_loop
@@ -57,13 +58,19 @@ def run_trials(
         FastMemError: for a study of other settings, or a storage that does not work.
     """
     start = time.perf_counter()
+    if trainer.num_devices * trainer.num_nodes > 1:
+        raise FastMemError(
+            f"trainer.devices: {trainer.num_devices} on {trainer.num_nodes} node(s); workers of an Optuna "
+            "study are single processes: start the command once for every device, with one "
+            "--search.optuna.storage"
+        )
     study = SharedStudy(settings.optuna, path, lower_is_better(settings.objective))
     study.check(_identity(identity, model, datamodule, settings))
     run = trainer.open_run(path, identity, [], model, datamodule)
     try:
         study.open(_identity(run.identity, model, datamodule, settings))
         new = _Worker(trainer, model, datamodule, settings, run, study).work()
-        trainer.score_with_models(run, model, datamodule)
+        score_records(run, model, datamodule)
         records, unseen = _records_of_all(run, study, model, settings, datamodule.samples)
         points = [_point(model, settings, trial.params) for trial in study.finished()]
         axes = {name: [point[name] for point in points] for name in points[0]}
@@ -166,7 +173,7 @@ class _Worker:
 
     def _complete(self, batch: TrialBatch) -> None:
         if batch.scored_late:
-            self._trainer.score_with_models(self._run, self._model, self._datamodule)
+            score_records(self._run, self._model, self._datamodule)
             batch.take(self._run.records())
         for trial in list(batch.left):
             scores = batch.scores_of(trial)

@@ -234,7 +234,7 @@ def _means(records: Sequence[Mapping[str, Any]], objective: str) -> dict[str, An
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    mean = SampleMean()
+    mean = SampleMean(sync_on_compute=False)
     mean.update(values)
     # Rounded, for the same scores summed in another order are the same value, and tie.
     return round(mean.compute().item(), 12), mean.standard_error().item() if len(values) > 1 else None

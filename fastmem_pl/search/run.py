@@ -18,7 +18,9 @@ from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.module import FastMemModule
+from fastmem_pl.provenance import describe_run
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder, write_atomic
+from fastmem_pl.scoring import score_records
 from fastmem_pl.search.grid import MEMORY_AXES, Point, SearchSettings, check_every
 from fastmem_pl.search.loop import AnswerProgress, answer_loop
 from fastmem_pl.search.module import SearchModule
@@ -88,36 +90,56 @@ def _run(
     model.use_methods([BASELINE, method.name])
     path = Path(run_dir or Path("runs") / f"search-{datamodule.task}")
     identity = _identity(trainer, model, datamodule, settings)
+    if trainer.elastic:
+        raise FastMemError(
+            "trainer.elastic: a grid is shared out over processes with --trainer.devices N; trials of "
+            "Optuna, which come and go, with --search.optuna.storage"
+        )
+    if model.hparams.tp_plan is not None:
+        raise FastMemError(
+            "model.tp_plan: a search chooses its batches by the memory of one process; allowed: "
+            "model.device_map or model.quantization for a model too large for one device"
+        )
     if settings.optuna:
         # Imports Optuna, an extra.
         from fastmem_pl.search.optimize import run_trials
 
         return run_trials(trainer, model, datamodule, settings, path, identity)
     run = trainer.open_run(path, identity, [], model, datamodule)
+    processes = trainer.processes
     try:
         points = settings.points(model)
-        records = run.records()
-        todo = missing(points, [sample.index for sample in samples], records)
-        new = sum(map(len, todo.values()))
+
+        def look() -> tuple[dict[int, list[Point | None]], bool]:
+            records = run.records()
+            todo = missing(points, [sample.index for sample in samples], records)
+            if todo:
+                # They would be stale, should this session be killed.
+                for name in _RESULTS:
+                    (path / name).unlink(missing_ok=True)
+            return todo, bool(records)
+
+        todo, begun = processes.first(look)
+        new, total = sum(map(len, todo.values())), len(samples) * (len(points) + 1)
         if new:
-            # They would be stale, should this session be killed.
-            for name in _RESULTS:
-                (path / name).unlink(missing_ok=True)
-            if records:
-                log.warning(
-                    "going on in %s: %d of %d answers are there",
-                    *(path, len(samples) * (len(points) + 1) - new, len(samples) * (len(points) + 1)),
-                )
+            if begun and processes.rank == 0:
+                log.warning("going on in %s: %d of %d answers are there", path, total - new, total)
             search = SearchModule(model, method, todo, settings.exact)
-            bar = AnswerProgress(len(samples) * (len(points) + 1))
-            answer_loop(trainer, search, model, datamodule, run, bar)
-        trainer.score_with_models(run, model, datamodule)
-        wanted = {sample.index for sample in samples}
-        records = [record for record in run.records() if record["index"] in wanted]
-        axes = {name: [point[name] for point in points] for name in points[0]}
-        ranking = rank(records, settings.objective, axes)
-        write_results(trainer, model, datamodule, run, settings, ranking, records, start if new else None)
-        return SearchResult(path, ranking, len(samples), new)
+            bar = AnswerProgress(total, count=run.count_lines if processes.count > 1 else None)
+            processes.each(lambda: answer_loop(trainer, search, model, datamodule, run, bar))
+
+        def finish() -> Ranking:
+            run.gather()
+            score_records(run, model, datamodule)
+            wanted = {sample.index for sample in samples}
+            records = [record for record in run.records() if record["index"] in wanted]
+            axes = {name: [point[name] for point in points] for name in points[0]}
+            ranking = rank(records, settings.objective, axes)
+            begin = start if new else None
+            write_results(trainer, model, datamodule, run, settings, ranking, records, begin)
+            return ranking
+
+        return SearchResult(path, processes.first(finish), len(samples), new)
     finally:
         run.close()
 
@@ -181,7 +203,7 @@ def write_results(
         ),
         "ranking": ranking.as_dict(),
         **({"study": study} if study else {}),
-        **trainer.provenance(model, run),
+        **describe_run(model, run),
     }
     if start is None and summary.is_file():
         kept = json.loads(summary.read_text())

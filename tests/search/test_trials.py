@@ -146,13 +146,17 @@ def test_trials_are_answered_like_runs_of_their_own_and_ranked(command, tmp_path
     assert found == alone
 
 
+def place(record):
+    return record["index"]
+
+
 def test_a_study_goes_on_and_answers_nothing_twice(command, tmp_path, capsys, caplog):
     folder = tmp_path / "run"
     assert command(trials=3) == 0
     before = read(folder)
     assert command(trials=6) == 0
     assert "3 of 6 trials are finished" in caplog.text
-    assert read(folder)[: len(before)] == before
+    assert [record for record in read(folder) if record in before] == sorted(before, key=place)
     assert len({(r["index"], key(r["point"])) for r in read(folder)}) == len(read(folder)) == COUNT * 7
     assert command(trials=6) == 0
     assert "nothing was left to do" in capsys.readouterr().out
@@ -204,7 +208,7 @@ def test_an_interrupt_keeps_answers_and_the_same_points_go_on(command, tmp_path,
     assert len(before) == 2 * 5
     assert states(folder / "optuna.db") == {"FAIL": 4, "WAITING": 4}
     assert command(parallel=4) == 0
-    assert read(folder)[:10] == before
+    assert [record for record in read(folder) if record in before] == sorted(before, key=place)
     assert len(read(folder)) == COUNT * 5
     assert states(folder / "optuna.db") == {"FAIL": 4, "COMPLETE": 4}
     whole = {(r["index"], key(r["point"])): r["token_ids"] for r in read(tmp_path / "whole")}

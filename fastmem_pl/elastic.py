@@ -1,0 +1,136 @@
+"""Processes that come and go: each takes the next samples of a shared run folder that nobody has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from functools import cache
+from typing import TYPE_CHECKING
+
+from fastmem_pl.claims import ClaimFolder
+from fastmem_pl.errors import RunStoppedError
+
+if TYPE_CHECKING:
+    from fastmem_pl.session import RunResult, Session
+
+log = logging.getLogger(__name__)
+
+# The last part of a run: merging the records, and the metrics.
+_FINISH = "finish"
+_LONGEST_POLL = 5.0
+
+
+@cache
+def worker_name() -> str:
+    """What tells this process from all others that work in a folder."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+class ElasticWorker:
+    """Does chunks of a run beside other workers, until all of it is done.
+
+    A chunk is a range of the data. Its results are kept batch by batch, so that whoever takes over a chunk
+    goes on where its worker was lost. The worker that finds all chunks done merges the records.
+
+    Args:
+        session: of the run, whose folder is open for sharing.
+        chunk_samples: samples of a chunk; what the first worker says holds for all.
+        stale_after: seconds without a sign of life after which a chunk goes to another worker.
+    """
+
+    def __init__(self, session: Session, chunk_samples: int, stale_after: float) -> None:
+        self._session, self._data = session, session.datamodule
+        self._claims = ClaimFolder(session.run.claims_path, worker_name(), stale_after)
+        self._chunk_samples, self._stale_after = chunk_samples, stale_after
+        self._chunks: dict[str, list[int]] = {}
+        self._done: set[int] = set()
+        self._new = 0
+
+    def work(self) -> RunResult:
+        """Work until the run is done, by this process or by others."""
+        session = self._session
+        self._done = session.done()
+        if len(self._done) == len(self._data.samples) and not self._claims.path.is_dir():
+            return session.finish(0, {}, 1)
+        try:
+            self._begin()
+            while (result := self._share()) is None:
+                pass
+            return result
+        except (FileNotFoundError, RunStoppedError):
+            # The folder of claims goes when another worker has finished the run.
+            if self._claims.path.is_dir() or not self._is_finished():
+                raise
+            return self._finished_by_others()
+        finally:
+            session.model.graphs.clear()
+
+    def _share(self) -> RunResult | None:
+        """Do chunks until all are done, then finish the run; ``None`` when a chunk had to be opened again."""
+        with self._session.trainer.counted_progress(self._session.count_done):
+            while left := self._claims.left(list(self._chunks)):
+                taken = self._claims.take(list(left))
+                if taken is None:
+                    self._wait(left)
+                else:
+                    self._do(*taken)
+        return self._finish()
+
+    def _begin(self) -> None:
+        self._session.begin()
+        self._claims.open()
+        size = int(self._claims.agree("chunk_samples", str(self._chunk_samples)))
+        if size != self._chunk_samples:
+            log.warning("trainer.chunk_samples: %d, as the first worker of this run said", size)
+        for sample in self._data.samples:
+            first = sample.index - sample.index % size
+            self._chunks.setdefault(f"{first:07d}", []).append(sample.index)
+        # A run over more of the same data has a longer last chunk, which is another one.
+        self._chunks = {f"{name}-{len(chunk)}": chunk for name, chunk in self._chunks.items()}
+
+    def _do(self, chunk: str, had_before: bool) -> None:
+        if had_before:
+            self._done |= self._session.done()
+        with self._claims.held(chunk):
+            mine = set(self._chunks[chunk]) - self._done
+            self._data.skip({sample.index for sample in self._data.samples} - mine)
+            self._session.loop(self._session.plan())
+            self._claims.finish(chunk)
+            self._done |= mine
+            self._new += len(mine)
+
+    def _wait(self, left: dict[str, str]) -> None:
+        """Wait for chunks that others have, or until one of their claims is stale."""
+        others = sorted(set(left.values()) - {""})
+        if others:
+            log.info("waiting for %d chunk(s) of %s", len(left), ", ".join(others))
+        time.sleep(min(_LONGEST_POLL, self._stale_after / 10))
+
+    def _finish(self) -> RunResult | None:
+        session = self._session
+        while self._claims.take([_FINISH]) is None:
+            self._wait(self._claims.left([_FINISH]))
+        with self._claims.held(_FINISH):
+            missing = {sample.index for sample in self._data.samples} - session.done()
+            lost = [name for name, chunk in self._chunks.items() if missing & set(chunk)]
+            if lost:
+                log.warning("%d answers are gone from %s: again", len(missing), session.run.path)
+                self._done -= missing
+                self._claims.reopen(lost)
+                return None
+            peaks, workers = session.model.meter.peak_gib(), len(session.run.parts())
+            result = session.finish(self._new, peaks, max(1, workers))
+            self._claims.finish(_FINISH)
+        self._claims.close()
+        return result
+
+    def _is_finished(self) -> bool:
+        return self._session.mode == "fit" or self._session.run.metrics_path.is_file()
+
+    def _finished_by_others(self) -> RunResult:
+        result = self._session.finish(0, {}, 1)
+        result.num_new = self._new
+        return result

@@ -1,0 +1,67 @@
+"""By what, with what settings and where results were made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fastmem_pl.module import FastMemModule
+    from fastmem_pl.run import RunFolder
+
+_PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
+
+
+def describe_run(
+    model: FastMemModule, run: RunFolder, peaks: Mapping[str, float] | None = None, processes: int = 1
+) -> dict[str, Any]:
+    """By what model, with what settings, and where results were made.
+
+    Args:
+        model: that answered.
+        run: the folder.
+        peaks: peak GiB by phase; by default those of this process.
+        processes: that took part.
+    """
+    backbone = model.backbone
+    return {
+        "model": {
+            "backbone": backbone.name,
+            "class": type(backbone.model).__name__,
+            "fingerprint": backbone.fingerprint(),
+            "precision": backbone.precision,
+        },
+        "peak_memory_gib": dict(model.meter.peak_gib() if peaks is None else peaks),
+        "environment": {**environment(backbone.device), "processes": processes},
+        "settings": run.identity,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device, as kept with every result."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

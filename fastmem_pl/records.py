@@ -1,0 +1,149 @@
+"""Files of records, one JSON object a line: appending, repairing, and merging those of several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastmem_pl.errors import FastMemError, RunStoppedError
+from fastmem_pl.hub import cache_dir
+
+Record = dict[str, Any]
+
+
+def read_records(path: Path) -> list[tuple[bytes, Record]]:
+    """Whole lines of a file with what they say; a half-written last line is left out.
+
+    Raises:
+        FastMemError: for a line before the last that is no record.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            whole = line.endswith(b"\n") and isinstance(record, dict)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            whole = False
+        if whole:
+            found.append((line, record))
+        elif number < len(lines):
+            raise FastMemError(
+                f"{path}, line {number}: not a record; remove the line or give another --run_dir"
+            )
+    return found
+
+
+def merge_records(paths: Iterable[Path], methods: Sequence[str]) -> list[tuple[bytes, Record]]:
+    """Records of several files in the order of the data, each once, of complete samples only.
+
+    Args:
+        paths: where the same sample may have been answered twice, the first of them counts.
+        methods: that a complete sample has been answered by; none where records are complete by
+            another rule.
+
+    Raises:
+        FastMemError: as :func:`read_records`.
+    """
+    found: dict[tuple[int, str, str], tuple[bytes, Record]] = {}
+    for path in paths:
+        for line, record in read_records(path):
+            found.setdefault(_key(record), (line, record))
+    complete = complete_samples((record for _, record in found.values()), methods)
+    order = {name: i for i, name in enumerate(methods)}
+    kept = [item for item in found.values() if item[1]["index"] in complete]
+    return sorted(kept, key=lambda item: (item[1]["index"], order.get(item[1]["method"], len(order))))
+
+
+def _key(record: Mapping[str, Any]) -> tuple[int, str, str]:
+    # Records of a search have a point beside the method.
+    return record["index"], record["method"], json.dumps(record.get("point"), sort_keys=True)
+
+
+def complete_samples(records: Iterable[Mapping[str, Any]], methods: Collection[str]) -> set[int]:
+    """Indices of the samples that were answered by all methods."""
+    answered: dict[int, set[str]] = {}
+    for record in records:
+        answered.setdefault(record["index"], set()).add(record["method"])
+    return {index for index, names in answered.items() if names >= set(methods)}
+
+
+def as_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of a file."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def append_records(
+    path: Path, records: Sequence[Mapping[str, Any]], rescue: RescueFolder, witness: Path
+) -> None:
+    """Add the records of a batch; on disk when this returns.
+
+    Args:
+        path: of the file.
+        records: to add.
+        rescue: takes them when the file cannot.
+        witness: file of the same folder: without it, the folder is another one (of a file system that is not
+            mounted any more).
+
+    Raises:
+        RunStoppedError: when the disk is full or gone; what was there before stays, and these records are in
+            the rescue folder.
+    """
+    content = "".join(map(as_line, records)).encode()
+    size = None
+    try:
+        witness.stat()
+        with open(path, "ab") as file:
+            size = file.tell()
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if size is not None:
+            # A line cut off in the middle would be in the way of the next.
+            with suppress(OSError):
+                os.truncate(path, size)
+        kept = rescue.keep(content)
+        where = f"the batch in work is kept in {kept}" if kept else "the batch in work is lost"
+        raise RunStoppedError(
+            f"cannot write {path}: {error.strerror}; what was answered before stays, {where}, and the same "
+            "command goes on from there"
+        ) from error
+
+
+class RescueFolder:
+    """Keeps what a run folder had no room for, until the run goes on on this machine.
+
+    Args:
+        run_id: of the run: another one in a folder of the same name has nothing to do with it.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._name = run_id
+        # In the user's own cache, not in a folder for all, where others could leave answers.
+        self._path = cache_dir() / "rescued"
+
+    def keep(self, content: bytes) -> Path | None:
+        """Write lines to a new file; ``None`` where there is no room either."""
+        prefix = f"{self._name}-{socket.gethostname()}-{os.getpid()}-"
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(".jsonl", prefix, self._path)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+        except OSError:
+            return None
+        return Path(name)
+
+    def files(self) -> list[Path]:
+        """What is kept for this run."""
+        return sorted(self._path.glob(f"{self._name}-*.jsonl"))
