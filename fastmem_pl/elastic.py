@@ -60,11 +60,16 @@ class ElasticWorker:
             while (result := self._share()) is None:
                 pass
             return result
-        except (FileNotFoundError, RunStoppedError):
+        except (OSError, RunStoppedError) as error:
             # The folder of claims goes when another worker has finished the run.
-            if self._claims.path.is_dir() or not self._is_finished():
+            if not self._claims.path.is_dir() and self._is_finished():
+                return self._finished_by_others()
+            if isinstance(error, RunStoppedError):
                 raise
-            return self._finished_by_others()
+            raise RunStoppedError(
+                f"cannot work in {self._claims.path}: {error.strerror}; what was answered is kept, and the same "
+                "command goes on from there"
+            ) from error
         finally:
             session.model.graphs.clear()
 

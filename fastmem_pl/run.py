@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,6 +132,8 @@ class RunFolder:
             self.check()
             self._write_settings(config_text)
             self.gather()
+            # Nobody else is here: what workers had in hand is free.
+            shutil.rmtree(self.claims_path, ignore_errors=True)
 
     def open_shared(self, config_text: str, worker: str) -> None:
         """Create the folder, or join the workers that are in it; records go to this worker's own file.

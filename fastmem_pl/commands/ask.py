@@ -55,10 +55,9 @@ def run(arguments: list[str]) -> int:
     settings = model_settings(options)
     decoding = _decoding_settings(options, settings)
 
-    from fastmem_pl.memory import Memory, read_header
+    from fastmem_pl.memory import Memory, read_header, trained_layers
 
-    read_header(options.memory)
-    backbone = load_backbone(settings)
+    backbone = load_backbone(settings, trained_layers(read_header(options.memory)))
     memory = Memory.load(options.memory, backbone, backbone.device).to(backbone.compute_dtype)
     _warn(memory)
     used = None if options.no_memory else memory

@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     check_exists(options.memory)
 
     from fastmem_pl.export import to_checkpoint, to_lora, to_memory
-    from fastmem_pl.memory import Memory, read_header
+    from fastmem_pl.memory import Memory, read_header, trained_layers
     from fastmem_pl.memory.document import BETWEEN
 
     header = read_header(options.memory)
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
             f"--rank: auto measures on the memorized text, which {options.memory} does not hold; give "
             "--context FILE with it, or a rank"
         )
-    backbone = load_backbone(model_settings(options))
+    backbone = load_backbone(model_settings(options), trained_layers(header))
     memory = Memory.load(options.memory, backbone, backbone.device)
     common = {"context": context, "force": options.force}
     rank = "auto" if options.rank is None else options.rank
@@ -69,6 +69,7 @@ def run(arguments: list[str]) -> int:
     for line in report.lines():
         print(line)
     if options.to == "lora":
+        # A LoRA is of the plain model, whatever the memory's trunk was kept in.
         model = f'fastmem_pl.Backbone.load("{backbone.name}").model'
         print(f'load it: peft.PeftModel.from_pretrained({model}, "{out}")')
     elif options.to == "checkpoint":

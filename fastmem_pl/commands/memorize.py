@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
     if not memorization.steps:
         raise FastMemError("steps: 0 memorizes nothing; allowed: at least 1")
     windows = WindowSettings(options.windows, options.window, options.overlap)
-    backbone = load_backbone(settings)
+    backbone = load_backbone(settings, memorization.num_layers)
     start = time.perf_counter()
     fit = DocumentFit(Memorizer(backbone, memorization), texts, windows)
     left_out = sum(part.truncated for part in fit.encoded)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+QUANTIZATIONS = ("bnb-4bit", "bnb-8bit", "torchao-int4", "torchao-int8")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -69,6 +70,14 @@ def add_model_options(parser: argparse.ArgumentParser, config: bool = True) -> N
         "--precision",
         choices=PRECISIONS,
         help="default: 32-true on a CPU, bf16-true on a GPU",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="keep the trunk in fewer bits (extras bnb and torchao); a memory is asked as it was memorized",
+    )
+    group.add_argument(
+        "--device-map", metavar="POLICY", help="lay the model out over all GPUs: auto, balanced or sequential"
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the checkpoint"
@@ -150,8 +159,12 @@ def _number(name: str, value: Any, kind: str) -> Any:
     return wanted(number)
 
 
-def load_backbone(settings: Mapping[str, Any]) -> Backbone:
+def load_backbone(settings: Mapping[str, Any], num_layers: int) -> Backbone:
     """The model on the chosen device.
+
+    Args:
+        settings: ``model`` settings and options.
+        num_layers: trained layers, which stay together and unquantized.
 
     Raises:
         FastMemError: when there is no such device or model.
@@ -170,7 +183,15 @@ def load_backbone(settings: Mapping[str, Any]) -> Backbone:
         if int(device.partition(":")[2] or 0) >= count:
             raise FastMemError(f"--device: there is no {device} here ({count} GPUs); give --device cpu")
     precision = settings.get("precision") or ("32-true" if device == "cpu" else "bf16-true")
-    backbone = Backbone.load(settings["backbone"], precision, device, settings["trust_remote_code"])
+    backbone = Backbone.load(
+        settings["backbone"],
+        precision,
+        device,
+        settings["trust_remote_code"],
+        quantization=settings.get("quantization"),
+        device_map=settings.get("device_map"),
+        num_layers=num_layers,
+    )
     chat = pick(ChatSettings, settings)
     return backbone if chat == ChatSettings() else backbone.with_chat(chat)
 

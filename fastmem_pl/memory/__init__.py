@@ -4,6 +4,7 @@ from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.document import DocumentFit, encoded_text
 from fastmem_pl.memory.files import read_header
 from fastmem_pl.memory.footprint import Footprint, usable_bytes
+from fastmem_pl.memory.header import trained_layers
 from fastmem_pl.memory.memorize import Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.module import MemorizationModule
@@ -42,5 +43,6 @@ __all__ = [
     "memorization_loss",
     "prepare",
     "read_header",
+    "trained_layers",
     "usable_bytes",
 ]

@@ -43,6 +43,11 @@ def checked(header: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+def trained_layers(header: Mapping[str, str]) -> int:
+    """Layers that a checked header's memory was trained with."""
+    return checked(header)["settings"].get("num_layers", MemorizationSettings.num_layers)
+
+
 def _parsed(header: Mapping[str, str], name: str) -> dict[str, Any]:
     try:
         value = json.loads(header[name])
