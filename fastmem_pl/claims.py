@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastmem_pl.run import create_whole
+from fastmem_pl.targets import create_whole
 
 log = logging.getLogger(__name__)
 

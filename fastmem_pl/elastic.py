@@ -67,8 +67,8 @@ class ElasticWorker:
             if isinstance(error, RunStoppedError):
                 raise
             raise RunStoppedError(
-                f"cannot work in {self._claims.path}: {error.strerror}; what was answered is kept, and the same "
-                "command goes on from there"
+                f"cannot work in {self._claims.path}: {error.strerror}; what was answered is kept, and the "
+                "same command goes on from there"
             ) from error
         finally:
             session.model.graphs.clear()

@@ -8,7 +8,6 @@ several processes answer, all but the first write to files of their own in ``par
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from fastmem_pl.records import (
     as_line,
     merge_records,
 )
+from fastmem_pl.targets import create_whole, write_atomic
 
 try:
     import fcntl
@@ -278,55 +278,6 @@ class RunFolder:
         except OSError:
             # A network file system without locks: claims do without, a run of its own goes unguarded.
             self.close()
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a crash, finds the old content or the new."""
-    partial = _write_beside(path, content)
-    try:
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def create_whole(path: Path, content: str | bytes) -> bool:
-    """Create a file with its content at once, on network file systems too; false where it exists.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
-    partial = _write_beside(path, content)
-    try:
-        # A hard link is made by one of several at most. Its reply may get lost: then the count tells.
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            return os.stat(partial).st_nlink == 2
-        except OSError:
-            if path.exists():
-                return False
-            # No hard links here. A reader may find the file empty for a moment.
-            with open(path, "xb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_beside(path: Path, content: str | bytes) -> Path:
-    # A name of its own: several processes may write the same file at once.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return partial
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:

@@ -116,6 +116,42 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader, or a crash, finds the old content or the new.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    write_whole(path, lambda partial: _write_through(partial, content))
+
+
+def create_whole(path: Path, content: str | bytes) -> bool:
+    """Create a file with its content at once, on network file systems too; false where it exists.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    partial = _beside(path)
+    try:
+        _write_through(partial, content)
+        # A hard link is made by one of several at most. Its reply may get lost: then the count tells.
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return os.stat(partial).st_nlink == 2
+        except OSError:
+            if path.exists():
+                return False
+            # No hard links here. A reader may find the file empty for a moment.
+            with open(path, "xb") as file:
+                file.write(_bytes(content))
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def free_name(path: Path) -> Path:
     """The path, or the next that is free: ``notes-2.fastmem``."""
     tried, number = path, 1
@@ -129,6 +165,17 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of the files of a folder."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def _write_through(path: Path, content: str | bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(_bytes(content))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def _beside(path: Path) -> Path:

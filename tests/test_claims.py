@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fastmem_pl.claims import ClaimFolder
-from fastmem_pl.run import create_whole
+from fastmem_pl.targets import create_whole
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """The frozen language model: loading, the trunk/tail split, model families, chat pieces."""
 
-from fastmem_pl.backbone.backbone import Backbone, fingerprint_of, normalize_precision
+from fastmem_pl.backbone.backbone import Backbone
 from fastmem_pl.backbone.cache import FixedCache, room_for
 from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, ChatSettings, EncodedContext, derive_pieces
 from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, Factors
+from fastmem_pl.backbone.fingerprint import fingerprint_of
 from fastmem_pl.backbone.loading import load_model
+from fastmem_pl.backbone.precision import normalize_precision
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
 
 __all__ = [

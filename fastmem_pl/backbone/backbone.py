@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,23 +17,19 @@ from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
 from fastmem_pl.backbone.crossing import Placement, let_cross
 from fastmem_pl.backbone.fabric import fabric_settings
 from fastmem_pl.backbone.families import check_plain, find_anatomy
+from fastmem_pl.backbone.fingerprint import fingerprint_of
 from fastmem_pl.backbone.loading import load_model
-from fastmem_pl.backbone.packed import hold_still, must_run, stored_tensors, waits_for_device
+from fastmem_pl.backbone.packed import hold_still, must_run, waits_for_device
 from fastmem_pl.backbone.placement import DeviceMap
+from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype, normalize_precision
 from fastmem_pl.backbone.quantization import check_precision, check_quantization, quantized_method
-from fastmem_pl.backbone.sharding import Shards, check_tail, whole
+from fastmem_pl.backbone.sharding import Shards, check_tail
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.errors import FastMemError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
-_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
-_WEIGHT_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
-# What the fingerprint hashes of the config, and how it samples the weights.
-_CONSTANTS = ("rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window", "num_attention_heads")
-_SAMPLED, _STRIDE = 256, 1_000_003
 # Relative error of tail(trunk(ids)) against the model's own logits that rounding explains.
 _SPLIT_TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 0.03, "bf16-true": 0.03}
 
@@ -127,14 +122,14 @@ class Backbone:
         with torch.inference_mode(False):
             model, tokenizer = load_model(
                 source,
-                _WEIGHT_DTYPE[precision],
+                WEIGHT_DTYPE[precision],
                 trust_remote_code,
                 quantization,
                 device,
                 num_layers,
                 device_map,
                 tp_plan,
-                _compute_dtype(precision),
+                compute_dtype(precision),
             )
             if not (quantized_method(model.config) or device_map or tp_plan):
                 model = model.to(device)
@@ -171,7 +166,7 @@ class Backbone:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type in which the tail's matrix products run."""
-        return _compute_dtype(self.precision)
+        return compute_dtype(self.precision)
 
     @property
     def context_length(self) -> int:
@@ -343,47 +338,6 @@ class Backbone:
                 f"{self.anatomy.family.name!r}); allowed: decoder-only models whose last block ends in "
                 "residual + FFN, then the final norm and the LM head (docs/families.md)"
             )
-
-
-def fingerprint_of(model: Any) -> str:
-    """A short hash of a model's architecture, its constants, and a sample of every weight.
-
-    Weights are hashed as bfloat16, so a model loaded as float32 and as bfloat16 has one fingerprint; packed
-    ones as they are stored.
-    """
-    config = model.config.get_text_config()
-    constants = {name: getattr(config, name, None) for name in _CONSTANTS}
-    digest = hashlib.sha256(f"{type(model).__name__}{constants}".encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        for tensor in stored_tensors(whole(parameter)):
-            flat = tensor.detach().flatten()
-            # A stride prime to any row length, so that the sample is spread over rows and columns.
-            places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
-            sample = flat[places].cpu()
-            if sample.is_floating_point():
-                sample = sample.to(torch.bfloat16).view(torch.int16)
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _compute_dtype(precision: Precision) -> torch.dtype:
-    return torch.float32 if precision == "32-true" else torch.bfloat16
-
-
-def normalize_precision(precision: str | int) -> Precision:
-    """Map Lightning's spellings to one of the three supported precisions.
-
-    Raises:
-        FastMemError: for any other precision.
-
-    >>> normalize_precision(32)
-    '32-true'
-    """
-    name = _PRECISIONS.get(str(precision), str(precision))
-    if name not in _WEIGHT_DTYPE:
-        raise unknown("trainer.precision", precision, _WEIGHT_DTYPE)
-    return name
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.strategies import SingleDeviceStrategy
 
+from fastmem_pl.backbone.precision import normalize_precision
 from fastmem_pl.errors import FastMemError
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ def check_fabric(fabric: Fabric, backbone: Backbone) -> None:
     Raises:
         FastMemError: naming the device, the precision or the number of processes that does not fit.
     """
-    from fastmem_pl.backbone.backbone import normalize_precision
-
     precision, device = fabric_settings(fabric)
     if not isinstance(fabric.strategy, SingleDeviceStrategy):
         raise FastMemError(

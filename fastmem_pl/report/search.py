@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fastmem_pl.metrics import SCORES
-from fastmem_pl.run import write_atomic
 from fastmem_pl.search.ranking import (
     Baseline,
     RankedPoint,
@@ -22,6 +21,7 @@ from fastmem_pl.search.ranking import (
     format_setting,
     lower_is_better,
 )
+from fastmem_pl.targets import write_atomic
 
 _MAPPED = ("learning_rate", "kl_coeff", "steps")
 _FURTHER = ("accuracy", "contained", "format_failure", "rouge1", "rougeL", "bert_precision", "factkb")

@@ -19,12 +19,13 @@ from fastmem_pl.decoding import BASELINE
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.provenance import describe_run
-from fastmem_pl.run import SCHEMA_VERSION, RunFolder, write_atomic
+from fastmem_pl.run import SCHEMA_VERSION, RunFolder
 from fastmem_pl.scoring import score_records
 from fastmem_pl.search.grid import MEMORY_AXES, Point, SearchSettings, check_every
 from fastmem_pl.search.loop import AnswerProgress, answer_loop
 from fastmem_pl.search.module import SearchModule
 from fastmem_pl.search.ranking import Ranking, format_score, rank
+from fastmem_pl.targets import write_atomic
 
 if TYPE_CHECKING:
     from fastmem_pl.trainer import FastMemTrainer

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from fastmem_pl import DecodingSettings
-from fastmem_pl.backbone.backbone import _WEIGHT_DTYPE
+from fastmem_pl.backbone.precision import WEIGHT_DTYPE
 from fastmem_pl.backbone.quantization import KINDS
 from fastmem_pl.commands import ask, export, memorize, options
 from fastmem_pl.decoding import DECODERS
@@ -13,7 +13,7 @@ from fastmem_pl.memory.files import FORMS
 
 
 def test_lists_and_defaults_are_the_librarys():
-    assert tuple(_WEIGHT_DTYPE) == options.PRECISIONS
+    assert tuple(WEIGHT_DTYPE) == options.PRECISIONS
     assert sorted(KINDS) == list(options.QUANTIZATIONS)
     assert export._FORMS == FORMS
     shown = ask._parser().format_help()
