@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -62,20 +63,53 @@ class ClaimFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def close(self) -> None:
-        """Remove the folder: all of the work is done."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder at once: all of the work is done."""
+        # Emptied in its place, it would show parts as free to those who look meanwhile.
+        aside = self.path.with_name(f".{self.path.name}-{secrets.token_hex(4)}")
+        with suppress(FileNotFoundError):
+            self.path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def agree(self, name: str, value: str) -> str:
         """A value that all workers use: that of the first who says it."""
         create_whole(self.path / name, value)
         return (self.path / name).read_text()
 
-    def take(self, parts: Sequence[str]) -> tuple[str, bool] | None:
-        """Claim the first part that is free or whose claim is stale.
+    @contextmanager
+    def taken(self, parts: Sequence[str]) -> Iterator[tuple[str, bool] | None]:
+        """Hold the first part that is free or whose claim is stale, and give signs of life meanwhile.
 
-        Returns:
+        It is given back at the end, if it is not done by then.
+
+        Yields:
             the part, and whether somebody had it before; ``None`` when there is none at present.
         """
+        found = self._claim(parts)
+        if found is None:
+            yield None
+            return
+        part, number = found
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(self.stale_after / _SIGNS):
+                # One may be missed; and the folder goes when others have done all of the work.
+                with suppress(OSError):
+                    os.utime(self._file(part, number, "claim"))
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield part, number > 1
+        finally:
+            stop.set()
+            thread.join()
+            with suppress(OSError):
+                if not (self.path / f"{part}.done").exists():
+                    self._give_back(part, number)
+
+    def _claim(self, parts: Sequence[str]) -> tuple[str, int] | None:
+        """Claim a part; returns it with the claim's number."""
         state = self._state()
         for part in parts:
             known = state.get(part, _Part())
@@ -84,7 +118,7 @@ class ClaimFolder:
             if create_whole(self._file(part, known.number + 1, "claim"), self.worker + "\n"):
                 if not known.free:
                     log.warning("took over %s: its worker gave no sign of life", part)
-                return part, known.number > 0
+                return part, known.number + 1
         return None
 
     def finish(self, part: str) -> None:
@@ -94,8 +128,7 @@ class ClaimFolder:
     def reopen(self, parts: Sequence[str]) -> None:
         """Let parts that were done be claimed again."""
         for part in parts:
-            number = self._state().get(part, _Part()).number
-            create_whole(self._file(part, number, "free"), self.worker + "\n")
+            self._give_back(part, self._state()[part].number)
             (self.path / f"{part}.done").unlink(missing_ok=True)
 
     def left(self, parts: Sequence[str]) -> dict[str, str]:
@@ -108,28 +141,9 @@ class ClaimFolder:
                 found[part] = "" if known.free else self._owner(part, known.number)
         return found
 
-    @contextmanager
-    def held(self, part: str) -> Iterator[None]:
-        """Give signs of life for a claimed part meanwhile; give it back at the end, if it is not done."""
-        number = self._state().get(part, _Part()).number
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(self.stale_after / _SIGNS):
-                # One may be missed; and the folder goes when others have done all of the work.
-                with suppress(OSError):
-                    os.utime(self._file(part, number, "claim"))
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            with suppress(OSError):
-                if not (self.path / f"{part}.done").exists():
-                    create_whole(self._file(part, number, "free"), self.worker + "\n")
+    def _give_back(self, part: str, number: int) -> None:
+        # Renaming needs no room, which a full disk has not.
+        self._file(part, number, "claim").rename(self._file(part, number, "free"))
 
     def _state(self) -> dict[str, _Part]:
         state: dict[str, _Part] = {}

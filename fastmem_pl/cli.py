@@ -8,7 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmem_pl.errors import FailedElsewhereError, FastMemError, TerminatedError, nearest, unknown
+from fastmem_pl.errors import (
+    FailedElsewhereError,
+    FastMemError,
+    LostProcessError,
+    TerminatedError,
+    nearest,
+    unknown,
+)
 
 # Heavy imports (torch, lightning, transformers) wait until a subcommand is known, so that
 # `fastmem --help` answers at once.
@@ -72,14 +79,10 @@ def main(args: Sequence[str] | None = None) -> int:
         status = _command(arguments)
         sys.stdout.flush()
         return status
-    except FailedElsewhereError as error:
-        # That process says why.
-        return error.exit_status
-    except TerminatedError as error:
-        print(f"fastmem: {error}", file=sys.stderr)
-        return error.exit_status
     except FastMemError as error:
-        print(f"fastmem: error: {error}", file=sys.stderr)
+        if not _said_by_another(error):
+            kind = "" if isinstance(error, TerminatedError) else "error: "
+            print(f"fastmem: {kind}{error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         if arguments[0] in MEMORY_COMMANDS:
@@ -90,6 +93,19 @@ def main(args: Sequence[str] | None = None) -> int:
         # Whoever reads has enough; Python would complain when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _said_by_another(error: FastMemError) -> bool:
+    """Whether another process of the run prints this mistake, or one like it."""
+    if isinstance(error, FailedElsewhereError):
+        return True
+    if isinstance(error, LostProcessError):
+        return error.said_by_another
+    processes = sys.modules.get("fastmem_pl.processes")
+    # What all processes see, until they have met; and the end that all come to.
+    same = isinstance(error, TerminatedError) or processes is None or not processes.has_joined()
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return same and any(int(os.environ.get(name) or 0) for name in names)
 
 
 def _command(arguments: list[str]) -> int:
@@ -255,10 +271,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    print(
-        "fastmem: stopped; what was answered is kept, and the same command goes on from there",
-        file=sys.stderr,
-    )
+    stopped = TerminatedError("stopped; what was answered is kept, and the same command goes on from there")
+    if not _said_by_another(stopped):
+        print(f"fastmem: {stopped}", file=sys.stderr)
     return 130
 
 

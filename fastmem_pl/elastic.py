@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from fastmem_pl.claims import ClaimFolder
-from fastmem_pl.errors import RunStoppedError
+from fastmem_pl.errors import FastMemError, RunStoppedError
 
 if TYPE_CHECKING:
     from fastmem_pl.session import RunResult, Session
@@ -23,10 +23,15 @@ _FINISH = "finish"
 _LONGEST_POLL = 5.0
 
 
-@cache
 def worker_name() -> str:
     """What tells this process from all others that work in a folder."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    return f"{socket.gethostname()}-{os.getpid()}-{_name_of(os.getpid())}"
+
+
+@cache
+def _name_of(pid: int) -> str:
+    # Containers have processes of the same number.
+    return secrets.token_hex(2)
 
 
 class ElasticWorker:
@@ -50,12 +55,16 @@ class ElasticWorker:
         self._new = 0
 
     def work(self) -> RunResult:
-        """Work until the run is done, by this process or by others."""
+        """Work until the run is done, by this process or by others.
+
+        Raises:
+            FastMemError: when other workers have more or fewer samples.
+            RunStoppedError: when the folder is gone before the run is done.
+        """
         session = self._session
-        self._done = session.done()
-        if len(self._done) == len(self._data.samples) and not self._claims.path.is_dir():
-            return session.finish(0, {}, 1)
         try:
+            if self._is_finished():
+                return self._finished()
             self._begin()
             while (result := self._share()) is None:
                 pass
@@ -63,8 +72,8 @@ class ElasticWorker:
         except (OSError, RunStoppedError) as error:
             # The folder of claims goes when another worker has finished the run.
             if not self._claims.path.is_dir() and self._is_finished():
-                return self._finished_by_others()
-            if isinstance(error, RunStoppedError):
+                return self._finished()
+            if getattr(error, "filename", None) is None or not self._concerns_claims(error):
                 raise
             raise RunStoppedError(
                 f"cannot work in {self._claims.path}: {error.strerror}; what was answered is kept, and the "
@@ -73,39 +82,48 @@ class ElasticWorker:
         finally:
             session.model.graphs.clear()
 
-    def _share(self) -> RunResult | None:
-        """Do chunks until all are done, then finish the run; ``None`` when a chunk had to be opened again."""
-        with self._session.trainer.counted_progress(self._session.count_done):
-            while left := self._claims.left(list(self._chunks)):
-                taken = self._claims.take(list(left))
-                if taken is None:
-                    self._wait(left)
-                else:
-                    self._do(*taken)
-        return self._finish()
-
     def _begin(self) -> None:
-        self._session.begin()
-        self._claims.open()
-        size = int(self._claims.agree("chunk_samples", str(self._chunk_samples)))
+        claims, samples = self._claims, self._data.samples
+        claims.open()
+        if claims.agree("first_worker", claims.worker) == claims.worker:
+            # Nobody else is here who could have written metrics.
+            self._session.begin()
+        self._session.prepare()
+        self._done = self._session.done()
+        count = claims.agree("num_samples", str(len(samples)))
+        if count != str(len(samples)):
+            raise FastMemError(
+                f"data.limit: {len(samples)} samples here, {count} where {self._session.run.path} is being "
+                "worked on; give the same, or wait for the end of that run (if none of its processes is "
+                "left, remove its folder work/)"
+            )
+        size = int(claims.agree("chunk_samples", str(self._chunk_samples)))
         if size != self._chunk_samples:
             log.warning("trainer.chunk_samples: %d, as the first worker of this run said", size)
-        for sample in self._data.samples:
+        for sample in samples:
             first = sample.index - sample.index % size
             self._chunks.setdefault(f"{first:07d}", []).append(sample.index)
-        # A run over more of the same data has a longer last chunk, which is another one.
-        self._chunks = {f"{name}-{len(chunk)}": chunk for name, chunk in self._chunks.items()}
+
+    def _share(self) -> RunResult | None:
+        """Do chunks until all are done, then finish the run; ``None`` when there are chunks to do again."""
+        with self._session.trainer.counted_progress(self._session.count_done):
+            while left := self._claims.left(list(self._chunks)):
+                with self._claims.taken(list(left)) as taken:
+                    if taken is not None:
+                        self._do(*taken)
+                if taken is None:
+                    self._wait(left)
+        return self._finish()
 
     def _do(self, chunk: str, had_before: bool) -> None:
         if had_before:
             self._done |= self._session.done()
-        with self._claims.held(chunk):
-            mine = set(self._chunks[chunk]) - self._done
-            self._data.skip({sample.index for sample in self._data.samples} - mine)
-            self._session.loop(self._session.plan())
-            self._claims.finish(chunk)
-            self._done |= mine
-            self._new += len(mine)
+        mine = set(self._chunks[chunk]) - self._done
+        self._data.skip({sample.index for sample in self._data.samples} - mine)
+        self._session.loop(self._session.plan())
+        self._claims.finish(chunk)
+        self._done |= mine
+        self._new += len(mine)
 
     def _wait(self, left: dict[str, str]) -> None:
         """Wait for chunks that others have, or until one of their claims is stale."""
@@ -115,27 +133,36 @@ class ElasticWorker:
         time.sleep(min(_LONGEST_POLL, self._stale_after / 10))
 
     def _finish(self) -> RunResult | None:
-        session = self._session
-        while self._claims.take([_FINISH]) is None:
-            self._wait(self._claims.left([_FINISH]))
-        with self._claims.held(_FINISH):
-            missing = {sample.index for sample in self._data.samples} - session.done()
-            lost = [name for name, chunk in self._chunks.items() if missing & set(chunk)]
-            if lost:
-                log.warning("%d answers are gone from %s: again", len(missing), session.run.path)
-                self._done -= missing
-                self._claims.reopen(lost)
-                return None
-            peaks, workers = session.model.meter.peak_gib(), len(session.run.parts())
-            result = session.finish(self._new, peaks, max(1, workers))
-            self._claims.finish(_FINISH)
-        self._claims.close()
-        return result
+        session, claims = self._session, self._claims
+        while True:
+            with claims.taken([_FINISH]) as taken:
+                if taken is not None:
+                    if claims.left(list(self._chunks)):
+                        return None
+                    missing = {sample.index for sample in self._data.samples} - session.done()
+                    lost = [name for name, chunk in self._chunks.items() if missing & set(chunk)]
+                    if lost:
+                        log.warning("%d answers are gone from %s: again", len(missing), session.run.path)
+                        self._done -= missing
+                        claims.reopen(lost)
+                        return None
+                    peaks, workers = session.model.meter.peak_gib(), len(session.run.parts())
+                    result = session.finish(self._new, peaks, max(1, workers))
+                    # The folder's absence says that the run is done: no other mark can be left behind.
+                    claims.close()
+                    return result
+            self._wait(claims.left([_FINISH]))
 
     def _is_finished(self) -> bool:
-        return self._session.mode == "fit" or self._session.run.metrics_path.is_file()
+        session = self._session
+        if self._claims.path.is_dir() or len(session.done()) < len(self._data.samples):
+            return False
+        return session.mode == "fit" or session.run.metrics_path.is_file()
 
-    def _finished_by_others(self) -> RunResult:
+    def _finished(self) -> RunResult:
         result = self._session.finish(0, {}, 1)
         result.num_new = self._new
         return result
+
+    def _concerns_claims(self, error: OSError) -> bool:
+        return str(error.filename).startswith(str(self._claims.path))

@@ -27,7 +27,7 @@ from fastmem_pl.decoding import (
     select_methods,
 )
 from fastmem_pl.encoding import EncodedSample, SampleEncoder
-from fastmem_pl.errors import FastMemError, OutOfMemoryError
+from fastmem_pl.errors import FastMemError, OutOfMemoryError, RunStoppedError
 from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
 from fastmem_pl.metrics import score_answer
 from fastmem_pl.phases import PhaseMeter, is_out_of_memory
@@ -357,13 +357,20 @@ class FastMemModule(LightningModule):
     ) -> list[dict[str, Any]]:
         folder = MemoryFolder(self.memories)
         for row, sample in enumerate(samples):
-            memory.save(
-                folder.file(sample.index),
-                row,
-                "float32" if self.backbone.compute_dtype is torch.float32 else "bfloat16",
-                context_hash=encoded[row].context_hash,
-                id=sample.id,
-            )
+            try:
+                memory.save(
+                    folder.file(sample.index),
+                    row,
+                    "float32" if self.backbone.compute_dtype is torch.float32 else "bfloat16",
+                    context_hash=encoded[row].context_hash,
+                    id=sample.id,
+                )
+            except FastMemError as error:
+                if not isinstance(error.__cause__, OSError):
+                    raise
+                raise RunStoppedError(
+                    f"{error}; memories that were saved before stay, and the same command goes on from there"
+                ) from error
         return [{"index": s.index, "curve": c.as_dict()} for s, c in zip(samples, memory.curves, strict=True)]
 
     def record(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import distributed
 
-from fastmem_pl.errors import FailedElsewhereError, FastMemError, RunStoppedError
+from fastmem_pl.errors import FailedElsewhereError, FastMemError, LostProcessError, RunStoppedError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ Result = TypeVar("Result")
 # have answered their share wait for the others as long as it takes.
 _START_TIMEOUT, _WAIT_TIMEOUT = timedelta(minutes=10), timedelta(days=60)
 _POLL_SECONDS, _END_SECONDS = 1.0, 30.0
+_LONGEST_PAUSE, _PATIENCE = 0.05, 10.0
 _PARENT = "FASTMEM_PARENT"
 # Those that this process started; as with Lightning, they live as long as the program.
 _children: list[subprocess.Popen] = []
@@ -51,10 +55,12 @@ class Processes:
     def __init__(self, strategy: Strategy, command: Sequence[str] | None = None) -> None:
         self._strategy, self._command = strategy, command
         self._group: Any = None
+        # Process ids of lower ranks on this machine.
+        self._lower: list[int] = []
         self.rank, self.count = 0, 1
         parent = int(os.environ.get(_PARENT, "0"))
-        self.parent: int | None = parent if parent == os.getppid() else None
-        """Process that started this one, where a process of the run did."""
+        if parent == os.getppid() and not _joined.is_set():
+            threading.Thread(target=_follow, args=(parent,), daemon=True).start()
         if isinstance(strategy, DDPStrategy):
             if not isinstance(strategy.launcher, _SubprocessScriptLauncher):
                 raise FastMemError(
@@ -85,6 +91,12 @@ class Processes:
             environment.validate_settings(num_devices=strategy.num_processes, num_nodes=strategy.num_nodes)
         except ValueError as error:
             raise FastMemError(f"trainer.devices: {' '.join(str(error).split())}") from error
+        ended = [child.returncode for child in _children if child.poll() is not None]
+        if ended:
+            raise RunStoppedError(
+                f"{len(ended)} of the processes that this program started have ended (status {ended[0]}), so "
+                "there is nobody to go on with; the same command goes on"
+            )
         if not environment.creates_processes_externally:
             self._launch()
         strategy.set_world_ranks()
@@ -106,8 +118,15 @@ class Processes:
                     f"process {self.rank} of {self.count} did not meet the others: {_first_line(error)}"
                 ) from error
             atexit.register(_leave)
+        if distributed.get_world_size() != self.count:
+            raise FastMemError(
+                f"trainer.devices: {self.count} processes here, {distributed.get_world_size()} in an earlier "
+                "run of this program; give the same, or use a program of its own"
+            )
         self._group = distributed.new_group(backend="gloo", timeout=_WAIT_TIMEOUT)
         _joined.set()
+        places = self.gather((socket.gethostname(), os.getpid()))
+        self._lower = [pid for host, pid in places[: self.rank] if host == places[self.rank][0]]
 
     def each(self, work: Callable[[], Result]) -> Result:
         """Do work in every process; go on when it is done in all of them.
@@ -127,7 +146,10 @@ class Processes:
         except Exception as error:
             failure = error
         status = None if failure is None else (getattr(failure, "exit_status", 1), str(failure))
-        statuses = self.gather(status)
+        try:
+            statuses = self.gather(status, str(failure) if failure else None)
+        except RunStoppedError as died:
+            raise failure or died from failure
         failed = [(rank, status) for rank, status in enumerate(statuses) if status is not None]
         if failed:
             first, (exit_status, message) = failed[0]
@@ -148,8 +170,12 @@ class Processes:
         result = self.each(lambda: work() if self.rank == 0 else None)
         return self.gather(result)[0] if self._group is not None else result
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, waits_with: str | None = None) -> list[Any]:
         """The values of all processes, by rank.
+
+        Args:
+            value: of this one.
+            waits_with: message to show when the others keep this process waiting.
 
         Raises:
             RunStoppedError: when another process died.
@@ -158,24 +184,33 @@ class Processes:
             return [value]
         values: list[Any] = [None] * self.count
         try:
+            self._meet(waits_with)
             distributed.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:
-            raise RunStoppedError(
+            lost = LostProcessError(
                 "another process of this run died; what was answered is kept, and the same command goes on "
                 "from there"
-            ) from error
+            )
+            lost.said_by_another = any(_is_alive(pid) for pid in self._lower)
+            raise lost from error
         return values
+
+    def _meet(self, waits_with: str | None) -> None:
+        """Wait for all processes as Python code, which signals reach."""
+        meeting = distributed.barrier(self._group, async_op=True)
+        begin, pause = time.monotonic(), 1e-3
+        while not meeting.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            if waits_with and time.monotonic() - begin > _PATIENCE:
+                log.warning("%s (waiting for the other processes to finish their samples)", waits_with)
+                waits_with = None
+        meeting.wait()
 
     @property
     def on_this_node(self) -> int:
         """Processes that share this machine's memory."""
         return self._strategy.num_processes if self.count > 1 else 1
-
-    def signal(self, number: int) -> None:
-        """Pass a signal on to the processes that this one started."""
-        for child in _children:
-            if child.poll() is None:
-                child.send_signal(number)
 
     def _launch(self) -> None:
         """Start the other processes of this node; Lightning finds the variables that its launcher sets."""
@@ -194,6 +229,35 @@ class Processes:
         threading.Thread(target=_watch, daemon=True).start()
 
 
+def forward_signal(number: int) -> None:
+    """Pass a signal on to the processes that this one started."""
+    for child in _children:
+        if child.poll() is None:
+            child.send_signal(number)
+
+
+def launched_by_others() -> tuple[int, str]:
+    """How many processes torchrun or SLURM started for this program, and which of them did."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1")), "torchrun"
+    if "SLURM_PROCID" in os.environ:
+        return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")), "srun"
+    return 1, ""
+
+
+def has_joined() -> bool:
+    """Whether this process met the others: from then on, a failure is said by one."""
+    return _joined.is_set()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        # A process that nobody has waited for yet still has its number.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def _own_command() -> list[str]:
     import __main__
 
@@ -209,11 +273,14 @@ def _watch() -> None:
         time.sleep(_POLL_SECONDS)
         for rank, child in enumerate(_children, 1):
             status = child.poll()
-            if not status or rank in told:
+            if status is None or rank in told:
                 continue
             told.add(rank)
             if not _joined.is_set():
-                print(f"fastmem: error: process {rank} ended at its start (status {status})", file=sys.stderr)
+                # This one waits for it in a call that nothing interrupts.
+                _end_children(0)
+                message = f"process {rank} ended at its start (status {status}); the same command tries again"
+                print(f"fastmem: error: {message}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(status if status > 0 else RunStoppedError.exit_status)
             if status < 0:
@@ -224,15 +291,24 @@ def _watch() -> None:
                 )
 
 
-def _end_children() -> None:
+def _follow(parent: int) -> None:
+    """End as by SIGTERM when the process that started this one is gone: nobody would merge the records."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_children(patience: float = _END_SECONDS) -> None:
     """Wait a while for the processes that this one started; end those that stay."""
-    deadline = time.monotonic() + _END_SECONDS
     for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        deadline = time.monotonic() + patience
         for child in _children:
             try:
-                child.wait(max(0.1, deadline - time.monotonic()))
+                child.wait(max(0.01, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 stop(child)
+        # Those that were asked to end finish their batch.
+        patience = _END_SECONDS
 
 
 def _leave() -> None:

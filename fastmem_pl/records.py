@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import tempfile
+import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from fastmem_pl.errors import FastMemError, RunStoppedError
 from fastmem_pl.hub import cache_dir
+from fastmem_pl.targets import write_atomic
 
 Record = dict[str, Any]
 
@@ -102,6 +102,7 @@ def append_records(
     size = None
     try:
         witness.stat()
+        path.parent.mkdir(exist_ok=True)
         with open(path, "ab") as file:
             size = file.tell()
             file.write(content)
@@ -129,21 +130,25 @@ class RescueFolder:
 
     def __init__(self, run_id: str) -> None:
         self._name = run_id
-        # In the user's own cache, not in a folder for all, where others could leave answers.
-        self._path = cache_dir() / "rescued"
+        try:
+            # In the user's own cache, not in a folder for all, where others could leave answers.
+            self._path: Path | None = cache_dir() / "rescued"
+        except RuntimeError:
+            # A container whose user has no home.
+            self._path = None
 
     def keep(self, content: bytes) -> Path | None:
         """Write lines to a new file; ``None`` where there is no room either."""
-        prefix = f"{self._name}-{socket.gethostname()}-{os.getpid()}-"
+        if self._path is None:
+            return None
+        path = self._path / f"{self._name}-{secrets.token_hex(8)}.jsonl"
         try:
             self._path.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(".jsonl", prefix, self._path)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
+            write_atomic(path, content)
         except OSError:
             return None
-        return Path(name)
+        return path
 
     def files(self) -> list[Path]:
         """What is kept for this run."""
-        return sorted(self._path.glob(f"{self._name}-*.jsonl"))
+        return [] if self._path is None else sorted(self._path.glob(f"{self._name}-*.jsonl"))

@@ -8,8 +8,10 @@ several processes answer, all but the first write to files of their own in ``par
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +32,7 @@ except ImportError:  # Windows: two processes in one folder go unnoticed there
     fcntl = None
 
 SCHEMA_VERSION = 1
+_LOCK_TRIES = 5
 _OWN_FILES = ("predictions.jsonl", "metrics.json", "config.yaml")
 
 
@@ -55,8 +58,9 @@ class RunFolder:
         self.methods = list(methods)
         self._optional = optional
         self._lock: Any = None
+        self._ranks_lock: Any = None
         self._found: Mapping[str, Any] = {}
-        self._id = secrets.token_hex(8)
+        self.id = secrets.token_hex(8)
         self._written_to = self.predictions_path
         self._counted: dict[Path, tuple[int, int]] = {}
 
@@ -113,7 +117,10 @@ class RunFolder:
             raise FastMemError(
                 f"run_dir: {manifest} is damaged; remove it or give another --run_dir"
             ) from None
-        self._found, self._id = found, content.get("id", self._id)
+        run_id = content.get("id")
+        self._found = found
+        # It becomes part of a file's name.
+        self.id = run_id if isinstance(run_id, str) and re.fullmatch("[0-9a-f]{16}", run_id) else self.id
         different = differences(found, self.identity, self._optional)
         if different:
             raise FastMemError(
@@ -132,8 +139,11 @@ class RunFolder:
             self.check()
             self._write_settings(config_text)
             self.gather()
-            # Nobody else is here: what workers had in hand is free.
-            shutil.rmtree(self.claims_path, ignore_errors=True)
+            if self._lock is not None:
+                # Nobody else is here: what others had in hand, or had not put in its place, is free.
+                shutil.rmtree(self.claims_path, ignore_errors=True)
+                for partial in self.path.glob(".fastmem-*.partial"):
+                    partial.unlink(missing_ok=True)
 
     def open_shared(self, config_text: str, worker: str) -> None:
         """Create the folder, or join the workers that are in it; records go to this worker's own file.
@@ -142,7 +152,7 @@ class RunFolder:
             FastMemError: when the folder cannot be written, or a process writes to it that shares nothing.
         """
         with self._opening():
-            self._take_lock(alone=False)
+            self._share_lock()
             # Of workers that start together, the first to put its manifest there names the run.
             if not self._manifest_path.is_file():
                 create_whole(self._manifest_path, self._manifest())
@@ -150,16 +160,24 @@ class RunFolder:
             self._write_settings(config_text)
             self.join(worker)
 
-    def join(self, part: str) -> None:
-        """Write records to a file of this process alone, in a folder that is open already."""
-        self.parts_path.mkdir(exist_ok=True)
+    def join(self, part: str, run_id: str | None = None) -> None:
+        """Write records to a file of this process alone, in a folder that is open already.
+
+        Args:
+            part: name of the file, which no other process has had.
+            run_id: of the run, where another process opened the folder.
+        """
+        if run_id is not None:
+            self.id = run_id
+            self._ranks_lock = self._locked(".ranks", alone=False)
         self._written_to = self.parts_path / f"{part}.jsonl"
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        for lock in (self._lock, self._ranks_lock):
+            if lock is not None:
+                lock.close()
+        self._lock = self._ranks_lock = None
 
     def records(self) -> list[dict[str, Any]]:
         """Records of complete samples in the order of the data, those of other processes included."""
@@ -191,6 +209,7 @@ class RunFolder:
                 file.unlink(missing_ok=True)
             with suppress(OSError):
                 self.parts_path.rmdir()
+            (self.path / ".ranks").unlink(missing_ok=True)
 
     def parts(self) -> list[Path]:
         """Files of records that were not merged yet, one a process."""
@@ -225,7 +244,7 @@ class RunFolder:
 
     @property
     def _rescue(self) -> RescueFolder:
-        return RescueFolder(self._id)
+        return RescueFolder(self.id)
 
     def _files(self) -> list[Path]:
         """Files that may hold records, the merged one first."""
@@ -233,7 +252,7 @@ class RunFolder:
 
     def _manifest(self) -> str:
         identity = _merged(self._found, self.identity)
-        content = {"schema_version": SCHEMA_VERSION, "id": self._id, "identity": identity}
+        content = {"schema_version": SCHEMA_VERSION, "id": self.id, "identity": identity}
         return json.dumps(content, indent=2) + "\n"
 
     def _write_settings(self, config_text: str) -> None:
@@ -264,20 +283,51 @@ class RunFolder:
             ) from error
 
     def _take_lock(self, alone: bool) -> None:
-        if fcntl is None:
-            return
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
         try:
-            fcntl.flock(self._lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            self._lock = self._locked(".lock", alone)
+            ranks = self.path / ".ranks"
+            if alone and ranks.exists() and (held := self._locked(ranks.name, alone=True)) is not None:
+                # None of a run whose first process was killed is still at work.
+                held.close()
         except BlockingIOError:
             self.close()
             raise FastMemError(
                 f"run_dir: another process is writing to {self.path}; wait for it or give another --run_dir "
                 "(several processes share one when each has --trainer.elastic true)"
             ) from None
+
+    def _share_lock(self) -> None:
+        """Take the lock with other workers; where there are none, claims are of workers that are gone."""
+        for _ in range(_LOCK_TRIES):
+            with suppress(BlockingIOError):
+                self._lock = self._locked(".lock", alone=True)
+                if self._lock is not None:
+                    shutil.rmtree(self.claims_path, ignore_errors=True)
+                    fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            # Another worker may be at this very point, alone for a moment.
+            with suppress(BlockingIOError):
+                self._lock = self._locked(".lock", alone=False)
+                return
+            time.sleep(0.1)
+        self._take_lock(alone=False)
+
+    def _locked(self, name: str, alone: bool) -> Any:
+        """A locked file; ``None`` where the system or the file system has no locks."""
+        if fcntl is None:
+            return None
+        # A network file system wants it open for reading where it is shared, for writing where it is not.
+        file = open(self.path / name, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
         except OSError:
-            # A network file system without locks: claims do without, a run of its own goes unguarded.
-            self.close()
+            # Claims do without; a run of its own goes unguarded.
+            file.close()
+            return None
+        return file
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:

@@ -105,13 +105,17 @@ class Session:
 
     def begin(self) -> set[int]:
         """Make room for results; returns the indices of samples that are done."""
+        self.prepare()
         done = self.done()
-        if self.mode == "fit":
-            self._memories.path.mkdir(exist_ok=True)
-        elif self._wanted - done:
+        if self.mode != "fit" and self._wanted - done:
             # Those of an earlier session would be stale, should this one be killed.
             self.run.metrics_path.unlink(missing_ok=True)
         return done
+
+    def prepare(self) -> None:
+        """Make the folder that memories go to."""
+        if self.mode == "fit":
+            self._memories.path.mkdir(exist_ok=True)
 
     def done(self) -> set[int]:
         """Indices of the samples that are done, here or by another process."""
@@ -149,8 +153,8 @@ class Session:
         if not batches:
             return
         self.datamodule.use_plan(batches, whole=self._together)
-        writes = self.mode != "fit" and not (self._together and self._processes.rank)
-        writer = [PredictionWriter(self.run)] if writes else []
+        together = self._processes if self._together else None
+        writer = [] if self.mode == "fit" else [PredictionWriter(self.run, together)]
         self.trainer.run_loop(self.model, self.datamodule, [*callbacks, *writer])
 
     def finish(

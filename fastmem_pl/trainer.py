@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.elastic import ElasticWorker, worker_name
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.module import FastMemModule, Mode
-from fastmem_pl.processes import Processes
+from fastmem_pl.processes import Processes, forward_signal, launched_by_others
 from fastmem_pl.run import RunFolder
 from fastmem_pl.search import SearchResult, SearchSettings, run_search
 from fastmem_pl.session import RunResult, Session
@@ -150,7 +149,8 @@ class FastMemTrainer(Trainer):
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
                 runs/ and the names of the configs.
         """
-        return run_search(self, model, datamodule, search, run_dir)
+        with self.stoppable(model):
+            return run_search(self, model, datamodule, search, run_dir)
 
     def _run_samples(
         self, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None
@@ -161,14 +161,27 @@ class FastMemTrainer(Trainer):
         model.use_mode(mode, path / "memories")
         methods = [] if mode == "fit" else [method.name for method in model.methods]
         identity = self.identity(model, datamodule, bool(methods))
-        run = self.open_run(path, identity, methods, model, datamodule)
-        try:
-            session = Session(self, run, mode, model, datamodule, start)
-            if self.elastic:
-                return ElasticWorker(session, self.chunk_samples, self.stale_after).work()
-            return session.work()
-        finally:
-            run.close()
+        with self.stoppable(model):
+            run = self.open_run(path, identity, methods, model, datamodule)
+            try:
+                session = Session(self, run, mode, model, datamodule, start)
+                if self.elastic:
+                    return ElasticWorker(session, self.chunk_samples, self.stale_after).work()
+                return session.work()
+            finally:
+                run.close()
+
+    @contextmanager
+    def stoppable(self, model: FastMemModule) -> Iterator[None]:
+        """Meanwhile, SIGTERM ends the run, after the batch in work if there is one."""
+
+        def any_asked(asked: bool) -> bool:
+            # Processes that hold one model together end after the same batch.
+            return any(self.processes.gather(asked))
+
+        self._stop = StopOnSignal(forward_signal, bool if model.hparams.tp_plan is None else any_asked)
+        with self._stop.listening():
+            yield
 
     def open_run(
         self,
@@ -213,8 +226,9 @@ class FastMemTrainer(Trainer):
                 run.open(config)
 
         processes.first(open_folder)
+        run_id = processes.gather(run.id)[0]
         if processes.rank > 0:
-            run.join(f"rank-{processes.rank:04d}")
+            run.join(worker_name(), run_id)
         return run
 
     def _check_processes(self, model: FastMemModule) -> None:
@@ -235,12 +249,11 @@ class FastMemTrainer(Trainer):
                 "model.tp_plan: shards the model over several processes; give --trainer.devices N, or start "
                 "them with torchrun and say how many (--trainer.devices, --trainer.num_nodes)"
             )
-        launched = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        launched, launcher = launched_by_others()
         if launched > 1 and count == 1 and not self.elastic:
             raise FastMemError(
-                f"trainer.devices: torchrun started {launched} processes, and each would do all of the work; "
-                f"give --trainer.devices {os.environ.get('LOCAL_WORLD_SIZE', launched)} "
-                "and the number of nodes (--trainer.num_nodes)"
+                f"trainer.devices: {launcher} started {launched} processes, and each would do all of the "
+                "work; give --trainer.devices with those of a node, and --trainer.num_nodes"
             )
 
     @contextmanager
@@ -271,8 +284,7 @@ class FastMemTrainer(Trainer):
         """
         usual = list(self.callbacks)
         shown = [progress if progress and isinstance(c, SampleProgress) else c for c in usual]
-        stop = StopOnSignal(self.processes.signal, self.processes.parent)
-        self.callbacks = [*callbacks, stop, *shown]
+        self.callbacks = [*callbacks, self._stop, *shown]
         try:
             super().predict(module, datamodule=datamodule, return_predictions=False)
         finally:

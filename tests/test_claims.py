@@ -22,20 +22,20 @@ def worker(tmp_path):
 
 def test_each_part_is_taken_once(worker):
     a, b = worker("a"), worker("b")
-    assert a.take(["x", "y"]) == ("x", False)
-    assert b.take(["x", "y"]) == ("y", False)
-    assert a.take(["x", "y"]) is None
+    assert a._claim(["x", "y"]) == ("x", 1)
+    assert b._claim(["x", "y"]) == ("y", 1)
+    assert a._claim(["x", "y"]) is None
     assert a.left(["x", "y"]) == {"x": "a", "y": "b"}
 
 
 def test_what_is_done_is_not_left(worker):
     a, b = worker("a"), worker("b")
-    a.take(["x"])
+    a._claim(["x"])
     a.finish("x")
-    assert b.take(["x"]) is None
+    assert b._claim(["x"]) is None
     assert b.left(["x"]) == {}
     a.reopen(["x"])
-    assert b.take(["x"]) == ("x", True)
+    assert b._claim(["x"]) == ("x", 2)
 
 
 def test_of_many_that_ask_at_once_one_gets_it(worker):
@@ -45,7 +45,7 @@ def test_of_many_that_ask_at_once_one_gets_it(worker):
 
         def ask(claims, part=part, barrier=barrier, taken=taken):
             barrier.wait()
-            if claims.take([part]):
+            if claims._claim([part]):
                 taken.append(claims.worker)
 
         threads = [threading.Thread(target=ask, args=(claims,)) for claims in workers]
@@ -57,55 +57,79 @@ def test_of_many_that_ask_at_once_one_gets_it(worker):
 
 
 def test_of_many_that_take_over_at_once_one_gets_it(worker):
-    worker("dead").take(["x"])
+    worker("dead")._claim(["x"])
     workers = [worker(str(i), stale_after=0.05) for i in range(6)]
     for claims in workers:
-        assert claims.take(["x"]) is None
+        assert claims._claim(["x"]) is None
     time.sleep(0.1)
     # All have seen it without a sign of life for long enough.
-    assert [claims.take(["x"]) for claims in workers].count(("x", True)) == 1
+    assert [claims._claim(["x"]) for claims in workers].count(("x", 2)) == 1
 
 
 def test_signs_of_life_keep_a_claim(worker):
     a, b = worker("a", stale_after=0.3), worker("b", stale_after=0.3)
-    a.take(["x"])
-    with a.held("x"):
+    with a.taken(["x"]) as taken:
+        assert taken == ("x", False)
         for _ in range(8):
-            assert b.take(["x"]) is None
+            assert b._claim(["x"]) is None
             time.sleep(0.1)
     # Given back at once, as it was not done.
-    assert b.take(["x"]) == ("x", True)
+    assert b._claim(["x"]) == ("x", 2)
 
 
 def test_an_error_gives_the_claim_back(worker):
     a, b = worker("a"), worker("b")
-    a.take(["x"])
-    with pytest.raises(KeyboardInterrupt), a.held("x"):
+    with pytest.raises(KeyboardInterrupt), a.taken(["x"]):
         raise KeyboardInterrupt
     assert b.left(["x"]) == {"x": ""}
-    assert b.take(["x"]) == ("x", True)
+    assert b._claim(["x"]) == ("x", 2)
 
 
 def test_no_clock_of_another_machine_counts(worker, tmp_path):
     a, b = worker("a"), worker("b", stale_after=0.2)
-    a.take(["x"])
+    a._claim(["x"])
     (claim,) = (tmp_path / "work").glob("x.*.claim")
     for year in (-30, 30):
         # A claim from the past or the future is as fresh as any that is seen for the first time.
         os.utime(claim, (time.time() + year * 3e7,) * 2)
-        assert b.take(["x"]) is None
+        assert b._claim(["x"]) is None
     time.sleep(0.3)
-    assert b.take(["x"]) == ("x", True)
+    assert b._claim(["x"]) == ("x", 2)
 
 
 def test_a_worker_that_wakes_up_late_gives_nothing_of_others_back(worker):
     slow, quick = worker("slow"), worker("quick", stale_after=0.05)
-    slow.take(["x"])
-    with slow.held("x"):
-        quick.take(["x"])
+    with slow.taken(["x"]):
+        # Its signs of life stop.
+        slow.path = slow.path.with_name("nowhere")
+        quick._claim(["x"])
         time.sleep(0.1)
-        assert quick.take(["x"]) == ("x", True)
+        assert quick._claim(["x"]) == ("x", 2)
+        slow.path = quick.path
     assert quick.left(["x"]) == {"x": "quick"}
+
+
+def test_nobody_sees_a_folder_that_is_being_removed(worker, tmp_path, monkeypatch):
+    a = worker("a")
+    a._claim(["x"])
+    a.finish("x")
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+    # Killed before anything in it is gone.
+    a.close()
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_part_is_given_back_by_whoever_holds_it(worker):
+    a, b = worker("a"), worker("b")
+    with a.taken(["x"]):
+        with b.taken(["x"]) as taken:
+            assert taken is None
+        assert b.left(["x"]) == {"x": "a"}
+    with b.taken(["x"]) as taken:
+        assert taken == ("x", True)
+        b.finish("x")
+    with a.taken(["x"]) as taken:
+        assert taken is None
 
 
 def test_all_use_what_the_first_said(worker):

@@ -180,6 +180,34 @@ def test_more_data_makes_another_last_chunk(run, expected, tmp_path):
     assert_whole(tmp_path / "shared", expected)
 
 
+def test_a_run_that_was_killed_before_its_claims_were_gone_is_finished(run, expected, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ClaimFolder, "close", lambda self: None)
+        run("shared")
+    assert (tmp_path / "shared" / "work").is_dir()
+    assert run("shared").num_new == 0
+    assert_whole(tmp_path / "shared", expected)
+
+
+def test_workers_of_other_limits_are_refused_while_one_works(run, expected, tmp_path, monkeypatch):
+    process, refused = FastMemModule._process, []
+
+    def meanwhile(self, pairs):
+        if not refused:
+            refused.append(1)
+            with pytest.raises(
+                FastMemError, match=rf"data\.limit: {COUNT} samples here, 6 where .* is being"
+            ):
+                run("shared")
+        return process(self, pairs)
+
+    monkeypatch.setattr(FastMemModule, "_process", meanwhile)
+    assert run("shared", limit=6).num_new == 6
+    assert refused
+    assert run("shared").num_new == COUNT - 6
+    assert_whole(tmp_path / "shared", expected)
+
+
 def test_memories_are_shared_out(run, expected, tmp_path):
     fork_ranks(2, lambda rank: run("shared", mode="fit").num_new, tmp_path)
     assert len(list((tmp_path / "shared" / "memories").iterdir())) == COUNT

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 
 import pytest
 from lightning.pytorch import Trainer
@@ -115,7 +117,7 @@ def test_the_death_of_one_is_noticed_by_the_others(tmp_path):
     found = fork_ranks(3, work, tmp_path)
     assert found[1] == -signal.SIGKILL
     for rank in (0, 2):
-        assert found[rank][0] == "RunStoppedError"
+        assert found[rank][0] == "LostProcessError"
         assert re.search("another process of this run died; .* the same command goes on", found[rank][1])
 
 
@@ -168,7 +170,7 @@ def test_a_killed_process_loses_its_batch_at_most(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(FastMemModule, "_process", killed)
         found = fork_ranks(2, lambda rank: run("several", 2, batch_size=1), tmp_path)
-    assert found[0][0] == "RunStoppedError"
+    assert found[0][0] == "LostProcessError"
     assert found[1] == -signal.SIGKILL
     folder = tmp_path / "several"
     before = [json.loads(line)["index"] for path in folder.rglob("*.jsonl") for line in path.open()]
@@ -262,8 +264,76 @@ def test_torchrun_without_devices_is_refused(run, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(FastMemError, match=r"torchrun started 2 processes, .* give --trainer\.devices 2 and"):
+    with pytest.raises(FastMemError, match=r"torchrun started 2 processes, .* give --trainer\.devices with"):
         run("refused")
+
+
+def test_srun_without_devices_is_refused(run, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(FastMemError, match=r"srun started 4 processes, .* give --trainer\.devices with"):
+        run("refused")
+
+
+@pytest.mark.parametrize("writer", [0, 1])
+def test_what_any_process_could_not_write_is_taken_in_later(run, tmp_path, monkeypatch, writer):
+    expected = run("one", batch_size=1)
+    monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
+    fsync, calls = os.fsync, []
+
+    def full(handle):
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        calls.append(name.endswith(".jsonl") and "several" in name and int(os.environ["RANK"]) == writer)
+        if sum(calls) == 2 and calls[-1]:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        found = fork_ranks(2, lambda rank: run("several", 2, batch_size=1), tmp_path)
+    assert found[writer][0] == "RunStoppedError"
+    assert (
+        "No space left on device; what was answered before stays, the batch in work is kept"
+        in found[writer][1]
+    )
+    assert found[1 - writer][0] == "FailedElsewhereError"
+    (kept,) = (tmp_path / "cache" / "rescued").iterdir()
+    rescued = {json.loads(line)["index"] for line in kept.read_text().splitlines()}
+    answered, process = [], FastMemModule._process
+    monkeypatch.setattr(
+        FastMemModule,
+        "_process",
+        lambda self, pairs: answered.extend(s.index for s, _ in pairs) or process(self, pairs),
+    )
+    run("several", batch_size=1)
+    assert rescued
+    assert not rescued & set(answered)
+    assert not kept.exists()
+    assert essence(tmp_path / "several") == essence(expected)
+
+
+def test_sigterm_while_waiting_for_the_others(run, tmp_path, monkeypatch):
+    process = FastMemModule._process
+
+    def slow(self, pairs):
+        if os.environ["RANK"] == "1":
+            # The first process has done its share long before.
+            deadline = time.monotonic() + 5
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+        return process(self, pairs)
+
+    def work(rank):
+        if rank == 0:
+            threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return run("several", 2, limit=2, batch_size=1)
+
+    monkeypatch.setattr(FastMemModule, "_process", slow)
+    found = fork_ranks(2, work, tmp_path)
+    assert found[0][0] == "TerminatedError"
+    assert found[1][0] == "LostProcessError"
+    # Both have written what they answered.
+    assert len(list((tmp_path / "several").rglob("*.jsonl"))) == 2
 
 
 def test_processes_of_torchrun_must_be_as_many_as_devices(run, tmp_path):

@@ -66,8 +66,12 @@ def test_a_line_cut_off_by_a_full_disk_is_removed_and_the_batch_kept(tmp_path, m
     path, rescue = write(tmp_path / "run" / "p.jsonl", record(0)), RescueFolder("r1")
     before = path.read_bytes()
 
+    fsync = os.fsync
+
     def full(handle):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if os.readlink(f"/proc/self/fd/{handle}") == str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(RunStoppedError) as error:
@@ -118,8 +122,7 @@ def test_parts_are_gathered_and_removed(tmp_path):
 
     first, second = folder(), folder()
     first.open("")
-    second.check()
-    second.join("rank-0001")
+    second.join("rank-0001", first.id)
     first.append([record(2)])
     second.append([record(1), record(3)])
     assert [r["index"] for r in first.records()] == [1, 2, 3]

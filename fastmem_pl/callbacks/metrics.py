@@ -50,7 +50,8 @@ class MetricAggregation(Callback):
             for group in (ALL, record["task"]):
                 for name, value in _values(record).items():
                     values[group, record["method"], name].append(value)
-                for name in set(_PAIRED) & record["scores"].keys() & (baseline or {}).keys():
+                both = record["scores"].keys() & (baseline or {}).keys()
+                for name in (name for name in _PAIRED if name in both):
                     pair = (baseline[name], record["scores"][name])
                     pairs[group, record["method"], name].append(pair)
         for key, several in values.items():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,25 +14,46 @@ from fastmem_pl.errors import TerminatedError
 
 
 class StopOnSignal(Callback):
-    """Ends the loop after the batch in which SIGTERM came, once all of the batch is on disk.
+    """Ends a run by SIGTERM: after the batch in work, once it is on disk, or at once where there is none.
 
-    It takes the place of Lightning's own handler, which has all processes exchange a message: those that are
-    busy or gone do not answer.
+    In the loop it takes the place of Lightning's own handler, which has all processes exchange a message:
+    those that are busy or gone do not answer.
 
     Args:
         forward: passes the signal on to processes that this one started.
-        parent: process whose end is taken for the signal.
+        agree: whether any process was asked to end, given whether this one was; for processes that have to
+            end after the same batch.
     """
 
-    def __init__(self, forward: Callable[[int], None], parent: int | None = None) -> None:
-        self._forward, self._parent = forward, parent
-        self._asked = False
-        self._earlier: Any = None
+    def __init__(self, forward: Callable[[int], None], agree: Callable[[bool], bool] = bool) -> None:
+        self._forward, self._agree = forward, agree
+        self._asked = self._busy = False
+        self._listens = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Mind the signal meanwhile.
+
+        Raises:
+            TerminatedError: when it comes.
+        """
+        # Python lets the main thread alone set handlers.
+        self._listens = threading.current_thread() is threading.main_thread()
+        earlier = signal.signal(signal.SIGTERM, self._note) if self._listens else None
+        try:
+            yield
+        finally:
+            if self._listens:
+                signal.signal(signal.SIGTERM, earlier)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen for the signal."""
-        if threading.current_thread() is threading.main_thread():
-            self._earlier = signal.signal(signal.SIGTERM, self._note)
+        """Take the signal back from Lightning."""
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._note)
+
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """From here on, wait for the end of the batch."""
+        self._busy = True
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """End the run, if that was asked for.
@@ -40,27 +61,23 @@ class StopOnSignal(Callback):
         Raises:
             TerminatedError: then.
         """
-        if self._parent is not None and os.getppid() != self._parent:
-            raise TerminatedError("the process that started this one is gone; what was answered is kept")
-        if self._asked:
-            raise TerminatedError(
-                "ended by SIGTERM after the batch in work; what was answered is kept, and the same command "
-                "goes on from there"
-            )
+        self._busy = False
+        if self._agree(self._asked):
+            raise _terminated()
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the signal to whoever had it."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the signal to whoever had it."""
-        self._restore()
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        """The batch has ended, too."""
+        self._busy = False
 
     def _note(self, number: int, frame: Any) -> None:
         self._asked = True
         self._forward(number)
+        if not self._busy:
+            raise _terminated()
 
-    def _restore(self) -> None:
-        if self._earlier is not None:
-            signal.signal(signal.SIGTERM, self._earlier)
-            self._earlier = None
+
+def _terminated() -> TerminatedError:
+    return TerminatedError(
+        "ended by SIGTERM after the batch in work; what was answered is kept, and the same command goes on "
+        "from there"
+    )

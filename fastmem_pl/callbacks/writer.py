@@ -7,15 +7,22 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from fastmem_pl.processes import Processes
 from fastmem_pl.run import RunFolder
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Appends each batch to ``predictions.jsonl``: a killed run loses the batch in work at most."""
+    """Appends each batch to ``predictions.jsonl``: a killed run loses the batch in work at most.
 
-    def __init__(self, run: RunFolder) -> None:
+    Args:
+        run: to write to.
+        together: processes that all have the same results. The first writes, and all wait for it to succeed:
+            they could not go on with their model alone.
+    """
+
+    def __init__(self, run: RunFolder, together: Processes | None = None) -> None:
         super().__init__(write_interval="batch")
-        self.run = run
+        self.run, self._together = run, together
 
     def write_on_batch_end(
         self,
@@ -28,4 +35,7 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append the records of a batch."""
-        self.run.append(prediction)
+        if self._together is None:
+            self.run.append(prediction)
+        else:
+            self._together.first(lambda: self.run.append(prediction))

@@ -16,7 +16,7 @@ import yaml
 
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.decoding import BASELINE
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.errors import FastMemError, RunStoppedError
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.provenance import describe_run
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
@@ -219,8 +219,8 @@ def write_results(
         write_atomic(run.path / "search.md", markdown(ranking, picture=True, plots=plots))
         write_atomic(run.path / "best.yaml", best_config(config, ranking, settings, run.path))
     except OSError as error:
-        raise FastMemError(
-            f"run_dir: cannot write {run.path}: {error.strerror}; the answers are kept, and the same command "
+        raise RunStoppedError(
+            f"cannot write {run.path}: {error.strerror}; the answers are kept, and the same command "
             "writes the results"
         ) from error
 
