@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from speed import _8B, _TINY, Endless, device_slug, provenance, random_samples, word_tokenizer
+from speed import _8B, _70B, _TINY, Endless, device_slug, provenance, random_samples, word_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -38,13 +38,6 @@ from fastmem_pl.decoding import METHODS, Decoding, GraphPool, Prefill
 from fastmem_pl.phases import PhaseMeter, is_out_of_memory
 
 RESULTS = Path(__file__).parent / "results"
-_70B = {
-    **_8B,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
 # Shape, type of the weights.
 SHAPES = {"70b": (_70B, "bf16-true"), "8b": (_8B, "bf16-true"), "tiny": (_TINY, "32-true")}
 DTYPES = {"bf16-true": torch.bfloat16, "32-true": torch.float32}

@@ -30,7 +30,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-from speed import _8B, _TINY, device_slug, provenance, random_samples, word_tokenizer
+from speed import _8B, _70B, _TINY, device_slug, provenance, random_samples, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastmem_pl import Backbone, FastMemDataModule, FastMemError, Memorizer, answer
@@ -42,13 +42,6 @@ from fastmem_pl.metrics import normalize_answer
 from fastmem_pl.phases import is_out_of_memory
 
 RESULTS = Path(__file__).parent / "results"
-_70B = {
-    **_8B,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
 SHAPES = {"8b": _8B, "70b": _70B, "tiny": _TINY}
 STEPS, CONTEXT_TOKENS, NEW_TOKENS = 10, 160, 20
 LEARNING_RATE = 1e-5

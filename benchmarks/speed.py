@@ -99,6 +99,13 @@ _8B = {
     "max_position_embeddings": 8192,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+_70B = {
+    **_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 _TINY = {
     **_8B,
     "vocab_size": 1000,

@@ -7,7 +7,12 @@ arXiv 2406.16069.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
+
+# Where torchao is installed, transformers imports it, and it tells of kernels for other machines.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 _EXPORTS = {
     "Backbone": "fastmem_pl.backbone",

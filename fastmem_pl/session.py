@@ -169,11 +169,11 @@ class Session:
             fed: aggregation of all records; made anew where there is none.
         """
         run, data, total = self.run, self.datamodule, len(self._wanted)
+        run.gather()
         if self.mode == "fit":
             headers = self._memories.headers(sorted(self._wanted))
             failed = sum(header["status"] != "ok" for header in headers.values())
             return RunResult(run.path, "fit", total, num_failed=failed, num_new=new)
-        run.gather()
         added = score_records(run, self.model, data)
         records = [record for record in run.records() if record["index"] in self._wanted]
         written = run.metrics_path.is_file()

@@ -93,6 +93,7 @@ class FastMemTrainer(Trainer):
         )
         self.elastic, self.chunk_samples, self.stale_after = elastic, chunk_samples, stale_after
         self.processes: Processes | None = None
+        self._stop = StopOnSignal(forward_signal)
 
     def fit_predict(
         self, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None = None

@@ -44,7 +44,8 @@ class StopOnSignal(Callback):
             yield
         finally:
             if self._listens:
-                signal.signal(signal.SIGTERM, earlier)
+                # Python knows no handler that other code has set.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL if earlier is None else earlier)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signal back from Lightning."""
