@@ -83,6 +83,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if not _said_by_another(error):
             kind = "" if isinstance(error, TerminatedError) else "error: "
             print(f"fastmem: {kind}{error}", file=sys.stderr)
+        if isinstance(error, LostProcessError):
+            sys.modules["fastmem_pl.processes"].leave()
         return error.exit_status
     except KeyboardInterrupt:
         if arguments[0] in MEMORY_COMMANDS:

@@ -35,6 +35,8 @@ _LONGEST_PAUSE, _PATIENCE = 0.05, 10.0
 _PARENT = "FASTMEM_PARENT"
 # Those that this process started; as with Lightning, they live as long as the program.
 _children: list[subprocess.Popen] = []
+# Process ids of higher ranks on this machine that leave it to this process to say that one died.
+_silent: list[int] = []
 _joined = threading.Event()
 
 
@@ -55,8 +57,9 @@ class Processes:
     def __init__(self, strategy: Strategy, command: Sequence[str] | None = None) -> None:
         self._strategy, self._command = strategy, command
         self._group: Any = None
-        # Process ids of lower ranks on this machine.
+        # Process ids of the ranks on this machine, below this one and above it.
         self._lower: list[int] = []
+        self._higher: list[int] = []
         self.rank, self.count = 0, 1
         parent = int(os.environ.get(_PARENT, "0"))
         if parent == os.getppid() and not _joined.is_set():
@@ -117,7 +120,7 @@ class Processes:
                 raise RunStoppedError(
                     f"process {self.rank} of {self.count} did not meet the others: {_first_line(error)}"
                 ) from error
-            atexit.register(_leave)
+            atexit.register(leave)
         if distributed.get_world_size() != self.count:
             raise FastMemError(
                 f"trainer.devices: {self.count} processes here, {distributed.get_world_size()} in an earlier "
@@ -126,7 +129,9 @@ class Processes:
         self._group = distributed.new_group(backend="gloo", timeout=_WAIT_TIMEOUT)
         _joined.set()
         places = self.gather((socket.gethostname(), os.getpid()))
-        self._lower = [pid for host, pid in places[: self.rank] if host == places[self.rank][0]]
+        here = places[self.rank][0]
+        self._lower = [pid for host, pid in places[: self.rank] if host == here]
+        self._higher = [pid for host, pid in places[self.rank + 1 :] if host == here]
 
     def each(self, work: Callable[[], Result]) -> Result:
         """Do work in every process; go on when it is done in all of them.
@@ -192,6 +197,7 @@ class Processes:
                 "from there"
             )
             lost.said_by_another = any(_is_alive(pid) for pid in self._lower)
+            _silent[:] = self._higher
             raise lost from error
         return values
 
@@ -311,9 +317,14 @@ def _end_children(patience: float = _END_SECONDS) -> None:
         patience = _END_SECONDS
 
 
-def _leave() -> None:
+def leave() -> None:
+    """Leave the group; after a loss, the process that says so stays until those that need not have ended."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    # They say it themselves when they find nobody of lower rank.
+    deadline = time.monotonic() + _END_SECONDS
+    while any(_is_alive(pid) for pid in _silent) and time.monotonic() < deadline:
+        time.sleep(_LONGEST_PAUSE)
 
 
 def _first_line(error: BaseException) -> str:
