@@ -14,8 +14,6 @@ from fastmem_pl.metrics import SCORES, McNemar, SampleMean
 
 ALL = "all"
 _ALONE = {"sync_on_compute": False}
-# Scores that are 0 or 1, so that methods can be compared sample by sample with McNemar's test.
-_PAIRED = ("accuracy", "contained", "exact_match", "format_failure", "original")
 
 
 class MetricAggregation(Callback):
@@ -51,7 +49,7 @@ class MetricAggregation(Callback):
                 for name, value in _values(record).items():
                     values[group, record["method"], name].append(value)
                 both = record["scores"].keys() & (baseline or {}).keys()
-                for name in (name for name in _PAIRED if name in both):
+                for name in (name for name in SCORES if SCORES[name].binary and name in both):
                     pair = (baseline[name], record["scores"][name])
                     pairs[group, record["method"], name].append(pair)
         for key, several in values.items():

@@ -6,13 +6,12 @@ import hashlib
 import operator
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from fastmem_pl.data.batches import BatchLimits, ShareSampler, plan
-from fastmem_pl.data.reader import read_samples
+from fastmem_pl.data.reader import data_file, read_samples
 from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import OWN_FIELDS
 from fastmem_pl.errors import FastMemError, unknown
@@ -64,7 +63,7 @@ class FastMemDataModule(LightningDataModule):
         self.task, self.limit = task, limit
         self.batch_size, self.max_batch_tokens = batch_size, max_batch_tokens
         self.answer_prefix, self.fields = answer_prefix, fields
-        self.path = Path(__file__).parent / "demo" / "conflicts.jsonl" if path == DEMO else Path(path)
+        self.path = data_file(path)
         self.samples: list[ContextSample] = []
         self._done: Container[int] = ()
         self._batches: list[list[ContextSample]] | None = None

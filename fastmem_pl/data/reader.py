@@ -11,7 +11,15 @@ from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, Record
 from fastmem_pl.errors import FastMemError, nearest, unknown
 
+PACKAGED = {"demo": Path(__file__).parent / "demo" / "conflicts.jsonl"}
+"""Data files that come with the package, by the name that ``data.path`` takes."""
+
 _SPACE = " \t\r\n"
+
+
+def data_file(name: str | Path) -> Path:
+    """The packaged file of that name, or the path itself."""
+    return PACKAGED.get(str(name), Path(name))
 
 
 def read_samples(

@@ -2,7 +2,7 @@
 
 from fastmem_pl.metrics.aggregate import McNemar, SampleMean
 from fastmem_pl.metrics.models import METRIC_MODELS, MetricModel, load_metric_model
-from fastmem_pl.metrics.scores import SCORES, Score, score_answer
+from fastmem_pl.metrics.scores import SCORES, Score, format_score, lower_is_better, score_answer
 from fastmem_pl.metrics.text import (
     contains_answer,
     extract_answer,
@@ -19,8 +19,10 @@ __all__ = [
     "Score",
     "contains_answer",
     "extract_answer",
+    "format_score",
     "has_answer_format",
     "load_metric_model",
+    "lower_is_better",
     "normalize_answer",
     "score_answer",
 ]

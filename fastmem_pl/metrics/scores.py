@@ -27,12 +27,16 @@ class Score:
             score without a function needs a model of its own, and comes after the answers
             (:mod:`fastmem_pl.metrics.models`).
         percent: show as a percentage.
+        binary: it is 0 or 1, so that methods are compared sample by sample with McNemar's test.
+        lower_is_better: whether a small value is the good one.
     """
 
     name: str
     label: str
     function: Callable[[str, Sequence[str], Sequence[str]], float | None] | None
     percent: bool = True
+    binary: bool = False
+    lower_is_better: bool = False
 
 
 def accuracy(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
@@ -106,12 +110,12 @@ def _word_f1(answer: list[str], reference: list[str]) -> float:
 
 SCORES: Registry[Score] = Registry("metric")
 for _score in (
-    Score("accuracy", "accuracy", accuracy),
-    Score("contained", "contained", contained),
-    Score("exact_match", "exact", exact_match),
+    Score("accuracy", "accuracy", accuracy, binary=True),
+    Score("contained", "contained", contained, binary=True),
+    Score("exact_match", "exact", exact_match, binary=True),
     Score("f1", "F1", f1),
-    Score("format_failure", "format failure", format_failure),
-    Score("original", "original fact", original),
+    Score("format_failure", "format failure", format_failure, binary=True, lower_is_better=True),
+    Score("original", "original fact", original, binary=True, lower_is_better=True),
     Score("rouge1", "ROUGE-1", rouge1),
     Score("rouge2", "ROUGE-2", rouge2),
     Score("rougeL", "ROUGE-L", rougeL),
@@ -133,3 +137,21 @@ def score_answer(
         if value is not None:
             scores[name] = value
     return scores
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a small value of this score is the good one."""
+    return name in SCORES and SCORES[name].lower_is_better
+
+
+def format_score(name: str, value: float, error: float | None = None, sign: str = "") -> str:
+    """Return a score as tables show it; ``sign="+"`` marks a difference.
+
+    >>> format_score("accuracy", 0.525, 0.031), format_score("output_words", 3.25)
+    ('52.5% ± 3.1', '3.2')
+    """
+    percent = name in SCORES and SCORES[name].percent
+    scale = 100 if percent else 1
+    shown = round(scale * value, 1) + 0.0  # no minus before a zero
+    spread = "" if error is None else f" ± {scale * error:.1f}"
+    return f"{shown:{sign}.1f}{'%' if percent else ''}{spread}"

@@ -12,14 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fastmem_pl.metrics import SCORES
+from fastmem_pl.metrics import SCORES, format_score, lower_is_better
 from fastmem_pl.search.ranking import (
     Baseline,
     RankedPoint,
     Ranking,
-    format_score,
     format_setting,
-    lower_is_better,
 )
 from fastmem_pl.targets import write_atomic
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.metrics import SCORES, SampleMean
+from fastmem_pl.metrics import SampleMean, format_score, lower_is_better
 
 # Nothing lies beyond these, so the best value being there does not ask for a larger grid.
 _BOUNDS = {"steps": 1, "kl_coeff": 0, "alpha": 0, "temperature": 0, "top_k": 0, "top_p": 1, "relative_top": 1}
@@ -127,24 +127,6 @@ def rank(
     baseline = Baseline(**_means([zero_shot[index] for index in sorted(zero_shot)], objective))
     warnings = _warnings(objective, occurring, points, ranges)
     return Ranking(objective, occurring, baseline, points, warnings, dict(ranges) if ranges else None)
-
-
-def lower_is_better(name: str) -> bool:
-    """Whether a small value of this score is the good one."""
-    return name in ("format_failure", "original")
-
-
-def format_score(name: str, value: float, error: float | None = None, sign: str = "") -> str:
-    """Return a score as tables show it; ``sign="+"`` marks a difference.
-
-    >>> format_score("accuracy", 0.525, 0.031), format_score("output_words", 3.25)
-    ('52.5% ± 3.1', '3.2')
-    """
-    percent = name in SCORES and SCORES[name].percent
-    scale = 100 if percent else 1
-    shown = round(scale * value, 1) + 0.0  # no minus before a zero
-    spread = "" if error is None else f" ± {scale * error:.1f}"
-    return f"{shown:{sign}.1f}{'%' if percent else ''}{spread}"
 
 
 def format_setting(value: float, digits: int = 10) -> str:

@@ -17,6 +17,7 @@ import yaml
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.errors import FastMemError, RunStoppedError
+from fastmem_pl.metrics import format_score
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.provenance import describe_run
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
@@ -24,7 +25,7 @@ from fastmem_pl.scoring import score_records
 from fastmem_pl.search.grid import MEMORY_AXES, Point, SearchSettings, check_every
 from fastmem_pl.search.loop import AnswerProgress, answer_loop
 from fastmem_pl.search.module import SearchModule
-from fastmem_pl.search.ranking import Ranking, format_score, rank
+from fastmem_pl.search.ranking import Ranking, rank
 from fastmem_pl.targets import write_atomic
 
 if TYPE_CHECKING:

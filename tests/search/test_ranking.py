@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.search.ranking import format_score, format_setting, lower_is_better, rank
+from fastmem_pl.metrics import format_score, lower_is_better
+from fastmem_pl.search.ranking import format_setting, rank
 
 RATES = [1e-6, 1e-5, 1e-4]
 AXES = {"learning_rate": RATES, "steps": [4], "kl_coeff": [0.1]}
