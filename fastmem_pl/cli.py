@@ -1,4 +1,4 @@
-"""The ``fastmem`` command: Lightning's subcommands over samples, and commands on single memories."""
+"""The ``fastmem`` command: Lightning's subcommands over samples, and commands on memories and results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ commands:
   memorize      memorize one text and keep it as a file
   ask           ask such a memory, on the command line or in a loop
   export        ship it: a LoRA adapter, a merged checkpoint, a smaller file
+  report        one HTML page from the results of runs, with all samples
+  compare       the same tables in the terminal
   tasks [NAME]  show the tasks with their prompts
+  env           versions and devices, for bug reports
 
 first run:
   fastmem fit-predict --config demo
@@ -46,6 +49,8 @@ your own model (Hub id, folder or .gguf file):
 a row of the paper (model, task, method):
   fastmem fit-predict --config base,llama3-8b,nqswap,fastmem+cd --data.path nqswap.json
 
+what came out, and where the time went:
+  fastmem report runs/demo && fastmem fit-predict --config demo --profile --run_dir runs/profiled
 good settings for your model and data (4 learning rates x 3 numbers of steps x 5 KL weights by default):
   fastmem search --config smollm2,nqswap,search --data.path nqswap.json
 
@@ -63,7 +68,9 @@ packaged configs, later ones on top of earlier ones:
 """
 USAGE = "fastmem {command} --config NAME_OR_FILE [--data.path FILE] [--run_dir DIR] [options]"
 COMMANDS = ("fit-predict", "fit", "predict", "search")
+PROFILED_COMMANDS = ("fit-predict", "fit", "predict")
 MEMORY_COMMANDS = ("memorize", "ask", "export")
+FILE_COMMANDS = ("report", "compare", "env")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -87,7 +94,7 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.modules["fastmem_pl.processes"].leave()
         return error.exit_status
     except KeyboardInterrupt:
-        if arguments[0] in MEMORY_COMMANDS:
+        if arguments[0] in (*MEMORY_COMMANDS, *FILE_COMMANDS):
             print("fastmem: stopped", file=sys.stderr)
             return 130
         return _interrupted()
@@ -120,18 +127,20 @@ def _command(arguments: list[str]) -> int:
 
         print(f"fastmem-pl {version('fastmem-pl')}")
         return 0
+    if arguments[0] in (*COMMANDS, *MEMORY_COMMANDS, *FILE_COMMANDS, "tasks"):
+        arguments = _resolve_profile(arguments)
     if arguments[0] == "tasks":
         return _show_tasks(arguments[1:])
-    if arguments[0] in MEMORY_COMMANDS:
-        return _run_memory_command(arguments[0], arguments[1:])
+    if arguments[0] in (*MEMORY_COMMANDS, *FILE_COMMANDS):
+        return _run_own_command(arguments[0], arguments[1:])
     if arguments[0] not in COMMANDS:
-        known = (*COMMANDS, *MEMORY_COMMANDS, "tasks")
+        known = (*COMMANDS, *MEMORY_COMMANDS, *FILE_COMMANDS, "tasks")
         hint = nearest(arguments[0], known)
         raise FastMemError(f"{arguments[0]!r} is no command; allowed: {', '.join(known)}{hint}")
     return _run(_resolve_configs(arguments))
 
 
-def _run_memory_command(name: str, arguments: list[str]) -> int:
+def _run_own_command(name: str, arguments: list[str]) -> int:
     if not {"-h", "--help"} & set(arguments):
         _quiet_libraries()
     command = importlib.import_module(f"fastmem_pl.commands.{name}")
@@ -145,6 +154,8 @@ def _run_memory_command(name: str, arguments: list[str]) -> int:
 
         if not is_out_of_memory(error):
             raise
+        if name in FILE_COMMANDS:
+            raise FastMemError("out of memory; report fewer runs at once") from error
         raise FastMemError(
             "out of memory; try --precision bf16-true, --windows sequential with a smaller --window, or "
             "--device cpu"
@@ -190,6 +201,30 @@ def _show_tasks(names: list[str]) -> int:
     if not names:
         print("all prompts of one task: fastmem tasks NAME; a data file: --data.task NAME --data.path FILE")
     return 0
+
+
+def _resolve_profile(arguments: list[str]) -> list[str]:
+    """Write ``--profile`` and ``--profile=trace,memory`` as the setting of the trainer they stand for."""
+    options = {a for a in arguments if a.partition("=")[0] == "--profile"}
+    if not options:
+        return arguments
+    command = arguments[0]
+    if command not in PROFILED_COMMANDS:
+        raise FastMemError(f"--profile: not with {command}; allowed with {', '.join(PROFILED_COMMANDS)}")
+    from fastmem_pl.profiling import check_kinds
+
+    resolved, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument not in options:
+            resolved.append(argument)
+            continue
+        # These commands take options only, so a word after it is its value.
+        spaced = "=" not in argument and rest and not rest[0].startswith("-")
+        names = rest.pop(0) if spaced else argument.partition("=")[2] if "=" in argument else "phases"
+        kinds = check_kinds([name.strip() for name in names.strip("[]").split(",")], "--profile")
+        resolved += ["--trainer.profile", f"[{', '.join(kinds)}]"]
+    return resolved
 
 
 def _resolve_configs(arguments: list[str]) -> list[str]:

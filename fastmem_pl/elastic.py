@@ -147,7 +147,7 @@ class ElasticWorker:
                         claims.reopen(lost)
                         return None
                     peaks, workers = session.model.meter.peak_gib(), len(session.run.parts())
-                    result = session.finish(self._new, peaks, max(1, workers))
+                    result = session.finish(self._new, peaks, max(1, workers), others=True)
                     # The folder's absence says that the run is done: no other mark can be left behind.
                     claims.close()
                     return result

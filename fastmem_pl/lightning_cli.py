@@ -18,6 +18,7 @@ from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.errors import FastMemError, nearest
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.report import print_run
+from fastmem_pl.report.profile import profile_table
 from fastmem_pl.report.search import print_search
 from fastmem_pl.report.terminal import make_console
 from fastmem_pl.search import SearchResult
@@ -101,10 +102,25 @@ class FastMemCLI(LightningCLI):
             name = "-".join(file.stem for file in files) if files else config.data.task
             config["run_dir"] = str(Path("runs") / name)
 
+    def instantiate_classes(self) -> None:
+        """Make what the configuration names; classes of a user's choice may lack a package."""
+        try:
+            super().instantiate_classes()
+        except FastMemError:
+            raise
+        except ValueError as error:
+            line = " ".join(str(error).split())
+            found = re.search(r"Problem with given class_path '([^']+)': (.+?)(?: - Expected an? |$)", line)
+            if not found:
+                raise
+            raise FastMemError(f"{found[1]}: {found[2]}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> FastMemTrainer:
         """Make the trainer and hand it the resolved configuration."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
+        except FastMemError:
+            raise
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             message = " ".join(str(error).split())
             settings = self._get(self.config, "trainer").as_dict()
@@ -163,7 +179,17 @@ def run_command(arguments: list[str]) -> int:
         elif not result.num_new:
             print("this run was complete already; nothing was left to do")
         print_run(result.path)
+    _print_profile(result)
     return 0
+
+
+def _print_profile(result: RunResult | SearchResult) -> None:
+    """Print the table of a profile, where one was made."""
+    profile = getattr(result, "profile", None)
+    if profile:
+        print()
+        make_console().print(profile_table(profile))
+        print(f"profile: {result.path / 'profile'}")
 
 
 def _print_search(result: SearchResult) -> None:

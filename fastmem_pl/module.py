@@ -206,7 +206,7 @@ class FastMemModule(LightningModule):
                 ) from error
         object.__setattr__(self, "_backbone", backbone.with_chat(self.chat))
         self.memorizer = Memorizer(self.backbone, self.settings)
-        self.meter = PhaseMeter(self.backbone.device)
+        self.meter = self.memorizer.meter = PhaseMeter(self.backbone.device)
         self.graphs = GraphPool()
         self.room = Room(self.backbone, self.settings, self.graphs, self.hparams.auto_batch)
         self._prepare_methods()
@@ -298,7 +298,8 @@ class FastMemModule(LightningModule):
         samples, encoded = [sample for sample, _ in pairs], [encoded for _, encoded in pairs]
         memory, memorize_seconds = self._obtain_memory(samples, encoded)
         if self.mode == "fit":
-            return self._save(samples, encoded, memory)
+            with self.meter.detail("memories", samples=len(samples)):
+                return self._save(samples, encoded, memory)
         if memory:
             memory = memory.to(self.backbone.compute_dtype)
         records: dict[str, list[dict[str, Any]]] = {}
@@ -315,7 +316,7 @@ class FastMemModule(LightningModule):
             if self._decoders[method.name].needs_without_context:
                 read.append("without_context")
             prompts, *without_context = (prefills.take(form) for form in read)
-            with self.meter.measure("decode") as timing:
+            with self.meter.measure("decode", part=method.name, samples=len(samples)) as timing:
                 answers = Decoding(
                     prompts,
                     method.decoder,
@@ -325,16 +326,19 @@ class FastMemModule(LightningModule):
                     keys=[sample.index for sample in samples],
                     graphs=self.graphs,
                 ).run()
+                lengths = [len(answer.token_ids) for answer in answers]
+                timing.update(tokens=sum(lengths), steps=max(lengths))
             seconds = {
                 "memorize": memorize_seconds / len(samples) if used else 0.0,
                 "decode": (sum(prefills.seconds[form] for form in read) + timing["seconds"]) / len(samples),
             }
             records[method.name] = []
-            for row, sample in enumerate(samples):
-                record = self.record(sample, method, answers[row], encoded[row], seconds)
-                record["curve"] = used.curves[row].as_dict() if used else None
-                record["status"] = used.status[row] if used else "ok"
-                records[method.name].append(record)
+            with self.meter.detail("scoring", samples=len(samples)):
+                for row, sample in enumerate(samples):
+                    record = self.record(sample, method, answers[row], encoded[row], seconds)
+                    record["curve"] = used.curves[row].as_dict() if used else None
+                    record["status"] = used.status[row] if used else "ok"
+                    records[method.name].append(record)
         return [records[method.name][row] for row in range(len(samples)) for method in self.methods]
 
     def _obtain_memory(
@@ -343,13 +347,16 @@ class FastMemModule(LightningModule):
         """Memorize or load; ``(None, 0)`` where no method needs a memory."""
         if self.mode != "fit" and not any(method.memory for method in self.methods):
             return None, 0.0
-        with self.meter.measure("memorize") as timing:
-            if self.mode == "predict":
+        if self.mode == "predict":
+            with self.meter.measure("memorize", name="memories", samples=len(samples)) as timing:
                 indices = [sample.index for sample in samples]
                 fingerprint, device = self.backbone.fingerprint(), self.backbone.device
                 memory = MemoryFolder(self.memories).load(indices, fingerprint, device)
-            else:
-                memory = self.memorizer.fit([sample.context for sample in encoded])
+            return memory, timing["seconds"]
+        steps, tokens = self.settings.steps, sum(sample.context.context_tokens for sample in encoded)
+        counts = {"samples": len(samples), "tokens": steps * tokens, "steps": steps}
+        with self.meter.measure("memorize", **counts) as timing:
+            memory = self.memorizer.fit([sample.context for sample in encoded])
         return memory, timing["seconds"]
 
     def _save(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from fastmem_pl.module import FastMemModule
     from fastmem_pl.run import RunFolder
 
-_PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
+PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
 
 
 def describe_run(
@@ -44,21 +44,30 @@ def describe_run(
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and device, as kept with every result."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": versions(PACKAGES),
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
     }
 
 
-def _processor() -> str:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of installed packages, and "not installed" for others; none is imported."""
+    found = {}
+    for name in packages:
+        try:
+            # Of a damaged installation, the version may be missing.
+            found[name] = importlib.metadata.version(name) or "unknown"
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def processor() -> str:
+    """The CPU's model, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -31,7 +31,7 @@ def read_records(path: Path) -> list[tuple[bytes, Record]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            whole = line.endswith(b"\n") and isinstance(record, dict)
+            whole = line.endswith(b"\n") and _names_itself(record)
         except (json.JSONDecodeError, UnicodeDecodeError):
             whole = False
         if whole:
@@ -41,6 +41,15 @@ def read_records(path: Path) -> list[tuple[bytes, Record]]:
                 f"{path}, line {number}: not a record; remove the line or give another --run_dir"
             )
     return found
+
+
+def _names_itself(record: Any) -> bool:
+    """Whether it says which sample it is of, and by which method."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("index"), int)
+        and isinstance(record.get("method"), str)
+    )
 
 
 def merge_records(paths: Iterable[Path], methods: Sequence[str]) -> list[tuple[bytes, Record]]:

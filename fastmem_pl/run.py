@@ -332,7 +332,7 @@ class RunFolder:
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:
     """List ``name: there X, here Y`` of every setting that differs; a raised limit is no difference."""
-    there, here = _flatten(found), _flatten(wanted)
+    there, here = flatten(found), flatten(wanted)
     lines = []
     for name in sorted(there.keys() | here.keys()):
         if name in optional and not (name in there and name in here):
@@ -352,11 +352,12 @@ def _merged(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

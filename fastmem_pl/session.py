@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from fastmem_pl.callbacks import ALL, MetricAggregation, PredictionWriter
+from fastmem_pl.callbacks import ALL, BatchTracer, MetricAggregation, PredictionWriter, RunLogging
 from fastmem_pl.data import FastMemDataModule
+from fastmem_pl.elastic import worker_name
+from fastmem_pl.loggers import RunLog
 from fastmem_pl.memory import MemoryFolder, usable_bytes
 from fastmem_pl.module import FastMemModule, Mode
-from fastmem_pl.provenance import describe_run
+from fastmem_pl.profiling import SCHEMA_VERSION as PROFILE_VERSION
+from fastmem_pl.profiling import merge, profile_path, write_profile
+from fastmem_pl.provenance import describe_run, environment
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
 from fastmem_pl.scoring import score_records
 
@@ -38,6 +43,7 @@ class RunResult:
         num_failed: after ``fit``, memories whose loss was not finite.
         num_new: samples that were not done before this session.
         added_scores: those of metric models that came in this session.
+        profile: where the time went (:mod:`fastmem_pl.profiling`), where that was asked for.
     """
 
     path: Path
@@ -47,6 +53,7 @@ class RunResult:
     num_failed: int = 0
     num_new: int = 0
     added_scores: list[str] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -77,6 +84,9 @@ class Session:
         self._together = model.hparams.tp_plan is not None
         self._wanted = {sample.index for sample in datamodule.samples}
         self._memories = MemoryFolder(run.memories_path)
+        config = trainer.config_text or trainer.resolved_config(model, datamodule, run.path)
+        self.log = RunLog(trainer.chosen_loggers, run.path, config)
+        self._tracing = self._tracers()
 
     def work(self) -> RunResult:
         """Do all that is left, and the metrics."""
@@ -90,8 +100,8 @@ class Session:
             log.warning(
                 "going on in %s: %d of %d samples are done", self.run.path, len(done), len(self._wanted)
             )
-        if new and aggregation:
-            aggregation.feed([r for r in self.run.records() if r["index"] in done])
+        if new:
+            processes.first(lambda: self.take_up(done, aggregation))
         batches = self.plan()
         try:
             # One bar shows what all do.
@@ -111,6 +121,28 @@ class Session:
             # Those of an earlier session would be stale, should this one be killed.
             self.run.metrics_path.unlink(missing_ok=True)
         return done
+
+    def take_up(self, done: Collection[int], aggregation: MetricAggregation | None) -> None:
+        """Begin the log and the metrics with what earlier sessions did."""
+        if not (aggregation or self.trainer.chosen_loggers):
+            return
+        records = self._results(done)
+        if aggregation:
+            aggregation.feed(records)
+        self.tell(records)
+
+    def tell(self, records: Sequence[Mapping[str, Any]], groups: Mapping[str, Any] | None = None) -> None:
+        """Log samples and, with ``groups``, the final metrics; what the log has of them is left out."""
+        self.log.add(records)
+        self.trainer.loggers = self.log.loggers
+        if groups is not None:
+            self.log.finish(groups)
+
+    def _results(self, indices: Collection[int]) -> list[dict[str, Any]]:
+        """What is on disk of samples: records of their answers or, under ``fit``, their curves."""
+        if self.mode == "fit":
+            return _curves(self._memories.headers(sorted(indices)))
+        return [record for record in self.run.records() if record["index"] in indices]
 
     def prepare(self) -> None:
         """Make the folder that memories go to."""
@@ -155,26 +187,37 @@ class Session:
         self.datamodule.use_plan(batches, whole=self._together)
         together = self._processes if self._together else None
         writer = [] if self.mode == "fit" else [PredictionWriter(self.run, together)]
-        self.trainer.run_loop(self.model, self.datamodule, [*callbacks, *writer])
+        loggers = [RunLogging(self.log)] if self.log.is_open else []
+        others = [*callbacks, *writer, *loggers]
+        self.trainer.run_loop(self.model, self.datamodule, [*self._tracing, *others])
 
     def finish(
-        self, new: int, peaks: dict[str, float], processes: int, fed: MetricAggregation | None = None
+        self,
+        new: int,
+        peaks: dict[str, float],
+        processes: int,
+        fed: MetricAggregation | None = None,
+        others: bool = False,
     ) -> RunResult:
-        """Merge what all processes answered, and write the metrics.
+        """Merge what all processes answered, write the metrics and log what is not logged yet.
 
         Args:
             new: samples that this session did.
             peaks: peak GiB by phase.
             processes: that took part.
             fed: aggregation of all records; made anew where there is none.
+            others: whether further sessions did some beside it, and leave the end to it.
         """
         run, data, total = self.run, self.datamodule, len(self._wanted)
         run.gather()
         if self.mode == "fit":
             headers = self._memories.headers(sorted(self._wanted))
             failed = sum(header["status"] != "ok" for header in headers.values())
+            if new or others:
+                self.tell(_curves(headers), {})
             return RunResult(run.path, "fit", total, num_failed=failed, num_new=new)
-        added = score_records(run, self.model, data)
+        with self.model.meter.detail("scoring"):
+            added = score_records(run, self.model, data)
         records = [record for record in run.records() if record["index"] in self._wanted]
         written = run.metrics_path.is_file()
         grown = bool(added) or (written and _lacks_scores(run.metrics(), records))
@@ -194,7 +237,56 @@ class Session:
             # Only scores came: what was measured while answering stays.
             metrics = {**run.metrics(), "groups": metrics["groups"]}
         run.write_metrics(metrics)
+        self.tell(records, metrics["groups"])
         return RunResult(run.path, self.mode, total, metrics, num_new=new, added_scores=added)
+
+    def profiled(self, result: RunResult) -> RunResult:
+        """Keep the profile of all processes beside the result, where there was something to measure."""
+        profiler, processes = self.trainer.run_profiler, self._processes
+        if profiler is None or not (result.num_new or result.added_scores):
+            return result
+        worker = worker_name() if self.trainer.elastic else None
+        parts = processes.gather(profiler.part(worker or str(processes.rank)))
+        path = profile_path(self.run.path, worker)
+
+        def write() -> dict[str, Any]:
+            # That of an earlier session says more than one of scores alone.
+            if not result.num_new and path.is_file():
+                return {}
+            profile = {
+                "schema_version": PROFILE_VERSION,
+                "mode": self.mode,
+                "num_samples": result.num_new,
+                **merge(parts, shared=not self._together),
+                "environment": {**environment(self.model.backbone.device), "processes": processes.count},
+                "settings": self.run.identity,
+            }
+            write_profile(path, profile)
+            return profile
+
+        result.profile = processes.first(write)
+        return result
+
+    def _tracers(self) -> list[Callback]:
+        """What looks at single batches, if that is asked for."""
+        profiler, device = self.trainer.run_profiler, self.model.backbone.device
+        kinds = set(profiler.kinds) - {"phases"} if profiler else set()
+        if "memory" in kinds and device.type != "cuda":
+            if self._processes.rank == 0:
+                log.warning(
+                    "profile: memory is the history of a CUDA device's allocator, and this run is on %s: "
+                    "none is kept (the profile tells the peak of each phase)",
+                    "the CPU" if device.type == "cpu" else device.type,
+                )
+            kinds.discard("memory")
+        name = worker_name() if self.trainer.elastic else str(self._processes.rank)
+        folder = profile_path(self.run.path).parent
+        return [BatchTracer(profiler, folder, name, device)] if kinds else []
+
+
+def _curves(headers: Mapping[int, Mapping[str, str]]) -> list[dict[str, Any]]:
+    """What the files of memories say of the fits, by index, in the form of records."""
+    return [{"index": index, "curve": json.loads(header["curve"])} for index, header in headers.items()]
 
 
 def _highest(peaks: Collection[dict[str, float]]) -> dict[str, float]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 
-from fastmem_pl.callbacks import SampleProgress, StopOnSignal
+from fastmem_pl.callbacks import LoggersAside, SampleProgress, StopOnSignal
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.elastic import ElasticWorker, worker_name
 from fastmem_pl.errors import FastMemError
+from fastmem_pl.loggers import select_loggers
 from fastmem_pl.module import FastMemModule, Mode
+from fastmem_pl.phases import PhaseMeter
 from fastmem_pl.processes import Processes, forward_signal, launched_by_others
+from fastmem_pl.profiling import ProfileKind, Profiler, check_kinds
 from fastmem_pl.run import RunFolder
 from fastmem_pl.search import SearchResult, SearchSettings, run_search
 from fastmem_pl.session import RunResult, Session
@@ -41,8 +45,15 @@ class FastMemTrainer(Trainer):
         chunk_samples: samples that an elastic process takes at once.
         stale_after: seconds without a sign of life after which the samples of an elastic process go to
             others; 60 at least on a network file system.
+        profile: measure where the time of fit-predict, fit or predict goes (phases), and the peak memory of
+            each phase: RUN/profile/profile.json, and a table at the end. trace adds the operators of up to
+            three batches (trace-*.json, for Perfetto); memory a history of what they allocate on a CUDA
+            device (memory-*.pickle). On the command line, --profile and --profile=trace,memory.
         inference_mode: Lightning's default is true; memorizing works under both.
-        logger: none by default; results are in the run folder.
+        logger: csv (RUN/logs/metrics.csv), tensorboard, wandb, mlflow, a Lightning logger, several of these,
+            or false. They get the curve and scores of every sample as they come, and the final metrics; those
+            given by name write below RUN/logs/. The first process logs; of elastic ones, the one that comes
+            to the end, all at once. A search logs nothing.
         enable_checkpointing: off, as there is nothing to checkpoint.
         enable_model_summary: off; the outer module has no parameters of its own.
         enable_progress_bar: shows samples done, rate and time left.
@@ -67,8 +78,9 @@ class FastMemTrainer(Trainer):
         elastic: bool = False,
         chunk_samples: int = 32,
         stale_after: float = 300.0,
+        profile: list[ProfileKind] | None = None,
         inference_mode: bool = False,
-        logger: Any = False,
+        logger: bool | Logger | list[Logger | str] | str | None = "csv",
         enable_checkpointing: bool | None = False,
         enable_model_summary: bool | None = False,
         enable_progress_bar: bool | None = None,
@@ -78,13 +90,14 @@ class FastMemTrainer(Trainer):
         for name, value in (("chunk_samples", chunk_samples), ("stale_after", stale_after)):
             if value < 1:
                 raise FastMemError(f"trainer.{name}: {value} is out of range; allowed: at least 1")
+        self.chosen_loggers = select_loggers(logger)
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         own: list[Callback] = [] if enable_progress_bar is False else [SampleProgress()]
         super().__init__(
             precision=precision,
             devices=devices,
             inference_mode=inference_mode,
-            logger=logger,
+            logger=[each for each in self.chosen_loggers if not isinstance(each, str)],
             enable_checkpointing=enable_checkpointing,
             enable_model_summary=enable_model_summary,
             enable_progress_bar=enable_progress_bar,
@@ -92,6 +105,7 @@ class FastMemTrainer(Trainer):
             **kwargs,
         )
         self.elastic, self.chunk_samples, self.stale_after = elastic, chunk_samples, stale_after
+        self.profile, self.run_profiler = check_kinds(profile), None
         self.processes: Processes | None = None
         self._stop = StopOnSignal(forward_signal)
 
@@ -150,6 +164,10 @@ class FastMemTrainer(Trainer):
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
                 runs/ and the names of the configs.
         """
+        if self.profile:
+            raise FastMemError(
+                "trainer.profile: a search is not profiled; allowed with fit-predict, fit and predict"
+            )
         with self.stoppable(model):
             return run_search(self, model, datamodule, search, run_dir)
 
@@ -162,14 +180,19 @@ class FastMemTrainer(Trainer):
         model.use_mode(mode, path / "memories")
         methods = [] if mode == "fit" else [method.name for method in model.methods]
         identity = self.identity(model, datamodule, bool(methods))
+        self.run_profiler = Profiler(self.profile, start) if self.profile else None
         with self.stoppable(model):
             run = self.open_run(path, identity, methods, model, datamodule)
             try:
                 session = Session(self, run, mode, model, datamodule, start)
-                if self.elastic:
-                    return ElasticWorker(session, self.chunk_samples, self.stale_after).work()
-                return session.work()
+                with closing(session.log):
+                    if self.elastic:
+                        worker = ElasticWorker(session, self.chunk_samples, self.stale_after)
+                        return session.profiled(worker.work())
+                    return session.profiled(session.work())
             finally:
+                # What it measures from here on is nobody's.
+                model.meter.calls = self.run_profiler = None
                 run.close()
 
     @contextmanager
@@ -214,7 +237,7 @@ class FastMemTrainer(Trainer):
         # What needs neither model nor company is refused before there are any.
         run.check()
         processes.start(tensor_parallel)
-        processes.each(lambda: model.load_backbone(str(self.precision), self.strategy.root_device))
+        processes.each(lambda: self._load(model))
         run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
         config = self.config_text or self.resolved_config(model, datamodule, path)
 
@@ -231,6 +254,12 @@ class FastMemTrainer(Trainer):
         if processes.rank > 0:
             run.join(worker_name(), run_id)
         return run
+
+    def _load(self, model: FastMemModule) -> None:
+        device, calls = self.strategy.root_device, self.run_profiler and self.run_profiler.calls
+        with PhaseMeter(device, calls).detail("load"):
+            model.load_backbone(str(self.precision), device)
+        model.meter.calls = calls
 
     def _check_processes(self, model: FastMemModule) -> None:
         """Refuse ways to use several devices that exclude each other, and a launcher nobody reckons with."""
@@ -283,13 +312,13 @@ class FastMemTrainer(Trainer):
             callbacks: that come before the trainer's own.
             progress: takes the place of the trainer's progress bar, where it has one.
         """
-        usual = list(self.callbacks)
+        usual, loggers = list(self.callbacks), LoggersAside(self.loggers)
         shown = [progress if progress and isinstance(c, SampleProgress) else c for c in usual]
-        self.callbacks = [*callbacks, self._stop, *shown]
+        self.callbacks, self.loggers = [loggers, *callbacks, self._stop, *shown], []
         try:
             super().predict(module, datamodule=datamodule, return_predictions=False)
         finally:
-            self.callbacks = usual
+            self.callbacks, self.loggers = usual, loggers.loggers
 
     def identity(self, model: FastMemModule, datamodule: FastMemDataModule, answers: bool) -> dict[str, Any]:
         """Settings that the results depend on; memories depend on fewer than answers."""

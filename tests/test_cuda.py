@@ -1,5 +1,6 @@
 """The same invariants on a GPU; skipped where there is none."""
 
+import json
 from typing import ClassVar
 
 import pytest
@@ -86,6 +87,25 @@ def test_whole_run(tmp_path, tiny_folder, precision, inference_mode):
     assert result.metrics["groups"]["all"]["fastmem+cd"]["n"] == 5
     assert result.metrics["peak_memory_gib"]["memorize"] > 0
     assert module.backbone.device.type == "cuda"
+
+
+def test_a_profile_changes_no_answer_and_sees_the_gpu(tmp_path, tiny_folder):
+    found = []
+    for kinds in (None, ["trace", "memory"]):
+        trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False, profile=kinds)
+        module = FastMemModule(str(tiny_folder), **STRONG, max_new_tokens=6)
+        data = FastMemDataModule(limit=6, batch_size=2)
+        result = trainer.fit_predict(module, data, run_dir=str(tmp_path / f"run-{len(found)}"))
+        lines = (result.path / "predictions.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["token_ids"] for line in lines])
+    assert found[0] == found[1]
+    assert all(result.profile["phases"][name]["peak_memory_gib"] > 0 for name in ("trunk", "decode"))
+    assert result.profile["files"] == ["memory-0.pickle", "trace-0.json"]
+    # Written in full; what is in it is for PyTorch's viewer.
+    assert (result.path / "profile" / "memory-0.pickle").read_bytes()[-1:] == b"."
+    events = json.loads((result.path / "profile" / "trace-0.json").read_text())["traceEvents"]
+    kinds = {event.get("cat") for event in events}
+    assert {"kernel", "user_annotation"} <= kinds
 
 
 def test_real_out_of_memory_halves_the_batch(tmp_path, tiny_folder, caplog):

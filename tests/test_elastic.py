@@ -66,7 +66,7 @@ def expected(run, tmp_path):
 def assert_whole(folder, expected):
     assert (records(folder), scores(folder)) == expected
     assert {path.name for path in folder.iterdir()} == {
-        *(".lock", "config.yaml", "metrics.json", "predictions.jsonl", "run.json")
+        *(".lock", "config.yaml", "logs", "metrics.json", "predictions.jsonl", "run.json")
     }
 
 

@@ -57,7 +57,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path, end):
 
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "1"
-    path.write_text('{"index": 0}\nnonsense\n{"index": 1}\n')
+    path.write_text('{"index": 0, "method": "x"}\nnonsense\n{"index": 1, "method": "x"}\n')
     with pytest.raises(FastMemError, match=r"1, line 2: not a record"):
         read_records(path)
 

@@ -27,7 +27,8 @@ class FastMemDataModule(LightningDataModule):
         task: nqswap, nq, nqswap_icl, nq_icl, memotrap, hotpotqa, xsum, cnndm, wikihow; qa or summary for a
             file of your own; mixed where every record names its task. It fixes the record format, the
             prompts and the scores; `fastmem tasks` shows them.
-        path: JSON list or JSON Lines file; "demo" is the packaged one (task mixed).
+        path: JSON list or JSON Lines file; packaged are "demo" (task mixed) and "long" (qa: questions about
+            one context of some 3,000 tokens, for profiles).
         limit: use the first records only; leave out for all.
         batch_size: samples memorized and answered together; left out, as many as free memory holds, 32 at
             most (16 on a CPU). Answers do not depend on it.

@@ -11,7 +11,8 @@ from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, Record
 from fastmem_pl.errors import FastMemError, nearest, unknown
 
-PACKAGED = {"demo": Path(__file__).parent / "demo" / "conflicts.jsonl"}
+_DEMO = Path(__file__).parent / "demo"
+PACKAGED = {"demo": _DEMO / "conflicts.jsonl", "long": _DEMO / "long.jsonl"}
 """Data files that come with the package, by the name that ``data.path`` takes."""
 
 _SPACE = " \t\r\n"

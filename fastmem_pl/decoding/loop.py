@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fastmem_pl.backbone import Backbone, Delta
-from fastmem_pl.backbone.backbone import pad
+from fastmem_pl.backbone.padding import pad
 from fastmem_pl.decoding.answers import AnswerRows, Reader
 from fastmem_pl.decoding.decoders import DECODERS
 from fastmem_pl.decoding.graphs import GraphPool, Lease
@@ -66,6 +66,7 @@ class Prefill:
         self.num_layers = num_layers
         # Those above the first trained block depend on the memory and come from the tail.
         self.trunk_layers = [n for n in early_layers if n <= backbone.num_blocks - num_layers]
+        self.num_tokens = sum(map(len, prompts))
         self.ids, self.mask = pad(prompts, backbone.pad_id, "left", backbone.device)
         self.keys = [zlib.crc32(" ".join(map(str, prompt)).encode()) for prompt in prompts]
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
@@ -138,8 +139,9 @@ class PrefillCache:
         if form not in self._kept:
             if form != "without_context":
                 self._kept = {name: p for name, p in self._kept.items() if name == "without_context"}
-            with self._meter.measure("decode") as timing:
-                self._kept[form] = self._make(form)
+            with self._meter.measure("decode", name="prefill", part=form) as timing:
+                prefill = self._kept[form] = self._make(form)
+                timing.update(samples=len(prefill), tokens=prefill.num_tokens)
             self.seconds[form] = timing["seconds"]
         return self._kept[form]
 

@@ -15,11 +15,25 @@ from functools import cache
 import torch
 
 _enabled = True
+# Of devices that multiply bfloat16.
+_CAPABILITY = (8, 0)
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels run for products of this type on this device."""
     return _enabled and dtype is torch.bfloat16 and device.type == "cuda" and _capable(device.index or 0)
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why no kernel can run on a device; ``None`` where they can, in bfloat16."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    found = torch.cuda.get_device_capability(device.index or 0)
+    if found < _CAPABILITY:
+        return f"compute capability {found[0]}.{found[1]} is below {_CAPABILITY[0]}.{_CAPABILITY[1]}"
+    return None
 
 
 @contextmanager
@@ -35,7 +49,4 @@ def disabled() -> Iterator[None]:
 
 @cache
 def _capable(index: int) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(index) >= (
-        8,
-        0,
-    )
+    return obstacle(torch.device("cuda", index)) is None

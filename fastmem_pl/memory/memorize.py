@@ -13,14 +13,15 @@ from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs
-from fastmem_pl.backbone.backbone import pad
 from fastmem_pl.backbone.fabric import check_fabric
+from fastmem_pl.backbone.padding import pad
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.memory.footprint import usable_bytes
 from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.module import MemorizationModule
 from fastmem_pl.memory.objective import MemorizationBatch, prepare
 from fastmem_pl.memory.settings import MemorizationSettings, WindowSettings
+from fastmem_pl.phases import PhaseMeter
 
 # Bound of the step-0 predictions that are kept, alone and as a share of the memory at hand; the others are
 # made anew at every step, for another product with the head.
@@ -58,6 +59,9 @@ class Memorizer:
         settings: of memorizing; keyword arguments of :class:`MemorizationSettings` do as well.
         fabric: to drive the fit with; by default one for the backbone's device.
 
+    Attributes:
+        meter: of the trunk's passes, which a profile tells from the steps; by default it measures nothing.
+
     Raises:
         FastMemError: when the Fabric is for another device or precision than the backbone's, or for several
             processes.
@@ -76,6 +80,7 @@ class Memorizer:
                 f"Memorizer: give settings or keyword arguments, not both ({', '.join(kwargs)})"
             )
         self.settings = settings or MemorizationSettings(**kwargs)
+        self.meter = PhaseMeter(backbone.device)
         backbone.tail(self.settings.num_layers)
         # Single-device whatever the outer program runs on: a distributed Fabric would average the
         # gradients of different samples. 32-true concerns the deltas; the tail chooses the type of its
@@ -153,8 +158,10 @@ class Memorizer:
     def read(self, encoded: Sequence[EncodedContext]) -> ReadContexts:
         """Run the trunk on encoded contexts."""
         backbone = self.backbone
-        ids, mask = pad([e.input_ids for e in encoded], backbone.pad_id, "right", backbone.device)
-        inputs = backbone.run_trunk(self.settings.num_layers, ids)
+        tokens = sum(item.context_tokens for item in encoded)
+        with self.meter.detail("trunk", samples=len(encoded), tokens=tokens):
+            ids, mask = pad([e.input_ids for e in encoded], backbone.pad_id, "right", backbone.device)
+            inputs = backbone.run_trunk(self.settings.num_layers, ids)
         # Position t predicts token t + 1; the last one predicts nothing.
         label_mask = torch.zeros_like(mask, dtype=torch.bool)
         for row, item in enumerate(encoded):

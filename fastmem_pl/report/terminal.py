@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fastmem_pl.metrics import SCORES, normalize_answer
+from fastmem_pl.report.page import Cell, PageTable
 
 _COLUMNS = (
     *("accuracy", "contained", "exact_match", "format_failure", "original"),
@@ -38,9 +41,36 @@ def print_run(path: str | Path, console: Console | None = None) -> None:
     console.print(f"\nrun folder: {escape(str(path))}")
 
 
-def make_console() -> Console:
-    """A console on standard output; wide enough for the table where that is a file."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+def print_comparison(tables: Sequence[PageTable], notices: Sequence[str], console: Console) -> None:
+    """Print the tables of a report that compare methods, with what changed below each value."""
+    legend = None
+    for shown in tables:
+        table = Table(title=escape(shown.title), title_justify="left")
+        for number, name in enumerate(shown.header):
+            # Words below each other, and values in one piece.
+            title = escape(name.replace(": ", ":\n").replace(" ", "\n"))
+            table.add_column(title, justify="left" if number == 0 else "right", no_wrap=True)
+        for row in shown.rows:
+            table.add_row(*map(_rich_cell, row))
+        console.print(table)
+        legend = shown.caption or legend
+    if legend:
+        console.print(Text(legend, style="dim"))
+    for notice in notices:
+        console.print(Text(notice, style="yellow"))
+
+
+def _rich_cell(cell: Cell) -> Text:
+    text = Text(cell.text, style="bold" if cell.best else "")
+    if cell.note:
+        # Narrow columns: the samples in one line, the p-value in the next.
+        text.append("\n" + re.sub("[,;] ", "\n", cell.note), style="not bold dim")
+    return text
+
+
+def make_console(width: int = 120) -> Console:
+    """A console on standard output; as wide as given where that is a file."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def method_table(methods: Mapping[str, Any], title: str = "") -> Table:

@@ -1,0 +1,182 @@
+"""One HTML page from tables, charts and samples: it loads nothing, and what models wrote stays text."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+_FOLDER = Path(__file__).parent / "page"
+# Print comes last, in page.css.
+_STYLES = ("samples.css", "page.css")
+_SCRIPTS = ("filters.js", "list.js", "detail.js", "page.js")
+_NUMBER = re.compile(r"[<>=~+±−–-]?\s*\d.*|[-–—]?")
+# In HTML a style element, unlike a style attribute, reaches out of its SVG; the metadata is long and unread.
+_REMOVED = re.compile(r"<(style|metadata)\b.*?</\1\s*>", re.DOTALL)
+_ID = re.compile(r"(\sid=[\"']|\bhref=[\"']#|url\(#)")
+# What could end the script element, or is not allowed in scripts (U+2028/9) or in UTF-8 (lone surrogates).
+_UNSAFE_JSON = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: its value.
+        note: a second, smaller line.
+        best: mark it as the best of its column.
+    """
+
+    text: str
+    note: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table; the first cell of a row is the row's heading."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+    caption: str = ""
+
+    def numeric(self, column: int) -> bool:
+        """Whether all cells of a column look like numbers, which are aligned to the right.
+
+        >>> table = PageTable("", ["", "n", "why"], [[Cell("a"), Cell("71.7% ± 5.9"), Cell("gold")]])
+        >>> [table.numeric(column) for column in range(3)]
+        [False, True, False]
+        """
+        cells = (row[column].text.strip() for row in self.rows if column < len(row))
+        return column > 0 and all(_NUMBER.fullmatch(text) for text in cells)
+
+    @property
+    def has_best(self) -> bool:
+        """Whether a cell is marked as the best."""
+        return any(cell.best for row in self.rows for cell in row)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of this package's own making: its markup is trusted.
+
+    Attributes:
+        id: unique on the page; the prefix of all ids in the SVG.
+        title: heading, and the name of the picture to those who do not see it.
+        caption: what the chart shows.
+        svg: ``<svg ...>`` without XML prolog, in the page's CSS variables ``--c0`` ... ``--c7``, ``--ink``,
+            ``--muted``, ``--grid`` and ``--panel``; ``style`` elements in it are left out.
+        table: the numbers.
+    """
+
+    id: str
+    title: str
+    caption: str
+    svg: str
+    table: PageTable | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that stands in a report, from top to bottom; ``browser`` is described in ``page/filters.js``."""
+
+    title: str
+    subtitle: str
+    facts: list[tuple[str, str]]
+    notices: list[str]
+    tables: list[PageTable]
+    charts: list[Chart]
+    browser: dict[str, Any]
+    footer: str
+
+
+def render_page(page: Page) -> str:
+    """Return the page as one self-contained HTML document, to be written as UTF-8."""
+    style = "\n".join(map(_asset, _STYLES))
+    script = "\n".join(map(_asset, _SCRIPTS))
+    html = _template().render(
+        page=page,
+        style=style,
+        script=script,
+        policy=_policy(style, script),
+        charts=[(chart, _inline_svg(chart)) for chart in page.charts],
+        data=_embedded_json(page.browser) if page.browser.get("samples") else "",
+    )
+    # A lone surrogate, half a character that a model or a file broke, cannot be written as UTF-8.
+    return html.encode("utf-8", "replace").decode("utf-8")
+
+
+@functools.cache
+def _template() -> Template:
+    loader = FileSystemLoader(_FOLDER)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html")
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Return the Content-Security-Policy: nothing is loaded, and only this style and script are used.
+
+    Matplotlib's SVGs say nearly everything in style attributes, which no hash can allow: so attributes are
+    free (without fetching they can do no harm), and the hash holds for style elements. ``style-src`` is for
+    browsers that do not know these two apart. Images are data: URLs inside of SVGs (heat maps).
+    """
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src '{_digest(script)}'",
+            f"style-src-elem '{_digest(style)}'",
+            "style-src-attr 'unsafe-inline'",
+            "style-src 'unsafe-inline'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _inline_svg(chart: Chart) -> str:
+    """Return a chart's SVG without what would reach the rest of the page: styles, and ids used twice."""
+    svg = chart.svg[max(chart.svg.find("<svg"), 0) :]
+    prefix = re.sub(r"[^\w-]", "-", chart.id)
+    return _ID.sub(lambda match: f"{match[1]}{prefix}-", _REMOVED.sub("", svg))
+
+
+def _embedded_json(data: dict[str, Any]) -> str:
+    """Return data as JSON that can stand in a script element; what is not finite becomes null."""
+    try:
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(entry) for entry in value]
+    return value

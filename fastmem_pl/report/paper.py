@@ -1,0 +1,66 @@
+"""Results that the paper published, for runs whose settings are the paper's (arXiv 2406.16069)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastmem_pl.cli import packaged_configs
+from fastmem_pl.decoding.methods import METHODS
+from fastmem_pl.decoding.settings import DecodingSettings
+from fastmem_pl.memory.settings import MemorizationSettings
+from fastmem_pl.report.runs import ReportRun
+
+# Settings of decoding that only some methods look at.
+_OF_DECODER = {"alpha": ("cd", "cad"), "dola_layers": ("dola",), "relative_top": ("dola",)}
+_NO_MATTER = {"seed", "optimizer_state"}
+
+
+def published(run: ReportRun, task: str, method: str, score: str) -> float | None:
+    """The paper's value, where there is one and the run's settings for this method are the paper's.
+
+    The paper's settings are those of the packaged configs ``base``, the task, and the task with the decoder
+    (``xsum+cd``); all samples have to be asked, by prompts without an opened answer.
+    """
+    settings, data = run.identity["model"], run.identity["data"]
+    name = Path(str(settings.get("backbone"))).name
+    value = _table().get(name, {}).get(task, {}).get(score, {}).get(method)
+    if value is None or method not in METHODS or not run.metrics:
+        return None
+    if data.get("limit") is not None or data.get("answer_prefix") or data.get("fields"):
+        return None
+    wanted = _paper_settings(task, method)
+    return value if all(settings.get(key) == wanted[key] for key in wanted) else None
+
+
+def _paper_settings(task: str, method: str) -> dict[str, Any]:
+    """Settings that a method's answers depend on, as the paper has them."""
+    decoder = METHODS[method].decoder
+    defaults = {f.name: f.default for f in fields(DecodingSettings)} | {"stop": []}
+    used = {"chat_template": True, "system_prompt": None, "quantization": None, "max_context_tokens": None}
+    used |= {n: v for n, v in defaults.items() if decoder in _OF_DECODER.get(n, (decoder,))}
+    if METHODS[method].memory:
+        used |= {f.name: f.default for f in fields(MemorizationSettings)}
+    # Those two are how published quirks reach the loop; they stand elsewhere in a run's settings.
+    for name in (*_NO_MATTER, "norm_every_layer", "round_weights", "dola_unlimited"):
+        used.pop(name, None)
+    for config in ("base", task, f"{task}+{decoder}" if METHODS[method].memory else ""):
+        given = _config_model(config)
+        used |= {name: value for name, value in given.items() if name in used}
+    return used
+
+
+@cache
+def _config_model(name: str) -> Mapping[str, Any]:
+    path = packaged_configs().get(name)
+    return yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {}) if path else {}
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))

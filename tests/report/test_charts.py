@@ -1,0 +1,103 @@
+"""Charts: which there are, their numbers, and that the page can colour them."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from fastmem_pl.report.charts import make_charts
+from fastmem_pl.report.collect import collect
+
+
+@pytest.fixture
+def charts(make_run, two_methods):
+    def make(records=two_methods, **settings):
+        return {chart.id: chart for chart in make_charts(collect([make_run("run", records, **settings)]))}
+
+    return make
+
+
+def rows(chart):
+    return [[cell.text for cell in row] for row in chart.table.rows]
+
+
+def test_there_are_charts_for_what_was_measured(charts, two_methods):
+    for record in two_methods:
+        record["scores"] |= {"format_failure": float(record["index"] == 0), "original": 1.0}
+    assert set(charts()) == {
+        *("curve-cross_entropy", "curve-kl", "length-0", "format_failure", "original", "seconds", "memory")
+    }
+
+
+def test_a_score_that_is_always_zero_makes_no_chart(charts, two_methods):
+    for record in two_methods:
+        record["scores"]["format_failure"] = 0.0
+    assert "format_failure" not in charts()
+
+
+def test_without_memories_there_are_no_curves(charts, two_methods):
+    plain = [record for record in two_methods if record["method"] == "zero-shot"]
+    found = charts(plain, methods=["zero-shot"], complete=False)
+    assert set(found) == {"length-0", "seconds"}
+
+
+def test_curves_have_quantiles_over_samples(charts, two_methods):
+    for record in two_methods:
+        if record["curve"]:
+            record["curve"]["cross_entropy"] = [float(record["index"]), 1.0]
+    table = rows(charts()["curve-cross_entropy"])
+    assert table[0] == ["qa, step 0", "1.1000", "2.7500", "5.5000", "8.2500", "9.9000"]
+    assert table[1][1:] == ["1.0000"] * 5
+
+
+def test_a_sample_whose_loss_was_not_finite_is_left_out(charts, two_methods):
+    two_methods[1]["curve"]["cross_entropy"] = [float("nan"), float("nan")]
+    two_methods[1]["status"] = "loss not finite"
+    assert "nan" not in str(rows(charts()["curve-cross_entropy"]))
+
+
+def test_bins_hold_every_sample_once(charts):
+    table = rows(charts()["length-0"])
+    for method in ("zero-shot", "fastmem"):
+        own = [row for row in table if row[0] == method]
+        assert sum(int(row[3]) for row in own) == 12
+        assert len(own) == 3
+    # Zero-shot has the even ones: two of the first four.
+    assert table[0][:3] == ["zero-shot", "20–23.67", "50.0 ± 28.9"]
+
+
+def test_bins_by_perplexity(charts, two_methods):
+    for record in two_methods:
+        if record["curve"]:
+            record["curve"]["cross_entropy"][0] = 1.0 + record["index"] / 10
+    table = rows(charts()["perplexity-0"])
+    # Zero-shot memorizes nothing: the samples' perplexity is that of the base model.
+    assert {row[0] for row in table} == {"zero-shot", "fastmem"}
+    assert table[0][1].startswith("2.718–")
+
+
+def test_one_length_makes_no_chart(charts, two_methods):
+    for record in two_methods:
+        record["n_context_tokens"] = 20
+    assert "length-0" not in charts()
+
+
+def test_layers_of_dola_are_shares_of_tokens(charts, two_methods):
+    for record in two_methods:
+        if record["method"] == "zero-shot":
+            record |= {"method": "dola", "dola_layers": {"16": 1, "18": 3, "20": 0}}
+    found = charts(methods=["dola", "fastmem"])
+    assert rows(found["layers-0"]) == [["dola", "16", "25.0"], ["dola", "18", "75.0"], ["dola", "20", "0.0"]]
+
+
+def test_pictures_take_the_colours_of_the_page_and_repeat_themselves(charts, make_run, two_methods):
+    first = charts()
+    again = {c.id: c for c in make_charts(collect([make_run("again/run", two_methods)]))}
+    for name, chart in first.items():
+        ElementTree.fromstring(chart.svg)
+        colours = set(re.findall(r"#[0-9a-fA-F]{6}\b", chart.svg))
+        assert colours == set(), name
+        assert "var(--ink)" in chart.svg
+        assert chart.svg == again[name].svg
+        # Text stays text, which can be read out and searched.
+        assert "<text" in chart.svg

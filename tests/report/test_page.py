@@ -1,0 +1,216 @@
+"""The page as text: what data says stays data, nothing is loaded, and empty parts are left out."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from fastmem_pl.report.page import Cell, Chart, Page, PageTable, render_page
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'&\u2028\u2029]]><!--"
+SVG = '<svg viewBox="0 0 9 9"><rect width="9" height="9" style="fill: var(--c1)"/></svg>'
+
+
+def sample(**further):
+    made = {
+        **{"id": "7", "dataset": 0, "question": "who?", "context": [["By ", ""], ["Ada", "answer"]]},
+        **{"prompt": "By Ada. who?", "references": ["Ada"], "originals": ["Bob"], "tokens": 3},
+        "perplexity": 2.5,
+        "answers": [
+            {
+                **{"v": 0, "text": "Ada", "scores": {"accuracy": 1.0}, "status": "ok", "cut": 0},
+                **{"words": 1, "seconds": 0.5},
+            }
+        ],
+    }
+    return made | further
+
+
+def browser(*samples):
+    return {
+        "variants": [{"label": "zero-shot", "baseline": None, "memory": False}],
+        "scores": {"accuracy": {"label": "accuracy", "percent": True, "binary": True, "lower": False}},
+        "primary": {"qa": "accuracy"},
+        "datasets": ["qa"],
+        "samples": list(samples),
+    }
+
+
+def page(**further):
+    parts = {"title": "A run", "subtitle": "", "facts": [], "notices": [], "tables": [], "charts": []}
+    return Page(**{**parts, "browser": {}, "footer": "end", **further})
+
+
+class Document(HTMLParser):
+    """Elements with attributes, and the text of those that hold raw text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.raw, self.text = [], [], []
+        self._open = None
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self.raw.append((tag, dict(attrs), ""))
+            self._open = tag
+
+    def handle_endtag(self, tag):
+        if tag == self._open:
+            self._open = None
+
+    def handle_data(self, data):
+        if self._open:
+            tag, attributes, text = self.raw[-1]
+            self.raw[-1] = (tag, attributes, text + data)
+        else:
+            self.text.append(data)
+
+    def tags(self, name):
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+    def content(self, tag, kind=None):
+        return [text for name, a, text in self.raw if name == tag and (kind is None or a.get("type") == kind)]
+
+
+@pytest.fixture(scope="module")
+def full():
+    table = PageTable("Accuracy", ["method", "accuracy"], [[Cell("fastmem"), Cell("83%", "+3 −1", True)]])
+    chart = Chart("loss", "Loss", "Falls.", SVG, table)
+    return Document(render_page(page(tables=[table], charts=[chart], browser=browser(sample()))))
+
+
+def test_untrusted_text_adds_no_element_anywhere():
+    evil_table = PageTable(EVIL, [EVIL, EVIL], [[Cell(EVIL), Cell(EVIL, EVIL, True)]], EVIL)
+    evil_sample = sample(
+        **{"id": EVIL, "question": EVIL, "context": [[EVIL, "answer"]], "prompt": EVIL},
+        **{"references": [EVIL], "originals": [EVIL]},
+    )
+    harmless = {"title": "t", "subtitle": "t", "facts": [("t", "t")], "notices": ["t"], "footer": "t"}
+    evil = {"title": EVIL, "subtitle": EVIL, "facts": [(EVIL, EVIL)], "notices": [EVIL], "footer": EVIL}
+    table = PageTable("t", ["t", "t"], [[Cell("t"), Cell("t", "t", True)]], "t")
+    expected = Document(
+        render_page(
+            page(
+                **harmless,
+                tables=[table],
+                charts=[Chart("a", "t", "t", SVG, table)],
+                browser=browser(sample()),
+            )
+        )
+    )
+    found = Document(
+        render_page(
+            page(
+                **evil,
+                tables=[evil_table],
+                charts=[Chart("a", EVIL, EVIL, SVG, evil_table)],
+                browser=browser(evil_sample),
+            )
+        )
+    )
+    assert [tag for tag, _ in found.elements] == [tag for tag, _ in expected.elements]
+    (data,) = found.content("script", "application/json")
+    assert json.loads(data)["samples"][0] == evil_sample
+    assert not re.search("[<>&\u2028\u2029]", data)
+
+
+def test_text_that_is_no_unicode_can_be_written():
+    html = render_page(
+        page(title="half \ud83d", browser=browser(sample(question="half \ud83d\udc00 \udc00")))
+    )
+    (data,) = Document(html).content("script", "application/json")
+    assert html.encode("utf-8")
+    assert json.loads(data)["samples"][0]["question"].startswith("half ")
+
+
+def test_numbers_that_json_does_not_know_become_null():
+    html = render_page(page(browser=browser(sample(perplexity=float("inf"), tokens=float("nan")), sample())))
+    (data,) = Document(html).content("script", "application/json")
+    first, second = json.loads(data)["samples"]
+    assert (first["perplexity"], first["tokens"], second["perplexity"]) == (None, None, 2.5)
+
+
+def test_policy_allows_exactly_the_style_and_the_script_of_the_page(full):
+    (policy,) = (m["content"] for m in full.tags("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    rules = {name: values for name, *values in (rule.split() for rule in policy.split(";"))}
+
+    def digest(text):
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    assert rules["default-src"] == ["'none'"]
+    assert rules["script-src"] == [digest(text) for text in full.content("script", "module")]
+    assert rules["style-src-elem"] == [digest(text) for text in full.content("style")]
+
+
+def test_nothing_is_loaded_and_nothing_is_inline(full):
+    loading = {"src", "srcset", "poster", "data", "action", "formaction", "background", "ping"}
+    for tag, attributes in full.elements:
+        assert not loading & attributes.keys(), tag
+        assert not [name for name in attributes if name.startswith("on")], tag
+        assert attributes.get("href", "#").startswith("#")
+    assert not {"link", "iframe", "object", "embed", "base", "img"} & {tag for tag, _ in full.elements}
+    code = "".join(full.content("style") + full.content("script", "module"))
+    assert not re.search(r"https?:|@import|url\(|innerHTML|insertAdjacentHTML|document\.write|eval\(", code)
+
+
+def test_the_script_and_the_style_cannot_end_their_elements(full):
+    for text in full.content("style") + full.content("script", "module"):
+        assert not re.search(r"</(script|style)|<!--", text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("parts", "present"),
+    [
+        ({}, set()),
+        ({"browser": browser()}, set()),
+        ({"browser": browser(sample())}, {"samples"}),
+        ({"tables": [PageTable("Nothing", [], [])]}, {"results"}),
+        ({"charts": [Chart("c", "Loss", "", SVG)]}, {"charts"}),
+    ],
+)
+def test_only_parts_with_content_are_shown(parts, present):
+    document = Document(render_page(page(**parts)))
+    sections = {a["id"] for a in document.tags("section") if "id" in a}
+    assert sections == present
+    links = {a["href"] for a in document.tags("a")} - {"#top", "#content"}
+    assert links == {f"#{name}" for name in present}
+    assert document.tags("main")
+    assert document.tags("h1")
+
+
+def test_headings_have_no_gaps(full):
+    levels = [int(tag[1]) for tag, _ in full.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_ids_of_charts_do_not_meet():
+    svg = (
+        '<svg xmlns:xlink="x"><metadata><a/></metadata><defs><style type="text/css">*{fill:red}</style>'
+        '<clipPath id="p"/></defs><g id="axes_1" clip-path="url(#p)"><use xlink:href="#p"/></g></svg>'
+    )
+    html = render_page(page(charts=[Chart("one", "A", "", f"<?xml?>{svg}"), Chart("two", "B", "", svg)]))
+    document = Document(html)
+    ids = [attributes["id"] for _, attributes in document.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {"one-p", "two-p", "one-axes_1"} <= set(ids)
+    assert [a["xlink:href"] for a in document.tags("use")] == ["#one-p", "#two-p"]
+    assert 'clip-path="url(#two-p)"' in html
+    assert "fill:red" not in html
+    assert "<metadata" not in html
+    assert "<?xml" not in html
+
+
+def test_best_cells_notes_and_row_headings(full):
+    assert {"scope": "row"} in full.tags("th")
+    assert {"class": "best"} in full.tags("b")
+    assert {"scope": "col", "class": "number"} in full.tags("th")
+    assert "+3 −1" in full.text
