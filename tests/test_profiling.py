@@ -250,7 +250,7 @@ def test_processes_gather_one_profile(run, tmp_path, kinds):
 
 def test_elastic_workers_keep_their_own(run, tmp_path):
     def work(rank):
-        return run("shared", elastic=True, chunk_samples=1, batch_size=1).num_new
+        return run("shared", elastic=True, chunk_samples=1, stale_after=1.0, batch_size=1).num_new
 
     new = fork_ranks(2, work, tmp_path)
     path = tmp_path / "shared"

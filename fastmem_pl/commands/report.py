@@ -39,14 +39,15 @@ def run(arguments: list[str]) -> int:
 
     comparison = collect(options.runs, options.data)
     title = options.title or "FastMem: " + ", ".join(run.label for run in comparison.runs)
-    samples = sum(len({record["index"] for record in run.records}) for run in comparison.runs)
-    print(f"fastmem: {samples} samples of {len(comparison.runs)} run(s)", file=sys.stderr)
+    if sys.stderr.isatty():
+        samples = sum(len({record["index"] for record in run.records}) for run in comparison.runs)
+        print(f"{samples:,} samples: drawing charts ...", file=sys.stderr)
     texts = {page: html(comparison, title), page.with_suffix(".md"): markdown(comparison, title)}
     for path, text in texts.items():
         try:
             write_atomic(path, text)
         except OSError as error:
-            raise FastMemError(f"--out: cannot write {path}: {error.strerror}") from error
+            raise FastMemError(f"report: cannot write {path}: {error.strerror}") from error
     for run in comparison.runs:
         for notice in run.notices:
             print(f"fastmem: {notice}", file=sys.stderr)
@@ -60,15 +61,15 @@ def _target(out: str | None, runs: list[str]) -> Path:
     Raises:
         FastMemError: when it cannot be written there.
     """
-    if out is None:
-        return Path(runs[0], "report.html") if len(runs) == 1 else Path("report.html")
-    path = Path(out)
+    path = Path(out or (Path(runs[0], "report.html") if len(runs) == 1 else "report.html"))
     if path.is_dir():
         raise FastMemError(f"--out: {path} is a folder; give a file, such as {path / 'report.html'}")
-    if path.suffix.lower() not in (".html", ".htm"):
+    if out is not None and path.suffix.lower() not in (".html", ".htm"):
         raise FastMemError(f"--out: {path} is no name of a page; give one that ends in .html")
-    if not path.parent.is_dir():
+    if out is not None and not path.parent.is_dir():
         raise FastMemError(f"--out: there is no folder {path.parent}")
+    if path.with_suffix(".md").is_dir():
+        raise FastMemError(f"--out: the tables go to {path.with_suffix('.md')}, which is a folder")
     return path
 
 

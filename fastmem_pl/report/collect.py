@@ -29,7 +29,9 @@ class Dataset:
 
     def holds(self, run: ReportRun) -> bool:
         """Whether a run has answered about it."""
-        return run.data_hash == self.data_hash and (not self.task or self.task in run.tasks)
+        # Two tasks may read the same file: their samples are as many, and ask otherwise.
+        answered = self.task in run.tasks if self.task else len(run.tasks) > 1
+        return run.data_hash == self.data_hash and answered
 
 
 @dataclass
@@ -174,10 +176,9 @@ def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
     for run in runs:
         for task in run.tasks:
             found.setdefault((task, run.data_hash), run.label)
-    for data_hash in dict.fromkeys(data_hash for _, data_hash in list(found)):
-        labels = [label for (_, other), label in found.items() if other == data_hash]
-        if len(labels) > 1:
-            found["", data_hash] = labels[0]
+    for run in runs:
+        if len(run.tasks) > 1:
+            found.setdefault(("", run.data_hash), run.label)
     tasks = [task for task, _ in found]
     return [
         Dataset((task or "all") if tasks.count(task) == 1 else f"{task or 'all'} ({label})", task, data_hash)
@@ -194,11 +195,11 @@ def _variants(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> list[Va
         for method in run.methods:
             label = f"{method} · {labels[number]}" if labels[number] else method
             variants.setdefault((number, method), Variant(label, method, number))
+        whole = [""] if len(run.tasks) > 1 else []
         for record in run.records:
             records = variants[number, record["method"]].records
-            for task in (record["task"], ""):
-                if (place := places.get((task, run.data_hash))) is not None:
-                    records.setdefault(place, {})[record["index"]] = record
+            for task in (record["task"], *whole):
+                records.setdefault(places[task, run.data_hash], {})[record["index"]] = record
     return [variant for variant in variants.values() if variant.records]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class ReportRun:
         settings |= {name: self.identity["data"].get(name) for name in ("task", "answer_prefix")}
         return {**settings, "precision": self.identity.get("trainer", {}).get("precision")}
 
-    @property
+    @cached_property
     def tasks(self) -> list[str]:
         """Tasks of the answers, in the order of the data."""
         return list(dict.fromkeys(record["task"] for record in self.records))
@@ -172,11 +173,13 @@ def _add_notices(run: ReportRun) -> None:
 def find_samples(run: ReportRun, given: str | Path | None) -> None:
     """Read the data again, if the file is there as the run found it (or is ``given``); else, a notice."""
     settings = run.identity["data"]
-    path = _data_path(run, given)
+    names = _data_names(run, given)
+    path = _data_path(run, names)
     if path is None:
+        named = f" ({', '.join(names)})" if names else ""
         run.notices.append(
-            f"{run.label}: contexts and prompts are missing, as the data file is not there or has changed; "
-            "give it with --data FILE"
+            f"{run.label}: contexts and prompts are missing: the data file{named} is not there or has "
+            "changed; give it with --data FILE"
         )
         return
     samples = read_samples(
@@ -189,14 +192,19 @@ def find_samples(run: ReportRun, given: str | Path | None) -> None:
     run.samples = {sample.index: sample for sample in samples}
 
 
-def _data_path(run: ReportRun, given: str | Path | None) -> Path | None:
-    """The data file of a run, known by its hash: as given, from here, or from a folder above the run's."""
+def _data_names(run: ReportRun, given: str | Path | None) -> list[str]:
+    """What the data file may be called: as given, and as the run had it."""
     names = [str(given)] if given is not None else []
     try:
         config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
         names.append(str(config["data"]["path"]))
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         pass
+    return names
+
+
+def _data_path(run: ReportRun, names: Sequence[str]) -> Path | None:
+    """The data file of a run, known by its hash: from here, or from a folder above the run's."""
     for name in names:
         path = data_file(name)
         for place in (path, *(folder / path for folder in run.path.resolve().parents)):
