@@ -179,17 +179,19 @@ def run_command(arguments: list[str]) -> int:
         elif not result.num_new:
             print("this run was complete already; nothing was left to do")
         print_run(result.path)
-    _print_profile(result)
+    _print_profile(result, bool(cli.trainer.profile))
     return 0
 
 
-def _print_profile(result: RunResult | SearchResult) -> None:
+def _print_profile(result: RunResult | SearchResult, asked: bool) -> None:
     """Print the table of a profile, where one was made."""
     profile = getattr(result, "profile", None)
     if profile:
         print()
         make_console().print(profile_table(profile))
         print(f"profile: {result.path / 'profile'}")
+    elif asked and not result.num_new:
+        print("profile: nothing was measured, as nothing was left to do; give another --run_dir")
 
 
 def _print_search(result: SearchResult) -> None:
