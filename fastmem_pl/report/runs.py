@@ -16,6 +16,7 @@ import yaml
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file
 from fastmem_pl.errors import FastMemError
+from fastmem_pl.profiling import read_profile
 from fastmem_pl.records import Record
 from fastmem_pl.run import RunFolder
 
@@ -37,7 +38,7 @@ class ReportRun:
         methods: that it answered by, in order.
         records: of samples answered by all methods, in the order of the data.
         metrics: content of ``metrics.json``; empty while the run is not complete.
-        profile: content of ``profile/profile.json``; empty without one.
+        profile: of ``profile/``, that of elastic workers merged; empty without one.
         samples: the data by index, where the file was found unchanged.
         notices: what a reader should know.
     """
@@ -111,9 +112,7 @@ def read_run(path: Path, label: str = "") -> ReportRun:
     run.methods = run.methods or list(dict.fromkeys(record["method"] for record in records))
     if folder.metrics_path.is_file():
         run.metrics = _read_json(folder.metrics_path)
-    profile = path / "profile" / "profile.json"
-    if profile.is_file():
-        run.profile = _read_json(profile)
+    run.profile = read_profile(path) or {}
     _add_notices(run)
     return run
 
