@@ -164,7 +164,8 @@ class RunLog:
     the metrics as ``<group>/<method>/<metric>`` with ``/standard_error`` and ``/p_value``. Steps only grow.
 
     Loggers are made when there is something to tell. One that fails is left out from then on, with a line in
-    the log: the results are in the run folder.
+    the log: the results are in the run folder. The line comes once the run has gone on, since what ends both
+    (a full disk, a folder that is gone) is for the run to say.
 
     Args:
         chosen: of :func:`select_loggers`.
@@ -184,6 +185,7 @@ class RunLog:
         self._told: dict[int, frozenset[str]] = {}
         self._kinds: dict[frozenset[str], frozenset[str]] = {}
         self._finished = False
+        self._unsaid: list[str] = []
 
     def open(self) -> None:
         """Make the loggers, unless that was done, and tell them the settings."""
@@ -201,6 +203,7 @@ class RunLog:
                 self.loggers.append(logger)
                 logger.log_hyperparams(self._settings)
                 self._working.append(logger)
+        self._say()
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Tell of samples; what was told before is left out.
@@ -210,6 +213,7 @@ class RunLog:
                 all methods of a sample.
         """
         self.open()
+        self._say()
         if not self._working:
             return
         samples: dict[int, list[Mapping[str, Any]]] = {}
@@ -239,6 +243,7 @@ class RunLog:
         Args:
             groups: of ``metrics.json``.
         """
+        self._say()
         metrics = _final_metrics(groups)
         if metrics:
             self._log(metrics, final=True)
@@ -251,6 +256,13 @@ class RunLog:
         runs = [logger for logger in self._working if logger in self._own and isinstance(logger, WandbLogger)]
         self._tell(lambda logger: logger.experiment.finish(int(not self._finished)), runs)
         self._working = []
+        if self._finished:
+            self._say()
+
+    def _say(self) -> None:
+        """Warn of the loggers that failed."""
+        while self._unsaid:
+            log.warning("%s", self._unsaid.pop(0))
 
     def _log(self, metrics: Mapping[str, float], final: bool = False) -> None:
         step, self._step = self._step, self._step + 1
@@ -288,7 +300,7 @@ class RunLog:
         except Exception as error:
             name = logger if isinstance(logger, str) else type(logger).__name__
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            log.warning("trainer.logger: %s stopped (%s); the run goes on without it", name, reason)
+            self._unsaid.append(f"trainer.logger: {name} stopped ({reason}); the run goes on without it")
             self._working = [other for other in self._working if other is not logger]
         finally:
             rank_zero_only.rank = rank

@@ -17,6 +17,7 @@ from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTr
 from fastmem_pl.cli import main
 from fastmem_pl.loggers import RunLog, make_logger, select_loggers
 from fastmem_pl.memory import MemoryFolder
+from fastmem_pl.run import RunFolder
 from fastmem_pl.search import SearchSettings
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
@@ -311,6 +312,21 @@ def test_a_full_disk_ends_the_csv_file_only(run, caplog, monkeypatch):
     assert len(records(run())) == COUNT * 3
     (said,) = [r.getMessage() for r in caplog.records if "trainer.logger" in r.getMessage()]
     assert "No space left on device" in said
+
+
+def test_what_ends_the_run_too_is_said_by_the_run(run, caplog, monkeypatch):
+    append, calls = RunFolder.append, []
+
+    def gone(self, records):
+        calls.append(1)
+        if len(calls) == 2:
+            raise FastMemError("the folder is gone")
+        append(self, records)
+
+    monkeypatch.setattr(RunFolder, "append", gone)
+    with pytest.raises(FastMemError, match="the folder is gone"):
+        run(logger=Kept(fails_at=2))
+    assert "trainer.logger" not in caplog.text
 
 
 def test_a_logs_folder_that_cannot_be_made_costs_the_log_only(run, tmp_path, caplog):
