@@ -35,6 +35,9 @@ _LONGEST_PAUSE, _PATIENCE = 0.05, 10.0
 _PARENT = "FASTMEM_PARENT"
 # Those that this process started; as with Lightning, they live as long as the program.
 _children: list[subprocess.Popen] = []
+# Ranks of them whose early end was said.
+_told: set[int] = set()
+_telling = threading.Lock()
 # Process ids of higher ranks on this machine that leave it to this process to say that one died.
 _silent: list[int] = []
 _joined = threading.Event()
@@ -198,6 +201,7 @@ class Processes:
             )
             lost.said_by_another = any(_is_alive(pid) for pid in self._lower)
             _silent[:] = self._higher
+            _tell_of_killed(patience=_POLL_SECONDS)
             raise lost from error
         return values
 
@@ -274,21 +278,37 @@ def _own_command() -> list[str]:
 
 def _watch() -> None:
     """Notice processes that end too early: at the start nobody would, as joining waits for them."""
-    told: set[int] = set()
     while True:
         time.sleep(_POLL_SECONDS)
+        ended = [
+            (rank, child.returncode) for rank, child in enumerate(_children, 1) if child.poll() is not None
+        ]
+        if ended and not _joined.is_set():
+            rank, status = ended[0]
+            # This one waits for it in a call that nothing interrupts.
+            _end_children(0)
+            message = f"process {rank} ended at its start (status {status}); the same command tries again"
+            print(f"fastmem: error: {message}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(status if status > 0 else RunStoppedError.exit_status)
+        _tell_of_killed()
+
+
+def _tell_of_killed(patience: float = 0.0) -> None:
+    """Say once which processes that this one started were killed.
+
+    Args:
+        patience: seconds to wait for the first that has ended: its connections close a moment before.
+    """
+    deadline = time.monotonic() + patience
+    while _children and all(child.poll() is None for child in _children) and time.monotonic() < deadline:
+        time.sleep(_LONGEST_PAUSE)
+    with _telling:
         for rank, child in enumerate(_children, 1):
             status = child.poll()
-            if status is None or rank in told:
+            if status is None or rank in _told:
                 continue
-            told.add(rank)
-            if not _joined.is_set():
-                # This one waits for it in a call that nothing interrupts.
-                _end_children(0)
-                message = f"process {rank} ended at its start (status {status}); the same command tries again"
-                print(f"fastmem: error: {message}", file=sys.stderr)
-                sys.stderr.flush()
-                os._exit(status if status > 0 else RunStoppedError.exit_status)
+            _told.add(rank)
             if status < 0:
                 log.warning(
                     "process %d was ended by signal %d; the others finish their samples, and the same "

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -119,6 +121,28 @@ def test_the_death_of_one_is_noticed_by_the_others(tmp_path):
     for rank in (0, 2):
         assert found[rank][0] == "LostProcessError"
         assert re.search("another process of this run died; .* the same command goes on", found[rank][1])
+
+
+KILLED_CHILD = """
+import os, signal
+from lightning.pytorch import Trainer
+from fastmem_pl import processes
+
+several = processes.Processes(Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False).strategy)
+several.start()
+# Nobody looks in between: the loss itself has to be what tells.
+processes._POLL_SECONDS = 1.0 if several.rank else 5.0
+several.each(lambda: os.kill(os.getpid(), signal.SIGKILL) if several.rank == 1 else None)
+"""
+
+
+def test_a_killed_process_is_named_before_its_loss_is_said(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED_CHILD)
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    named = ran.stderr.index("process 1 was ended by signal 9")
+    assert named < ran.stderr.index("LostProcessError: another process of this run died")
+    assert ran.stderr.count("ended by signal") == 1
 
 
 @pytest.mark.parametrize(("count", "limit"), [(2, None), (3, None), (3, 2), (2, 1)])
