@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 
+from fastmem_pl.errors import FastMemError
 from fastmem_pl.metrics.rouge import rouge1, rouge2, rougeL, rougeLsum
 from fastmem_pl.metrics.text import (
     contains_answer,
@@ -129,13 +131,26 @@ for _score in (
 def score_answer(
     names: Sequence[str], prediction: str, references: Sequence[str], originals: Sequence[str]
 ) -> dict[str, float]:
-    """Values by name of those scores that apply and need no model; none without references."""
+    """Values by name of those scores that apply and need no model; none without references.
+
+    Raises:
+        FastMemError: for a value that is no finite number, which a mean could not be made of.
+    """
     scores = {}
     for name in names if references else ():
         function = SCORES[name].function
         value = function(prediction, references, originals) if function else None
-        if value is not None:
-            scores[name] = value
+        if value is None:
+            continue
+        try:
+            scores[name] = float(value)
+        except (TypeError, ValueError):
+            scores[name] = nan
+        if not isfinite(scores[name]):
+            raise FastMemError(
+                f"metric {name}: it gave {value!r} for the answer {prediction[:60]!r}; a score is a finite "
+                "number, or None where it does not apply"
+            )
     return scores
 
 

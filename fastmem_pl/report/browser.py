@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastmem_pl.data import TASKS, ContextSample
@@ -21,7 +21,8 @@ def browser_data(comparison: Comparison) -> dict[str, Any]:
     names = [name for place in places for name in scores_of(comparison, place)]
     return {
         "variants": [
-            {"label": v.label, "baseline": _baseline(comparison, v), "memory": v.memory}
+            {"label": v.label, "baselines": [_baseline(comparison, v, place) for place in places]}
+            | {"memory": v.memory}
             for v in comparison.variants
         ],
         "scores": {name: _score(name) for name in dict.fromkeys(names)},
@@ -35,13 +36,12 @@ def browser_data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _baseline(comparison: Comparison, variant: Variant) -> int | None:
-    """Number of the variant whose records this one is compared with."""
-    for place in variant.records:
-        records = comparison.baseline(variant, place)
-        for number, candidate in enumerate(comparison.variants):
-            if records and candidate is not variant and candidate.records.get(place) is records:
-                return number
+def _baseline(comparison: Comparison, variant: Variant, place: int) -> int | None:
+    """Number of the variant whose records of a data set this one is compared with."""
+    records = comparison.baseline(variant, place) if place in variant.records else None
+    for number, candidate in enumerate(comparison.variants):
+        if records and candidate is not variant and candidate.records.get(place) is records:
+            return number
     return None
 
 
@@ -58,21 +58,36 @@ def _score(name: str) -> dict[str, Any]:
 
 
 def _samples(comparison: Comparison, place: int) -> Iterable[dict[str, Any]]:
-    dataset = comparison.datasets[place]
     answered = [(number, v) for number, v in enumerate(comparison.variants) if place in v.records]
     known: dict[int, ContextSample] = {}
-    for run in comparison.runs:
-        if run.data_hash == dataset.data_hash:
-            known |= run.samples
+    for _, variant in answered:
+        for run in comparison.runs_of(variant, place):
+            known = run.samples | known
+    models = comparison.models([variant for _, variant in answered])
     for index in sorted({index for _, variant in answered for index in variant.records[place]}):
         records = [(n, v.records[place][index]) for n, v in answered if index in v.records[place]]
-        yield _sample(records, known.get(index))
+        measured = {
+            name: [v.records[place][index] for v in variants if index in v.records[place]]
+            for name, variants in models.items()
+        }
+        yield _sample(records, known.get(index)) | {"measures": _measures(measured)}
+
+
+def _measures(records: Mapping[str, Sequence[Record]]) -> list[str]:
+    """What models make of a context: its tokens, and its perplexity; one model needs no name."""
+    found = []
+    for name, own in records.items():
+        named = f" ({name})" if len(records) > 1 else ""
+        tokens = next((r["n_context_tokens"] for r in own if r.get("n_context_tokens") is not None), None)
+        value = next((value for record in own if (value := perplexity(record)) is not None), None)
+        found += [] if tokens is None else [f"{tokens:,} context tokens{named}"]
+        found += [] if value is None else [f"perplexity {value:{'.3g' if value < 1000 else ',.0f'}}{named}"]
+    return found
 
 
 def _sample(records: Sequence[tuple[int, Record]], sample: ContextSample | None) -> dict[str, Any]:
     first = records[0][1]
     references, originals = first.get("references") or [], first.get("originals") or []
-    perplexities = (perplexity(record) for _, record in records)
     return {
         "id": str(first.get("id", first["index"])),
         "question": first.get("question", ""),
@@ -80,8 +95,6 @@ def _sample(records: Sequence[tuple[int, Record]], sample: ContextSample | None)
         "prompt": sample and _prompt(sample, first["method"]),
         "references": references,
         "originals": originals,
-        "tokens": first.get("n_context_tokens"),
-        "perplexity": next((round(value, 2) for value in perplexities if value is not None), None),
         "answers": [
             {
                 "v": number,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from fastmem_pl.metrics import SCORES
 from fastmem_pl.records import Record
 from fastmem_pl.report.collect import Comparison, Variant
-from fastmem_pl.report.figure import INK, SERIES, draw_chart, line_look, marker, name_rows
+from fastmem_pl.report.figure import INK, SERIES, draw_chart, line_look, marker, name_rows, series_name
 from fastmem_pl.report.page import Cell, Chart
 from fastmem_pl.report.runs import perplexity
 from fastmem_pl.report.statistics import estimate
@@ -28,14 +28,8 @@ def make_charts(comparison: Comparison) -> list[Chart]:
 def _all(comparison: Comparison) -> Iterator[Chart | None]:
     yield _curve_chart(comparison, "cross_entropy", "Loss over the steps", "cross-entropy, nats a token")
     yield _curve_chart(comparison, "kl", "Distance from the model itself", "KL(p₀ ‖ pₙ), nats a token")
-    for place in comparison.tasks:
-        yield _binned_chart(
-            comparison, place, "length", "context tokens", lambda r: r.get("n_context_tokens")
-        )
-    for place in comparison.tasks:
-        yield _binned_chart(
-            comparison, place, "perplexity", "perplexity of the context (base model)", perplexity
-        )
+    yield from _binned_charts(comparison, "length", "context tokens", _length)
+    yield from _binned_charts(comparison, "perplexity", "perplexity of the context (base model)", perplexity)
     yield _bar_chart(
         comparison,
         "format_failure",
@@ -68,7 +62,7 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
     def draw(axes: Any) -> None:
         for number, (data, bands) in enumerate(found.items()):
             look, steps = line_look(number), np.arange(bands.shape[1])
-            axes.plot(steps, bands[2], label=data, **look)
+            axes.plot(steps, bands[2], label=series_name(data), **look)
             for low, high, alpha in ((0, 4, 0.12), (1, 3, 0.2)):
                 axes.fill_between(steps, bands[low], bands[high], color=look["color"], alpha=alpha, lw=0)
         axes.set_xlabel("updates so far")
@@ -85,12 +79,29 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
     return draw_chart(f"curve-{name}", title, caption, draw, header, rows, legend=len(found) > 1)
 
 
+def _binned_charts(
+    comparison: Comparison, kind: str, label: str, value_of: Callable[[Record], float | None]
+) -> Iterator[Chart | None]:
+    """Charts of scores by a property of the contexts; models have tokens and perplexities of their own."""
+    for place in comparison.tasks:
+        models = comparison.models([v for v in comparison.variants if place in v.records])
+        for number, (name, variants) in enumerate(models.items()):
+            data = [comparison.datasets[place].label] if len(comparison.tasks) > 1 else []
+            about = ", ".join(["", *data, *([name] if len(models) > 1 else [])])
+            chart = f"{kind}-{place}" + (f"-{number}" if number else "")
+            yield _binned_chart(comparison, place, variants, (chart, kind, label, about), value_of)
+
+
 def _binned_chart(
-    comparison: Comparison, place: int, kind: str, label: str, value_of: Callable[[Record], float | None]
+    comparison: Comparison,
+    place: int,
+    variants: Sequence[Variant],
+    names: tuple[str, str, str, str],
+    value_of: Callable[[Record], float | None],
 ) -> Chart | None:
     """Score by quantile bins of a property of the samples."""
+    chart, kind, label, data = names
     score = primary_score(comparison, place)
-    variants = [v for v in comparison.variants if place in v.records]
     values = {
         index: value
         for variant in variants
@@ -116,7 +127,7 @@ def _binned_chart(
                 found = estimate(scored)
                 points.append((number, scale * found.value, scale * (found.error or 0.0), found.n))
         series.append((variant, points))
-    names = [f"{low:.4g}–{high:.4g}" for low, high in pairwise(edges)]
+    bins = [f"{low:.4g}–{high:.4g}" for low, high in pairwise(edges)]
 
     def draw(axes: Any) -> None:
         shown = [entry for entry in series if entry[1]]
@@ -127,21 +138,20 @@ def _binned_chart(
             # Bars of many methods would hide the lines; they are in the numbers.
             bars = errors if len(shown) <= _MOST_BARS else None
             look = {**line_look(number), "marker": marker(number), "ms": 4}
-            axes.errorbar(places, means, bars, label=variant.label, capsize=2, **look)
-        axes.set_xticks(range(len(names)), names)
+            axes.errorbar(places, means, bars, label=series_name(variant.label), capsize=2, **look)
+        axes.set_xticks(range(len(bins)), bins)
         axes.set_xlabel(label)
         axes.set_ylabel(f"{_name(score)}{unit}")
 
     rows = [
-        [Cell(variant.label), Cell(names[number]), Cell(f"{mean:.1f} ± {error:.1f}"), Cell(str(count))]
+        [Cell(variant.label), Cell(bins[number]), Cell(f"{mean:.1f} ± {error:.1f}"), Cell(str(count))]
         for variant, points in series
         for number, mean, error, count in points
     ]
-    data = f", {comparison.datasets[place].label}" if len(comparison.tasks) > 1 else ""
     bars = "; bars show standard errors" if len(variants) <= _MOST_BARS else ""
     about = "context length" if kind == "length" else "perplexity of the context"
     return draw_chart(
-        f"{kind}-{place}",
+        chart,
         f"{_name(score).capitalize() if _name(score).islower() else _name(score)} by {about}{data}",
         f"Bins of about equally many samples{bars}.",
         draw,
@@ -155,7 +165,7 @@ def _bars(groups: int, each: int) -> int:
     return max(groups, groups * each // 2)
 
 
-def _length(record: Mapping[str, Any]) -> float | None:
+def _length(record: Record) -> float | None:
     return record.get("n_context_tokens")
 
 
@@ -193,7 +203,7 @@ def _bar_chart(comparison: Comparison, score: str, title: str, caption: str) -> 
                 xerr=[scale * (one.error or 0.0) for one in estimates],
                 color=SERIES[number % len(SERIES)],
                 error_kw={"ecolor": INK, "capsize": 2, "lw": 1},
-                label=comparison.datasets[place].label,
+                label=series_name(comparison.datasets[place].label),
             )
         name_rows(axes, labels)
         axes.set_xlim(left=0)
@@ -213,13 +223,17 @@ def _bar_chart(comparison: Comparison, score: str, title: str, caption: str) -> 
 
 
 def _seconds_chart(comparison: Comparison) -> Chart | None:
-    """Memorizing and decoding stacked, by method; mean over all data sets."""
+    """Memorizing and decoding stacked, by data set and method."""
     labels, parts = [], {"memorize": [], "decode": []}
-    for variant in comparison.variants:
-        records = [r for place in comparison.tasks for r in variant.records.get(place, {}).values()]
-        labels.append(variant.label)
-        for name, values in parts.items():
-            values.append(float(np.mean([record["seconds"].get(name, 0.0) for record in records])))
+    for place in comparison.tasks:
+        data = f"{comparison.datasets[place].label}: " if len(comparison.tasks) > 1 else ""
+        for variant in comparison.variants:
+            records = list(variant.records.get(place, {}).values())
+            if not records:
+                continue
+            labels.append(f"{data}{variant.label}")
+            for name, values in parts.items():
+                values.append(float(np.mean([record["seconds"].get(name, 0.0) for record in records])))
 
     def draw(axes: Any) -> None:
         left = np.zeros(len(labels))
@@ -244,21 +258,21 @@ def _memory_chart(comparison: Comparison) -> Chart | None:
     phases = list(dict.fromkeys(phase for run in runs for phase in run.metrics["peak_memory_gib"]))
     if not runs:
         return None
-    peaks = [[run.metrics["peak_memory_gib"].get(phase, 0.0) for phase in phases] for run in runs]
 
     def draw(axes: Any) -> None:
         height = 0.8 / len(runs)
         for number, run in enumerate(runs):
-            places = np.arange(len(phases)) + (number - (len(runs) - 1) / 2) * height
-            colour = SERIES[number % len(SERIES)]
-            axes.barh(places, peaks[number], 0.9 * height, color=colour, label=run.label)
+            peaks = run.metrics["peak_memory_gib"]
+            places = [phases.index(phase) + (number - (len(runs) - 1) / 2) * height for phase in peaks]
+            look = {"color": SERIES[number % len(SERIES)], "label": series_name(run.label)}
+            axes.barh(places, list(peaks.values()), 0.9 * height, **look)
         name_rows(axes, phases)
         axes.set_xlabel("peak GiB")
 
     rows = [
         [Cell(run.label), Cell(phase), Cell(f"{peak:.2f}")]
-        for run, own in zip(runs, peaks, strict=True)
-        for phase, peak in zip(phases, own, strict=True)
+        for run in runs
+        for phase, peak in run.metrics["peak_memory_gib"].items()
     ]
     caption = "The weights included: allocated on a GPU, resident on a CPU."
     header, many, shown = ["run", "phase", "peak GiB"], len(runs) > 1, _bars(len(phases), len(runs))
@@ -287,7 +301,9 @@ def _layer_charts(comparison: Comparison) -> Iterator[Chart]:
             for number, (label, own) in enumerate(shares.items()):
                 places = np.arange(len(layers)) + (number - (len(shares) - 1) / 2) * width
                 heights = [100 * own.get(layer, 0.0) for layer in layers]
-                axes.bar(places, heights, 0.9 * width, label=label, color=SERIES[number % len(SERIES)])
+                axes.bar(
+                    places, heights, 0.9 * width, label=series_name(label), color=SERIES[number % len(SERIES)]
+                )
             axes.set_xticks(range(len(layers)), layers)
             axes.set_xlabel("premature layer")
             axes.set_ylabel("share of tokens, %")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,18 @@ class Dataset:
     Attributes:
         label: the task (or ``all``), and the run where two files have the same task.
         task: name of the task; empty for all tasks of a file.
-        data_hash: of the file.
+        data_key: of the runs that answered about it (:attr:`ReportRun.data_key`).
     """
 
     label: str
     task: str
-    data_hash: str
+    data_key: str
 
     def holds(self, run: ReportRun) -> bool:
         """Whether a run has answered about it."""
         # Two tasks may read the same file: their samples are as many, and ask otherwise.
         answered = self.task in run.tasks if self.task else len(run.tasks) > 1
-        return run.data_hash == self.data_hash and answered
+        return run.data_key == self.data_key and answered
 
 
 @dataclass
@@ -64,11 +65,13 @@ class Comparison:
         runs: as given.
         datasets: in the order of the runs; those of all tasks of a file come last.
         variants: rows.
+        results: what was computed for the cells, as tables and charts show the same ones.
     """
 
     runs: list[ReportRun]
     datasets: list[Dataset]
     variants: list[Variant]
+    results: dict[tuple[int, str, int, str], Any] = field(default_factory=dict, repr=False)
 
     @property
     def tasks(self) -> list[int]:
@@ -97,10 +100,24 @@ class Comparison:
     def runs_of(self, variant: Variant, dataset: int) -> Iterator[ReportRun]:
         """The run that a variant's records of a data set are from."""
         wanted = self.datasets[dataset]
-        for run, system in zip(self.runs, self._systems(), strict=True):
+        for run, system in zip(self.runs, self._systems, strict=True):
             if system == variant.system and wanted.holds(run):
                 yield run
 
+    def models(self, variants: Sequence[Variant]) -> dict[str, list[Variant]]:
+        """These variants by name of their model; models of one name are told apart by their runs."""
+        first = {}
+        for run, system in zip(self.runs, self._systems, strict=True):
+            first.setdefault(system, run)
+        names: dict[str, str] = {}
+        found: dict[str, list[Variant]] = {}
+        for variant in variants:
+            run = first[variant.system]
+            name = f"{run.model} ({run.label})" if run.model in names.values() else run.model
+            found.setdefault(names.setdefault(run.model_key, name), []).append(variant)
+        return found
+
+    @cached_property
     def _systems(self) -> list[int]:
         return _systems(self.runs)
 
@@ -141,17 +158,13 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _model_key(run: ReportRun) -> Any:
-    settings, trainer = run.identity["model"], run.identity.get("trainer", {})
-    return settings.get("fingerprint") or settings.get("backbone"), trainer.get("precision")
-
-
 def _systems(runs: Sequence[ReportRun]) -> list[int]:
     """Number of each run's system: runs of one model over different data belong together."""
     seen: list[tuple[Any, set[tuple[str, str]]]] = []
     numbers = []
     for run in runs:
-        key, data = _model_key(run), {(task, run.data_hash) for task in run.tasks}
+        key = run.model_key, run.identity.get("trainer", {}).get("precision")
+        data = {(task, run.data_key) for task in run.tasks}
         number = next((i for i, (k, d) in enumerate(seen) if k == key and not d & data), len(seen))
         if number == len(seen):
             seen.append((key, set()))
@@ -175,21 +188,21 @@ def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
     found: dict[tuple[str, str], str] = {}
     for run in runs:
         for task in run.tasks:
-            found.setdefault((task, run.data_hash), run.label)
+            found.setdefault((task, run.data_key), run.label)
     for run in runs:
         if len(run.tasks) > 1:
-            found.setdefault(("", run.data_hash), run.label)
+            found.setdefault(("", run.data_key), run.label)
     tasks = [task for task, _ in found]
     return [
-        Dataset((task or "all") if tasks.count(task) == 1 else f"{task or 'all'} ({label})", task, data_hash)
-        for (task, data_hash), label in found.items()
+        Dataset((task or "all") if tasks.count(task) == 1 else f"{task or 'all'} ({label})", task, data_key)
+        for (task, data_key), label in found.items()
     ]
 
 
 def _variants(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> list[Variant]:
     numbers = _systems(runs)
     labels = _system_labels(runs, numbers)
-    places = {(dataset.task, dataset.data_hash): place for place, dataset in enumerate(datasets)}
+    places = {(dataset.task, dataset.data_key): place for place, dataset in enumerate(datasets)}
     variants: dict[tuple[int, str], Variant] = {}
     for run, number in zip(runs, numbers, strict=True):
         for method in run.methods:
@@ -199,7 +212,7 @@ def _variants(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> list[Va
         for record in run.records:
             records = variants[number, record["method"]].records
             for task in (record["task"], *whole):
-                records.setdefault(places[task, run.data_hash], {})[record["index"]] = record
+                records.setdefault(places[task, run.data_key], {})[record["index"]] = record
     return [variant for variant in variants.values() if variant.records]
 
 

@@ -46,10 +46,12 @@ def notices(comparison: Comparison) -> list[str]:
 def html(comparison: Comparison, title: str) -> str:
     """The page; the same folders give the same bytes."""
     runs = comparison.runs
-    answered = sum(len({r["index"] for r in run.records}) for run in runs)
+    # Each once, whoever answered about it.
+    answered = {(run.data_key, r["task"], r["index"]) for run in runs for r in run.records}
+    methods = {variant.method for variant in comparison.variants}
     page = Page(
         title=title,
-        subtitle=f"{_count(answered, 'sample')}, {_count(len(comparison.variants), 'method')}, "
+        subtitle=f"{_count(len(answered), 'sample')}, {_count(len(methods), 'method')}, "
         + _count(len(runs), "run"),
         facts=_facts(runs),
         notices=notices(comparison),
@@ -103,9 +105,9 @@ def _escaped(text: str) -> str:
 
 def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
     """What all runs share, in a few lines."""
-    environments = [run.metrics.get("environment", {}) for run in runs]
-    devices = (str(e.get("device", {}).get("name", "")) for e in environments)
-    versions = (e.get("packages", {}) for e in environments)
+    environments = [run.metrics.get("environment") or {} for run in runs]
+    devices = (str((e.get("device") or {}).get("name", "")) for e in environments)
+    versions = (e.get("packages") or {} for e in environments)
     packages = ("fastmem-pl", "torch", "transformers")
     facts = {
         "model": _distinct(run.model for run in runs),
@@ -143,11 +145,12 @@ def _profiles(runs: Sequence[ReportRun]) -> Iterator[PageTable]:
     for run in runs:
         if not run.profile:
             continue
-        from fastmem_pl.report.profile import profile_rows
+        from fastmem_pl.report.profile import profile_notes, profile_rows, profile_title
 
         header, rows = profile_rows(run.profile)
         cells = [[Cell(str(cell)) for cell in row] for row in rows]
-        yield PageTable(f"Profile of {run.label}", list(header), cells, "fastmem fit-predict --profile")
+        caption = "; ".join([profile_title(run.profile), *profile_notes(run.profile)])
+        yield PageTable(f"Profile of {run.label}", list(header), cells, caption)
 
 
 def _count(number: int, noun: str) -> str:

@@ -35,6 +35,8 @@ _RC = {
     "grid.color": _GRID,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    # Names are the user's: a dollar sign in one begins no formula.
+    "text.parse_math": False,
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
@@ -91,6 +93,11 @@ def line_look(number: int) -> dict[str, Any]:
 def marker(number: int) -> str:
     """Sign of a series' points."""
     return _MARKERS[number % len(_MARKERS)]
+
+
+def series_name(label: str) -> str:
+    """A label as legends show it: matplotlib leaves out those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
 
 
 def name_rows(axes: Any, labels: Sequence[str]) -> None:

@@ -55,8 +55,20 @@ class ReportRun:
 
     @property
     def data_hash(self) -> str:
-        """Hash of the data file, by which runs over the same data are known."""
+        """Hash of the data file."""
         return str(self.identity["data"].get("file_hash"))
+
+    @property
+    def data_key(self) -> str:
+        """What the samples are known by: the file, and the fields of it that were read."""
+        fields = self.identity["data"].get("fields")
+        return f"{self.data_hash} {json.dumps(fields, sort_keys=True)}" if fields else self.data_hash
+
+    @property
+    def model_key(self) -> str:
+        """What the model is known by: its weights, or its name where a run does not state them."""
+        settings = self.identity["model"]
+        return str(settings.get("fingerprint") or settings.get("backbone"))
 
     @property
     def model(self) -> str:
@@ -70,8 +82,8 @@ class ReportRun:
     def asked(self) -> Any:
         """What zero-shot answers depend on beside the sample: runs that agree in it have the same ones."""
         settings = {name: self.identity["model"].get(name) for name in _ZERO_SHOT}
-        settings["backbone"] = settings["fingerprint"] or self.identity["model"].get("backbone")
         settings |= {name: self.identity["data"].get(name) for name in ("task", "answer_prefix")}
+        settings |= {"model": self.model_key, "data": self.data_key}
         return {**settings, "precision": self.identity.get("trainer", {}).get("precision")}
 
     @cached_property
@@ -124,12 +136,7 @@ def _check(record: Record, path: Path) -> None:
     for name in ("scores", "seconds"):
         if name not in wrong and not _numbers(record[name].values()):
             wrong.append(name)
-    curve = record.get("curve") or {}
-    if (
-        not isinstance(curve, dict)
-        or not all(isinstance(values, list) for values in curve.values())
-        or not all(_numbers(values, None) for values in curve.values())
-    ):
+    if record.get("curve") and not _is_curve(record["curve"], record.get("status") == "ok"):
         wrong.append("curve")
     if wrong:
         raise FastMemError(
@@ -138,8 +145,24 @@ def _check(record: Record, path: Path) -> None:
         )
 
 
-def _numbers(values: Iterable[Any], *further: Any) -> bool:
-    return all((isinstance(v, (int, float)) and not isinstance(v, bool)) or v in further for v in values)
+def _is_curve(curve: Any, finite: bool) -> bool:
+    """Whether these are lists of numbers, one a step; those of a memory that failed end in what is none."""
+    if not isinstance(curve, dict) or not curve.keys() >= {"cross_entropy", "kl"}:
+        return False
+    columns = list(curve.values())
+    return (
+        all(isinstance(column, list) for column in columns)
+        and len({len(column) for column in columns}) == 1
+        and all(_numbers(column) if finite else all(map(_is_number_or_null, column)) for column in columns)
+    )
+
+
+def _numbers(values: Iterable[Any]) -> bool:
+    return all(value is not None and _is_number_or_null(value) and math.isfinite(value) for value in values)
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -197,7 +220,7 @@ def _data_names(run: ReportRun, given: str | Path | None) -> list[str]:
     try:
         config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
         names.append(str(config["data"]["path"]))
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         pass
     return names
 

@@ -22,7 +22,8 @@ _PRIMARY = ("accuracy", "factkb", "bert_precision", "rougeL")
 LEGEND = (
     "Mean ± standard error, and the change against zero-shot on the same samples (samples gained and lost, "
     "exact McNemar test; of scores that are not 0 or 1 the mean difference, paired bootstrap). The p-values "
-    "are not corrected for the number of comparisons."
+    "are not corrected for the number of comparisons. Where the settings are the paper's, its value stands "
+    "beside, on its own data."
 )
 
 
@@ -43,22 +44,32 @@ class Result:
 
 def result(comparison: Comparison, variant: Variant, dataset: int, score: str) -> Result | None:
     """Value, test and published value of one cell; ``None`` where no sample has the score."""
-    records = variant.records.get(dataset, {})
-    values = {index: r["scores"][score] for index, r in records.items() if score in r["scores"]}
+    key = (variant.system, variant.method, dataset, score)
+    if key not in comparison.results:
+        comparison.results[key] = _result(comparison, variant, dataset, score)
+    return comparison.results[key]
+
+
+def _result(comparison: Comparison, variant: Variant, dataset: int, score: str) -> Result | None:
+    values = _values(variant.records.get(dataset, {}), score)
     if not values:
         return None
     against = None
     if variant.method != BASELINE:
-        base = comparison.baseline(variant, dataset)
-        both = [i for i in values if i in base and score in base[i]["scores"]]
+        base = _values(comparison.baseline(variant, dataset), score)
+        both = [index for index in values if index in base]
         if both:
-            before = [base[i]["scores"][score] for i in both]
             binary = score in SCORES and SCORES[score].binary
-            against = paired(before, [values[i] for i in both], binary)
+            against = paired([base[i] for i in both], [values[i] for i in both], binary)
     task = comparison.datasets[dataset].task
     known = (published(run, task, variant.method, score) for run in comparison.runs_of(variant, dataset))
     paper = next((value for value in known if value is not None), None)
     return Result(estimate(list(values.values())), against, paper)
+
+
+def _values(records: Mapping[int, Record], score: str) -> dict[int, float]:
+    """A score of the samples that have it; some lack references."""
+    return {i: record["scores"][score] for i, record in records.items() if score in record["scores"]}
 
 
 def scores_of(comparison: Comparison, dataset: int) -> list[str]:
@@ -116,7 +127,9 @@ def _score_table(
     rows = []
     for variant in variants:
         row = [Cell(variant.label)]
-        row += [_cell(column[1], found[variant.label, column], best[column]) for column in columns]
+        for column in columns:
+            total = len(variant.records.get(column[0], ()))
+            row.append(_cell(column[1], found[variant.label, column], best[column], total))
         rows.append(row)
     return PageTable(title, header, rows, LEGEND)
 
@@ -128,10 +141,10 @@ def _best(score: str, results: Iterable[Result | None]) -> float | None:
     return best if 2 * values.count(best) < len(values) or len(set(values)) == len(values) > 1 else None
 
 
-def _cell(score: str, found: Result | None, best: float | None) -> Cell:
+def _cell(score: str, found: Result | None, best: float | None, total: int) -> Cell:
     if found is None:
         return Cell("–")
-    notes = []
+    notes = [f"n = {found.estimate.n}"] if found.estimate.n < total else []
     if found.against and found.against.gained + found.against.lost:
         notes.append(_change(score, found.against))
     if found.published is not None:
@@ -167,7 +180,8 @@ def _seconds(records: Sequence[Record]) -> str:
 
 def cost_table(comparison: Comparison) -> PageTable:
     """Seconds a sample for memorizing and decoding, by method and data set."""
-    header = ["method", "data", "memorize, s", "decode, s", "sum, s", "tokens of the answer", "ms a token"]
+    header = ["method", "data", "memorize, s", "decode, s", "sum, s", "tokens of the answer"]
+    header += ["decode, ms a token"]
     rows = []
     for place in comparison.tasks:
         dataset = comparison.datasets[place]
@@ -184,7 +198,8 @@ def cost_table(comparison: Comparison) -> PageTable:
             rows.append([Cell(cell) for cell in cells])
     caption = (
         "Means over samples; a batch's seconds are shared out among its samples. Every method that memorizes "
-        "counts the memorizing that all of them share, and decoding counts the prompt's pass."
+        "counts the memorizing that all of them share, and decoding counts the prompt's pass, "
+        "in its milliseconds a token, too."
     )
     return PageTable("Seconds a sample", header, rows, caption)
 
@@ -195,7 +210,7 @@ def memory_table(comparison: Comparison) -> PageTable | None:
     phases = list(dict.fromkeys(phase for run in runs for phase in run.metrics["peak_memory_gib"]))
     rows = []
     for run in runs:
-        device = run.metrics.get("environment", {}).get("device", {})
+        device = (run.metrics.get("environment") or {}).get("device") or {}
         peaks = run.metrics["peak_memory_gib"]
         cells = [run.label, str(device.get("name") or device.get("type") or "–")]
         rows.append([Cell(c) for c in (*cells, *(f"{peaks[p]:.2f}" if p in peaks else "–" for p in phases))])
@@ -205,7 +220,7 @@ def memory_table(comparison: Comparison) -> PageTable | None:
 
 def curve_table(comparison: Comparison) -> PageTable | None:
     """What memorizing did to the loss, by data set and system; ``None`` where nothing was memorized."""
-    header = ["data", "samples", "steps", "cross-entropy before", "after", "KL at the end"]
+    header = ["data", "samples", "steps", "cross-entropy, first step", "last step", "KL, last step"]
     rows = []
     for label, curves in curves_of(comparison).items():
         steps = max(len(curve["cross_entropy"]) for curve in curves)
@@ -217,7 +232,10 @@ def curve_table(comparison: Comparison) -> PageTable | None:
         cells = [label, str(len(curves)), str(steps)]
         cells += [f"{ends['before']:.3f}", f"{ends['after']:.3f}", f"{ends['kl']:.4f}"]
         rows.append([Cell(cell) for cell in cells])
-    caption = "Medians over samples, nats a token; each value is from before its step's update."
+    caption = (
+        "Medians over samples, nats a token; each value is from before its step's update, so "
+        "that the last update shows in none."
+    )
     return PageTable("Memorizing", header, rows, caption) if rows else None
 
 

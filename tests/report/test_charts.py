@@ -1,5 +1,6 @@
 """Charts: which there are, their numbers, and that the page can colour them."""
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -51,7 +52,7 @@ def test_curves_have_quantiles_over_samples(charts, two_methods):
 
 
 def test_a_sample_whose_loss_was_not_finite_is_left_out(charts, two_methods):
-    two_methods[1]["curve"]["cross_entropy"] = [float("nan"), float("nan")]
+    two_methods[1]["curve"]["cross_entropy"] = [None, None]
     two_methods[1]["status"] = "loss not finite"
     assert "nan" not in str(rows(charts()["curve-cross_entropy"]))
 
@@ -74,6 +75,67 @@ def test_bins_by_perplexity(charts, two_methods):
     # Zero-shot memorizes nothing: the samples' perplexity is that of the base model.
     assert {row[0] for row in table} == {"zero-shot", "fastmem"}
     assert table[0][1].startswith("2.718–")
+
+
+def test_every_model_has_bins_of_its_own(make_run, two_methods, record):
+    other = [
+        record(r["index"], r["method"], r["scores"], n_context_tokens=500 + r["index"]) for r in two_methods
+    ]
+    for entry in other:
+        if entry["curve"]:
+            entry["curve"]["cross_entropy"][0] = 5.0 + entry["index"] / 10
+    for entry in two_methods:
+        if entry["curve"]:
+            entry["curve"]["cross_entropy"][0] = 1.0 + entry["index"] / 10
+    runs = [
+        make_run("a", two_methods, backbone="org/small", fingerprint="1" * 16),
+        make_run("b", other, backbone="org/large", fingerprint="2" * 16),
+    ]
+    found = {chart.id: chart for chart in make_charts(collect(runs))}
+    assert {row[0] for row in rows(found["length-0"])} == {"zero-shot · small", "fastmem · small"}
+    assert rows(found["length-0"])[0][1] == "20–23.67"
+    assert rows(found["length-0-1"])[0][1] == "500–503.7"
+    assert found["length-0-1"].title == "Accuracy by context length, large"
+    assert rows(found["perplexity-0"])[0][1].startswith("2.718–")
+    assert rows(found["perplexity-0-1"])[0][1].startswith("148.4–")
+
+
+def test_seconds_are_told_by_data_set(make_run, two_methods, record):
+    slow = [
+        record(r["index"], r["method"], r["scores"], seconds={"memorize": 0.0, "decode": 2.25})
+        for r in two_methods
+    ]
+    runs = [make_run("a", two_methods), make_run("b", slow, data="other.jsonl")]
+    found = {chart.id: chart for chart in make_charts(collect(runs))}
+    assert rows(found["seconds"]) == [
+        ["qa (a): zero-shot", "0.000", "0.250"],
+        ["qa (a): fastmem", "0.500", "0.250"],
+        ["qa (b): zero-shot", "0.000", "2.250"],
+        ["qa (b): fastmem", "0.000", "2.250"],
+    ]
+
+
+def test_a_phase_that_a_run_has_not_is_not_of_zero_gib(make_run, two_methods):
+    plain = [record for record in two_methods if record["method"] == "zero-shot"]
+    runs = [make_run("a", two_methods), make_run("b", plain, methods=["zero-shot"])]
+    metrics = json.loads((runs[1] / "metrics.json").read_text())
+    del metrics["peak_memory_gib"]["memorize"]
+    (runs[1] / "metrics.json").write_text(json.dumps(metrics))
+    found = {chart.id: chart for chart in make_charts(collect(runs))}
+    assert rows(found["memory"]) == [
+        ["a", "memorize", "2.00"],
+        ["a", "decode", "1.50"],
+        ["b", "decode", "1.50"],
+    ]
+
+
+def test_names_of_runs_are_no_formulas_and_none_is_left_out(make_run, two_methods):
+    names = [r"odd$\foo$", "_under", "$a$"]
+    runs = [make_run(name, two_methods) for name in names]
+    found = {chart.id: chart for chart in make_charts(collect(runs))}
+    svg = ElementTree.fromstring(found["memory"].svg)
+    texts = [(element.text or "").strip() for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert set(names) <= set(texts)
 
 
 def test_one_length_makes_no_chart(charts, two_methods):

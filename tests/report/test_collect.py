@@ -8,6 +8,7 @@ import pytest
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.report.browser import browser_data
 from fastmem_pl.report.collect import collect
+from fastmem_pl.report.document import html
 from fastmem_pl.report.runs import perplexity
 
 
@@ -98,7 +99,85 @@ def test_samples_name_their_data_set_in_the_browser(make_run, two_methods):
     names = [data["datasets"][sample["dataset"]] for sample in data["samples"]]
     assert data["datasets"] == ["memotrap (a)", "qa", "memotrap (b)"]
     assert names == ["memotrap (a)"] * 4 + ["qa"] * 8 + ["memotrap (b)"] * 2
-    assert data["variants"][1]["baseline"] == 0
+    assert data["variants"][1]["baselines"] == [0, 0, 0]
+
+
+def test_the_browser_has_a_baseline_for_each_data_set(make_run, two_methods):
+    memory = [r for r in two_methods if r["method"] == "fastmem"]
+    plain = [r for r in two_methods if r["method"] == "zero-shot"]
+    runs = [
+        make_run("a", two_methods),
+        make_run("b", memory, ["fastmem"], data="other.jsonl"),
+        make_run("c", plain, ["zero-shot"], data="other.jsonl"),
+    ]
+    found = collect(runs)
+    data = browser_data(found)
+    labels_ = [variant["label"] for variant in data["variants"]]
+    fastmem = next(v for v in data["variants"] if v["label"].startswith("fastmem"))
+    compared = [labels_[number] for number in fastmem["baselines"]]
+    assert len(set(compared)) == 2
+    assert all(label.startswith("zero-shot") for label in compared)
+
+
+def test_the_browser_shows_the_context_of_the_task_that_was_asked(make_run, two_methods, tmp_path):
+    rows = [
+        {"input": f"who {i}", "sub_context": f"New {i}.", "context": f"Old {i}."}
+        | {"sub_answer": f"Ada{i}", "answer": "Bob"}
+        for i in range(12)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = []
+    for task in ("nqswap", "nq"):
+        for record in two_methods:
+            record["task"] = task
+        runs.append(make_run(task, two_methods, task=task))
+    data = browser_data(collect(runs))
+    contexts = {
+        data["datasets"][s["dataset"]]: "".join(text for text, _ in s["context"]) for s in data["samples"]
+    }
+    assert contexts == {"nqswap": "New 11.", "nq": "Old 11."}
+
+
+def test_other_fields_of_a_file_are_other_samples(make_run, two_methods):
+    memory = [r for r in two_methods if r["method"] == "fastmem"]
+    plain = [r for r in two_methods if r["method"] == "zero-shot"]
+    runs = [make_run("memory", memory, ["fastmem"]), make_run("base", plain, ["zero-shot"])]
+    manifest = json.loads((runs[1] / "run.json").read_text())
+    manifest["identity"]["data"]["fields"] = {"question": "context"}
+    (runs[1] / "run.json").write_text(json.dumps(manifest))
+    found = collect(runs)
+    assert [dataset.label for dataset in found.datasets] == ["qa (memory)", "qa (base)"]
+    assert all(found.baseline(variant, 0) == {} for variant in found.variants)
+
+
+def test_models_measure_a_context_each_for_itself(make_run, two_methods, record):
+    other = [record(r["index"], r["method"], r["scores"], n_context_tokens=1500) for r in two_methods]
+    runs = [
+        make_run("a", two_methods, backbone="org/small", fingerprint="1" * 16),
+        make_run("b", other, backbone="org/large", fingerprint="2" * 16),
+    ]
+    assert browser_data(collect(runs[:1]))["samples"][0]["measures"] == [
+        *("20 context tokens", "perplexity 20.1")
+    ]
+    assert browser_data(collect(runs))["samples"][0]["measures"] == [
+        *("20 context tokens (small)", "perplexity 20.1 (small)"),
+        *("1,500 context tokens (large)", "perplexity 20.1 (large)"),
+    ]
+
+
+def test_settings_that_cannot_be_read_are_no_obstacle(make_run, two_methods):
+    run = make_run("run", two_methods)
+    (run / "config.yaml").write_bytes(b"data: \xff\xfe")
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "environment": None}))
+    found = collect([run])
+    assert "contexts and prompts are missing" in found.runs[0].notices[0]
+    assert "12 samples, 2 methods, 1 run" in html(found, "title")
+
+
+def test_samples_and_methods_are_counted_once(make_run, two_methods):
+    runs = [make_run("a", two_methods), make_run("b", two_methods, seed=1)]
+    assert "12 samples, 2 methods, 2 runs" in html(collect(runs), "title")
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_went(make_run, two_methods, record):
@@ -187,9 +266,13 @@ def test_saved_memories_are_no_answers(make_run):
     [
         ("scores", None),
         ("scores", {"accuracy": "yes"}),
+        ("scores", {"accuracy": None}),
         ("seconds", {"decode": None}),
-        ("curve", {"kl": 3}),
-        ("curve", {"kl": ["a"]}),
+        ("curve", {"cross_entropy": [1.0], "kl": 3}),
+        ("curve", {"cross_entropy": [1.0], "kl": ["a"]}),
+        ("curve", {"cross_entropy": [1.0]}),
+        ("curve", {"cross_entropy": [1.0], "kl": []}),
+        ("curve", {"cross_entropy": [1.0], "kl": [None]}),
         ("prediction", 3),
     ],
 )

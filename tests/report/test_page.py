@@ -18,8 +18,9 @@ SVG = '<svg viewBox="0 0 9 9"><rect width="9" height="9" style="fill: var(--c1)"
 def sample(**further):
     made = {
         **{"id": "7", "dataset": 0, "question": "who?", "context": [["By ", ""], ["Ada", "answer"]]},
-        **{"prompt": "By Ada. who?", "references": ["Ada"], "originals": ["Bob"], "tokens": 3},
-        "perplexity": 2.5,
+        **{"prompt": "By Ada. who?", "references": ["Ada"], "originals": ["Bob"]},
+        "measures": ["3 context tokens"],
+        "extra": 2.5,
         "answers": [
             {
                 **{"v": 0, "text": "Ada", "scores": {"accuracy": 1.0}, "status": "ok", "cut": 0},
@@ -32,7 +33,7 @@ def sample(**further):
 
 def browser(*samples):
     return {
-        "variants": [{"label": "zero-shot", "baseline": None, "memory": False}],
+        "variants": [{"label": "zero-shot", "baselines": [None], "memory": False}],
         "scores": {"accuracy": {"label": "accuracy", "percent": True, "binary": True, "lower": False}},
         "primary": {"qa": "accuracy"},
         "datasets": ["qa"],
@@ -131,10 +132,10 @@ def test_text_that_is_no_unicode_can_be_written():
 
 
 def test_numbers_that_json_does_not_know_become_null():
-    html = render_page(page(browser=browser(sample(perplexity=float("inf"), tokens=float("nan")), sample())))
+    html = render_page(page(browser=browser(sample(extra=float("inf"), id=float("nan")), sample())))
     (data,) = Document(html).content("script", "application/json")
     first, second = json.loads(data)["samples"]
-    assert (first["perplexity"], first["tokens"], second["perplexity"]) == (None, None, 2.5)
+    assert (first["extra"], first["id"], second["extra"]) == (None, None, 2.5)
 
 
 def test_policy_allows_exactly_the_style_and_the_script_of_the_page(full):

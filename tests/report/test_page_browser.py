@@ -16,10 +16,10 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 VARIANTS = [
-    {"label": "zero-shot", "baseline": None, "memory": False},
-    {"label": "cad", "baseline": 0, "memory": False},
-    {"label": "fastmem", "baseline": 0, "memory": True},
-    {"label": "fastmem+cd", "baseline": 0, "memory": True},
+    {"label": "zero-shot", "baselines": [None, None], "memory": False},
+    {"label": "cad", "baselines": [0, 0], "memory": False},
+    {"label": "fastmem", "baselines": [0, 0], "memory": True},
+    {"label": "fastmem+cd", "baselines": [0, 0], "memory": True},
 ]
 SCORES = {
     "accuracy": {"label": "accuracy", "percent": True, "binary": True, "lower": False},
@@ -47,7 +47,11 @@ def sample(number, question, answers, **further):
             [", not by ", ""],
             ["Leonardo", "original"],
         ],
-        **{"references": ["Rembrandt"], "originals": ["Leonardo"], "tokens": 1250, "perplexity": 21.3},
+        **{
+            "references": ["Rembrandt"],
+            "originals": ["Leonardo"],
+            "measures": ["1,250 context tokens", "perplexity 21.3"],
+        },
         "answers": answers,
     }
     return made | further
@@ -549,7 +553,7 @@ def test_ten_thousand_samples_stay_responsive(visit, tmp_path):
     filler = (
         "The old town lies on a river between two hills, and its market is known for glass and salt. " * 9
     )
-    variants = [{"label": f"m{i}", "baseline": 0 if i else None, "memory": i > 3} for i in range(8)]
+    variants = [{"label": f"m{i}", "baselines": [0 if i else None], "memory": i > 3} for i in range(8)]
     samples = [
         sample(
             i,

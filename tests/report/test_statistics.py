@@ -54,6 +54,25 @@ def test_the_bootstrap_repeats_itself_and_is_symmetric():
     assert first.p_value == paired(after, before, binary=False).p_value
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_a_few_samples_are_never_surer_than_flipped_signs(n):
+    after = [0.1 * (i + 1) for i in range(n)]
+    assert paired([0.0] * n, after, binary=False).p_value == pytest.approx(2 ** (1 - n))
+    # Samples that did not change are no evidence.
+    assert paired([0.0] * n + [0.5], [*after, 0.5], binary=False).p_value >= 2 ** (1 - n)
+
+
+@pytest.mark.parametrize("shift", [0.02, 0.03])
+def test_p_values_of_real_effects_are_those_of_the_t_test(shift):
+    random = np.random.default_rng(5)
+    before = random.normal(size=4000)
+    after = before + random.normal(loc=shift, size=4000)
+    found, expected = paired(before, after, binary=False).p_value, stats.ttest_rel(after, before).pvalue
+    # As many of 5,000 resamples cross zero, with the noise of counting them.
+    spread = 3 * 2 * (expected / 2 / 5000) ** 0.5
+    assert found == pytest.approx(expected, abs=spread + 1e-3)
+
+
 def test_no_difference_is_certain_of_nothing():
     found = paired([0.5, 0.25], [0.5, 0.25], binary=False)
     assert (found.p_value, found.difference, found.interval) == (1.0, 0.0, (0.0, 0.0))

@@ -60,6 +60,16 @@ def test_a_low_score_may_be_the_best_and_a_tie_has_none(make_run, record):
     assert rows[1][1].note == ""
 
 
+def test_a_score_that_some_samples_lack_says_of_how_many_it_is(make_run, two_methods):
+    for record in two_methods:
+        if record["index"] >= 8:
+            del record["scores"]["f1"]
+    rows = dataset_table(collect([make_run("run", two_methods)]), 0).rows
+    assert rows[0][2].note == "n = 8"
+    assert rows[1][2].note.startswith("n = 8; +")
+    assert rows[0][1].note == ""
+
+
 def test_the_overview_puts_data_sets_side_by_side(make_run, two_methods):
     runs = [make_run("a", two_methods), make_run("b", two_methods[:8], data="other.jsonl")]
     comparison = collect(runs)

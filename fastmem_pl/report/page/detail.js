@@ -52,8 +52,7 @@ function showSample(browser, sample, { method, score: chosen, terms }) {
   const tags = [
     datasets[sample.dataset],
     `id ${sample.id}`,
-    sample.tokens == null ? "" : `${count(sample.tokens)} context tokens`,
-    sample.perplexity == null ? "" : `perplexity ${sample.perplexity.toPrecision(3)}`,
+    ...sample.measures,
     name && scores[name] ? `compared by ${scores[name].label}` : "",
   ].filter(Boolean);
   byId("tags").replaceChildren(...tags.map((text) => element("li", "", text)));

@@ -1,8 +1,8 @@
 /**
  * What the filters select: pure functions of the embedded data.
  *
- * @typedef {{label: string, baseline: number | null, memory: boolean}} Variant
- *   a method of a run; baseline: number of the zero-shot variant that it is compared with
+ * @typedef {{label: string, baselines: (number | null)[], memory: boolean}} Variant
+ *   a method of a run; baselines: numbers of the zero-shot variants that it is compared with, by dataset
  * @typedef {{label: string, percent: boolean, binary: boolean, lower: boolean}} Score
  *   lower: lower is better
  * @typedef {{v: number, text: string, scores: Record<string, number | null>, status: string, cut: number,
@@ -10,8 +10,8 @@
  *   v: number of the variant; status: "ok", or why there is no memory; cut: context tokens over the limit
  * @typedef {{id: string, dataset: number, question: string,
  *   context: [string, "" | "answer" | "original"][] | null, prompt: string | null,
- *   references: string[], originals: string[], tokens: number | null,
- *   perplexity: number | null, answers: Answer[]}} Sample
+ *   references: string[], originals: string[], measures: string[], answers: Answer[]}} Sample
+ *   measures: what models make of the context
  * @typedef {{variants: Variant[], scores: Record<string, Score>, primary: Record<string, string>,
  *   datasets: string[], samples: Sample[]}} Data
  */
@@ -57,7 +57,7 @@ class Browser {
 
   /** The change of a variant's answer to that of the variant that it is compared with. */
   changeOf(sample, variant, name) {
-    const { baseline } = this.variants[variant] ?? { baseline: null };
+    const baseline = this.variants[variant]?.baselines[sample.dataset] ?? null;
     if (baseline === null) return null;
     return this.change(answerOf(sample, variant), answerOf(sample, baseline), name);
   }

@@ -22,7 +22,9 @@ function followSections() {
 class SampleBrowser {
   constructor(data) {
     this.browser = new Browser(data);
-    const compared = data.variants.findIndex(({ memory, baseline }) => memory && baseline !== null);
+    const compared = data.variants.findIndex(
+      ({ memory, baselines }) => memory && baselines.some((number) => number !== null),
+    );
     const method = Math.max(compared, 0);
     this.defaults = { query: "", dataset: null, method, score: "", state: "all" };
     this.filter = { ...this.defaults };
