@@ -222,7 +222,7 @@ def _resolve_profile(arguments: list[str]) -> list[str]:
         # These commands take options only, so a word after it is its value.
         spaced = "=" not in argument and rest and not rest[0].startswith("-")
         names = rest.pop(0) if spaced else argument.partition("=")[2] if "=" in argument else "phases"
-        kinds = check_kinds([name.strip() for name in names.strip("[]").split(",")], "--profile")
+        kinds = check_kinds(names, "--profile")
         resolved += ["--trainer.profile", f"[{', '.join(kinds)}]"]
     return resolved
 

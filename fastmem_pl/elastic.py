@@ -44,12 +44,16 @@ class ElasticWorker:
         session: of the run, whose folder is open for sharing.
         chunk_samples: samples of a chunk; what the first worker says holds for all.
         stale_after: seconds without a sign of life after which a chunk goes to another worker.
+
+    Attributes:
+        session_id: what the workers that share out the same claims have in common.
     """
 
     def __init__(self, session: Session, chunk_samples: int, stale_after: float) -> None:
         self._session, self._data = session, session.datamodule
         self._claims = ClaimFolder(session.run.claims_path, worker_name(), stale_after)
         self._chunk_samples, self._stale_after = chunk_samples, stale_after
+        self.session_id = secrets.token_hex(8)
         self._chunks: dict[str, list[int]] = {}
         self._done: set[int] = set()
         self._new = 0
@@ -90,6 +94,8 @@ class ElasticWorker:
             self._session.begin()
         self._session.prepare()
         self._done = self._session.done()
+        # The first worker does not tell sessions apart: a program may have several.
+        self.session_id = claims.agree("session", self.session_id)
         count = claims.agree("num_samples", str(len(samples)))
         if count != str(len(samples)):
             raise FastMemError(

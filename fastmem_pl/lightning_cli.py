@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from fastmem_pl.cli import COMMANDS, USAGE
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.errors import FastMemError, nearest
+from fastmem_pl.loggers import NAMES as LOGGERS
 from fastmem_pl.module import FastMemModule
 from fastmem_pl.report import print_run
 from fastmem_pl.report.profile import profile_table
@@ -24,6 +25,17 @@ from fastmem_pl.report.terminal import make_console
 from fastmem_pl.search import SearchResult
 from fastmem_pl.session import RunResult
 from fastmem_pl.trainer import FastMemTrainer
+
+_CLASS = "a class is given by class_path and init_args in a config"
+_CLASSES = {
+    "trainer.logger": f"allowed: {', '.join(LOGGERS)}, false, or one of Lightning's loggers with its "
+    "arguments (class_path and init_args in a config)"
+}
+# What may be wrong with a class that was named, or with its arguments, amid what else a setting could be.
+_CLASS_MISTAKE = re.compile(
+    r"the following arguments are required: [\w, ]*\w(?= - )|Option '\w+' is not accepted"
+    r"|module '[\w.]+' has no attribute '\w+'"
+)
 
 
 class FastMemArgumentParser(LightningArgumentParser):
@@ -42,7 +54,12 @@ class FastMemArgumentParser(LightningArgumentParser):
             r"Errors: .* Given value: (.+)",
             line,
         )
-        if wrong_type:
+        wrong_class = wrong_type and _CLASS_MISTAKE.search(line)
+        if wrong_class:
+            field = wrong_type[1]
+            name = re.search(r"class_path'?[:=] ?'(?:\w+\.)*(\w+)'", line[wrong_class.end() :])
+            line = f"{field}: {f'{name[1]}: ' if name else ''}{wrong_class[0]}; {_CLASSES.get(field, _CLASS)}"
+        elif wrong_type:
             field, kind, value = wrong_type.groups()
             line = f"{field}: {value!r} does not fit; allowed: {_readable(kind)}"
             if "list" in kind and not value.startswith("["):
@@ -190,6 +207,8 @@ def _print_profile(result: RunResult | SearchResult, asked: bool) -> None:
         print()
         make_console().print(profile_table(profile))
         print(f"profile: {result.path / 'profile'}")
+    elif asked and getattr(result, "added_scores", None):
+        print(f"profile: only scores were added; {result.path / 'profile'} stays as it was")
     elif asked and not result.num_new:
         print("profile: nothing was measured, as nothing was left to do; give another --run_dir")
 

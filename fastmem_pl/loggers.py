@@ -9,9 +9,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.errors import FastMemError, TerminatedError, unknown
 from fastmem_pl.run import flatten
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,9 @@ def make_logger(name: str, run_path: Path) -> Logger:
     # What it says when it makes its tables is of no use to anybody.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
+    # By default a run would wait four minutes for a server that is not there, and longer for a silent one.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or _PROJECT
     place: dict[str, Any] = {"tracking_uri": uri}
@@ -164,8 +167,8 @@ class RunLog:
     the metrics as ``<group>/<method>/<metric>`` with ``/standard_error`` and ``/p_value``. Steps only grow.
 
     Loggers are made when there is something to tell. One that fails is left out from then on, with a line in
-    the log: the results are in the run folder. The line comes once the run has gone on, since what ends both
-    (a full disk, a folder that is gone) is for the run to say.
+    the log: the results are in the run folder. The line comes once the run has gone on or was stopped by a
+    signal, since what ends both (a full disk, a folder that is gone) is for the run to say.
 
     Args:
         chosen: of :func:`select_loggers`.
@@ -223,7 +226,8 @@ class RunLog:
             if index not in self._told:
                 # Methods share the memory and its curve.
                 curve = next((record["curve"] for record in own if record.get("curve")), {})
-                for values in zip(*curve.values(), strict=True):
+                # A record of an earlier session may be damaged: what its curve lacks is told as not finite.
+                for values in zip_longest(*curve.values()):
                     self._log({"sample": index, **dict(zip(curve, map(_number, values), strict=True))})
             told = self._told.get(index, frozenset())
             scores = {
@@ -249,14 +253,26 @@ class RunLog:
             self._log(metrics, final=True)
         self._finished = True
 
-    def close(self) -> None:
-        """End what the loggers have open; whether the run was finished is its status."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        # By its status, as another process of the run may have been the one that was stopped.
+        asked = getattr(error, "exit_status", None) == TerminatedError.exit_status
+        self.close(stopped=asked or isinstance(error, (KeyboardInterrupt, SystemExit)))
+
+    def close(self, stopped: bool = False) -> None:
+        """End what the loggers have open; whether the run was finished is its status.
+
+        Args:
+            stopped: whether a signal ended the run, which says nothing of what a logger met.
+        """
         self._tell(lambda logger: logger.finalize("success" if self._finished else "failed"))
         # Another run of this program would go on in it; one that was given is its owner's to end.
         runs = [logger for logger in self._working if logger in self._own and isinstance(logger, WandbLogger)]
         self._tell(lambda logger: logger.experiment.finish(int(not self._finished)), runs)
         self._working = []
-        if self._finished:
+        if self._finished or stopped:
             self._say()
 
     def _say(self) -> None:

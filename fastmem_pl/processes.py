@@ -345,6 +345,8 @@ def leave() -> None:
     deadline = time.monotonic() + _END_SECONDS
     while any(_is_alive(pid) for pid in _silent) and time.monotonic() < deadline:
         time.sleep(_LONGEST_PAUSE)
+    # At the end of the program this is called once more.
+    _silent.clear()
 
 
 def _first_line(error: BaseException) -> str:

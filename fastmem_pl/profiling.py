@@ -1,8 +1,8 @@
 """Profiles of runs: where the time of a session went, and how much memory each phase took.
 
 ``RUN/profile/profile.json`` holds the profile of the last session that answered something, of all processes
-together; elastic workers write one each, ``profile-<worker>.json``. Phases do not overlap: their seconds and
-``other`` add up to those of the session.
+together; elastic workers write one each, ``profile-<worker>.json``. What earlier sessions left goes when a
+session writes its own. Phases do not overlap: their seconds and ``other`` add up to those of the session.
 """
 
 from __future__ import annotations
@@ -45,21 +45,25 @@ PHASES = {
 """Phases in the order of a run."""
 
 _FOLDER, _FILE = "profile", "profile.json"
+# Of phases with one call, or of no time.
+_MAY_BE_NONE = ("median_seconds", "tokens_per_second", "ms_per_token")
 
 
-def check_kinds(kinds: Sequence[str] | None, option: str = "trainer.profile") -> list[str]:
+def check_kinds(kinds: Sequence[str] | str | None, option: str = "trainer.profile") -> list[str]:
     """What is asked for, ``phases`` first, each once; empty for ``None``.
 
     Args:
-        kinds: names.
+        kinds: names; in one string with commas between.
         option: that they were given with, for the message.
 
-    >>> check_kinds(["trace"])
+    >>> check_kinds("trace")
     ['phases', 'trace']
 
     Raises:
         FastMemError: for a name that is none.
     """
+    if isinstance(kinds, str):
+        kinds = [name.strip() for name in kinds.strip("[]").split(",")]
     for kind in kinds or ():
         if kind not in KINDS:
             raise unknown(option, kind, KINDS)
@@ -151,37 +155,94 @@ def profile_path(run: str | Path, worker: str | None = None) -> Path:
 
 
 def read_profile(run: str | Path) -> dict[str, Any] | None:
-    """The profile of a run; that of elastic workers is merged; ``None`` where there is none.
+    """The profile of a run's last session; that of elastic workers is merged; ``None`` where there is none.
 
     Raises:
         FastMemError: for a damaged file.
     """
-    path = profile_path(run)
-    if path.is_file():
-        return _read(path)
-    profiles = [_read(file) for file in sorted(path.parent.glob("profile-*.json"))]
-    if not profiles:
+    paths = _paths(run)
+    if not paths:
         return None
+    # A session that was killed between writing its own and removing the earlier ones leaves both.
+    newest = max(paths, key=lambda path: path.stat().st_mtime_ns)
+    first = _read(newest)
+    if newest == profile_path(run):
+        return first
+    others = [_read(path) for path in paths if path != newest and _session(path) == first.get("session")]
+    profiles = [first, *others]
     merged = merge([part for profile in profiles for part in profile["processes"]])
-    return {**profiles[0], **merged, "num_samples": sum(profile["num_samples"] for profile in profiles)}
+    return {
+        **first,
+        **merged,
+        "num_samples": sum(profile["num_samples"] for profile in profiles),
+        "environment": {**first["environment"], "processes": len(merged["processes"])},
+    }
+
+
+def has_earlier_profile(run: str | Path, session: str | None) -> bool:
+    """Whether a session other than this one left a profile.
+
+    Args:
+        run: the folder.
+        session: what the elastic workers of this session have in common; ``None`` for another session.
+    """
+    return any(session is None or _session(path) != session for path in _paths(run))
 
 
 def write_profile(path: Path, profile: Mapping[str, Any]) -> None:
-    """Write a profile at once; what cannot be written is said in one line, as the run's results are there."""
+    """Write a profile at once, and remove those of earlier sessions.
+
+    What cannot be written is said in one line, as the run's results are there.
+    """
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, json.dumps(profile, indent=2, ensure_ascii=False) + "\n")
+        session = profile.get("session")
+        for other in _paths(path.parent.parent):
+            if other != path and (session is None or _session(other) != session):
+                other.unlink(missing_ok=True)
     except OSError as error:
         log.warning("profile: cannot write %s: %s; the results are kept", path, error.strerror or error)
+
+
+def _paths(run: str | Path) -> list[Path]:
+    """Files of profiles, that of a run without elastic workers first."""
+    path = profile_path(run)
+    return [path] * path.is_file() + sorted(path.parent.glob("profile-*.json"))
+
+
+def _session(path: Path) -> str | None:
+    """What the elastic workers of a session have in common; ``None`` where the file does not say."""
+    try:
+        return json.loads(path.read_text()).get("session")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         profile = json.loads(path.read_text())
-        profile["phases"]["other"], profile["processes"], profile["num_samples"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check(profile)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FastMemError(f"{path} is damaged; remove it, or run again with --profile") from error
     return profile
+
+
+def _check(profile: Mapping[str, Any]) -> None:
+    """Use all that is used of a profile, so that what is missing or no number shows here."""
+    device, settings = profile["environment"]["device"], profile["settings"]
+    profile["mode"], device["name"], settings["model"]["backbone"], settings["trainer"]["precision"]
+    if device["type"] == "cpu":
+        device["threads"]
+    ", ".join(profile["files"])
+    sum([profile["wall_seconds"], profile["num_samples"], profile["traced_batches"]])
+    for part in (profile, *profile["processes"]):
+        part["phases"]["other"]
+        for numbers in part["phases"].values():
+            for own in (numbers, *numbers.get("methods", {}).values()):
+                own["seconds"]
+                sum(v for k, v in own.items() if k != "methods" and not (v is None and k in _MAY_BE_NONE))
+    merge(profile["processes"])
 
 
 def _numbers(calls: Sequence[PhaseCall]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastmem_pl.loggers import RunLog
 from fastmem_pl.memory import MemoryFolder, usable_bytes
 from fastmem_pl.module import FastMemModule, Mode
 from fastmem_pl.profiling import SCHEMA_VERSION as PROFILE_VERSION
-from fastmem_pl.profiling import merge, profile_path, write_profile
+from fastmem_pl.profiling import has_earlier_profile, merge, profile_path, write_profile
 from fastmem_pl.provenance import describe_run, environment
 from fastmem_pl.run import SCHEMA_VERSION, RunFolder
 from fastmem_pl.scoring import score_records
@@ -240,22 +240,28 @@ class Session:
         self.tell(records, metrics["groups"])
         return RunResult(run.path, self.mode, total, metrics, num_new=new, added_scores=added)
 
-    def profiled(self, result: RunResult) -> RunResult:
-        """Keep the profile of all processes beside the result, where there was something to measure."""
+    def profiled(self, result: RunResult, session_id: str | None = None) -> RunResult:
+        """Keep the profile of all processes beside the result, where there was something to measure.
+
+        Args:
+            result: of this session.
+            session_id: of an elastic session, by which the profiles of its workers are told from others.
+        """
         profiler, processes = self.trainer.run_profiler, self._processes
         if profiler is None or not (result.num_new or result.added_scores):
             return result
-        worker = worker_name() if self.trainer.elastic else None
+        worker = None if session_id is None else worker_name()
         parts = processes.gather(profiler.part(worker or str(processes.rank)))
         path = profile_path(self.run.path, worker)
 
         def write() -> dict[str, Any]:
             # That of an earlier session says more than one of scores alone.
-            if not result.num_new and path.is_file():
+            if not result.num_new and has_earlier_profile(self.run.path, session_id):
                 return {}
             profile = {
                 "schema_version": PROFILE_VERSION,
                 "mode": self.mode,
+                "session": session_id,
                 "num_samples": result.num_new,
                 **merge(parts, shared=not self._together),
                 "environment": {**environment(self.model.backbone.device), "processes": processes.count},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ class FastMemTrainer(Trainer):
         elastic: bool = False,
         chunk_samples: int = 32,
         stale_after: float = 300.0,
-        profile: list[ProfileKind] | None = None,
+        profile: list[ProfileKind] | str | None = None,
         inference_mode: bool = False,
         logger: bool | Logger | list[Logger | str] | str | None = "csv",
         enable_checkpointing: bool | None = False,
@@ -185,10 +185,10 @@ class FastMemTrainer(Trainer):
             run = self.open_run(path, identity, methods, model, datamodule)
             try:
                 session = Session(self, run, mode, model, datamodule, start)
-                with closing(session.log):
+                with session.log:
                     if self.elastic:
                         worker = ElasticWorker(session, self.chunk_samples, self.stale_after)
-                        return session.profiled(worker.work())
+                        return session.profiled(worker.work(), worker.session_id)
                     return session.profiled(session.work())
             finally:
                 # What it measures from here on is nobody's.

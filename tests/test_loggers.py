@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from ranks import fork_ranks
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer
 from fastmem_pl.cli import main
+from fastmem_pl.errors import TerminatedError
 from fastmem_pl.loggers import RunLog, make_logger, select_loggers
 from fastmem_pl.memory import MemoryFolder
 from fastmem_pl.run import RunFolder
@@ -329,6 +332,23 @@ def test_what_ends_the_run_too_is_said_by_the_run(run, caplog, monkeypatch):
     assert "trainer.logger" not in caplog.text
 
 
+def test_a_logger_that_fails_last_is_said_when_a_signal_ends_the_run(run, caplog, monkeypatch):
+    process, calls = FastMemModule._process, []
+
+    def asked_to_end(self, pairs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process(self, pairs)
+
+    monkeypatch.setattr(FastMemModule, "_process", asked_to_end)
+    with pytest.raises(TerminatedError):
+        # In the batch after which the run ends.
+        run(logger=Kept(fails_at=2 * (STEPS + 1) + 1))
+    said = [r.getMessage() for r in caplog.records if "trainer.logger" in r.getMessage()]
+    assert said == ["trainer.logger: Kept stopped (the network is gone); the run goes on without it"]
+
+
 def test_a_logs_folder_that_cannot_be_made_costs_the_log_only(run, tmp_path, caplog):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "logs").write_text("")
@@ -348,6 +368,23 @@ def test_failed_fits_are_logged_as_they_are(tmp_path):
     assert math.isnan(kept.rows[1]["kl"])
     assert kept.rows[1]["grad_norm"] == math.inf
     assert kept.hyperparameters == [{"model.steps": 2}]
+
+
+def test_a_damaged_curve_of_an_earlier_session_is_logged_as_far_as_it_goes(run):
+    folder = run(limit=2)
+    damaged = records(folder)
+    for record in damaged:
+        if record["curve"]:
+            del record["curve"]["kl"][1:]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in damaged))
+    kept = Kept()
+    run(logger=kept)
+    curves = curves_of(kept.rows)
+    assert set(curves) == set(range(COUNT))
+    assert [[math.isnan(value) for value in row] for row in curves[0]] == [
+        [False, index > 0, False] for index in range(STEPS)
+    ]
+    assert kept.ended == ["success"]
 
 
 def test_settings_of_loggers_stay_with_them(tmp_path):
@@ -373,6 +410,32 @@ def test_nothing_is_logged_without_loggers(run):
 def test_what_is_no_logger_is_refused(given, message):
     with pytest.raises(FastMemError, match=rf"^trainer\.logger: {message}"):
         FastMemTrainer(accelerator="cpu", logger=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--trainer.logger", "CSVLogger"], "CSVLogger: the following arguments are required: save_dir"),
+        (
+            ["--trainer.logger", "[csv, CSVLogger]"],
+            "CSVLogger: the following arguments are required: save_dir",
+        ),
+        (["--trainer.logger", "CSVLogger", "--trainer.logger.dir", "x"], "Option 'dir' is not accepted"),
+        (
+            ["--config", "mine.yaml"],
+            "CSWLogger: module 'lightning.pytorch.loggers' has no attribute 'CSWLogger'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_class_is_said_in_short(capsys, tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    logger = {"class_path": "lightning.pytorch.loggers.CSWLogger"}
+    Path("mine.yaml").write_text(yaml.safe_dump({"trainer": {"logger": ["csv", logger]}}))
+    assert main(["fit-predict", "--data.path", "x.json", *given, "--run_dir", "r"]) == 2
+    assert capsys.readouterr().err == (
+        f"fastmem: error: trainer.logger: {message}; allowed: csv, tensorboard, wandb, mlflow, false, or one of "
+        "Lightning's loggers with its arguments (class_path and init_args in a config)\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
@@ -482,6 +545,22 @@ def test_mlflow_keeps_a_run_of_each_session(run):
     )
     for name, value in expected_metrics(folder).items():
         assert found.data.metrics[name.replace("+", "_")] == pytest.approx(value)
+
+
+def test_a_run_does_not_wait_long_for_mlflow(run, monkeypatch, caplog):
+    pytest.importorskip("mlflow")
+    names = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    for name in names:
+        # So that both are taken back at the end.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    # The port that discards: nobody answers.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    before = time.perf_counter()
+    run(logger="mlflow")
+    assert time.perf_counter() - before < 60
+    assert "trainer.logger: mlflow stopped" in caplog.text
+    assert [os.environ[name] for name in names] == ["3", "30"]
 
 
 def test_wandb_keeps_a_run_of_each_session(run, monkeypatch):

@@ -16,7 +16,7 @@ from ranks import fork_ranks
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer
 from fastmem_pl.errors import OutOfMemoryError
-from fastmem_pl.processes import Processes
+from fastmem_pl.processes import Processes, leave
 from fastmem_pl.search import SearchSettings
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(200)]
@@ -274,6 +274,19 @@ def test_ways_that_exclude_each_other(run, tmp_path, settings, message):
     with pytest.raises(FastMemError, match=message):
         run("refused", **settings)
     assert not (tmp_path / "refused").exists()
+
+
+def test_silent_processes_are_waited_for_once(monkeypatch):
+    # A call at the error, and one at the end of the program; this process lives on.
+    monkeypatch.setattr("fastmem_pl.processes._silent", [os.getpid()])
+    monkeypatch.setattr("fastmem_pl.processes._END_SECONDS", 0.5)
+    waited = []
+    for _ in range(2):
+        before = time.monotonic()
+        leave()
+        waited.append(time.monotonic() - before)
+    assert waited[0] >= 0.5
+    assert waited[1] < 0.25
 
 
 def test_strategies_that_shard_parameters_are_refused():

@@ -18,6 +18,7 @@ from fastmem_pl.cli import main
 from fastmem_pl.data.reader import PACKAGED, read_samples
 from fastmem_pl.phases import PhaseCall
 from fastmem_pl.profiling import PHASES, Profiler, merge, profile_path, read_profile
+from fastmem_pl.report.profile import profile_table
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 COUNT, STEPS, NEW_TOKENS = 5, 3, 6
@@ -262,6 +263,68 @@ def test_elastic_workers_keep_their_own(run, tmp_path):
     assert (merged["num_samples"], merged["phases"]["memorize"]["samples"]) == (COUNT, COUNT)
 
 
+def kept(path):
+    return {file: json.loads(file.read_text()) for file in sorted((path / "profile").glob("profile*.json"))}
+
+
+def test_elastic_workers_of_two_sessions_are_not_merged(run, tmp_path):
+    def session(limit):
+        def work(rank):
+            settings = {"chunk_samples": 1, "stale_after": 1.0, "batch_size": 1}
+            return run("shared", limit=limit, elastic=True, **settings).num_new
+
+        return fork_ranks(2, work, tmp_path)
+
+    path = tmp_path / "shared"
+    assert sum(session(3)) == 3
+    before = kept(path)
+    new = session(COUNT)
+    assert sum(new) == COUNT - 3
+    profile = read_profile(path)
+    assert_adds_up(profile)
+    assert (profile["num_samples"], profile["phases"]["memorize"]["samples"]) == (COUNT - 3, COUNT - 3)
+    assert profile["environment"]["processes"] == len(profile["processes"]) == sum(map(bool, new))
+    assert not before.keys() & kept(path).keys()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_last_session_counts_whether_elastic_or_not(run, tmp_path, first):
+    run(limit=2, elastic=first)
+    path = run(limit=4, elastic=not first, batch_size=1).path
+    assert len(kept(path)) == 1
+    assert profile_path(path).exists() is first
+    assert (read_profile(path)["num_samples"], read_profile(path)["batch_sizes"]) == (2, {"1": 2})
+
+
+def test_a_session_that_was_killed_before_it_removed_the_earlier_ones(run, tmp_path):
+    path = run(limit=3).path
+    earlier = profile_path(path).read_text()
+    run(limit=4, elastic=True)
+    (worker,) = kept(path)
+    profile_path(path).write_text(earlier)
+    # Of a version that did not say which session it was.
+    old = profile_path(path, "old")
+    old.write_text(json.dumps({k: v for k, v in json.loads(earlier).items() if k != "session"}))
+    for file, age in ((worker, 0), (profile_path(path), 10), (old, 20)):
+        os.utime(file, (time.time() - age,) * 2)
+    assert read_profile(path)["num_samples"] == 1
+    os.utime(profile_path(path), (time.time() + 10,) * 2)
+    assert read_profile(path)["num_samples"] == 3
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+def test_scores_alone_take_no_profiles_place(run, monkeypatch, elastic):
+    def added(run, model, datamodule):
+        return ["factkb"]
+
+    path = run(elastic=True).path
+    before = kept(path)
+    monkeypatch.setattr("fastmem_pl.session.score_records", added)
+    result = run(elastic=elastic)
+    assert (result.num_new, result.added_scores, result.profile) == (0, ["factkb"], {})
+    assert kept(path) == before
+
+
 def part(name, wall, **phases):
     profiler = Profiler(["phases"], time.perf_counter() - wall)
     profiler.calls = [PhaseCall(phase, "", *numbers) for phase, numbers in phases.items()]
@@ -294,6 +357,41 @@ def test_damaged_profile(tmp_path):
         read_profile(tmp_path)
 
 
+def places(value, path=()):
+    """Where something stands in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+@pytest.mark.parametrize("name", [None, "worker"])
+def test_a_profile_is_shown_or_called_damaged(run, name):
+    """Without anything that it has, and with something else in its place."""
+    path = run(elastic=name is not None).path
+    (file,) = kept(path)
+    whole, damaged, other = file.read_text(), 0, object()
+    for place in places(json.loads(whole)):
+        for value in (other, None, "x"):
+            profile = json.loads(whole)
+            inner = profile
+            for key in place[:-1]:
+                inner = inner[key]
+            if value is other:
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = value
+            file.write_text(json.dumps(profile))
+            try:
+                profile_table(read_profile(path))
+            except FastMemError:
+                damaged += 1
+    assert damaged > 20
+    file.write_text(whole.replace('"wall_seconds"', '"seconds"'))
+    with pytest.raises(FastMemError, match=r"\.json is damaged"):
+        read_profile(path)
+
+
 def resolved(capsys, *arguments, command="fit-predict"):
     assert main([command, *arguments, "--print_config"]) == 0
     return yaml.safe_load(capsys.readouterr().out)["trainer"]["profile"]
@@ -309,6 +407,7 @@ def resolved(capsys, *arguments, command="fit-predict"):
         (["--profile=memory,trace"], ["phases", "trace", "memory"]),
         (["--profile", "trace, memory"], ["phases", "trace", "memory"]),
         (["--profile", "--trainer.profile", "[trace]"], ["trace"]),
+        (["--trainer.profile", "trace"], "trace"),
         (["--config", "profile"], ["phases"]),
         (["--config", "profile", "--profile=trace"], ["phases", "trace"]),
     ],
@@ -323,6 +422,7 @@ def test_the_option(capsys, given, expected):
         (["fit-predict", "--profile=trase"], "--profile: 'trase' is unknown.*did you mean 'trace'"),
         (["fit-predict", "--profile="], "--profile: '' is unknown; allowed: memory, phases, trace"),
         (["fit", "--trainer.profile", "[phasse]"], "trainer.profile.*'phasse'.*did you mean 'phases'"),
+        (["fit", "--trainer.profile", "trace,phasse"], "trainer.profile: 'phasse' is .* mean 'phases'"),
         (["search", "--profile"], "--profile: not with search; allowed with fit-predict, fit, predict"),
         (["ask", "x.fastmem", "--profile=trace"], "--profile: not with ask"),
         (["tasks", "--profile"], "--profile: not with tasks"),
@@ -343,9 +443,10 @@ def test_what_is_refused(capsys, arguments, said, tmp_path, monkeypatch):
 def test_python_is_told_as_well():
     with pytest.raises(FastMemError, match=r"trainer\.profile: 'traces' is unknown.*did you mean 'trace'"):
         FastMemTrainer(profile=["traces"])
+    assert FastMemTrainer(profile="memory, trace").profile == ["phases", "trace", "memory"]
 
 
-def test_the_table_at_the_end(capsys, data_file, tiny_folder, tmp_path):
+def test_the_table_at_the_end(capsys, data_file, tiny_folder, tmp_path, monkeypatch):
     arguments = [
         "--data.task",
         "qa",
@@ -365,7 +466,14 @@ def test_the_table_at_the_end(capsys, data_file, tiny_folder, tmp_path):
         assert f"profile: {tmp_path / 'run' / 'profile'}" in said.replace("\n", "")
     # Complete already.
     assert main(["predict", *arguments, "--model.max_new_tokens", "3"]) == 0
-    assert "profile of" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "profile of" not in said
+    assert "profile: nothing was measured" in said
+    monkeypatch.setattr("fastmem_pl.session.score_records", lambda *args: ["factkb"])
+    assert main(["predict", *arguments, "--model.max_new_tokens", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing was" not in said
+    assert f"profile: only scores were added; {tmp_path / 'run' / 'profile'} stays as it was" in said
 
 
 def test_the_paper_profile_is_one_context_and_several_questions(capsys):

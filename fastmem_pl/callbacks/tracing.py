@@ -78,7 +78,8 @@ class BatchTracer(Callback):
         """Count, and write after the last batch."""
         if self._running:
             self._seen += 1
-            self._profiler.traced_batches += 1
+            # The history of the allocator alone has no profiler running, nor has a trace that did not start.
+            self._profiler.traced_batches += self._trace is not None
             if self._seen == _MOST_BATCHES:
                 self._finish(pl_module)
 
