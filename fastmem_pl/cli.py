@@ -51,8 +51,9 @@ a row of the paper (model, task, method):
 
 what came out, and where the time went:
   fastmem report runs/demo && fastmem fit-predict --config demo --profile --run_dir runs/profiled
-good settings for your model and data (4 learning rates x 3 numbers of steps x 5 KL weights by default):
-  fastmem search --config smollm2,nqswap,search --data.path nqswap.json
+good settings for your model and data (the default grid is the paper's 4 x 3 x 5, for models of 4B and more):
+  fastmem search --config smollm2,nqswap,search --data.path nqswap.json \
+    --search.grid '{{learning_rate: [3e-5, 1e-4, 3e-4], steps: [10, 20], kl_coeff: [0.1, 1]}}'
 
 options used most (all of them: fastmem <command> --help):
   --run_dir DIR              results; the same command goes on there after a stop
@@ -119,7 +120,7 @@ def _said_by_another(error: FastMemError) -> bool:
 
 def _command(arguments: list[str]) -> int:
     """Run one command."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW.format(configs=_config_overview()))
         return 0
     if arguments[0] == "--version":
@@ -137,6 +138,12 @@ def _command(arguments: list[str]) -> int:
         known = (*COMMANDS, *MEMORY_COMMANDS, *FILE_COMMANDS, "tasks")
         hint = nearest(arguments[0], known)
         raise FastMemError(f"{arguments[0]!r} is no command; allowed: {', '.join(known)}{hint}")
+    if len(arguments) == 1:
+        # Defaults are the paper's, for models of 4B and more: not what anybody wants of the packaged one.
+        raise FastMemError(
+            f"{arguments[0]}: say what to work on: --config NAME_OR_FILE, such as --config demo or --config "
+            "smollm2,qa --data.path FILE (fastmem --help lists the packaged ones)"
+        )
     return _run(_resolve_configs(arguments))
 
 
@@ -288,6 +295,10 @@ def _config_path(value: str) -> str:
     if name in packaged and set(path.parent.parts) <= {"configs", packaged[name].parent.name}:
         return str(packaged[name])
     names = sorted(packaged)
+    if not value:
+        raise FastMemError(
+            "--config: an empty name; names stand with commas and no spaces between: smollm2,qa"
+        )
     raise FastMemError(
         f"--config: no such file or packaged config: {value}; "
         f"packaged: {', '.join(names)}{nearest(name, names)}"

@@ -106,6 +106,17 @@ class FastMemCLI(LightningCLI):
         self.arguments = list(kwargs["args"])
         super().__init__(*args, **kwargs)
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Say what ``--config`` takes, which is resolved before this parser sees it."""
+        parser = super().init_parser(**kwargs)
+        for action in parser._actions:
+            if action.dest == "config":
+                action.help = (
+                    "packaged configs (fastmem --help lists them) and YAML files, later ones on top of "
+                    "earlier ones, with commas and no spaces between: smollm2,qa or mine.yaml"
+                )
+        return parser
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods and those of their arguments that the CLI fills in itself."""

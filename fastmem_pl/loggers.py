@@ -20,7 +20,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fastmem_pl.errors import FastMemError, TerminatedError, unknown
-from fastmem_pl.run import flatten
+from fastmem_pl.identity import flatten
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmem_pl.errors import FastMemError, RunStoppedError
+from fastmem_pl.identity import differences, merged
 from fastmem_pl.records import (
     RescueFolder,
     append_records,
@@ -251,7 +252,7 @@ class RunFolder:
         return [self.predictions_path, *self.parts(), *self._rescue.files()]
 
     def _manifest(self) -> str:
-        identity = _merged(self._found, self.identity)
+        identity = merged(self._found, self.identity)
         content = {"schema_version": SCHEMA_VERSION, "id": self.id, "identity": identity}
         return json.dumps(content, indent=2) + "\n"
 
@@ -328,36 +329,3 @@ class RunFolder:
             file.close()
             return None
         return file
-
-
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:
-    """List ``name: there X, here Y`` of every setting that differs; a raised limit is no difference."""
-    there, here = flatten(found), flatten(wanted)
-    lines = []
-    for name in sorted(there.keys() | here.keys()):
-        if name in optional and not (name in there and name in here):
-            continue
-        old, new = there.get(name), here.get(name)
-        grown = name == "data.limit" and old is not None and (new is None or new >= old)
-        if old != new and not grown:
-            lines.append(f"{name}: there {old!r}, here {new!r}")
-    return lines
-
-
-def _merged(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Wanted settings, and those that only the earlier run stated."""
-    merged = {key: dict(value) for key, value in found.items()}
-    for key, value in wanted.items():
-        merged.setdefault(key, {}).update(value)
-    return merged
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -235,7 +235,15 @@ class FastMemTrainer(Trainer):
         self.processes = processes = Processes(self.strategy, self.command)
         self._check_processes(model)
         # What needs neither model nor company is refused before there are any.
-        run.check()
+        try:
+            run.check()
+        except FastMemError as error:
+            if model.mode == "predict" and model.memories is None and path.is_dir():
+                raise FastMemError(
+                    f"{error}. No memories are in it, so that this would answer zero-shot: fastmem fit saves "
+                    "some, --model.memories FOLDER names others"
+                ) from error
+            raise
         processes.start(tensor_parallel)
         processes.each(lambda: self._load(model))
         run.identity["model"]["fingerprint"] = model.backbone.fingerprint()

@@ -57,6 +57,32 @@ def test_config(path):
     assert set(named) <= set(packaged_configs())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit-predict"], "fit-predict: say what to work on: --config NAME_OR_FILE, such as --config demo"),
+        (["search"], "search: say what to work on"),
+        (
+            ["fit-predict", "--config", "smollm2,", "qa"],
+            "--config: an empty name; names stand with commas and no spaces between: smollm2,qa",
+        ),
+    ],
+)
+def test_a_beginners_mistakes(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_a_command_too(capsys):
+    assert main(["help"]) == 0
+    asked = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == asked
+
+
 def test_packaged_search_is_the_default():
     config = yaml.safe_load(packaged_configs()["search"].read_text())["search"]
     default = SearchSettings()

@@ -99,6 +99,12 @@ def test_fit_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     assert (memories / "000001.safetensors").stat().st_mtime_ns == kept
 
 
+def test_predict_beside_answers_of_memories_says_why_it_differs(run):
+    run("fit_predict", name="answered")
+    with pytest.raises(FastMemError, match="No memories are in it, so that this would answer zero-shot"):
+        run("predict", name="answered")
+
+
 def test_fit_keeps_the_predictions_of_its_folder(run, tmp_path):
     expected = run("predict")  # no memories yet: zero-shot
     run("fit")

@@ -69,6 +69,20 @@ def test_other_settings_are_refused_by_name(run):
         folder(run.path, other).check()
 
 
+def test_another_file_and_no_limit_are_told_in_words(tmp_path):
+    first = {"model": {"methods": ["a"]}, "data": {"file_hash": "1" * 16, "limit": None}}
+    opened = folder(tmp_path, first)
+    opened.open("")
+    opened.close()
+    other = {**first, "data": {"file_hash": "2" * 16, "limit": 3}}
+    with pytest.raises(FastMemError) as refused:
+        folder(tmp_path, other).check()
+    message = str(refused.value)
+    assert "data.path: another file, or its content has changed" in message
+    assert "data.limit: there all, here 3; it may be raised" in message
+    assert "1111" not in message
+
+
 @pytest.mark.parametrize(("limit", "fits"), [(5, True), (9, True), (None, True), (3, False)])
 def test_limit_may_grow(run, limit, fits):
     wanted = folder(run.path, {**IDENTITY, "data": {"limit": limit}})

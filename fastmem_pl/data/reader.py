@@ -49,7 +49,7 @@ def read_samples(
         raise FastMemError(f"data.path: {path} is a folder; give a JSON or JSONL file")
     if not path.is_file():
         near = nearest(path.name, (p.name for p in path.parent.glob("*.json*")))
-        raise FastMemError(f"data.path: no such file: {path}{near}")
+        raise FastMemError(f"data.path: no such file: {path}; give --data.path FILE{near}")
     samples: list[ContextSample] = []
     for line, data in _records(path):
         try:

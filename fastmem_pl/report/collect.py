@@ -137,7 +137,7 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
     resolved = [path.resolve() for path in given]
     for place, path in enumerate(resolved):
         if path in resolved[:place]:
-            raise FastMemError(f"report: {given[place]} is given twice")
+            raise FastMemError(f"{given[place]} is given twice")
     runs = [read_run(path, label) for path, label in zip(given, _labels(resolved), strict=True)]
     if data is not None and not Path(data).is_file():
         raise FastMemError(f"--data: no such file: {data}")
@@ -192,11 +192,13 @@ def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
     for run in runs:
         if len(run.tasks) > 1:
             found.setdefault(("", run.data_key), run.label)
-    tasks = [task for task, _ in found]
-    return [
-        Dataset((task or "all") if tasks.count(task) == 1 else f"{task or 'all'} ({label})", task, data_key)
-        for (task, data_key), label in found.items()
-    ]
+    tasks, several = [task for task, _ in found], len({data_key for _, data_key in found}) > 1
+    datasets = []
+    for (task, data_key), label in found.items():
+        # "all" is of one file, not of all that stand in the table.
+        named = tasks.count(task) > 1 or (several and not task)
+        datasets.append(Dataset(f"{task or 'all'} ({label})" if named else task or "all", task, data_key))
+    return datasets
 
 
 def _variants(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> list[Variant]:

@@ -51,13 +51,17 @@ def profile_table(profile: Mapping[str, Any]) -> Table:
 def profile_title(profile: Mapping[str, Any]) -> str:
     """What was measured, by what model, and on what."""
     device, settings = profile["environment"]["device"], profile["settings"]
-    samples, count = profile["num_samples"], len(profile["processes"])
+    count = len(profile["processes"])
     return (
-        f"profile of {profile['mode']}: {samples} sample{'' if samples == 1 else 's'}, "
+        f"profile of {profile['mode']}: {_count(profile['num_samples'], 'sample')}, "
         f"{settings['model']['backbone']} in {settings['trainer']['precision']} on "
         f"{f'{count} processes, ' if count > 1 else ''}{device['name']}"
-        + (f", {device['threads']} threads" if device["type"] == "cpu" else "")
+        + (f", {_count(device['threads'], 'thread')}" if device["type"] == "cpu" else "")
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def profile_notes(profile: Mapping[str, Any]) -> list[str]:
@@ -66,7 +70,9 @@ def profile_notes(profile: Mapping[str, Any]) -> list[str]:
     if len(profile["processes"]) > 1:
         notes.append("seconds are those of the slowest process, tokens those of all")
     if profile["traced_batches"]:
-        notes.append(f"{profile['traced_batches']} batches were watched by torch.profiler, which slows them")
+        count = profile["traced_batches"]
+        watched = "batch was" if count == 1 else "batches were"
+        notes.append(f"{count} {watched} watched by torch.profiler, which slows them")
     if profile["files"]:
         notes.append(f"beside profile.json: {', '.join(profile['files'])}")
     return notes

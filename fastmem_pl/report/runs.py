@@ -99,17 +99,17 @@ def read_run(path: Path, label: str = "") -> ReportRun:
         FastMemError: when it is no run, holds no answers, or a file of it is damaged.
     """
     if not path.is_dir():
-        raise FastMemError(f"report: no such run folder: {path}")
+        raise FastMemError(f"no such run folder: {path}")
     if not (path / "run.json").is_file():
-        raise FastMemError(f"report: {path} is no run folder (it holds no run.json)")
+        raise FastMemError(f"{path} is no run folder (it holds no run.json)")
     content = _read_json(path / "run.json")
     identity = content.get("identity")
     if not isinstance(identity, dict) or not all(
         isinstance(identity.get(k), dict) for k in ("model", "data")
     ):
-        raise FastMemError(f"report: {path / 'run.json'} is damaged (no settings in it)")
+        raise FastMemError(f"{path / 'run.json'} is damaged (no settings in it)")
     if "search" in identity or (path / "search.json").is_file():
-        raise FastMemError(f"report: {path} is a search; its report is {path / 'search.md'}")
+        raise FastMemError(f"{path} is a search; its report is {path / 'search.md'}")
     methods = list(identity["model"].get("methods") or [])
     folder = RunFolder(path, identity, methods)
     folder.check()
@@ -117,7 +117,7 @@ def read_run(path: Path, label: str = "") -> ReportRun:
     if not records:
         saved = (path / "memories").is_dir()
         why = "memories, not answers; `fastmem predict` answers with them" if saved else "no answers yet"
-        raise FastMemError(f"report: {path} holds {why}")
+        raise FastMemError(f"{path} holds {why}")
     for record in records:
         _check(record, path)
     run = ReportRun(path, label or path.resolve().name, identity, methods, records)
@@ -140,7 +140,7 @@ def _check(record: Record, path: Path) -> None:
         wrong.append("curve")
     if wrong:
         raise FastMemError(
-            f"report: {path / 'predictions.jsonl'} is damaged: {wrong[0]!r} of sample {record['index']} is "
+            f"{path / 'predictions.jsonl'} is damaged: {wrong[0]!r} of sample {record['index']} is "
             "not as a run writes it"
         )
 
@@ -169,9 +169,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FastMemError(f"report: {path} is damaged: {' '.join(str(error).split())}") from None
+        raise FastMemError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise FastMemError(f"report: {path} is damaged: no JSON object")
+        raise FastMemError(f"{path} is damaged: no JSON object")
     return content
 
 

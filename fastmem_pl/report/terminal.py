@@ -78,7 +78,9 @@ def method_table(methods: Mapping[str, Any], title: str = "") -> Table:
     count = max(entry["n"] for entry in methods.values())
     shown = [n for n in _COLUMNS if any(n in e["metrics"] for e in methods.values())]
     shown += list(_LABELS)
-    table = Table(title=f"{title}{count} samples, mean ± standard error", title_justify="left")
+    table = Table(
+        title=f"{title}{count} sample{'' if count == 1 else 's'}, mean ± standard error", title_justify="left"
+    )
     table.add_column("method")
     for name in shown:
         table.add_column(_LABELS.get(name) or SCORES[name].label, justify="right")

@@ -141,7 +141,8 @@ def _warnings(
     ranges: Mapping[str, Range] | None,
 ) -> list[str]:
     best = points[0]
-    lines = _at_the_end(best, axes) if ranges is None else _near_the_end(best, ranges)
+    tied = [p for p in points if p.n == best.n and p.value == best.value]
+    lines = _at_the_end(tied, axes) if ranges is None else _near_the_end(best, ranges)
     if best.n < 2:
         lines.append(f"a single sample gives no standard error and no ranking to rely on: {_MORE_SAMPLES}")
     if (-best.gain if lower_is_better(objective) else best.gain) <= (best.gain_error or 0.0):
@@ -150,7 +151,7 @@ def _warnings(
             f"the search does not show a gain: the best {objective} differs from zero-shot's by {gain} on "
             f"{best.n} samples, which is no improvement by more than one standard error: {_MORE_SAMPLES}"
         )
-    if ties := sum(p.n == best.n and p.value == best.value for p in points[1:]):
+    if ties := len(tied) - 1:
         lines.append(
             f"{ties} more point{'s tie' if ties > 1 else ' ties'} with the best; first is the one of fewest "
             f"steps, then of smallest learning_rate and largest kl_coeff: to tell them apart, {_MORE_SAMPLES}"
@@ -175,11 +176,13 @@ def _warnings(
     return lines
 
 
-def _at_the_end(best: RankedPoint, axes: Mapping[str, list[float]]) -> list[str]:
+def _at_the_end(tied: Sequence[RankedPoint], axes: Mapping[str, list[float]]) -> list[str]:
+    """Axes on whose end the best point lies; nothing where another value does as well."""
     lines = []
     for name, values in axes.items():
-        value = best.point[name]
-        if len(values) > 1 and value in (values[0], values[-1]) and value != _BOUNDS.get(name):
+        value = tied[0].point[name]
+        alone = all(point.point[name] == value for point in tied)
+        if alone and len(values) > 1 and value in (values[0], values[-1]) and value != _BOUNDS.get(name):
             end, more = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
             lines.append(
                 f"the best {name}, {format_setting(value)}, is the {end} of the grid; "

@@ -237,6 +237,8 @@ def best_config(config_text: str, ranking: Ranking, settings: SearchSettings, pa
     config["model"].update(ranking.best.point)
     config["model"]["methods"] = [BASELINE, settings.chosen_method().name]
     config["run_dir"] = str(path / "best")
+    # The limit was for the search; who judges its result wants all of a file.
+    config["data"]["limit"] = None
     best = ranking.best
     score = format_score(ranking.objective, best.value, best.standard_error)
     return (

@@ -25,7 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from fastmem_pl.errors import FastMemError
-from fastmem_pl.run import differences
+from fastmem_pl.identity import differences
 from fastmem_pl.search.sampler import SeededByTrial, place_of
 from fastmem_pl.search.trials import OptunaSettings
 

@@ -88,6 +88,13 @@ def test_a_mixed_file_has_all_samples_as_well(make_run, two_methods):
     assert found.tasks == [0, 1]
 
 
+def test_all_samples_are_those_of_one_file(make_run, two_methods):
+    mixed = [{**r, "task": "memotrap" if r["index"] < 4 else "nqswap"} for r in two_methods]
+    runs = [make_run("a", mixed, task="mixed"), make_run("b", two_methods, data="other.jsonl")]
+    found = collect(runs, contexts=False)
+    assert [found.datasets[place].label for place in found.order] == ["all (a)", "memotrap", "nqswap", "qa"]
+
+
 def test_samples_name_their_data_set_in_the_browser(make_run, two_methods):
     for record in two_methods:
         record["task"] = "memotrap" if record["index"] < 4 else "qa"

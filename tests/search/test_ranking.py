@@ -3,13 +3,17 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.metrics import format_score, lower_is_better
+from fastmem_pl.search import SearchSettings
 from fastmem_pl.search.ranking import format_setting, rank
+from fastmem_pl.search.run import best_config
 
 RATES = [1e-6, 1e-5, 1e-4]
 AXES = {"learning_rate": RATES, "steps": [4], "kl_coeff": [0.1]}
@@ -231,6 +235,25 @@ def test_the_edge_of_the_grid(axis, values, best, expected):
     else:
         assert len(lines) == 1
         assert re.match(f"the best {axis}, {expected}", lines[0])
+
+
+def test_an_end_of_the_grid_that_ties_with_others_is_no_evidence():
+    axes = {**AXES, "learning_rate": [1e-6, 1e-5, 3e-5]}
+    records = answers(None, [0.0] * 4)
+    for rate, right in ((1e-6, 1.0), (1e-5, 1.0), (3e-5, 0.0)):
+        records += answers({**point(), "learning_rate": rate}, [right, right, right, 0.0])
+    (line,) = rank(records, "accuracy", axes).warnings
+    assert line.startswith("1 more point ties with the best")
+
+
+def test_the_best_config_asks_all_of_a_file():
+    ranking = rank(around([1, 1, 1, 1, 1, 1, 1, 0]), "accuracy", AXES)
+    text = best_config(
+        "model: {steps: 1}\ndata: {limit: 4, task: qa}\n", ranking, SearchSettings(), Path("runs/x")
+    )
+    config = yaml.safe_load(text)
+    assert config["data"] == {"limit": None, "task": "qa"}
+    assert config["model"]["steps"] == ranking.best.point["steps"]
 
 
 @pytest.mark.parametrize(
