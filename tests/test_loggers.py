@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from ranks import fork_ranks
+from towers import write_towers
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer
 from fastmem_pl.cli import main
@@ -51,14 +52,7 @@ class Kept(Logger):
 
 @pytest.fixture
 def data_file(tmp_path):
-    path = tmp_path / "data.jsonl"
-    records = [
-        {"context": f"Tower {i} stands in Rome. " * (1 + i % 3), "question": f"Where is {i}?"}
-        | {"answers": ["Rome", "e"]}
-        for i in range(COUNT)
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+    return write_towers(tmp_path, COUNT)
 
 
 @pytest.fixture

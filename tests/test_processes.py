@@ -13,6 +13,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from ranks import fork_ranks
+from towers import write_towers
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer
 from fastmem_pl.errors import OutOfMemoryError
@@ -20,11 +21,7 @@ from fastmem_pl.processes import Processes, leave
 from fastmem_pl.search import SearchSettings
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(200)]
-QUESTIONS = [
-    {"id": f"q{i}", "context": f"Tower {i} stands in Rome. " * (1 + i % 3), "question": f"Where is {i}?"}
-    | {"answers": ["Rome", "e"]}
-    for i in range(5)
-]
+COUNT = 5
 
 
 def processes(count, **settings):
@@ -33,9 +30,7 @@ def processes(count, **settings):
 
 @pytest.fixture
 def data_file(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    return path
+    return write_towers(tmp_path, COUNT)
 
 
 @pytest.fixture
@@ -171,7 +166,7 @@ def test_automatic_batches_are_the_same_in_all_processes(run, tmp_path, monkeypa
 def test_fit_then_predict_of_several(run, tmp_path):
     expected = run("one")
     fork_ranks(3, lambda rank: run("several", 3, mode="fit").name, tmp_path)
-    assert len(list((tmp_path / "several" / "memories").iterdir())) == len(QUESTIONS)
+    assert len(list((tmp_path / "several" / "memories").iterdir())) == COUNT
     fork_ranks(2, lambda rank: run("several", 2, mode="predict").name, tmp_path)
     assert [r["token_ids"] for r in records(tmp_path / "several")] == [
         r["token_ids"] for r in records(expected)
@@ -208,7 +203,7 @@ def test_a_killed_process_loses_its_batch_at_most(run, tmp_path, monkeypatch):
             lambda self, pairs: answered.extend(s.index for s, _ in pairs) or process(self, pairs),
         )
         run("several", batch_size=1)
-    assert sorted(answered) == sorted(set(range(len(QUESTIONS))) - set(before))
+    assert sorted(answered) == sorted(set(range(COUNT)) - set(before))
     assert essence(folder) == essence(expected)
     assert scores(folder) == scores(expected)
 

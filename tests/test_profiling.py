@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ranks import fork_ranks
+from towers import write_towers
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer
 from fastmem_pl.callbacks import tracing
@@ -27,17 +28,7 @@ WORKED = ("trunk", "memorize", "prefill", "decode", "scoring")
 
 @pytest.fixture
 def data_file(tmp_path):
-    path = tmp_path / "data.jsonl"
-    records = [
-        {
-            "context": f"Tower {i} stands in Rome. " * (1 + i % 3),
-            "question": f"Where is {i}?",
-            "answers": ["e"],
-        }
-        for i in range(COUNT)
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+    return write_towers(tmp_path, COUNT)
 
 
 @pytest.fixture

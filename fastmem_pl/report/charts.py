@@ -99,7 +99,7 @@ def _binned_chart(
     names: tuple[str, str, str, str],
     value_of: Callable[[Record], float | None],
 ) -> Chart | None:
-    """Score by quantile bins of a property of the samples."""
+    """Score by quantile bins of a property of the samples; ``names``: id, kind, axis, end of the title."""
     chart, kind, label, data = names
     score = primary_score(comparison, place)
     values = {
