@@ -41,9 +41,9 @@ def test_the_bootstrap_agrees_with_the_t_test(shift, n):
     found = paired(before.tolist(), after.tolist(), binary=False)
     expected = stats.ttest_rel(after, before)
     # Both are approximations of one another; resampling has noise of its own.
-    assert found.p_value == pytest.approx(expected.pvalue, abs=0.035)
+    assert found.p_value == pytest.approx(expected.pvalue, abs=0.025)
     low, high = expected.confidence_interval(0.95)
-    assert found.interval == pytest.approx((low, high), abs=0.08 * (high - low))
+    assert found.interval == pytest.approx((low, high), abs=0.045 * (high - low))
     assert found.difference == pytest.approx((after - before).mean())
 
 
