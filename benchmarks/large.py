@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fastmem_pl import DecodingSettings, FastMemError, Memorizer, Memory
 from fastmem_pl.backbone import find_anatomy
 from fastmem_pl.backbone.placement import Room, lay_out, parts_of, usable_space
+from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.decoding import METHODS, Decoding, GraphPool, Prefill
-from fastmem_pl.phases import PhaseMeter, is_out_of_memory
 
 RESULTS = Path(__file__).parent / "results"
 # Shape, type of the weights.

@@ -30,7 +30,7 @@ from speed import _8B, _TINY, device_slug, provenance, random_model, random_samp
 from fastmem_pl import Backbone, Memorizer, Memory, WindowSettings, answer
 from fastmem_pl.backbone import EncodedContext
 from fastmem_pl.export import to_lora, to_memory
-from fastmem_pl.export.report import Deviation
+from fastmem_pl.export.deviation import Deviation
 from fastmem_pl.memory import DocumentFit
 from fastmem_pl.metrics import normalize_answer
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmem_pl import Backbone, FastMemDataModule, Memorizer
-from fastmem_pl.provenance import environment
+from fastmem_pl.run.provenance import environment
 
 LEARNING_RATE = 1e-5
 STEPS = 10

@@ -22,7 +22,7 @@ import torch
 
 from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer
 from fastmem_pl.decoding import BASELINE, METHODS
-from fastmem_pl.provenance import environment
+from fastmem_pl.run.provenance import environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

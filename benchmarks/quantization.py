@@ -36,10 +36,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastmem_pl import Backbone, FastMemDataModule, FastMemError, Memorizer, answer
 from fastmem_pl.backbone.packed import make_plain, stored_tensors
 from fastmem_pl.backbone.quantization import KINDS, check_quantization, loading_options
+from fastmem_pl.base.phases import is_out_of_memory
 from fastmem_pl.data import ContextSample
 from fastmem_pl.memory import Footprint, MemorizationSettings, usable_bytes
 from fastmem_pl.metrics import normalize_answer
-from fastmem_pl.phases import is_out_of_memory
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"8b": _8B, "70b": _70B, "tiny": _TINY}

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fastmem_pl.provenance import environment
+from fastmem_pl.run.provenance import environment
 from fastmem_pl.search import SearchSettings
 
 ROOT = Path(__file__).parents[1]

@@ -70,11 +70,11 @@ from fastmem_pl import (
     Memorizer,
 )
 from fastmem_pl.backbone.padding import pad
+from fastmem_pl.base.errors import OutOfMemoryError
+from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.decoding import Decoding, Prefill
-from fastmem_pl.encoding import EncodedSample
-from fastmem_pl.errors import OutOfMemoryError
-from fastmem_pl.phases import PhaseMeter, is_out_of_memory
-from fastmem_pl.provenance import environment
+from fastmem_pl.run.encoding import EncodedSample
+from fastmem_pl.run.provenance import environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from fastmem_pl import Backbone, ContextSample, FastMemModule
 from fastmem_pl.data import TASKS, FieldError, Record
 from fastmem_pl.decoding import Decoding
-from fastmem_pl.encoding import EncodedSample
 from fastmem_pl.metrics import contains_answer, extract_answer, normalize_answer
+from fastmem_pl.run.encoding import EncodedSample
 
 # Ten times the spread between two implementations that the traces' README states in its section 6, by the
 # learning rate of the run.
@@ -138,7 +138,7 @@ def check_batch(
 
     batch = [make_sample(sample, settings) for sample in samples]
     encoded = [module.encoder(sample) for sample in batch]
-    with patch("fastmem_pl.module.Decoding", Kept):
+    with patch("fastmem_pl.run.predict.Decoding", Kept):
         records = module.predict_step(batch)
     for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
         check_tokens(encoded[row], sample)

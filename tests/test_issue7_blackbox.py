@@ -63,7 +63,7 @@ GRID = {
 }
 # Imported once, then forked.
 IMPORTS = [
-    "fastmem_pl.lightning_cli",
+    "fastmem_pl.cli.lightning",
     "fastmem_pl.report.terminal",
     "transformers.models.llama.modeling_llama",
 ]

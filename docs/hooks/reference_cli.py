@@ -76,11 +76,11 @@ def lightning_parsers() -> dict[str, Any]:
 
 def memory_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parsers of the other commands, by command."""
-    import fastmem_pl.commands
+    import fastmem_pl.cli
 
     found = {}
-    for module in pkgutil.iter_modules(fastmem_pl.commands.__path__):
-        command = importlib.import_module(f"fastmem_pl.commands.{module.name}")
+    for module in pkgutil.iter_modules(fastmem_pl.cli.__path__):
+        command = importlib.import_module(f"fastmem_pl.cli.{module.name}")
         make = getattr(command, "parser", None) or getattr(command, "_parser", None)
         if make is not None:
             found[module.name] = make()

@@ -49,11 +49,11 @@ def _facts(path: Path) -> list[str]:
 
 def tasks_page() -> str:
     """Tasks with their prompts, methods and scores."""
+    from fastmem_pl.base.quirks import QUIRKS
     from fastmem_pl.data import TASKS
     from fastmem_pl.data.tasks import OWN_FIELDS
     from fastmem_pl.decoding import METHODS
     from fastmem_pl.metrics import METRIC_MODELS, SCORES
-    from fastmem_pl.published import QUIRKS
 
     parts = [
         "# Tasks, methods, scores",

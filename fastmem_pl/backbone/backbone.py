@@ -25,7 +25,7 @@ from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype
 from fastmem_pl.backbone.quantization import check_precision, check_quantization, quantized_method
 from fastmem_pl.backbone.sharding import Shards, check_tail
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

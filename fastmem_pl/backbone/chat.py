@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 _QUESTION, _ANSWER, _NEXT, _SYSTEM = "sentinelquestion", "sentinelanswer", "sentinelnext", "sentinelsystem"
 

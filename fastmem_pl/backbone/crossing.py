@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmem_pl.backbone.families import Anatomy
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 _INSTALLED = "_fastmem_crossing"
 

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.strategies import SingleDeviceStrategy
 
 from fastmem_pl.backbone.precision import normalize_precision
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

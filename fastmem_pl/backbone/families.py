@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 
 @dataclass(frozen=True)

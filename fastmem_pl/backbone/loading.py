@@ -21,8 +21,8 @@ from fastmem_pl.backbone import sharding
 from fastmem_pl.backbone.packed import make_plain, must_run
 from fastmem_pl.backbone.placement import DeviceMap, plan, stored_size
 from fastmem_pl.backbone.quantization import check_method, loading_options, quantized_method
-from fastmem_pl.errors import FastMemError, nearest
-from fastmem_pl.hub import cache_first, converted_folder, demo_file, load_tokenizer
+from fastmem_pl.base.errors import FastMemError, nearest
+from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastmem_pl.errors import FastMemError, nearest
+from fastmem_pl.base.errors import FastMemError, nearest
 
 if TYPE_CHECKING:
     from fastmem_pl.backbone.placement import Part

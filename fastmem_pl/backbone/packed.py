@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastmem_pl.backbone.families import find_anatomy, is_quantized
 from fastmem_pl.backbone.quantization import plain_modules
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.phases import is_out_of_memory
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.phases import is_out_of_memory
 
 
 @torch.no_grad()

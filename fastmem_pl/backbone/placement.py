@@ -16,7 +16,7 @@ from torch import nn
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy
 from fastmem_pl.backbone.mapping import given_devices
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, unknown
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,8 @@ class Room:
     ) -> Room:
         """Count for ``samples`` of ``tokens`` each; other arguments as those of :func:`plan`."""
         # Not above: memories are made with backbones.
+        from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
         from fastmem_pl.backbone.split import Tail
-        from fastmem_pl.memory.footprint import Footprint, trunk_bytes_per_token
         from fastmem_pl.memory.settings import MemorizationSettings
 
         weights, products = precision

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fastmem_pl.errors import unknown
+from fastmem_pl.base.errors import unknown
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}

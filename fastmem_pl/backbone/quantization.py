@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, unknown
 
 _GROUP = 128  # weights that share a scale in torchao-int4
 _BLOCK = 64  # the same in bnb-4bit, whose kernels for CPUs read rows of most other widths wrongly

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, unknown
 
 # Projections whose output holds the keys of the attention, alone or with others.
 _KEYS = ("k_proj", "qkv_proj", "query_key_value")

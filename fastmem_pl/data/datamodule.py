@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.data.batches import BatchLimits, ShareSampler, plan
 from fastmem_pl.data.reader import data_file, read_samples
 from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import OWN_FIELDS
-from fastmem_pl.errors import FastMemError, unknown
 
 DEMO = "demo"
 _UNPLANNED = 8

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastmem_pl.base.errors import FastMemError, nearest, unknown
 from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, Record
-from fastmem_pl.errors import FastMemError, nearest, unknown
 
 _DEMO = Path(__file__).parent / "demo"
 PACKAGED = {"demo": _DEMO / "conflicts.jsonl", "long": _DEMO / "long.jsonl"}

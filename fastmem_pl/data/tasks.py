@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from fastmem_pl.errors import nearest
-from fastmem_pl.registry import Registry
+from fastmem_pl.base.errors import nearest
+from fastmem_pl.base.registry import Registry
 
 
 class FieldError(ValueError):

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.registry import Registry
 from fastmem_pl.decoding.dola import candidate_layers, contrast_layers
 from fastmem_pl.decoding.settings import DecodingSettings
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 
 def candidate_layers(wanted: str | Sequence[float], num_blocks: int, tied: bool) -> tuple[int, ...]:

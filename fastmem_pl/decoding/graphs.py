@@ -16,8 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastmem_pl.base.phases import is_out_of_memory
 from fastmem_pl.decoding.state import DecodeState
-from fastmem_pl.phases import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

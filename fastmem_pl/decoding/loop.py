@@ -12,14 +12,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.backbone.padding import pad
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.phases import PhaseMeter
 from fastmem_pl.decoding.answers import AnswerRows, Reader
 from fastmem_pl.decoding.decoders import DECODERS
 from fastmem_pl.decoding.graphs import GraphPool, Lease
 from fastmem_pl.decoding.sampling import TokenChooser
 from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.decoding.state import DecodeState, Path, Views
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.phases import PhaseMeter
 
 # Tokens still to come from which copying the unfinished half of a batch pays: on a GPU a step is recorded
 # anew for it (docs/LOG.md).

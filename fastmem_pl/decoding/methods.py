@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.registry import Registry
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.registry import Registry
 
 BASELINE = "zero-shot"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, unknown
 
 LAYER_RANGES = ("auto", "low", "high")
 

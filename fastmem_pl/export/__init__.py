@@ -2,8 +2,8 @@
 
 from fastmem_pl.export.checkpoint import to_checkpoint
 from fastmem_pl.export.compact import to_memory
+from fastmem_pl.export.deviation import ExportReport
 from fastmem_pl.export.lora import DTYPES, to_lora
 from fastmem_pl.export.low_rank import LowRank
-from fastmem_pl.export.report import ExportReport
 
 __all__ = ["DTYPES", "ExportReport", "LowRank", "to_checkpoint", "to_lora", "to_memory"]

@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.backbone.quantization import quantized_method
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.files import check_target, new_folder, size_of
+from fastmem_pl.export.deviation import Deviation, ExportReport, as_matrix
 from fastmem_pl.export.lora import DTYPES
-from fastmem_pl.export.report import Deviation, ExportReport, as_matrix
 from fastmem_pl.memory import Memory
-from fastmem_pl.targets import check_target, new_folder, size_of
 
 
 def to_checkpoint(

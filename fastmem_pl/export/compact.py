@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.errors import unknown
+from fastmem_pl.base.errors import unknown
+from fastmem_pl.base.files import check_target
+from fastmem_pl.export.deviation import Deviation, ExportReport
 from fastmem_pl.export.low_rank import LowRank
-from fastmem_pl.export.report import Deviation, ExportReport
 from fastmem_pl.memory import Memory
 from fastmem_pl.memory.files import FORMS
-from fastmem_pl.targets import check_target
 
 
 def to_memory(

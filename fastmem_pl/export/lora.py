@@ -11,12 +11,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.files import check_target, new_folder, size_of
+from fastmem_pl.export.deviation import Deviation, ExportReport
 from fastmem_pl.export.low_rank import LowRank
-from fastmem_pl.export.report import Deviation, ExportReport
 from fastmem_pl.memory import Memory
 from fastmem_pl.memory.files import write_tensors
-from fastmem_pl.targets import check_target, new_folder, size_of
 
 DTYPES = ("float32", "bfloat16")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.export.report import Deviation, as_matrix
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.export.deviation import Deviation, as_matrix
 from fastmem_pl.memory import Memory
 
 Factors = tuple[Tensor, Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from fastmem_pl.backbone import Factors
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 # Products of bfloat16 with a float32 result came with torch 2.8.
 _WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)

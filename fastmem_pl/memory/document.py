@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastmem_pl.backbone import EncodedContext, Tail, TailInputs
-from fastmem_pl.errors import FastMemError, OutOfMemoryError
-from fastmem_pl.memory.footprint import usable_bytes
-from fastmem_pl.memory.memorize import Memorizer, context_hash
+from fastmem_pl.backbone.footprint import usable_bytes
+from fastmem_pl.base.errors import FastMemError, OutOfMemoryError
+from fastmem_pl.memory.loss import MemorizationBatch, prepare
+from fastmem_pl.memory.memorizer import Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.module import MemorizationModule
-from fastmem_pl.memory.objective import MemorizationBatch, prepare
 from fastmem_pl.memory.settings import WindowSettings
 
 # Tokens of one trunk pass, and of the activations that one backward pass goes through.

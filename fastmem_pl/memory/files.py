@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmem_pl.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.files import write_whole
 from fastmem_pl.memory.header import checked
-from fastmem_pl.targets import write_whole
 
 FORMAT_VERSION = "3"
 FORMS = ("float32", "bfloat16", "int8", "low-rank")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.memory import files
 
 if TYPE_CHECKING:
@@ -215,8 +215,8 @@ class Memory:
         ]
 
     def attached(self, model: Any) -> AbstractContextManager[None]:
-        """Let a transformers model use this memory; see :func:`fastmem_pl.generation.attached`."""
-        from fastmem_pl.generation import attached
+        """Let a transformers model use this memory; see :func:`fastmem_pl.decoding.generate.attached`."""
+        from fastmem_pl.decoding.generate import attached
 
         return attached(model, self)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastmem_pl import kernels
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
+from fastmem_pl.memory.loss import Losses, MemorizationBatch
 from fastmem_pl.memory.memory import Curve, Memory
-from fastmem_pl.memory.objective import Losses, MemorizationBatch
 from fastmem_pl.memory.settings import MemorizationSettings
 
 

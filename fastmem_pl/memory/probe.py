@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastmem_pl.backbone import BaseActivations, Delta, EncodedContext, TailInputs
-from fastmem_pl.memory.memorize import Memorizer
+from fastmem_pl.memory.loss import predict
+from fastmem_pl.memory.memorizer import Memorizer
 from fastmem_pl.memory.memory import Memory
-from fastmem_pl.memory.objective import predict
 
 # Of windows that are run together, and of label tokens whose logits are formed together.
 _TOKENS, _LABELS = 8192, 512

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from fastmem_pl.backbone import BaseActivations, Tail, TailInputs
-from fastmem_pl.memory.memorize import ReadContexts
-from fastmem_pl.memory.objective import Losses
+from fastmem_pl.memory.loss import Losses
+from fastmem_pl.memory.memorizer import ReadContexts
 
 # Words drawn for contexts of so many tokens or more. Shorter ones average over fewer, and cost less anyway.
 SAMPLE_SIZE, _FULL_LENGTH = 4096, 128
@@ -220,7 +220,7 @@ def draw_words(importance: Tensor, size: int) -> tuple[Tensor, Tensor]:
 class SampledBatch(SimpleNamespace):
     """All that stays constant while one context is memorized under ``R`` settings at once.
 
-    Stands in for :class:`~fastmem_pl.memory.objective.MemorizationBatch`.
+    Stands in for :class:`~fastmem_pl.memory.loss.MemorizationBatch`.
 
     Attributes:
         inputs: trunk results, ``(R, T, D)``, all rows one tensor.
@@ -237,7 +237,7 @@ class SampledBatch(SimpleNamespace):
     anchors: Anchors
 
     def loss(self, tail: Tail, hidden: Tensor, kl_coeff: Tensor, moved: bool = True) -> Losses:
-        """Loss of every row; arguments as of :func:`~fastmem_pl.memory.objective.memorization_loss`."""
+        """Loss of every row; arguments as of :func:`~fastmem_pl.memory.loss.memorization_loss`."""
         selected = hidden[:, self.positions]
         return Losses(*_SampledLoss.apply(selected, self.vocabulary, self.anchors, kl_coeff))
 

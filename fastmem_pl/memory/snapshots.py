@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fastmem_pl.backbone import EncodedContext
-from fastmem_pl.memory.memorize import Memorizer, ReadContexts
+from fastmem_pl.memory.loss import MemorizationBatch, prepare
+from fastmem_pl.memory.memorizer import Memorizer, ReadContexts
 from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.module import MemorizationModule
-from fastmem_pl.memory.objective import MemorizationBatch, prepare
 from fastmem_pl.memory.sampled import SampledBatch, SampledContext, sampling_fits
 from fastmem_pl.memory.settings import MemorizationSettings
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.quirks import QUIRKS
 from fastmem_pl.memory.files import read_header
 from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.settings import MemorizationSettings
-from fastmem_pl.published import QUIRKS
 
 
 class MemoryFolder:

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.hub import cache_first, load_tokenizer
-from fastmem_pl.registry import Registry
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.hub import cache_first, load_tokenizer
+from fastmem_pl.base.registry import Registry
 
 _LOADING_ERRORS = (
     OSError,

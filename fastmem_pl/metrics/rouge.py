@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 _TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 

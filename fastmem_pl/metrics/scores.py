@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.registry import Registry
 from fastmem_pl.metrics.rouge import rouge1, rouge2, rougeL, rougeLsum
 from fastmem_pl.metrics.text import (
     contains_answer,
@@ -15,7 +16,6 @@ from fastmem_pl.metrics.text import (
     has_answer_format,
     normalize_answer,
 )
-from fastmem_pl.registry import Registry
 
 
 @dataclass(frozen=True)

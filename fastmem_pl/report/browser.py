@@ -9,10 +9,10 @@ from typing import Any
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding.methods import METHODS
 from fastmem_pl.metrics import SCORES
-from fastmem_pl.records import Record
 from fastmem_pl.report.collect import Comparison, Variant
 from fastmem_pl.report.runs import perplexity
 from fastmem_pl.report.table import primary_score, scores_of
+from fastmem_pl.run.records import Record
 
 
 def browser_data(comparison: Comparison) -> dict[str, Any]:

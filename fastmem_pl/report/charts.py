@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from fastmem_pl.metrics import SCORES
-from fastmem_pl.records import Record
+from fastmem_pl.metrics.statistics import estimate
 from fastmem_pl.report.collect import Comparison, Variant
 from fastmem_pl.report.figure import INK, SERIES, draw_chart, line_look, marker, name_rows, series_name
 from fastmem_pl.report.page import Cell, Chart
 from fastmem_pl.report.runs import perplexity
-from fastmem_pl.report.statistics import estimate
 from fastmem_pl.report.table import curves_of, primary_score, result
+from fastmem_pl.run.records import Record
 
 _BINS, _LEAST_OF_BIN, _MOST_BARS = 5, 4, 4
 

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.decoding.methods import BASELINE, METHODS
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.records import Record
 from fastmem_pl.report.runs import ReportRun, find_samples, hash_of, read_run
+from fastmem_pl.run.records import Record
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def _profiles(runs: Sequence[ReportRun]) -> Iterator[PageTable]:
     for run in runs:
         if not run.profile:
             continue
-        from fastmem_pl.report.profile import profile_notes, profile_rows, profile_title
+        from fastmem_pl.report.profile_table import profile_notes, profile_rows, profile_title
 
         header, rows = profile_rows(run.profile)
         cells = [[Cell(str(cell)) for cell in row] for row in rows]

@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.profiling import read_profile
-from fastmem_pl.records import Record
-from fastmem_pl.run import RunFolder
+from fastmem_pl.run.folder import RunFolder
+from fastmem_pl.run.profile import read_profile
+from fastmem_pl.run.records import Record
 
 _ZERO_SHOT = (
     *("fingerprint", "quantization", "chat_template", "system_prompt", "max_context_tokens"),

@@ -9,11 +9,11 @@ from statistics import median
 from fastmem_pl.data import TASKS
 from fastmem_pl.decoding.methods import BASELINE
 from fastmem_pl.metrics import SCORES, format_score, lower_is_better
-from fastmem_pl.records import Record
+from fastmem_pl.metrics.statistics import Estimate, Paired, estimate, format_p, paired
 from fastmem_pl.report.collect import Comparison, Variant
 from fastmem_pl.report.page import Cell, PageTable
 from fastmem_pl.report.paper import published
-from fastmem_pl.report.statistics import Estimate, Paired, estimate, format_p, paired
+from fastmem_pl.run.records import Record
 
 _QUESTION_SCORES = ("accuracy", "contained", "exact_match", "f1", "format_failure", "original")
 _SUMMARY_SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bert_precision", "factkb")

@@ -1,8 +1,8 @@
 """Searching for good settings: many points on one pass of the trunk, one fit and one prompt."""
 
 from fastmem_pl.search.grid import OptunaSettings, SearchSettings
+from fastmem_pl.search.grid_search import SearchResult, run_search
 from fastmem_pl.search.ranking import RankedPoint, Ranking, rank
-from fastmem_pl.search.run import SearchResult, run_search
 
 __all__ = [
     "OptunaSettings",

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.data import ContextSample
 from fastmem_pl.decoding import BASELINE, METHODS, Decoding, Method, Prefill, PrefillCache, SharedPrefill
-from fastmem_pl.encoding import EncodedSample
-from fastmem_pl.errors import OutOfMemoryError
 from fastmem_pl.memory import ContextReader, Footprint, Memory, usable_bytes
-from fastmem_pl.module import FastMemModule
+from fastmem_pl.run.encoding import EncodedSample
+from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.search.grid import DECODER_AXES, Point
 
 log = logging.getLogger(__name__)

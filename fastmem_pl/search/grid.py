@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding import METHODS, Method
-from fastmem_pl.errors import FastMemError, unknown
 from fastmem_pl.metrics import METRIC_MODELS, SCORES
-from fastmem_pl.module import FastMemModule
-from fastmem_pl.search.trials import OptunaSettings
+from fastmem_pl.run.predict import FastMemModule
+from fastmem_pl.search.optuna_settings import OptunaSettings
 
 MEMORY_AXES = ("learning_rate", "steps", "kl_coeff")
 DECODER_AXES = ("alpha", "temperature", "top_p", "top_k", "repetition_penalty", "relative_top")

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import ContextSample, FastMemDataModule
-from fastmem_pl.errors import FastMemError
 from fastmem_pl.metrics import METRIC_MODELS, lower_is_better
-from fastmem_pl.module import FastMemModule
-from fastmem_pl.run import RunFolder
-from fastmem_pl.scoring import score_records
-from fastmem_pl.search.batch import TrialBatch, TrialModule
+from fastmem_pl.run.folder import RunFolder
+from fastmem_pl.run.predict import FastMemModule
+from fastmem_pl.run.scoring import score_records
 from fastmem_pl.search.grid import MEMORY_AXES, SearchSettings, tidy
-from fastmem_pl.search.loop import AnswerProgress, answer_loop
+from fastmem_pl.search.grid_search import SearchResult, key_of, missing, write_results
 from fastmem_pl.search.plots import plot_study
+from fastmem_pl.search.progress import AnswerProgress, answer_loop
 from fastmem_pl.search.ranking import rank
-from fastmem_pl.search.run import SearchResult, key_of, missing, write_results
 from fastmem_pl.search.study import SharedStudy
+from fastmem_pl.search.trial_batch import TrialBatch, TrialModule
 
 if TYPE_CHECKING:
-    from fastmem_pl.trainer import FastMemTrainer
+    from fastmem_pl.run.trainer import FastMemTrainer
 
 log = logging.getLogger(__name__)
 

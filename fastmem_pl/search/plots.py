@@ -17,7 +17,7 @@ from matplotlib import style
 from optuna.trial import TrialState
 from optuna.visualization import matplotlib as optuna_plots
 
-from fastmem_pl.targets import write_atomic
+from fastmem_pl.base.files import write_atomic
 
 log = logging.getLogger(__name__)
 

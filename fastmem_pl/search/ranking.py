@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import SampleMean, format_score, lower_is_better
 
 # Nothing lies beyond these, so the best value being there does not ask for a larger grid.

@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from fastmem_pl.search.trials import OptunaSettings
+from fastmem_pl.search.optuna_settings import OptunaSettings
 
 
 def place_of(trials: Sequence[FrozenTrial], number: int) -> int:

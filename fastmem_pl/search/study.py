@@ -24,10 +24,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from fastmem_pl.errors import FastMemError
-from fastmem_pl.identity import differences
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.run.identity import differences
+from fastmem_pl.search.optuna_settings import OptunaSettings
 from fastmem_pl.search.sampler import SeededByTrial, place_of
-from fastmem_pl.search.trials import OptunaSettings
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from conftest import CHATML, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from fastmem_pl.backbone import ChatEncoder, ChatSettings, derive_pieces
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 
 # Templates of this project's own with the control tokens and the layout of the models that they are named
 # after; the quirks that matter here (injected turns, refused roles, doubled bos) are theirs as well.

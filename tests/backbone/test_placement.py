@@ -308,6 +308,6 @@ def test_other_devices_bound_the_batch(tiny, monkeypatch):
     assert spread.per_token < footprint.per_token
     (device, first), (_, last) = spread.elsewhere
     assert (device, first) == (FIRST, last)
-    monkeypatch.setattr("fastmem_pl.memory.footprint.usable_bytes", lambda device: 7 * 100 * first)
+    monkeypatch.setattr("fastmem_pl.backbone.footprint.usable_bytes", lambda device: 7 * 100 * first)
     assert spread.samples_in(1 << 50, 100) == 7
     assert spread.samples_in(spread.cost(3, 100), 100) == 3

@@ -16,7 +16,7 @@ from fastmem_pl.backbone import sharding
 
 # Of those in conftest.py, all that transformers has a plan for; and one with tied embeddings.
 FAMILIES = [*(family for family in FAMILY_CONFIGS if family != "gpt2"), "tied"]
-PROGRAM = Path(__file__).parent / "tensor_parallel.py"
+PROGRAM = Path(__file__).parents[1] / "tensor_parallel.py"
 SECONDS = 240
 
 

@@ -9,10 +9,10 @@ from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
 
 from fastmem_pl import Memorizer, answer, stream_answer
 from fastmem_pl.backbone.families import find_anatomy
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
 from fastmem_pl.decoding.dola import candidate_layers, contrast_layers
 from fastmem_pl.decoding.sampling import draw
-from fastmem_pl.errors import FastMemError
 
 PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
 BARE = ["Who", "Why and where?", "x y"]

@@ -7,8 +7,8 @@ import torch
 from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
 
 from fastmem_pl import Backbone, Memorizer, answer, stream_answer
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill, PromptCache
-from fastmem_pl.errors import FastMemError
 
 PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
 STRONG = {"steps": 5, "learning_rate": 3e-3}

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from fastmem_pl import Backbone, FastMemError, Memorizer, Memory
 from fastmem_pl.export import LowRank, to_checkpoint, to_lora, to_memory
-from fastmem_pl.export.report import Deviation
+from fastmem_pl.export.deviation import Deviation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "The tower of Velm was built in 1312 by Ida Sorensen, who never saw it finished."

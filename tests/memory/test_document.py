@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
 
 from fastmem_pl import FastMemError, Memorizer, WindowSettings
-from fastmem_pl.errors import OutOfMemoryError
+from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.memory import DocumentFit, document
 
 pytestmark = pytest.mark.usefixtures("one_thread")

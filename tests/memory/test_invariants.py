@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from fastmem_pl import MemorizationModule, MemorizationSettings, Memorizer
-from fastmem_pl.memory import DeltaAdamW, objective
+from fastmem_pl.memory import DeltaAdamW
+from fastmem_pl.memory import loss as objective
 
 STRONG = {"steps": 6, "learning_rate": 1e-3, "kl_coeff": 0.3}
 
@@ -116,7 +117,7 @@ def test_chunked_is_unchunked_and_kept_is_recomputed(tiny, contexts, monkeypatch
     assert_same(whole, memorizer(contexts), rtol=1e-5)
     prepare = objective.prepare
     monkeypatch.setattr(
-        "fastmem_pl.memory.memorize.prepare", lambda *args: prepare(*args[:4], reference_budget=0)
+        "fastmem_pl.memory.memorizer.prepare", lambda *args: prepare(*args[:4], reference_budget=0)
     )
     assert not any(memorizer.prepare(encoded).reference.chunks)
     assert_same(whole, memorizer(contexts), rtol=1e-5)

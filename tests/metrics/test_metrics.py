@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import (
     SCORES,
     McNemar,

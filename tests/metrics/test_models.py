@@ -15,7 +15,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import models
 from fastmem_pl.metrics.models import (
     METRIC_MODELS,

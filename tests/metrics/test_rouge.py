@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import SampleMean, rouge
 from fastmem_pl.metrics.rouge import rouge1, rouge2, rougeL, rougeLsum
 

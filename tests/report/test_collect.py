@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.report.browser import browser_data
 from fastmem_pl.report.collect import collect
 from fastmem_pl.report.document import html

@@ -15,7 +15,7 @@ LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 def paper_settings(*configs):
     """Settings of a run with these configs, as ``run.json`` has them."""
-    from fastmem_pl.module import FastMemModule
+    from fastmem_pl.run.predict import FastMemModule
 
     settings = {}
     for path in config_paths([",".join(("base", *configs))]):

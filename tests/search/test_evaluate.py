@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmem_pl import FastMemDataModule, FastMemModule, FastMemTrainer
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.memory import ContextReader
 from fastmem_pl.search import SearchSettings
 from fastmem_pl.search import evaluate as evaluate_module

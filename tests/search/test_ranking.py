@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from fastmem_pl.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import format_score, lower_is_better
 from fastmem_pl.search import SearchSettings
+from fastmem_pl.search.grid_search import best_config
 from fastmem_pl.search.ranking import format_setting, rank
-from fastmem_pl.search.run import best_config
 
 RATES = [1e-6, 1e-5, 1e-4]
 AXES = {"learning_rate": RATES, "steps": [4], "kl_coeff": [0.1]}

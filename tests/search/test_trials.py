@@ -18,15 +18,15 @@ pytest.importorskip("optuna")
 import optuna
 from optuna.trial import TrialState
 
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.cli import main
-from fastmem_pl.errors import FastMemError
 from fastmem_pl.search import optimize, plots
 from fastmem_pl.search import study as study_module
 from fastmem_pl.search.optimize import _point
+from fastmem_pl.search.optuna_settings import OptunaSettings
 from fastmem_pl.search.ranking import rank
 from fastmem_pl.search.sampler import place_of
 from fastmem_pl.search.study import SharedStudy
-from fastmem_pl.search.trials import OptunaSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -250,7 +250,7 @@ def test_low_is_good_for_format_failure(command, tmp_path):
 
 def test_trials_are_judged_by_a_model_once_they_are_answered(command, tmp_path, monkeypatch, data):
     monkeypatch.setattr(
-        "fastmem_pl.scoring.load_metric_model",
+        "fastmem_pl.run.scoring.load_metric_model",
         lambda *args: lambda answers, contexts: [len(set(answer)) / 10 for answer in answers],
     )
     records = [{"article": f"The tower {i} stands{'!' * i}.", "summary": "It stands."} for i in range(COUNT)]

@@ -1,0 +1,136 @@
+"""How much memory a batch takes, and how much there is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmem_pl import kernels
+from fastmem_pl.backbone import Backbone, Tail
+from fastmem_pl.memory.loss import reference_bytes_per_token
+from fastmem_pl.memory.settings import MemorizationSettings
+
+# Share of the free memory that batches may fill: estimates are no measurements, allocators leave gaps.
+_USABLE = {"cpu": 0.5, "other": 0.85}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that memorizing and answering a batch takes beside the weights, from the model's shapes.
+
+    Attributes:
+        per_sample: deltas, moments, and what decoding copies of them.
+        per_token: activations, reference predictions and KV cache, for every padded position.
+        per_pair: Gram matrices of the clipping norm, for every two positions of a row.
+        fixed: buffers that do not grow with the batch.
+        elsewhere: what the trunk takes for every position on other devices, if it lies on several.
+    """
+
+    per_sample: int
+    per_token: int
+    per_pair: int
+    fixed: int
+    elsewhere: tuple[tuple[torch.device, int], ...] = ()
+
+    @classmethod
+    def of(cls, backbone: Backbone, settings: MemorizationSettings) -> Footprint:
+        """Count from the shapes of the trained FFNs, the head and the attention."""
+        tail, config = backbone.tail(settings.num_layers), backbone.model.config.get_text_config()
+        places, dtype = backbone.placement, backbone.compute_dtype
+        here = cls.of_tail(
+            tail, config, places.blocks.count(places.tail), places.tail, dtype, settings, backbone.shards.kv
+        )
+        kv_cache, passing = trunk_bytes_per_token(tail, config, dtype)
+        others = {d: places.blocks.count(d) * kv_cache + passing for d in places.devices if d != places.tail}
+        return replace(here, elsewhere=tuple(others.items()))
+
+    @classmethod
+    def of_tail(
+        cls,
+        tail: Tail,
+        config: Any,
+        num_blocks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        settings: MemorizationSettings,
+        kv_shards: int = 1,
+    ) -> Footprint:
+        """Count for the device of a tail, whose weights need not be loaded.
+
+        Args:
+            tail: the part of the model that memories act on.
+            config: of the model's language part.
+            num_blocks: blocks on the same device, those of the tail among them.
+            device: where it is or will be.
+            dtype: of the products.
+            settings: of memorizing.
+            kv_shards: processes that share the KV heads.
+        """
+        size, kernel = dtype.itemsize, kernels.usable(device, dtype)
+        weights = sum(shape.numel() for ffn in tail.ffns for shape in ffn.shapes.values())
+        if not kernel:
+            state = 4 + 4 + 8 + size  # float32 delta, gradient and moments; a copy for the products
+        elif settings.optimizer_state == "float32":
+            state = 4 + 8 + size
+        else:
+            state = 2 + 2 + 4
+        decoding = size if device.type == "cuda" else 0  # graphs read the memory from a place of their own
+        kv_cache = num_blocks * trunk_bytes_per_token(tail, config, dtype, kv_shards)[0]
+        wide = next(iter(tail.ffns[0].shapes.values()))[0]
+        passes = 8 * size if tail.ffns[0].has_kernel() else 12 * 4
+        activations = settings.num_layers * wide * passes + 12 * 4 * config.hidden_size
+        per_token = kv_cache + activations + reference_bytes_per_token(tail)
+        # Chunks of the head's products and their gradients.
+        fixed = 1 << 27 if device.type == "cpu" else 1 << 30
+        return cls(weights * (state + decoding), per_token, 12 if kernel else 0, fixed)
+
+    def cost(self, samples: int, tokens: int) -> int:
+        """Bytes of a batch whose longest row has ``tokens``, on the tail's device."""
+        return self.fixed + samples * self._row(tokens)
+
+    def samples_in(self, budget: float, tokens: int) -> int:
+        """How many rows of ``tokens`` fit ``budget`` bytes of the tail's device, and what others have."""
+        fitting = [(budget - self.fixed) // self._row(tokens)]
+        fitting += [usable_bytes(device) // (tokens * size) for device, size in self.elsewhere]
+        return int(min(fitting))
+
+    def _row(self, tokens: int) -> int:
+        return self.per_sample + tokens * (self.per_token + tokens * self.per_pair)
+
+
+def trunk_bytes_per_token(tail: Tail, config: Any, dtype: torch.dtype, kv_shards: int = 1) -> tuple[int, int]:
+    """Bytes of a position in one block's KV cache, and of its activations in the block that runs."""
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = (getattr(config, "num_key_value_heads", None) or heads) // kv_shards
+    kv_cache = 2 * 2 * kv_heads * head_size * dtype.itemsize  # the prompt's, and its copy
+    wide = next(iter(tail.ffns[0].shapes.values()))[0]
+    return kv_cache, (6 * config.hidden_size + 3 * wide) * dtype.itemsize
+
+
+def usable_bytes(device: torch.device) -> float:
+    """Memory that a batch may fill: most of what is free, or held by PyTorch and not in use."""
+    if device.type != "cuda":
+        import psutil
+
+        return _USABLE["cpu"] * min(psutil.virtual_memory().available, _left_to_container())
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - used
+    # torch.cuda.set_per_process_memory_fraction can be read since torch 2.8.
+    if hasattr(torch.cuda, "get_per_process_memory_fraction"):
+        free = min(free, torch.cuda.get_per_process_memory_fraction(device) * total - used)
+    return _USABLE["other"] * free
+
+
+def _left_to_container() -> float:
+    """What a container may still take, which the system does not count as its own memory."""
+    try:
+        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
+        return float(limit) - float(used)
+    except (OSError, ValueError):
+        return math.inf

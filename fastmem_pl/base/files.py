@@ -1,0 +1,187 @@
+"""Writing to where the user said: refused early, whole or not at all, and nothing foreign replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastmem_pl.base.errors import FastMemError
+
+MANIFEST = "export.json"
+"""File of an exported folder that lists, under ``files``, what the export wrote."""
+
+
+def check_target(path: Path, force: bool, folder: bool = False) -> None:
+    """Refuse what cannot or must not be written, before anything is computed.
+
+    Args:
+        path: to write.
+        force: replace a file, or a folder that holds an export and nothing else.
+        folder: whether it will be one.
+
+    Raises:
+        FastMemError: when it exists and may not be replaced, or cannot be written.
+    """
+    try:
+        _check_existing(path, force, folder)
+        if not path.absolute().parent.is_dir():
+            raise FastMemError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+        if not path.exists():
+            # Only trying shows that the name and the place will do.
+            path.touch(exist_ok=False)
+            path.unlink()
+    except OSError as error:
+        raise FastMemError(f"cannot write {_short(path)}: {error.strerror}") from error
+
+
+def _check_existing(path: Path, force: bool, folder: bool) -> None:
+    if path.is_symlink():
+        raise FastMemError(f"{path} is a link; give the place itself as --out")
+    if not path.exists():
+        return
+    if not force:
+        raise FastMemError(f"{path} exists; give --force to replace it, or another --out")
+    if path.is_dir() != folder:
+        kind = "folder" if path.is_dir() else "file"
+        raise FastMemError(f"{path} is a {kind}, which --force does not replace; give another --out")
+    if folder:
+        if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise FastMemError(f"{path} is the folder you are in, or one around it; give another --out")
+        foreign = _foreign(path)
+        if foreign:
+            raise FastMemError(
+                f"{path} holds {foreign}, which fastmem export did not write; give another --out"
+            )
+
+
+def _foreign(folder: Path) -> str | None:
+    """Something in a folder that is no part of an export."""
+    try:
+        own = set(json.loads((folder / MANIFEST).read_text())["files"]) | {MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    return next((p.name for p in sorted(folder.iterdir()) if p.name not in own or not p.is_file()), None)
+
+
+@contextmanager
+def new_folder(path: Path, bytes_needed: int) -> Iterator[Path]:
+    """A folder to write to that takes its place when all is written, and is removed when it is not.
+
+    Raises:
+        FastMemError: when there is no room, or it cannot be written.
+    """
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < bytes_needed:
+        raise FastMemError(
+            f"cannot write {path}: it takes {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "free some disk or give another --out"
+        )
+    partial, earlier = _beside(path), _beside(path)
+    try:
+        partial.mkdir()
+        yield partial
+        # What is replaced stays until the new one is in its place.
+        if path.exists():
+            path.rename(earlier)
+        try:
+            partial.rename(path)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(path)
+            raise
+    except OSError as error:
+        raise FastMemError(f"cannot write {_short(path)}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(earlier, ignore_errors=True)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file that takes its place when it is whole, and is removed when it is not.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    partial = _beside(path)
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader, or a crash, finds the old content or the new.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    write_whole(path, lambda partial: _write_through(partial, content))
+
+
+def create_whole(path: Path, content: str | bytes) -> bool:
+    """Create a file with its content at once, on network file systems too; false where it exists.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    partial = _beside(path)
+    try:
+        _write_through(partial, content)
+        # A hard link is made by one of several at most. Its reply may get lost: then the count tells.
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return os.stat(partial).st_nlink == 2
+        except OSError:
+            if path.exists():
+                return False
+            # No hard links here. A reader may find the file empty for a moment.
+            with open(path, "xb") as file:
+                file.write(_bytes(content))
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the next that is free: ``notes-2.fastmem``."""
+    tried, number = path, 1
+    while tried.exists():
+        number += 1
+        tried = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return tried
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files of a folder."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _write_through(path: Path, content: str | bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(_bytes(content))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
+def _beside(path: Path) -> Path:
+    return path.absolute().parent / f".fastmem-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 120 else f"{text[:119]}…"

@@ -1,1 +1,0 @@
-"""Commands on single memories: memorize a text, ask it, export it."""

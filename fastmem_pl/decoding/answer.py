@@ -1,0 +1,153 @@
+"""Asking a backbone questions, with or without a memory, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastmem_pl.backbone import Backbone, Delta
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.data import TASKS
+from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill, PromptCache
+from fastmem_pl.memory import Memory
+
+
+def answer(
+    backbone: Backbone,
+    questions: str | Sequence[str],
+    context: str | Sequence[str] | None = None,
+    memory: Memory | None = None,
+    decoder: str = "greedy",
+    max_new_tokens: int = 100,
+    alpha: float = 0.5,
+    answer_prefix: str = "",
+    **settings: Any,
+) -> list[str]:
+    """Answer questions together.
+
+    Args:
+        backbone: the model.
+        questions: one or several.
+        context: put in the prompt; one for all questions or one each. Without it the question alone.
+        memory: of one context for all questions, or one row a question.
+        decoder: ``"greedy"``, ``"cd"`` (contrast memorized with base logits), ``"cad"`` (contrast logits
+            with and without the context) or ``"dola"`` (contrast layers).
+        max_new_tokens: most tokens of an answer.
+        alpha: strength of ``"cd"`` and ``"cad"``.
+        answer_prefix: text that opens the answer; part of what is returned.
+        settings: further :class:`DecodingSettings`, such as ``temperature``, ``seed`` or ``stop``.
+
+    Returns:
+        one text a question.
+
+    Raises:
+        FastMemError: when counts do not match, a setting is unknown or out of its range, the decoder lacks
+            what it contrasts, or the memory is of another model.
+    """
+    questions = [questions] if isinstance(questions, str) else list(questions)
+    made = _settings(max_new_tokens=max_new_tokens, alpha=alpha, **settings)
+    decoding = _decoding(backbone, questions, context, memory, decoder, made, answer_prefix)
+    return [answer_prefix + generated.text for generated in decoding.run()]
+
+
+def stream_answer(
+    backbone: Backbone,
+    question: str,
+    context: str | None = None,
+    memory: Memory | None = None,
+    decoder: str = "greedy",
+    answer_prefix: str = "",
+    prompts: PromptCache | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """Answer one question piece by piece, as the tokens come; arguments as :func:`answer`.
+
+    Joined, the pieces are what :func:`answer` returns. Given the same ``prompts``, calls one after the other
+    read what their prompts begin with, the context above all, only once.
+    """
+    made = _settings(**settings)
+    decoding = _decoding(backbone, [question], context, memory, decoder, made, answer_prefix, prompts)
+    if answer_prefix:
+        yield answer_prefix
+    yield from decoding.texts()
+
+
+def encode_prompt(
+    backbone: Backbone, question: str, context: str | None = None, answer_prefix: str = ""
+) -> list[int]:
+    """Token ids of the prompt that :func:`answer` asks with."""
+    text = question if context is None else TASKS["qa"].prompt_text(context, question)
+    return backbone.chat.prompt(text, answer_prefix)
+
+
+def _settings(**given: Any) -> DecodingSettings:
+    try:
+        return DecodingSettings(**given)
+    except TypeError as error:
+        raise FastMemError(f"answer: {str(error).split('() ', 1)[-1]}") from None
+
+
+def _decoding(
+    backbone: Backbone,
+    questions: Sequence[str],
+    context: str | Sequence[str] | None,
+    memory: Memory | None,
+    decoder: str,
+    settings: DecodingSettings,
+    answer_prefix: str,
+    seen: PromptCache | None = None,
+) -> Decoding:
+    contexts = [context] * len(questions) if context is None or isinstance(context, str) else list(context)
+    if not questions:
+        raise FastMemError("answer: no questions; give one or more")
+    if len(contexts) != len(questions):
+        raise FastMemError(f"answer: {len(questions)} questions but {len(contexts)} contexts")
+    deltas = _deltas_of_each(backbone, memory, len(questions))
+    prompts = [
+        encode_prompt(backbone, question, shown, answer_prefix)
+        for question, shown in zip(questions, contexts, strict=True)
+    ]
+    chosen = DECODERS[decoder](settings, backbone)
+    longest = max(map(len, prompts)) + (chosen.max_new_tokens or settings.max_new_tokens)
+    if longest > backbone.context_length:
+        raise FastMemError(
+            f"answer: prompt and answer take {longest} tokens, allowed: {backbone.context_length}; "
+            "shorten the context or lower max_new_tokens"
+        )
+    if chosen.needs_base and memory is None:
+        raise FastMemError(
+            f"answer: decoder {decoder!r} contrasts a memory with the base model; give a memory"
+        )
+    num_layers = memory.num_layers if memory else 1
+    without_context = None
+    if chosen.needs_without_context:
+        if context is None:
+            raise FastMemError(f"answer: decoder {decoder!r} contrasts with and without context; give one")
+        form = "without_context"
+        texts = [TASKS["qa"].prompt_text("", question, form) for question in questions]
+        bare = [backbone.chat.prompt(text, answer_prefix) for text in texts]
+        without_context = Prefill(backbone, bare, num_layers)
+    if seen is None:
+        prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
+    else:
+        prefill = seen.prefill(backbone, prompts[0], num_layers, chosen.early_layers)
+    return Decoding(prefill, decoder, settings, deltas, without_context)
+
+
+def context_room(
+    backbone: Backbone, question: str, decoder: str, settings: DecodingSettings, answer_prefix: str = ""
+) -> int:
+    """Most tokens of a context that fit the model beside a question and its answer."""
+    bare = encode_prompt(backbone, question, "", answer_prefix)
+    longest = DECODERS[decoder](settings, backbone).max_new_tokens or settings.max_new_tokens
+    # Tokens may merge otherwise where the context begins and ends.
+    return backbone.context_length - len(bare) - longest - 4
+
+
+def _deltas_of_each(backbone: Backbone, memory: Memory | None, count: int) -> list[Delta] | None:
+    """One row a question."""
+    if memory is None:
+        return None
+    if len(memory) not in (1, count):
+        raise FastMemError(f"answer: {count} questions but {len(memory)} memories")
+    return memory.serving(backbone, count)

@@ -1,0 +1,151 @@
+"""Files of records: repair, merging those of several processes, and what a full disk leaves."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from fastmem_pl import FastMemError
+from fastmem_pl.base.errors import RunStoppedError
+from fastmem_pl.run.folder import RunFolder
+from fastmem_pl.run.records import RescueFolder, append_records, as_line, merge_records, read_records
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def record(index, method="a", **more):
+    return {"index": index, "method": method, **more}
+
+
+def write(path, *records, end=""):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(map(as_line, records)) + end)
+    return path
+
+
+def test_files_are_merged_in_the_order_of_the_data(tmp_path):
+    one = write(tmp_path / "1", record(4, "b"), record(4, "a"), record(0, "a"), record(0, "b"))
+    two = write(tmp_path / "2", record(3, "a"), record(3, "b"))
+    merged = [(r["index"], r["method"]) for _, r in merge_records([one, two], ["a", "b"])]
+    assert merged == [(0, "a"), (0, "b"), (3, "a"), (3, "b"), (4, "a"), (4, "b")]
+
+
+def test_the_first_of_two_answers_counts(tmp_path):
+    one, two = write(tmp_path / "1", record(0, text="x")), write(tmp_path / "2", record(0, text="y"))
+    assert [r["text"] for _, r in merge_records([one, two], ["a"])] == ["x"]
+
+
+def test_records_of_different_points_are_different(tmp_path):
+    path = write(tmp_path / "1", record(0, point={"steps": 1}), record(0, point={"steps": 2}), record(0))
+    assert len(merge_records([path, path], [])) == 3
+
+
+def test_a_sample_may_be_answered_in_parts_by_two_processes(tmp_path):
+    one, two = write(tmp_path / "1", record(0, "a"), record(1, "a")), write(tmp_path / "2", record(0, "b"))
+    assert {r["index"] for _, r in merge_records([one, two], ["a", "b"])} == {0}
+
+
+@pytest.mark.parametrize("end", ['{"index": 1, "meth', '{"index": 1, "method": "a"}', "[1]", "\xff"])
+def test_a_half_written_last_line_is_left_out(tmp_path, end):
+    assert [r["index"] for _, r in read_records(write(tmp_path / "1", record(0), end=end))] == [0]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "1"
+    path.write_text('{"index": 0, "method": "x"}\nnonsense\n{"index": 1, "method": "x"}\n')
+    with pytest.raises(FastMemError, match=r"1, line 2: not a record"):
+        read_records(path)
+
+
+def test_a_line_cut_off_by_a_full_disk_is_removed_and_the_batch_kept(tmp_path, monkeypatch):
+    path, rescue = write(tmp_path / "run" / "p.jsonl", record(0)), RescueFolder("r1")
+    before = path.read_bytes()
+
+    fsync = os.fsync
+
+    def full(handle):
+        if os.readlink(f"/proc/self/fd/{handle}") == str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunStoppedError) as error:
+        append_records(path, [record(1), record(1, "b")], rescue, path)
+    assert path.read_bytes() == before
+    (kept,) = rescue.files()
+    assert str(kept) in str(error.value)
+    assert "No space left on device" in str(error.value)
+    assert [json.loads(line)["index"] for line in kept.read_text().splitlines()] == [1, 1]
+    assert error.value.exit_status == 75
+    assert RescueFolder("r2").files() == []
+
+
+def test_without_any_room_the_loss_is_stated(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(RunStoppedError, match="the batch in work is lost"):
+        append_records(tmp_path / "p.jsonl", [record(1)], RescueFolder("r"), tmp_path / "gone")
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_what_was_rescued_comes_back_when_the_run_goes_on(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
+    run.open("")
+    run.append([record(0)])
+    hidden = tmp_path / "hidden"
+    (tmp_path / "run").rename(hidden)
+    with pytest.raises(RunStoppedError, match=r"predictions\.jsonl: No such file or directory; .* kept in"):
+        run.append([record(1)])
+    run.close()
+    # Nothing was made in the place of a folder that is not there.
+    assert not (tmp_path / "run").exists()
+    hidden.rename(tmp_path / "run")
+    again = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
+    again.open("")
+    assert [r["index"] for r in again.records()] == [0, 1]
+    assert [json.loads(line)["index"] for line in again.predictions_path.read_text().splitlines()] == [0, 1]
+    again.close()
+    # Another run that takes the folder's name has nothing to do with it.
+    other = RunFolder(tmp_path / "other", {"model": {}}, ["a"])
+    other.open("")
+    assert other.records() == []
+    other.close()
+
+
+def test_parts_are_gathered_and_removed(tmp_path):
+    def folder():
+        return RunFolder(tmp_path / "run", {"model": {}}, ["a"])
+
+    first, second = folder(), folder()
+    first.open("")
+    second.join("rank-0001", first.id)
+    first.append([record(2)])
+    second.append([record(1), record(3)])
+    assert [r["index"] for r in first.records()] == [1, 2, 3]
+    assert first.count_lines() == 3
+    first.gather()
+    assert not first.parts_path.exists()
+    assert first.count_lines() >= 3
+    first.close()
+
+
+def test_a_killed_gathering_repeats_nothing(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
+    run.open("")
+    part = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
+    part.join("rank-0001")
+    part.append([record(0)])
+    with monkeypatch.context() as patch:
+        # Killed after the merged file is in its place, before the parts are gone.
+        patch.setattr("pathlib.Path.unlink", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.gather()
+    assert run.parts()
+    run.gather()
+    assert [r["index"] for r in run.records()] == [0]
+    assert len(run.predictions_path.read_text().splitlines()) == 1
+    run.close()

@@ -1,0 +1,298 @@
+"""The report of a search: terminal tables, Markdown and picture say what the ranking holds."""
+
+import io
+import re
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib import colormaps
+from rich.console import Console
+
+from fastmem_pl.report import search as report
+from fastmem_pl.search.ranking import Baseline, RankedPoint, Ranking
+from fastmem_pl.search.summary import heat_map, markdown, print_search
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def entry(value, rate=1e-5, steps=4, kl=0.1, n=40, failed=0, error=0.05, scores=None, **others):
+    return RankedPoint(
+        point={"learning_rate": rate, "steps": steps, "kl_coeff": kl, **others},
+        **{"n": n, "value": value, "standard_error": error, "gain": value - 0.5, "gain_error": error},
+        **{
+            "scores": {"accuracy": value, "output_words": 3.4, **(scores or {})},
+            "failed": failed,
+            "seconds": 0.5,
+        },
+    )
+
+
+def ranking(points, objective="accuracy", warnings=(), baseline_n=40):
+    axes = {name: sorted({p.point[name] for p in points}) for name in points[0].point}
+    scores = {"accuracy": 0.5, "output_words": 7.0}
+    baseline = Baseline(n=baseline_n, value=0.5, standard_error=0.08, scores=scores, seconds=0.1)
+    return Ranking(objective, axes, baseline, list(points), list(warnings))
+
+
+GRID = [
+    entry(0.725, 1e-5, 4, 0.1),
+    entry(0.675, 3e-5, 4, 0.1),
+    entry(0.6, 1e-5, 8, 0.3),
+    entry(0.55, 3e-5, 8, 0.3),
+    entry(0.45, 3e-5, 8, 0.1),
+]
+
+
+def printed(result, colours=False, width=140, **options):
+    file = io.StringIO()
+    console = Console(
+        file=file,
+        width=width,
+        highlight=False,
+        force_terminal=colours,
+        color_system="truecolor" if colours else None,
+    )
+    print_search(result, console, **options)
+    return file.getvalue()
+
+
+def cells(text, first):
+    """Cells of the only table row whose first cell is ``first``."""
+    found = [[c.strip() for c in re.split("[│|]", line)[1:-1]] for line in text.splitlines()]
+    found = [row for row in found if row and row[0] == first]
+    assert len(found) == 1, text
+    return found[0]
+
+
+def tables(text):
+    """Rows of every Markdown table, the header first; the rule below it is checked and left out."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n?)+", text, re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        assert {len(row) for row in rows} == {len(rows[0])}
+        assert set(rows[1]) == {"---:"}
+        found.append([rows[0], *rows[2:]])
+    return found
+
+
+def test_the_terminal_table_is_ranked_with_zero_shot_last():
+    text = printed(ranking(GRID))
+    assert cells(text, "1")[:6] == ["1", "1e-05", "4", "0.1", "72.5% ± 5.0", "+22.5% ± 5.0"]
+    assert cells(text, "5")[:6] == ["5", "3e-05", "8", "0.1", "45.0% ± 5.0", "-5.0% ± 5.0"]
+    assert cells(text, "zero-shot")[:6] == ["zero-shot", "-", "-", "-", "50.0% ± 8.0", "-"]
+    assert cells(text, "zero-shot")[-2:] == ["7.0", "0.10"]
+    assert text.index("│ zero-shot") > text.index("│         5")
+
+
+def test_only_the_best_are_printed_and_the_rest_is_counted():
+    text = printed(ranking(GRID), top=2)
+    assert cells(text, "2")
+    assert not re.search(r"│ +3 │", text)
+    assert cells(text, "zero-shot")
+    assert "3 further points: see search.md" in text
+    assert "further point" not in printed(ranking(GRID), top=5)
+
+
+def test_columns_only_where_they_tell_something():
+    plain = tables(markdown(ranking(GRID)))[0][0]
+    assert plain == ["rank", "learning_rate", "steps", "kl_coeff", "accuracy", "gain", "words", "s/sample"]
+    single = tables(markdown(ranking(GRID[:1])))[0][0]
+    assert single == ["rank", "accuracy", "gain", "words", "s/sample"]
+    failing = tables(markdown(ranking([*GRID, entry(0.1, 3e-5, n=39, failed=2)])))[0]
+    assert failing[0][4] == "n"
+    assert [row[4] for row in failing[-2:]] == ["39", "40"]
+    assert failing[0][-2] == "failed"
+    assert [row[-2] for row in failing[1:]] == ["0"] * 5 + ["2", "-"]
+
+
+def test_further_scores_have_their_labels_and_gaps():
+    best = entry(0.7, scores={"contained": 0.8, "format_failure": 0.05, "f1": 0.3})
+    header, first, zero = tables(markdown(ranking([best])))[0]
+    assert header == ["rank", "accuracy", "gain", "contained", "format failure", "words", "s/sample"]
+    assert first[3:] == ["80.0%", "5.0%", "3.4", "0.50"]
+    assert zero[3:] == ["-", "-", "7.0", "0.10"]
+
+
+def test_without_errors_no_plus_minus():
+    single = entry(1.0, n=1, error=None)
+    assert tables(markdown(ranking([single], baseline_n=1)))[0][1][:3] == ["1", "100.0%", "+50.0%"]
+
+
+def test_the_terminal_heat_map_reads_without_colours():
+    text = printed(ranking(GRID))
+    assert text.count("learning_rate ↓ kl_coeff →") == 2
+    assert text.index("steps 4: accuracy (%)") < text.index("steps 8: accuracy (%)")
+    four, eight = text[text.index("steps 4:") :].split("steps 8:")
+    assert cells(four, "1e-05") == ["1e-05", "72.5*", "-"]
+    assert cells(four, "3e-05") == ["3e-05", "67.5", "-"]
+    assert cells(eight, "1e-05") == ["1e-05", "-", "60.0"]
+    assert cells(eight, "3e-05") == ["3e-05", "45.0", "55.0"]
+    assert text.count("*") == 2  # the cell and what it means
+    assert "\x1b" not in text
+
+
+def background(text, value):
+    """Background and text colour of a heat-map cell."""
+    found = re.search(rf"\x1b\[([0-9;]*)m{re.escape(value)}\*?\x1b", text)
+    numbers = [int(n) for n in found[1].split(";")]
+    back, front = numbers.index(48), numbers.index(38)
+    return tuple(numbers[back + 2 : back + 5]), tuple(numbers[front + 2 : front + 5])
+
+
+@pytest.mark.parametrize(
+    ("objective", "dark", "bright"), [("accuracy", "45.0", "72.5"), ("format_failure", "72.5", "45.0")]
+)
+def test_terminal_colours_are_viridis_with_the_good_end_bright(objective, dark, bright):
+    text = printed(ranking(GRID, objective), colours=True)
+    for value, place, ink in ((dark, 0.0, 255), (bright, 1.0, 0)):
+        expected = tuple(round(255 * c) for c in colormaps["viridis"](place)[:3])
+        assert background(text, value) == (expected, (ink,) * 3)
+
+
+def test_terminal_colours_are_ten_of_viridis():
+    ends = [round(255 * c) for i in range(10) for c in colormaps["viridis"](i / 9)[:3]]
+    assert list(bytes.fromhex(report._VIRIDIS)) == pytest.approx(ends, abs=3)
+
+
+def test_text_contrasts_with_every_colour():
+    """At least 4.5:1, which WCAG asks of text."""
+
+    def luminance(rgb):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for i in range(256):
+        behind = luminance(colormaps["viridis"](i)[:3])
+        ink = {"#000000": 0.0, "#ffffff": 1.0}[report._contrast(*colormaps["viridis"](i)[:3])]
+        high, low = max(behind, ink), min(behind, ink)
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_warnings_are_printed_in_yellow_and_as_they_are():
+    line = "the best [bold]x[/bold], 3e-05: add larger values :smile:"
+    assert f"\x1b[33m{line}\x1b[0m" in printed(ranking(GRID, warnings=[line]), colours=True)
+    assert "\x1b[33m" not in printed(ranking(GRID), colours=True)
+
+
+def test_names_are_no_markup():
+    text = printed(ranking(GRID, objective="[red]score[/red]"))
+    assert text.count("[red]score[/red]") == 4  # summary, column, and the titles of two heat maps
+
+
+def test_a_heat_map_over_further_axes_takes_the_best_and_says_so():
+    points = [entry(0.7, alpha=0.5), entry(0.65, 3e-5, alpha=0.3), entry(0.6, alpha=0.3)]
+    text = printed(ranking(points))
+    assert "a cell is the best over alpha" in text
+    assert cells(text[text.index("steps 4:") :], "1e-05") == ["1e-05", "70.0*"]
+    assert "60.0" not in text[text.index("steps 4:") :]
+    assert "a cell is the best over alpha" in markdown(ranking(points))
+    one = [entry(0.7, alpha=0.5), entry(0.65, 3e-5, alpha=0.5)]
+    assert "best over" not in printed(ranking(one)) + markdown(ranking(one))
+
+
+def test_markdown_has_all_points_and_a_map_a_number_of_steps():
+    text = markdown(ranking(GRID, warnings=["first thing", "second thing"]), picture=True)
+    points, four, eight = tables(text)
+    assert [row[0] for row in points] == ["rank", "1", "2", "3", "4", "5", "zero-shot"]
+    assert four[1:] == [["1e-05", "**72.5**", "-"], ["3e-05", "67.5", "-"]]
+    assert eight[1:] == [["1e-05", "-", "60.0"], ["3e-05", "45.0", "55.0"]]
+    assert four[0][1:] == ["0.1", "0.3"]
+    assert (
+        "Searched 5 points for accuracy (higher is better) on 40 samples: learning_rate 1e-05, 3e-05;" in text
+    )
+    assert "Zero-shot: accuracy 50.0% ± 8.0 on 40 samples." in text
+    assert text.endswith("## Warnings\n\n- first thing\n- second thing\n")
+    assert len(re.findall(r"^!\[.+\]\(heatmap\.svg\)$", text, re.MULTILINE)) == 1
+
+
+def test_markdown_without_warnings_or_picture():
+    text = markdown(ranking(GRID))
+    assert "Warnings" not in text
+    assert "![" not in text
+
+
+def test_the_summary_names_what_is_better_and_one_sample():
+    text = markdown(ranking([entry(0.1, n=1, error=None)], "format_failure", baseline_n=1))
+    assert "Searched 1 point for format failure (lower is better) on 1 sample: learning_rate 1e-05;" in text
+    assert "on 1 sample." in text
+
+
+def texts(path):
+    return [element.text for element in ElementTree.parse(path).iter(f"{SVG}text")]
+
+
+def test_the_picture_is_svg_with_all_values_and_axes(tmp_path):
+    path = tmp_path / "heatmap.svg"
+    heat_map(ranking(GRID), path)
+    shown = texts(path)
+    for value in ("72.5", "67.5", "60.0", "55.0", "45.0"):
+        assert shown.count(value) == 1
+    for label in ("steps 4", "steps 8", "accuracy (%)", "best outlined"):
+        assert label in shown
+    for label in ("1e-05", "3e-05", "0.1", "0.3", "learning_rate", "kl_coeff"):
+        assert shown.count(label) == 2  # once a panel
+    assert [path.name for path in tmp_path.iterdir()] == ["heatmap.svg"]
+
+
+def test_the_best_alone_is_outlined_at_its_place(tmp_path):
+    path = tmp_path / "heatmap.svg"
+    heat_map(ranking(GRID), path)
+    root = ElementTree.parse(path).getroot()
+    outlined = [e for e in root.iter(f"{SVG}g") if e.get("id") == "best"]
+    assert len(outlined) == 1
+    outline = outlined[0].find(f"{SVG}path").get("d")
+    numbers = [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", outline)]
+    xs, ys = numbers[0::2], numbers[1::2]
+    value = next(e for e in root.iter(f"{SVG}text") if e.text == "72.5")
+    found = re.search(r"translate\(([\d.]+) ([\d.]+)\)", value.get("transform"))
+    x, y = (float(n) for n in found.groups()) if found else (float(value.get("x")), float(value.get("y")))
+    assert min(xs) < x < max(xs)
+    assert min(ys) < y < max(ys)
+
+
+def test_the_picture_has_the_same_bytes_each_time_and_leaves_no_state(tmp_path, monkeypatch):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    heat_map(ranking(GRID), tmp_path / "first.svg")
+    assert dict(matplotlib.rcParams) == before
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 30.0)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    heat_map(ranking(GRID), tmp_path / "second.svg")
+    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
+
+
+def test_a_grid_of_one_point(tmp_path):
+    result = ranking([entry(1.0)])
+    path = tmp_path / "heatmap.svg"
+    heat_map(result, path)
+    assert texts(path).count("100.0") == 1
+    assert cells(printed(result)[printed(result).index("steps 4:") :], "1e-05") == ["1e-05", "100.0*"]
+    assert tables(markdown(result))[1][1] == ["1e-05", "**100.0**"]
+
+
+def test_more_panels_than_a_row_holds(tmp_path):
+    path = tmp_path / "heatmap.svg"
+    heat_map(ranking([entry(0.5 + steps / 100, steps=steps) for steps in (7, 5, 3, 2, 1)]), path)
+    shown = texts(path)
+    assert [label for label in shown if label.startswith("steps")] == [f"steps {n}" for n in (1, 2, 3, 5, 7)]
+    assert shown.count("kl_coeff") == 5
+    panels = [e.get("id") for e in ElementTree.parse(path).iter() if e.get("id", "").startswith("axes_")]
+    assert len(panels) == 5 + 1  # with the scale; the sixth place of the two rows stays empty
+    assert ["57.0" in shown, "51.0" in shown] == [True, True]
+
+
+def test_the_picture_of_a_lower_is_better_score_has_the_low_end_bright(tmp_path):
+    fills = {}
+    for objective in ("accuracy", "format_failure"):
+        path = tmp_path / f"{objective}.svg"
+        heat_map(ranking(GRID, objective), path)
+        for text in ElementTree.parse(path).iter(f"{SVG}text"):
+            if text.text in ("72.5", "45.0"):
+                fills[objective, text.text] = "#ffffff" in text.get("style")
+    assert fills == {
+        ("accuracy", "72.5"): False,
+        ("accuracy", "45.0"): True,
+        ("format_failure", "72.5"): True,
+        ("format_failure", "45.0"): False,
+    }
