@@ -7,8 +7,8 @@
     python benchmarks/large.py render benchmarks/results/large_*.csv        # a table for docs/performance.md
 
 The model has the shapes of Llama 3 and random weights, which are made on the devices block by block; nothing
-is read or downloaded. Blocks are laid out as `--model.device_map auto` does it, with room for the largest
-batch on the last card, where the trained block, the final norm and the head are; the CPU, if it is named,
+is read or downloaded. Blocks are laid out as `--model.backbone.device_map auto` does it, with room for the
+largest batch on the last card, where the trained block, the final norm and the head are; the CPU, if named,
 takes the lowest blocks, as few as will do. Contexts have 160 tokens with a loss, memorizing takes 10 steps,
 and answers have 20 tokens. Values are seconds a sample: medians, with the 20th and 80th percentiles.
 """

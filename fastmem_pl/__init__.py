@@ -16,6 +16,8 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 _EXPORTS = {
     "Backbone": "fastmem_pl.backbone",
+    "BackboneSettings": "fastmem_pl.backbone",
+    "ChatSettings": "fastmem_pl.backbone",
     "ContextSample": "fastmem_pl.data",
     "DecodingSettings": "fastmem_pl.decoding",
     "FastMemDataModule": "fastmem_pl.data",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from fastmem_pl import Backbone
+from fastmem_pl import (
+    Backbone,
+    BackboneSettings,
+    ChatSettings,
+    DecodingSettings,
+    FastMemModule,
+    MemorizationSettings,
+)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHATML = (
@@ -168,6 +176,28 @@ CONTEXTS = (
 def contexts() -> list[str]:
     """Contexts of different lengths."""
     return list(CONTEXTS)
+
+
+def make_module(
+    backbone: str | Backbone = "tiny", methods: Sequence[str] | None = None, **flat
+) -> FastMemModule:
+    """A module from settings by their short names: ``steps=2`` for ``memorize=MemorizationSettings(steps=2)``.
+
+    A backbone may be given loaded.
+    """
+    kinds = {
+        "memorize": MemorizationSettings,
+        "decode": DecodingSettings,
+        "chat": ChatSettings,
+        "backbone": BackboneSettings,
+    }
+    groups = {
+        name: {field.name: flat.pop(field.name) for field in fields(kind) if field.name in flat}
+        for name, kind in kinds.items()
+    }
+    groups["backbone"]["source"] = backbone if isinstance(backbone, str) else backbone.name
+    made = {name: kinds[name](**given) for name, given in groups.items()}
+    return FastMemModule(**made, **({"methods": list(methods)} if methods else {}), **flat)
 
 
 def snapshot(backbone: Backbone) -> dict[str, torch.Tensor]:

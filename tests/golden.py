@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from conftest import make_module
 from tokenizers.processors import TemplateProcessing
 
 from fastmem_pl import Backbone, ContextSample, FastMemModule
@@ -55,8 +56,8 @@ def method_of(settings: Mapping[str, Any]) -> str:
     return f"fastmem+{decoder}" if decoder else "fastmem"
 
 
-def make_module(name: str, settings: Mapping[str, Any], round_weights: bool = True) -> FastMemModule:
-    return FastMemModule(
+def golden_module(name: str, settings: Mapping[str, Any], round_weights: bool = True) -> FastMemModule:
+    return make_module(
         methods=[method_of(settings)],
         steps=settings["num_train_epochs"],
         learning_rate=settings["lr"],
@@ -120,7 +121,7 @@ def check_batch(
     round_weights: bool,
 ) -> None:
     backbone = backbone_of(settings["model_args"]["model_name_or_path"], backbone)
-    module = make_module(name, settings, round_weights)
+    module = golden_module(name, settings, round_weights)
     module.load_backbone("32-true", backbone.device, backbone)
     seen: dict[str, Any] = {}
     fit = module.memorizer.fit
@@ -158,7 +159,7 @@ def check_bfloat16_run(
     in bfloat16 must follow float32 instead (``exact``, of the same records).
     """
     settings, samples = run["settings"], run["samples"]
-    module = make_module(name, settings)
+    module = golden_module(name, settings)
     module.load_backbone(
         "bf16-mixed", backbone.device, Backbone(backbone.model, backbone.tokenizer, "bf16-mixed")
     )

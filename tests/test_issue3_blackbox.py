@@ -17,14 +17,22 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import FAMILY_CONFIGS, SHARED, assert_untouched, make_model, make_tokenizer, snapshot
+from conftest import (
+    FAMILY_CONFIGS,
+    SHARED,
+    assert_untouched,
+    make_model,
+    make_module,
+    make_tokenizer,
+    snapshot,
+)
 from rouge_score.rouge_scorer import RougeScorer
 from test_issue_blackbox import FIELDS, HOTPOT, MEMOTRAP, NQ, QA, files, read, write
 from tokenizers import pre_tokenizers
 from torch.nn import functional as F
 
 import fastmem_pl
-from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer, Memorizer
+from fastmem_pl import FastMemDataModule, FastMemError, FastMemTrainer, Memorizer
 from fastmem_pl.cli import main
 
 METHODS = ["zero-shot", "one-shot", "cad", "dola", "fastmem", "fastmem+cd", "fastmem+cad", "fastmem+dola"]
@@ -93,7 +101,7 @@ def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         source |= {name[6:]: value for name, value in settings.items() if "__" in name}
         if command is None:
             trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False)
-            trainer.fit_predict(FastMemModule(**model), FastMemDataModule(**source), run_dir=run_dir)
+            trainer.fit_predict(make_module(**model), FastMemDataModule(**source), run_dir=run_dir)
         else:
             options = flags(**model, **{f"data__{name}": value for name, value in source.items()})
             options += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -429,7 +437,7 @@ def test_dola_layers(run, tmp_path: Path, layers: str) -> None:
 def test_base_weights_stay_under_the_trainer(make_tiny, tmp_path: Path) -> None:
     backbone = make_tiny()
     before, settings = snapshot(backbone), {"temperature": 1.0, "num_layers": 2, "max_new_tokens": 3}
-    module = FastMemModule(backbone.name, METHODS, steps=2, learning_rate=0.01, **settings)
+    module = make_module(backbone.name, METHODS, steps=2, learning_rate=0.01, **settings)
     module.load_backbone("32-true", torch.device("cpu"), backbone)
     data = FastMemDataModule("nqswap", str(write(tmp_path / "nq.json", NQ)))
     trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False)

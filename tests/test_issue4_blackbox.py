@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import assert_untouched, snapshot
+from conftest import assert_untouched, make_module, snapshot
 from lightning.pytorch.callbacks import Callback
 from test_issue3_blackbox import METHODS, plain_memorize
 from test_issue_blackbox import files, read, write
@@ -101,7 +101,7 @@ class Runs:
 
     def module(self, **settings: object) -> FastMemModule:
         given = {**STRONG, "max_new_tokens": 6, **settings}
-        module = FastMemModule(self.backbone.name, **given)
+        module = make_module(self.backbone.name, **given)
         module.load_backbone("32-true", CPU, self.backbone)
         return module
 
@@ -413,9 +413,9 @@ def command(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "run_dir": run_dir,
             "model.backbone": tiny_folder,
             "model.methods": "[zero-shot, fastmem]",
-            "model.steps": STRONG["steps"],
-            "model.learning_rate": STRONG["learning_rate"],
-            "model.max_new_tokens": 6,
+            "model.memorize.steps": STRONG["steps"],
+            "model.memorize.learning_rate": STRONG["learning_rate"],
+            "model.decode.max_new_tokens": 6,
             "data.task": "qa",
             "data.path": data,
             "trainer.accelerator": "cpu",
@@ -524,12 +524,12 @@ BAD = [
     ("data.max_batch_tokens", "many", ("'many'", "int")),
     ("data.batch_size", "-1", ("-1", "at least 1")),
     ("data.batch_size", "auto", ("'auto'", "int")),
-    ("model.optimizer_state", "flaot32", ("'flaot32'", "auto", "float32", "did you mean 'float32'")),
-    ("model.optimizer_state", "bfloat16", ("'bfloat16'", "auto", "float32")),
-    ("model.optimizer_state", "32", ("32", "auto", "float32")),
+    ("model.memorize.optimizer_state", "flaot32", ("'flaot32'", "auto", "float32", "did you mean 'float32'")),
+    ("model.memorize.optimizer_state", "bfloat16", ("'bfloat16'", "auto", "float32")),
+    ("model.memorize.optimizer_state", "32", ("32", "auto", "float32")),
     ("model.auto_batch", "maybe", ("'maybe'", "bool")),
     ("data.max_batch_tokns", "5", ("data.max_batch_tokens",)),
-    ("model.optimiser_state", "auto", ("model.optimizer_state",)),
+    ("model.optimiser_state", "auto", ("model.memorize.optimizer_state",)),
 ]
 
 
@@ -558,7 +558,7 @@ def test_the_command_refuses_and_allows_what_the_trainer_does(
     assert files(tmp_path / "run")["predictions.jsonl"] == before
     capsys.readouterr()
     whole = files(tmp_path)
-    assert command("--model.optimizer_state", "float32") == 2
+    assert command("--model.memorize.optimizer_state", "float32") == 2
     err = capsys.readouterr().err
     assert re.fullmatch(r"fastmem: error: .*model\.optimizer_state.*\n", err)
     assert files(tmp_path) == whole
@@ -568,7 +568,7 @@ def test_the_command_refuses_and_allows_what_the_trainer_does(
     ("make", "name"),
     [
         (lambda: FastMemDataModule("qa", "x.jsonl", max_batch_tokens=0), "data.max_batch_tokens"),
-        (lambda: FastMemModule(optimizer_state="float16"), "optimizer_state"),
+        (lambda: make_module(optimizer_state="float16"), "optimizer_state"),
         (lambda: MemorizationSettings(optimizer_state="float16"), "optimizer_state"),
     ],
 )

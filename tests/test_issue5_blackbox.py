@@ -24,11 +24,11 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import assert_untouched, make_model, make_tokenizer, snapshot
+from conftest import assert_untouched, make_model, make_module, make_tokenizer, snapshot
 from test_issue3_blackbox import ROUGE, SUMMARIES, save_roberta
 from test_issue_blackbox import FASTMEM, NQ, files, read, write
 
-from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer
+from fastmem_pl import Backbone, FastMemDataModule, FastMemTrainer
 from fastmem_pl.cli import main
 from fastmem_pl.metrics.text import extract_answer, normalize_answer
 
@@ -238,7 +238,7 @@ class Commands:
             source = {name[6:]: value for name, value in given.items() if name.startswith("data__")}
             # Without the command line, which takes half of the time.
             trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False)
-            trainer.fit_predict(FastMemModule(**model), FastMemDataModule(**source), run_dir=str(folder))
+            trainer.fit_predict(make_module(**model), FastMemDataModule(**source), run_dir=str(folder))
             found: dict[str, dict[int, dict]] = {}
             for record in read(folder):
                 found.setdefault(record["method"], {})[record["index"]] = record
@@ -981,10 +981,10 @@ TO_SUMMARIES = "--data.task summary --data.path articles.jsonl"
         ("{steps: [2.5]}", "", ("steps", "2.5")),
         ("{alpha: [-1]}", WITH_CD, ("alpha", "-1")),
         ("{temperature: [-0.5]}", "", ("temperature", "-0.5")),
-        ("{top_p: [0]}", "--model.temperature 1", ("top_p", "0")),
-        ("{top_p: [1.5]}", "--model.temperature 1", ("top_p", "1.5")),
-        ("{top_k: [-1]}", "--model.temperature 1", ("top_k", "-1")),
-        ("{top_k: [2.5]}", "--model.temperature 1", ("top_k", "2.5")),
+        ("{top_p: [0]}", "--model.decode.temperature 1", ("top_p", "0")),
+        ("{top_p: [1.5]}", "--model.decode.temperature 1", ("top_p", "1.5")),
+        ("{top_k: [-1]}", "--model.decode.temperature 1", ("top_k", "-1")),
+        ("{top_k: [2.5]}", "--model.decode.temperature 1", ("top_k", "2.5")),
         ("{repetition_penalty: [0]}", "", ("repetition_penalty", "0")),
         ("{relative_top: [2]}", "--search.method fastmem+dola", ("relative_top", "2")),
         ("{alpha: [0.5, 1]}", "--search.method fastmem", ("alpha", "fastmem")),
@@ -1011,9 +1011,13 @@ TO_SUMMARIES = "--data.task summary --data.path articles.jsonl"
         ("{steps: [2]}", "--data.path none.json", ("data.path", "none.json")),
         ("{steps: [2]}", "--data.path empty.json", ("empty.json",)),
         ("{steps: [2]}", "--data.path nope.json", ("data.path", "nope.json")),
-        ("{steps: [2]}", "--model.num_layers 9", ("model.num_layers", "9")),
+        ("{steps: [2]}", "--model.memorize.num_layers 9", ("model.memorize.num_layers", "9")),
         ("{steps: [2]}", "--model.backbone ./nope", ("model.backbone", "nope")),
-        ("{steps: [2]}", "--model.max_context_tokens 8 --model.strict true", ("max_context_tokens", "8")),
+        (
+            "{steps: [2]}",
+            "--model.memorize.max_context_tokens 8 --model.strict true",
+            ("max_context_tokens", "8"),
+        ),
         ("{steps: [2]}", "--config serach", ("--config", "serach", "did you mean 'search'")),
     ],
     ids=str,
@@ -1267,7 +1271,7 @@ def test_help_of_the_command_names_its_options(capsys) -> None:
     out = capsys.readouterr().out
     for name in ("grid", "objective", "every", "method"):
         assert f"--search.{name}" in out
-    for option in ("--model.learning_rate", "--data.path", "--run_dir", "--config"):
+    for option in ("--model.memorize.learning_rate", "--data.path", "--run_dir", "--config"):
         assert option in out
 
 
@@ -1310,7 +1314,7 @@ def test_nq_swap_on_the_demo_model_as_in_separate_runs(tmp_path: Path, shared: P
     short = sorted(json.loads(source.read_text("utf-8")), key=lambda r: len(r["sub_context"]))
     data = write(tmp_path / "nq.json", [r for r in short if len(r["sub_context"]) > 90][:2])
     common = ["--config", "smollm2,nqswap", "--data.path", str(data), "--trainer.accelerator", "cpu"]
-    common += ["--model.max_new_tokens", "6", "--trainer.enable_progress_bar", "false"]
+    common += ["--model.decode.max_new_tokens", "6", "--trainer.enable_progress_bar", "false"]
     grid = {"learning_rate": [3e-4, 1e-3], "steps": [2, 4], "kl_coeff": [0.1]}
     block = ["--search.grid", flow(grid), "--search.every", "1"]
     assert main(["search", *common, *block, "--run_dir", str(tmp_path / "search")]) == 0

@@ -45,10 +45,10 @@ DATA = [
     for i in range(14)
 ]
 FAST = {
-    "model.steps": 3,
-    "model.learning_rate": 0.01,
-    "model.max_new_tokens": 6,
-    "model.max_context_tokens": 40,
+    "model.memorize.steps": 3,
+    "model.memorize.learning_rate": 0.01,
+    "model.decode.max_new_tokens": 6,
+    "model.memorize.max_context_tokens": 40,
     "data.task": "nqswap",
     "data.batch_size": 2,
     "data.answer_prefix": PREFIX,
@@ -56,7 +56,7 @@ FAST = {
     "trainer.enable_progress_bar": "false",
 }
 # Batches of about half a second, so that a signal finds one in work.
-SLOW = {**FAST, "model.steps": 150, "model.learning_rate": 0.0005}
+SLOW = {**FAST, "model.memorize.steps": 150, "model.memorize.learning_rate": 0.0005}
 GRID = {
     "search.grid": "{learning_rate: [1e-3, 1e-2], steps: [2, 4], kl_coeff: [0.1, 1.0]}",
     "search.every": 2,
@@ -424,7 +424,7 @@ def answered(folder: Path) -> int:
         (3, {"data.limit": 13}),
         (3, {"data.limit": 2}),
         (2, {"data.limit": 1}),
-        (3, {"data.limit": 7, "model.temperature": 0.8, "model.seed": 3}),
+        (3, {"data.limit": 7, "model.decode.temperature": 0.8, "model.decode.seed": 3}),
         (2, {"data.batch_size": 32, "model.methods": "[fastmem+cad, zero-shot, dola]"}),
     ],
     ids=str,
@@ -563,7 +563,7 @@ def assert_nothing_written(jobs: Jobs, before: dict[str, bytes | None]) -> None:
     [
         (2, "fit-predict", {"data.path": "none.jsonl"}, "none.jsonl"),
         (2, "fit-predict", {"trainer.devices": 1}, "devices"),
-        (2, "fit-predict", {"model.steps": -1}, "steps"),
+        (2, "fit-predict", {"model.memorize.steps": -1}, "steps"),
         (2, "fit-predict", {"model.backbone": "no-such-folder/x"}, "no-such-folder"),
         (2, "fit-predict", {"trainer.elastic": "true"}, "elastic"),
         (1, "fit-predict", {"trainer.devices": 2, "trainer.strategy": "ddp_spawn"}, "trainer.strategy"),
@@ -575,10 +575,10 @@ def assert_nothing_written(jobs: Jobs, before: dict[str, bytes | None]) -> None:
         (1, "search", {"trainer.elastic": "true"}, "elastic"),
         (1, "fit-predict", {"trainer.elastic": "true", "trainer.chunk_samples": 0}, "chunk_samples"),
         (1, "fit-predict", {"trainer.elastic": "true", "trainer.stale_after": 0.5}, "stale_after"),
-        (1, "fit-predict", {"model.tp_plan": "auto"}, "tp_plan"),
-        (1, "fit-predict", {"model.tp_plan": "colwise"}, "tp_plan"),
-        (1, "fit-predict", {"model.quantization": "bnb-4bits"}, "bnb-4bit"),
-        (1, "fit-predict", {"model.device_map": "blanced"}, "balanced"),
+        (1, "fit-predict", {"model.backbone.tp_plan": "auto"}, "tp_plan"),
+        (1, "fit-predict", {"model.backbone.tp_plan": "colwise"}, "tp_plan"),
+        (1, "fit-predict", {"model.backbone.quantization": "bnb-4bits"}, "bnb-4bit"),
+        (1, "fit-predict", {"model.backbone.device_map": "blanced"}, "balanced"),
     ],
     ids=str,
 )
@@ -788,7 +788,7 @@ def test_sigterm_to_the_other_commands(jobs: Jobs, single, command: str) -> None
     if command == "search":
         options |= {"search.grid": "{learning_rate: [1e-3], steps: [60, 120]}", "search.every": 1}
     if command == "predict":
-        options |= {"model.max_new_tokens": 40, "model.methods": "[zero-shot, cad, dola]"}
+        options |= {"model.decode.max_new_tokens": 40, "model.methods": "[zero-shot, cad, dola]"}
     job = jobs.start("run", options, command)
     until(lambda: len(memories(folder) if command == "fit" else lines(folder)), job)
     job.send(signal.SIGTERM)
@@ -1061,7 +1061,7 @@ def test_a_killed_workers_chunk_is_taken_over(jobs: Jobs, single) -> None:
 def test_a_live_workers_chunk_is_not_taken_over(jobs: Jobs, single) -> None:
     """A batch of several times `stale_after`: the claim of one who works is kept alive."""
     folder = jobs.root / "run"
-    options = elastic(7, 1, **{**SLOW, "model.steps": 600, "data.batch_size": 7})
+    options = elastic(7, 1, **{**SLOW, "model.memorize.steps": 600, "data.batch_size": 7})
     started = [jobs.start("run", options) for _ in range(3)]
     finish(started)
     records = read(folder)
@@ -1111,7 +1111,7 @@ def test_a_stopped_worker_gives_its_claim_back(jobs: Jobs, single, number: signa
 
 
 def test_a_worker_that_waits_for_others_can_be_stopped(jobs: Jobs) -> None:
-    folder, options = jobs.root / "run", elastic(14, 300, **{**SLOW, "model.steps": 400})
+    folder, options = jobs.root / "run", elastic(14, 300, **{**SLOW, "model.memorize.steps": 400})
     first = jobs.start("run", options)
     until(lambda: answered(folder) >= 2, first)
     waiting = jobs.start("run", options)
@@ -1130,7 +1130,7 @@ def test_a_worker_of_other_settings_is_refused(jobs: Jobs) -> None:
     first = jobs.start("run", elastic(4, **SLOW))
     until(lambda: answered(folder) >= 2, first)
     for options, named in (
-        (elastic(4, **{**SLOW, "model.steps": 149}), "model.steps"),
+        (elastic(4, **{**SLOW, "model.memorize.steps": 149}), "model.memorize.steps"),
         (SLOW, "another process is writing"),
     ):
         refused = jobs.run("run", options, expect=2)

@@ -163,9 +163,9 @@ def small(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     data = write(tmp_path_factory.mktemp("data") / "nq.json", NQ)
     options = {
         "model.backbone": tiny_folder,
-        "model.steps": 3,
-        "model.learning_rate": 0.01,
-        "model.max_new_tokens": 6,
+        "model.memorize.steps": 3,
+        "model.memorize.learning_rate": 0.01,
+        "model.decode.max_new_tokens": 6,
         "data.task": "nqswap",
         "data.path": data,
         "data.batch_size": 2,
@@ -310,7 +310,7 @@ def test_print_config_round_trips(small: list[str], tmp_path: Path, capsys: pyte
         assert status == 0
         return capsys.readouterr().out
 
-    first = printed(*small, "--model.kl_coeff", "0.25", "--run_dir", str(tmp_path / "run"))
+    first = printed(*small, "--model.memorize.kl_coeff", "0.25", "--run_dir", str(tmp_path / "run"))
     (tmp_path / "saved.yaml").write_text(first)
     assert printed("--config", str(tmp_path / "saved.yaml")) == first
     settings = yaml.safe_load(first)
@@ -324,12 +324,12 @@ def test_print_config_round_trips(small: list[str], tmp_path: Path, capsys: pyte
     [
         ("data.limit", "2", lambda rs, _: {r["index"] for r in rs} == {0, 1}),
         ("data.batch_size", "4", lambda rs, _: len(rs) == 15),
-        ("model.steps", "2", lambda rs, _: {len(r["curve"]["kl"]) for r in rs if r["curve"]} == {2}),
-        ("model.learning_rate", "0.001", lambda rs, _: 0 < rs[1]["curve"]["kl"][-1] < 1e-3),
-        ("model.kl_coeff", "7", lambda rs, _: rs[1]["curve"]["kl"][-1] > 0),
-        ("model.num_layers", "2", lambda rs, _: all(r["status"] == "ok" for r in rs)),
+        ("model.memorize.steps", "2", lambda rs, _: {len(r["curve"]["kl"]) for r in rs if r["curve"]} == {2}),
+        ("model.memorize.learning_rate", "0.001", lambda rs, _: 0 < rs[1]["curve"]["kl"][-1] < 1e-3),
+        ("model.memorize.kl_coeff", "7", lambda rs, _: rs[1]["curve"]["kl"][-1] > 0),
+        ("model.memorize.num_layers", "2", lambda rs, _: all(r["status"] == "ok" for r in rs)),
         ("model.methods", "[fastmem+cd]", lambda rs, _: {r["method"] for r in rs} == {"fastmem+cd"}),
-        ("model.max_new_tokens", "2", lambda rs, _: max(len(r["token_ids"]) for r in rs) == 2),
+        ("model.decode.max_new_tokens", "2", lambda rs, _: max(len(r["token_ids"]) for r in rs) == 2),
         ("trainer.precision", "bf16-true", lambda _, m: m["model"]["precision"] == "bf16-true"),
         ("trainer.precision", "bf16-mixed", lambda _, m: m["model"]["precision"] == "bf16-mixed"),
         ("trainer.limit_predict_batches", "1", lambda rs, _: len({r["index"] for r in rs}) == 2),
@@ -341,7 +341,7 @@ def test_overrides_take_effect(run, base: Path, option: str, value: str, check) 
     assert check(records, json.loads((folder / "metrics.json").read_text()))
     section, name = option.split(".")
     assert yaml.safe_load((folder / "config.yaml").read_text())[section][name] == yaml.safe_load(value)
-    if option in ("model.learning_rate", "model.kl_coeff", "model.num_layers"):
+    if option in ("model.memorize.learning_rate", "model.memorize.kl_coeff", "model.memorize.num_layers"):
         ours = {r["index"]: r["curve"] for r in records if r["method"] == "fastmem"}
         for other in read(base):
             if other["method"] == "fastmem":
@@ -371,7 +371,7 @@ def test_demo_config_has_the_promised_samples_and_default_folder(
         str(tiny_folder),
         "--model.methods",
         "[zero-shot]",
-        "--model.max_new_tokens",
+        "--model.decode.max_new_tokens",
         "4",
     ]
     assert main(["fit-predict", "--config", "demo", *options, "--trainer.accelerator", "cpu"]) == 0
@@ -440,7 +440,9 @@ def test_batch_size_changes_no_answer_and_no_curve(run, base: Path, batch_size: 
 
 
 def test_batch_size_changes_nothing_with_more_layers(run) -> None:
-    one, all_at_once = (run("--model.num_layers", 2, "--data.batch_size", b, run_dir=f"b{b}") for b in (1, 5))
+    one, all_at_once = (
+        run("--model.memorize.num_layers", 2, "--data.batch_size", b, run_dir=f"b{b}") for b in (1, 5)
+    )
     assert answers(one) == answers(all_at_once)
     assert_same_curves(one, all_at_once)
 
@@ -492,12 +494,12 @@ def test_the_same_command_does_nothing_twice(run) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("model.steps", "4"),
-        ("model.learning_rate", "0.02"),
-        ("model.kl_coeff", "0.2"),
-        ("model.num_layers", "2"),
+        ("model.memorize.steps", "4"),
+        ("model.memorize.learning_rate", "0.02"),
+        ("model.memorize.kl_coeff", "0.2"),
+        ("model.memorize.num_layers", "2"),
         ("model.methods", "[zero-shot]"),
-        ("model.max_new_tokens", "7"),
+        ("model.decode.max_new_tokens", "7"),
         ("data.limit", "1"),
         ("data.answer_prefix", "It is"),
         ("data.task", "nq"),
@@ -554,7 +556,7 @@ def test_predict_does_not_claim_other_settings_than_its_memories(
     run, small: list[str], tmp_path: Path
 ) -> None:
     memories = str(run(command="fit", run_dir="fitted") / "memories")
-    options = ["--run_dir", "run", "--model.memories", memories, "--model.learning_rate", "0.5"]
+    options = ["--run_dir", "run", "--model.memories", memories, "--model.memorize.learning_rate", "0.5"]
     if main(["predict", *small, *options]) == 0:
         metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
         assert metrics["settings"]["model"]["learning_rate"] == 0.01
@@ -619,7 +621,14 @@ def test_a_half_written_file_is_repaired(run, base: Path, cut) -> None:
 
 def test_a_killed_run_goes_on(run, small: list[str], tmp_path: Path) -> None:
     data = write(tmp_path / "many.jsonl", NQ * 4)
-    options = ["--data.path", str(data), "--model.max_new_tokens", "24", "--model.steps", "15"]
+    options = [
+        "--data.path",
+        str(data),
+        "--model.decode.max_new_tokens",
+        "24",
+        "--model.memorize.steps",
+        "15",
+    ]
     command = [FASTMEM, "fit-predict", *small, "--run_dir", "run", *options]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     predictions, deadline = tmp_path / "run" / "predictions.jsonl", time.monotonic() + 60
@@ -649,8 +658,8 @@ def test_a_killed_run_goes_on(run, small: list[str], tmp_path: Path) -> None:
             ("model.methods", "'zero-shto'", "fastmem+cd", "did you mean 'zero-shot'"),
         ),
         ("--model.methods []", ("model.methods", "zero-shot", "fastmem")),
-        ("--model.stesp 3", ("--model.stesp", "--model.steps")),
-        ("--modle.steps 3", ("--modle.steps", "--model.steps")),
+        ("--model.stesp 3", ("--model.stesp", "--model.memorize.steps")),
+        ("--modle.steps 3", ("--modle.steps", "--model.memorize.steps")),
         ("--rundir x", ("--rundir", "--run_dir")),
         ("--trainer.acceleratr cpu", ("--trainer.acceleratr", "--trainer.accelerator")),
         (
@@ -659,20 +668,20 @@ def test_a_killed_run_goes_on(run, small: list[str], tmp_path: Path) -> None:
         ),
         ("--trainer.accelerator cpuu", ("trainer.accelerator", "cpuu", "cpu")),
         ("--trainer.strategy ddpp", ("trainer.strategy", "ddpp")),
-        ("--model.steps abc", ("model.steps", "abc", "int")),
-        ("--model.steps -1", ("model.steps", "-1", "at least 0")),
-        ("--model.learning_rate 0", ("model.learning_rate", "0", "above 0")),
-        ("--model.learning_rate .nan", ("model.learning_rate", "nan")),
-        ("--model.learning_rate .inf", ("model.learning_rate", "inf")),
-        ("--model.kl_coeff -1", ("model.kl_coeff", "-1", "at least 0")),
-        ("--model.num_layers 9", ("model.num_layers", "9", "3")),
-        ("--model.max_new_tokens 0", ("model.max_new_tokens", "0", "at least 1")),
+        ("--model.memorize.steps abc", ("model.memorize.steps", "abc", "int")),
+        ("--model.memorize.steps -1", ("model.memorize.steps", "-1", "at least 0")),
+        ("--model.memorize.learning_rate 0", ("model.memorize.learning_rate", "0", "above 0")),
+        ("--model.memorize.learning_rate .nan", ("model.memorize.learning_rate", "nan")),
+        ("--model.memorize.learning_rate .inf", ("model.memorize.learning_rate", "inf")),
+        ("--model.memorize.kl_coeff -1", ("model.memorize.kl_coeff", "-1", "at least 0")),
+        ("--model.memorize.num_layers 9", ("model.memorize.num_layers", "9", "3")),
+        ("--model.decode.max_new_tokens 0", ("model.decode.max_new_tokens", "0", "at least 1")),
         ("--data.batch_size 0", ("data.batch_size", "0", "at least 1")),
         ("--data.limit -1", ("data.limit", "-1", "at least 1")),
         ("--data.path nope.json", ("data.path", "nope.json")),
         ("--model.backbone nope.gguf", ("model.backbone", "nope.gguf")),
         ("--model.backbone ./nope", ("model.backbone", "nope")),
-        ("--model.max_context_tokens 8 --model.strict true", ("max_context_tokens", "25", "8")),
+        ("--model.memorize.max_context_tokens 8 --model.strict true", ("max_context_tokens", "25", "8")),
         ("--config dmeo", ("--config", "dmeo", "smollm2", "did you mean 'demo'")),
         ("--data.task qa --data.fields {contxt:input}", ("data.fields", "contxt", "context")),
         ("--data.fields {context:input}", ("data.fields", "qa")),
@@ -781,7 +790,7 @@ def test_blank_lines_crlf_and_a_bom_are_no_fault(run, tmp_path: Path) -> None:
 
 
 def test_a_long_context_is_cut_off_and_counted(run, capsys: pytest.CaptureFixture) -> None:
-    folder = run("--model.max_context_tokens", 20)
+    folder = run("--model.memorize.max_context_tokens", 20)
     assert Counter(r["n_context_tokens"] for r in read(folder)) == {20: 12, 9: 3}
     assert re.search(r"\b4 .*(cut|truncated)|(cut|truncated).* 4\b", capsys.readouterr().out)
 
@@ -804,7 +813,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(refused, tmp_path: Path, f
 
 
 def test_a_failed_memory_is_reported_and_answered_by_the_base_model(run, base: Path) -> None:
-    folder = run("--model.learning_rate", "1e30")
+    folder = run("--model.memorize.learning_rate", "1e30")
     statuses = {method: {r["status"] for r in read(folder) if r["method"] == method} for method in METHODS}
     assert statuses["zero-shot"] == {"ok"}
     expected = {index: answer for (index, _), answer in answers(base, "zero-shot").items()}
@@ -816,13 +825,13 @@ def test_a_failed_memory_is_reported_and_answered_by_the_base_model(run, base: P
 
 
 def test_records_of_a_failed_memory_are_valid_json(run) -> None:
-    content = (run("--model.learning_rate", "1e30") / "predictions.jsonl").read_text("utf-8")
+    content = (run("--model.memorize.learning_rate", "1e30") / "predictions.jsonl").read_text("utf-8")
     for line in content.splitlines():
         json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
 
 
 def test_fit_says_what_failed(run, capsys: pytest.CaptureFixture) -> None:
-    run("--model.learning_rate", "1e30", command="fit")
+    run("--model.memorize.learning_rate", "1e30", command="fit")
     assert re.search(r"5 .*(fail|could not be memorized)", capsys.readouterr().out)
 
 
@@ -866,7 +875,7 @@ def test_out_of_memory_says_what_to_lower(
     assert "batch_size" in err
 
 
-@pytest.mark.parametrize("options", [["--data.task", "nqswp"], ["--model.num_layers", "9"]])
+@pytest.mark.parametrize("options", [["--data.task", "nqswp"], ["--model.memorize.num_layers", "9"]])
 def test_the_installed_command_says_one_line_too(
     small: list[str], tmp_path: Path, options: list[str]
 ) -> None:

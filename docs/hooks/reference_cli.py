@@ -39,7 +39,7 @@ def page() -> str:
         f"```text\n{_overview()}\n```",
         "## fit-predict, fit, predict, search { #lightning-commands }",
         "These four take the same options (`search` further ones). All may stand in a config as well: "
-        "`--model.steps 20` is `model: {steps: 20}`. Lists and mappings are quoted in the shell "
+        "`--model.memorize.steps 20` is `model: {steps: 20}`. Lists and mappings are quoted in the shell "
         "(`'[zero-shot, fastmem]'`); an option of a list with `+` at its end adds to the list.",
         table(
             ["command", "what it does"],

@@ -8,11 +8,13 @@ from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, Factors
 from fastmem_pl.backbone.fingerprint import fingerprint_of
 from fastmem_pl.backbone.loading import load_model
 from fastmem_pl.backbone.precision import normalize_precision
+from fastmem_pl.backbone.settings import BackboneSettings
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
 
 __all__ = [
     "FFN",
     "Backbone",
+    "BackboneSettings",
     "BaseActivations",
     "ChatEncoder",
     "ChatPieces",

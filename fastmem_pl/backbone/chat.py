@@ -23,7 +23,7 @@ class ChatSettings:
     """How texts become token sequences.
 
     Args:
-        chat_template: use the tokenizer's chat template; off, prompts are plain text.
+        template: use the tokenizer's chat template; off, prompts are plain text.
         system_prompt: text of a system turn before the question; none by default, as in the paper.
         round_trip: encode a context with special tokens, cut it, and decode it again before use, as the
             published code does: a bos that the tokenizer adds stays in the text, and spaces go where the
@@ -32,7 +32,7 @@ class ChatSettings:
             published code does.
     """
 
-    chat_template: bool = True
+    template: bool = True
     system_prompt: str | None = None
     round_trip: bool = False
     parse_special_tokens: bool = False
@@ -161,7 +161,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings | None = None) -> None:
         self.tokenizer = tokenizer
         self.settings = settings or ChatSettings()
-        templated = self.settings.chat_template and tokenizer.chat_template
+        templated = self.settings.template and tokenizer.chat_template
         self.pieces = derive_pieces(tokenizer) if templated else plain_pieces(tokenizer)
         self._special = _special_pattern(tokenizer)
         self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}

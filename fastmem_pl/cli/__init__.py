@@ -60,7 +60,7 @@ options used most (all of them: fastmem <command> --help):
   --data.limit N             the first N records only
   --data.batch_size N        samples at once; left out, as many as free memory holds
   --model.methods '[zero-shot, one-shot, cad, dola, fastmem, fastmem+cd, fastmem+cad, fastmem+dola]'
-  --model.steps N --model.learning_rate X --model.kl_coeff X
+  --model.memorize.steps N --model.memorize.learning_rate X --model.memorize.kl_coeff X
   --trainer.precision 32-true|bf16-mixed|bf16-true   --trainer.accelerator cpu|gpu
   --print_config             show the resolved settings and stop
 

@@ -142,7 +142,7 @@ def pick(kind: type[Any], settings: Mapping[str, Any]) -> Any:
         return kind(**own)
     except FastMemError as error:
         # There is one model here: options have no prefix.
-        raise FastMemError(str(error).removeprefix("model.")) from None
+        raise FastMemError(re.sub(r"^model\.(\w+\.)?", "", str(error))) from None
 
 
 def _number(name: str, value: Any, kind: str) -> Any:

@@ -63,6 +63,6 @@ class DecodingSettings:
             ("relative_top", self.relative_top, 0 < self.relative_top <= 1, "above 0, at most 1"),
         ):
             if not fits:
-                raise FastMemError(f"model.{name}: {value!r} is out of range; allowed: {allowed}")
+                raise FastMemError(f"model.decode.{name}: {value!r} is out of range; allowed: {allowed}")
         if isinstance(self.dola_layers, str) and self.dola_layers not in LAYER_RANGES:
-            raise unknown("model.dola_layers", self.dola_layers, [*LAYER_RANGES, "a list of layers"])
+            raise unknown("model.decode.dola_layers", self.dola_layers, [*LAYER_RANGES, "a list of layers"])

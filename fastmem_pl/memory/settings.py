@@ -52,7 +52,7 @@ class MemorizationSettings:
 
     def __post_init__(self) -> None:
         if self.optimizer_state not in OPTIMIZER_STATES:
-            raise unknown("model.optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
+            raise unknown("model.memorize.optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         for name, smallest, open_end in (
             ("steps", 0, False),
             ("learning_rate", 0, True),
@@ -70,7 +70,9 @@ class MemorizationSettings:
             fits = value > smallest if open_end else value >= smallest
             if not (fits and math.isfinite(value)):
                 bound = "above" if open_end else "at least"
-                raise FastMemError(f"model.{name}: {value} is out of range; allowed: {bound} {smallest}")
+                raise FastMemError(
+                    f"model.memorize.{name}: {value} is out of range; allowed: {bound} {smallest}"
+                )
 
     def as_dict(self) -> dict[str, float | bool | str | None]:
         """Plain values by name."""

@@ -71,8 +71,8 @@ class MemoryFolder:
         for name in {**settings, **made}:
             if settings.get(name) != made.get(name):
                 raise FastMemError(
-                    f"model.{name}: {settings.get(name)}, but the memories in {self.path} were made with "
-                    f"{made.get(name)}; give {_option(name, made.get(name))}, or run fastmem fit again"
+                    f"model.memorize.{name}: {settings.get(name)}, but the memories in {self.path} were "
+                    f"made with {made.get(name)}; give {_option(name, made.get(name))}, or run fit again"
                 )
         if header.get("context_hash") != context_hash:
             raise FastMemError(
@@ -89,5 +89,5 @@ def _option(name: str, value: Any) -> str:
     """How a setting is given on the command line."""
     quirk = name.replace("_", "-")
     if quirk not in QUIRKS:
-        return f"--model.{name} {value}"
+        return f"--model.memorize.{name} {value}"
     return f"{'' if value else 'no '}--model.published_quirks [{quirk}]"

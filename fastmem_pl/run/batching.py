@@ -105,7 +105,7 @@ class Room:
             if len(batch) == 1 or not self._auto or self._backbone.shards.processes > 1:
                 raise OutOfMemoryError(
                     f"out of memory with {len(batch)} sample(s) at once; lower --data.batch_size, "
-                    "--model.max_context_tokens or use --trainer.precision bf16-true; "
+                    "--model.memorize.max_context_tokens or use --trainer.precision bf16-true; "
                     "what was answered before stays, and the same command goes on from there"
                 )
             log.warning("out of memory with %d samples at once; trying %d", len(batch), len(batch) // 2)

@@ -81,7 +81,11 @@ class SampleEncoder:
         allowed = min(kept, *rooms.values()) if cut else min(rooms.values())
         if kept + cut > allowed:
             bound = self._max_context_tokens <= allowed
-            mend = "raise --model.max_context_tokens" if bound else "lower --model.max_new_tokens"
+            mend = (
+                "raise --model.memorize.max_context_tokens"
+                if bound
+                else "lower --model.decode.max_new_tokens"
+            )
             raise FastMemError(
                 f"data: the context of sample {sample.id} has {kept + cut} tokens, allowed: {allowed}; "
                 f"shorten it, {mend}, or drop --model.strict"
@@ -101,7 +105,7 @@ class SampleEncoder:
         if room < 1:
             raise FastMemError(
                 f"data: the question of sample {sample.id} leaves no room for its context in the model's "
-                f"{self._length} tokens; shorten it or lower --model.max_new_tokens"
+                f"{self._length} tokens; shorten it or lower --model.decode.max_new_tokens"
             )
         return room
 

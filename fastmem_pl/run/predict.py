@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 
-from fastmem_pl.backbone import Backbone, ChatSettings, normalize_precision
+from fastmem_pl.backbone import Backbone, BackboneSettings, ChatSettings, normalize_precision
 from fastmem_pl.base.errors import FastMemError, OutOfMemoryError, RunStoppedError
 from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.base.quirks import ANSWER_QUIRKS, select_quirks
@@ -35,7 +35,7 @@ from fastmem_pl.run.batching import Room
 from fastmem_pl.run.encoding import EncodedSample, SampleEncoder
 
 Mode = Literal["fit", "predict", "fit-predict"]
-Settings = TypeVar("Settings")
+_QUIRK_FIELDS = {"norm_every_layer", "round_weights", "dola_unlimited", "round_trip", "parse_special_tokens"}
 
 
 class FastMemModule(LightningModule):
@@ -44,123 +44,77 @@ class FastMemModule(LightningModule):
     Defaults are the paper's for question answering with Llama-3-8B-Instruct (arXiv 2406.16069).
 
     Args:
-        backbone: "demo" (SmolLM2-135M-Instruct), a Hub id, a model folder, or a .gguf file.
+        backbone: the model; its name alone does as well.
         methods: what to compare on every sample: zero-shot, one-shot, cad, dola, fastmem, fastmem+cd,
             fastmem+cad, fastmem+dola.
-        steps: updates on each context (the paper's epochs). 0 memorizes nothing.
-        learning_rate: of AdamW, constant. Higher moves answers more and keeps the format less.
-        kl_coeff: weight of the term that holds the model near itself.
-        kl_target: adapt kl_coeff from step to step so that the KL nears this value (nats a token); left
-            out, it is constant.
-        kl_gain: how fast kl_coeff adapts.
-        num_layers: train the feed-forward networks of this many last blocks; 1 is by far the fastest.
-        weight_decay: of AdamW.
-        max_grad_norm: bound of each sample's gradient norm.
-        max_context_tokens: longer contexts are cut off here, and counted in the report.
-        strict: refuse a context that would be cut off instead.
-        chat_template: use the tokenizer's chat template; off, prompts are plain text.
-        system_prompt: text of a system turn; none by default, as in the paper.
-        max_new_tokens: most tokens of an answer.
-        alpha: strength of contrastive decoding (cad, fastmem+cd, fastmem+cad); 0 is no contrast.
-        temperature: 0 takes the best token; above 0, tokens are drawn from the softmax of scores divided by
-            it, under every method.
-        top_p: draw from the fewest tokens whose probabilities reach this sum.
-        top_k: draw from this many most likely tokens; 0 for all.
-        repetition_penalty: weakens tokens that were said already; left out, 1.2 for dola and none for the
-            others.
-        seed: of the draws (--seed_everything does not change them); up to rounding, an answer depends on
-            it and its sample, not on the batch.
-        stop: texts that end an answer, which is cut before them.
-        dola_layers: premature layers: auto, low or high (half of the model), or a list of numbers, below 1
-            as fractions of the depth.
-        relative_top: dola keeps tokens of at least this share of the highest probability.
-        published_quirks: faults of the published code to bring back, for comparison with its results:
-            norm-every-layer, round-weights, dola-unlimited, context-round-trip, parse-special-tokens.
+        memorize: how contexts are memorized.
+        decode: how answers are decoded.
+        chat: how texts become token sequences.
         memories: folder of memories saved by `fastmem fit`, for `fastmem predict`. Left out, those in
             the run folder are used, and without any it answers zero-shot.
+        strict: refuse a context that memorize.max_context_tokens or the model would cut off.
+        auto_batch: choose the size of batches by the free memory, and when one does not fit all the same,
+            halve it and try again.
         bertscore_model: encoder of the score bert_precision of summaries (a Hub id or a folder; the paper's
             is roberta-large); left out, it is not computed.
         factkb_model: sequence classifier of the score factkb of summaries (the paper's is
             bunsenfeng/FactKB); left out, it is not computed.
-        optimizer_state: auto keeps a memory and its first moment in bfloat16 where the kernel trains it (on a
-            GPU, in bfloat16); float32 keeps all of it in float32, and takes more memory.
-        auto_batch: choose the size of batches by the free memory, and when one does not fit all the same,
-            halve it and try again.
-        quantization: keep the trunk in fewer bits: bnb-4bit, bnb-8bit (extra bnb), torchao-int8, torchao-int4
-            (extra torchao). The trained networks and the head stay as they are.
-        device_map: lay the trunk out over the devices of this process: auto, balanced, sequential, or a
-            mapping from module names to devices.
-        tp_plan: "auto" shards every matrix of the trunk over the processes of torchrun or trainer.devices,
-            which then work on the same batch.
-        trust_remote_code: run model code that comes with a checkpoint. Off unless you trust its source.
+        published_quirks: faults of the published code to bring back, for comparison with its results:
+            norm-every-layer, round-weights, dola-unlimited, context-round-trip, parse-special-tokens.
     """
 
     def __init__(
         self,
-        backbone: str = "demo",
-        methods: list[str] = ["zero-shot", "fastmem", "fastmem+cd"],  # noqa: B006 (jsonargparse shows it)
-        steps: int = 10,
-        learning_rate: float = 1e-5,
-        kl_coeff: float = 0.1,
-        kl_target: float | None = None,
-        kl_gain: float = 0.1,
-        num_layers: int = 1,
-        weight_decay: float = 0.01,
-        max_grad_norm: float = 1.0,
-        max_context_tokens: int = 7500,
-        strict: bool = False,
-        chat_template: bool = True,
-        system_prompt: str | None = None,
-        max_new_tokens: int = 100,
-        alpha: float = 0.5,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
-        stop: list[str] = [],  # noqa: B006
-        dola_layers: str | list[float] = "auto",
-        relative_top: float = 0.1,
-        published_quirks: list[str] = [],  # noqa: B006
+        backbone: BackboneSettings = BackboneSettings(),  # noqa: B008 (jsonargparse shows it)
+        methods: list[str] = ["zero-shot", "fastmem", "fastmem+cd"],  # noqa: B006
+        memorize: MemorizationSettings = MemorizationSettings(),  # noqa: B008
+        decode: DecodingSettings = DecodingSettings(),  # noqa: B008
+        chat: ChatSettings = ChatSettings(),  # noqa: B008
         memories: str | None = None,
+        strict: bool = False,
+        auto_batch: bool = True,
         bertscore_model: str | None = None,
         factkb_model: str | None = None,
-        optimizer_state: str = "auto",
-        auto_batch: bool = True,
-        quantization: str | None = None,
-        device_map: str | dict[str, str | int] | None = None,
-        tp_plan: str | None = None,
-        trust_remote_code: bool = False,
+        published_quirks: list[str] = [],  # noqa: B006
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
         quirks = select_quirks(published_quirks)
-        self.settings = self._pick(
-            MemorizationSettings,
+        self.loading = BackboneSettings.of(backbone)
+        self.memorization = replace(
+            memorize,
             norm_every_layer="norm-every-layer" in quirks,
             round_weights="round-weights" in quirks,
         )
-        layers = dola_layers if isinstance(dola_layers, str) else tuple(dola_layers)
-        self.decoding = self._pick(
-            DecodingSettings,
-            stop=stop if isinstance(stop, str) else tuple(stop),
-            dola_layers=layers,
-            dola_unlimited="dola-unlimited" in quirks,
-        )
-        self.chat = self._pick(
-            ChatSettings,
+        self.decoding = replace(decode, dola_unlimited="dola-unlimited" in quirks)
+        self.chat = replace(
+            chat,
             round_trip="context-round-trip" in quirks,
             parse_special_tokens="parse-special-tokens" in quirks,
         )
+        self.published_quirks = sorted(quirks)
+        self.given_methods = list(methods)
         self.methods = select_methods(methods)
+        self.given_memories = memories
         self.memories = Path(memories) if memories else None
+        self.strict, self.auto_batch = strict, auto_batch
+        self.metric_models = {"bertscore_model": bertscore_model, "factkb_model": factkb_model}
         self.mode: Mode = "fit-predict"
         self._backbone: Backbone | None = None
 
-    def _pick(self, kind: type[Settings], **further: Any) -> Settings:
-        """Build one of the settings classes from the arguments of the same names."""
-        given = {f.name: self.hparams[f.name] for f in fields(kind) if f.name in self.hparams}
-        return kind(**{**given, **further})
+    def settings(self) -> dict[str, Any]:
+        """All settings, nested and plain, as a config file has them."""
+        return {
+            "backbone": asdict(self.loading),
+            "methods": self.given_methods,
+            "memorize": _public(self.memorization),
+            "decode": _public(self.decoding),
+            "chat": _public(self.chat),
+            "memories": self.given_memories,
+            "strict": self.strict,
+            "auto_batch": self.auto_batch,
+            **self.metric_models,
+            "published_quirks": self.published_quirks,
+        }
 
     @property
     def backbone(self) -> Backbone:
@@ -180,7 +134,8 @@ class FastMemModule(LightningModule):
         strategies would wrap parameters that nothing trains.
         """
         backbone = backbone or self._backbone
-        spread = self.hparams.device_map is not None or self.hparams.quantization is not None
+        loading = self.loading
+        spread = loading.device_map is not None or loading.quantization is not None
         if (
             backbone is None
             or backbone.precision != normalize_precision(precision)
@@ -188,37 +143,37 @@ class FastMemModule(LightningModule):
         ):
             try:
                 backbone = Backbone.load(
-                    self.hparams.backbone,
+                    loading.source,
                     precision,
                     device,
-                    self.hparams.trust_remote_code,
-                    quantization=self.hparams.quantization,
-                    device_map=self.hparams.device_map,
-                    tp_plan=self.hparams.tp_plan,
-                    num_layers=self.settings.num_layers,
+                    loading.trust_remote_code,
+                    quantization=loading.quantization,
+                    device_map=loading.device_map,
+                    tp_plan=loading.tp_plan,
+                    num_layers=self.memorization.num_layers,
                 )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfMemoryError(
-                    f"out of memory while loading {self.hparams.backbone}; use "
+                    f"out of memory while loading {loading.source}; use "
                     "--trainer.precision bf16-true, a smaller --model.backbone or another device"
                 ) from error
         object.__setattr__(self, "_backbone", backbone.with_chat(self.chat))
-        self.memorizer = Memorizer(self.backbone, self.settings)
+        self.memorizer = Memorizer(self.backbone, self.memorization)
         self.meter = self.memorizer.meter = PhaseMeter(self.backbone.device)
         self.graphs = GraphPool()
-        self.room = Room(self.backbone, self.settings, self.graphs, self.hparams.auto_batch)
+        self.room = Room(self.backbone, self.memorization, self.graphs, self.auto_batch)
         self._prepare_methods()
 
     def use_mode(self, mode: Mode, run_memories: Path) -> None:
         """Choose what a step does; ``run_memories`` is the run folder's ``memories/``."""
         self.mode = mode
-        self.use_methods(self.hparams.methods)
+        self.use_methods(self.given_methods)
         if mode == "fit":
             self.memories = run_memories
         elif mode == "predict":
-            given = self.hparams.memories
+            given = self.given_memories
             self.memories = MemoryFolder.find(Path(given)).path if given else None
             if given is None and run_memories.is_dir():
                 self.memories = run_memories
@@ -231,17 +186,18 @@ class FastMemModule(LightningModule):
 
     def identity(self, answers: bool) -> dict[str, Any]:
         """Settings that memories depend on and, with ``answers``, what answers depend on beside them."""
-        quirks = sorted(select_quirks(self.hparams.published_quirks))
-        names = ["backbone", "quantization", *(f.name for f in fields(MemorizationSettings)), "chat_template"]
-        settings = {name: self.hparams[name] for name in names if name in self.hparams}
-        settings["published_quirks"] = [quirk for quirk in quirks if quirk not in ANSWER_QUIRKS]
+        settings: dict[str, Any] = {
+            "backbone": {"source": self.loading.source, "quantization": self.loading.quantization},
+            "memorize": _public(self.memorization),
+            "chat": {"template": self.chat.template},
+            "published_quirks": [quirk for quirk in self.published_quirks if quirk not in ANSWER_QUIRKS],
+        }
         if answers:
-            names = [f.name for f in fields(DecodingSettings)]
-            settings |= {name: self.hparams[name] for name in names if name in self.hparams}
+            settings["chat"] = _public(self.chat)
+            settings["decode"] = _public(self.decoding)
             settings["methods"] = [method.name for method in self.methods]
-            settings["memories"] = self.hparams.memories
-            settings["system_prompt"] = self.hparams.system_prompt
-            settings["answer_quirks"] = [quirk for quirk in quirks if quirk in ANSWER_QUIRKS]
+            settings["memories"] = self.given_memories
+            settings["answer_quirks"] = [quirk for quirk in self.published_quirks if quirk in ANSWER_QUIRKS]
         return settings
 
     def _prepare_methods(self) -> None:
@@ -287,9 +243,9 @@ class FastMemModule(LightningModule):
         not fit, and under ``strict`` contexts that would be cut off.
         """
         for sample in samples:
-            self.encoder.check(sample, self.hparams.strict)
+            self.encoder.check(sample, self.strict)
         if self.mode == "predict" and self.memories and any(method.memory for method in self.methods):
-            folder, wanted = MemoryFolder(self.memories), self.settings.as_dict()
+            folder, wanted = MemoryFolder(self.memories), self.memorization.as_dict()
             for sample in samples:
                 context_hash = self.encoder(sample).context_hash
                 folder.check(sample.index, sample.id, context_hash, self.backbone.fingerprint(), wanted)
@@ -303,7 +259,7 @@ class FastMemModule(LightningModule):
         if memory:
             memory = memory.to(self.backbone.compute_dtype)
         records: dict[str, list[dict[str, Any]]] = {}
-        num_layers = memory.num_layers if memory else self.settings.num_layers
+        num_layers = memory.num_layers if memory else self.memorization.num_layers
         prefills = PrefillCache(
             lambda form: Prefill(
                 self.backbone, [s.prompts[form] for s in encoded], num_layers, self.early_layers(form)
@@ -353,7 +309,7 @@ class FastMemModule(LightningModule):
                 fingerprint, device = self.backbone.fingerprint(), self.backbone.device
                 memory = MemoryFolder(self.memories).load(indices, fingerprint, device)
             return memory, timing["seconds"]
-        steps, tokens = self.settings.steps, sum(sample.context.context_tokens for sample in encoded)
+        steps, tokens = self.memorization.steps, sum(sample.context.context_tokens for sample in encoded)
         counts = {"samples": len(samples), "tokens": steps * tokens, "steps": steps}
         with self.meter.measure("memorize", **counts) as timing:
             memory = self.memorizer.fit([sample.context for sample in encoded])
@@ -410,3 +366,9 @@ class FastMemModule(LightningModule):
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
             **answer.details,
         }
+
+
+def _public(settings: Any) -> dict[str, Any]:
+    """Fields of a settings class that users set, as JSON and YAML know values."""
+    values = {name: value for name, value in asdict(settings).items() if name not in _QUIRK_FIELDS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

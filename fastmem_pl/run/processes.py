@@ -78,7 +78,7 @@ class Processes:
             raise FastMemError(
                 f"trainer.strategy: {type(strategy).__name__} shards what is trained, and only memories are; "
                 "allowed: auto or ddp, which share out samples (for a model too large for one device: "
-                "--model.device_map auto, --model.tp_plan auto or --model.quantization)"
+                "--model.backbone.device_map auto, .tp_plan auto or .quantization)"
             )
 
     def start(self, tensor_parallel: bool = False) -> None:

@@ -33,7 +33,7 @@ def wanted_models(settings: Mapping[str, Any], samples: Sequence[ContextSample])
 
 def score_records(run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> list[str]:
     """Add the scores that need a model of their own to a run's records; returns which came."""
-    wanted = wanted_models(model.hparams, datamodule.samples)
+    wanted = wanted_models(model.metric_models, datamodule.samples)
     if not wanted:
         return []
     records = run.records()

@@ -81,7 +81,7 @@ class Session:
         self.model, self.datamodule = model, datamodule
         self._start, self._processes = start, trainer.processes
         # Processes that hold one model together do the same work, and one of them writes it.
-        self._together = model.hparams.tp_plan is not None
+        self._together = model.loading.tp_plan is not None
         self._wanted = {sample.index for sample in datamodule.samples}
         self._memories = MemoryFolder(run.memories_path)
         config = trainer.config_text or trainer.resolved_config(model, datamodule, run.path)

@@ -18,6 +18,7 @@ from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.run.callbacks import LoggersAside, SampleProgress, StopOnSignal
 from fastmem_pl.run.elastic import ElasticWorker, worker_name
 from fastmem_pl.run.folder import RunFolder
+from fastmem_pl.run.identity import flatten
 from fastmem_pl.run.loggers import select_loggers
 from fastmem_pl.run.predict import FastMemModule, Mode
 from fastmem_pl.run.processes import Processes, forward_signal, launched_by_others
@@ -203,7 +204,7 @@ class FastMemTrainer(Trainer):
             # Processes that hold one model together end after the same batch.
             return any(self.processes.gather(asked))
 
-        self._stop = StopOnSignal(forward_signal, bool if model.hparams.tp_plan is None else any_asked)
+        self._stop = StopOnSignal(forward_signal, bool if model.loading.tp_plan is None else any_asked)
         with self._stop.listening():
             yield
 
@@ -228,10 +229,13 @@ class FastMemTrainer(Trainer):
             FastMemError: for anything that cannot be done, before anything is written.
         """
         # `fit` answers nothing, the fingerprint is known late, and early versions knew one state only.
-        optional = {"model.fingerprint", "data.answer_prefix", "model.optimizer_state"}
-        optional |= {f"model.{name}" for name in model.identity(True).keys() - model.identity(False).keys()}
+        optional = {"model.fingerprint", "data.answer_prefix"}
+        optional |= {
+            f"model.{name}"
+            for name in flatten(model.identity(True)).keys() - flatten(model.identity(False)).keys()
+        }
         run = RunFolder(path, identity, methods, optional)
-        tensor_parallel = model.hparams.tp_plan is not None
+        tensor_parallel = model.loading.tp_plan is not None
         self.processes = processes = Processes(self.strategy, self.command)
         self._check_processes(model)
         # What needs neither model nor company is refused before there are any.
@@ -277,15 +281,15 @@ class FastMemTrainer(Trainer):
                 f"trainer.elastic: each process works on its own, but trainer.devices asks for {count}; "
                 "start the command once for every device, each with --trainer.devices 1"
             )
-        if model.hparams.device_map is not None and count > 1:
+        if model.loading.device_map is not None and count > 1:
             raise FastMemError(
-                "model.device_map: lays one model out over all devices of a process; give it with "
+                "model.backbone.device_map: lays one model out over all devices of a process; give it with "
                 "--trainer.devices 1"
             )
-        if model.hparams.tp_plan is not None and count == 1:
+        if model.loading.tp_plan is not None and count == 1:
             raise FastMemError(
-                "model.tp_plan: shards the model over several processes; give --trainer.devices N, or start "
-                "them with torchrun and say how many (--trainer.devices, --trainer.num_nodes)"
+                "model.backbone.tp_plan: shards the model over several processes; give --trainer.devices N, "
+                "or start them with torchrun and say how many (--trainer.devices, --trainer.num_nodes)"
             )
         launched, launcher = launched_by_others()
         if launched > 1 and count == 1 and not self.elastic:
@@ -344,7 +348,7 @@ class FastMemTrainer(Trainer):
         """The settings as a config file, for runs that Python started."""
         config = {
             "trainer": {"precision": str(self.precision)},
-            "model": {k: v for k, v in model.hparams.items() if k != "_instantiator"},
+            "model": model.settings(),
             "data": {k: v for k, v in datamodule.hparams.items() if k != "_instantiator"},
             "run_dir": str(path),
         }

@@ -38,7 +38,7 @@ class SampleSearch:
     def __init__(self, model: FastMemModule, sample: ContextSample, method: Method, exact: bool) -> None:
         self._model, self._sample, self._method, self._exact = model, sample, method, exact
         self._encoded: EncodedSample = model.encoder(sample)
-        settings = model.settings
+        settings = model.memorization
         self._prefills = PrefillCache(
             lambda form: Prefill(
                 model.backbone, [self._encoded.prompts[form]], settings.num_layers, model.early_layers(form)
@@ -121,7 +121,7 @@ class SampleSearch:
             return records
         if records:
             progress(-len(records))
-        if len(rows) == 1 or not self._model.hparams.auto_batch:
+        if len(rows) == 1 or not self._model.auto_batch:
             raise self._too_large()
         log.warning("out of memory with %d settings at once; trying %d", len(rows), len(rows) // 2)
         half = len(rows) // 2
@@ -129,15 +129,16 @@ class SampleSearch:
 
     def _too_large(self) -> OutOfMemoryError:
         return OutOfMemoryError(
-            f"out of memory with one point of sample {self._sample.id}; lower --model.max_context_tokens or "
-            "use --trainer.precision bf16-true; what is done stays, and the same command goes on from there"
+            f"out of memory with one point of sample {self._sample.id}; lower "
+            "--model.memorize.max_context_tokens or use --trainer.precision bf16-true; what is done stays, "
+            "and the same command goes on from there"
         )
 
     def _evaluate(self, rows: Sequence[Sequence[Point]]) -> Iterator[list[Record]]:
         """Records by number of steps, as the rows' common fit comes by."""
         model = self._model
         settings = [
-            replace(model.settings, learning_rate=row[0]["learning_rate"], kl_coeff=row[0]["kl_coeff"])
+            replace(model.memorization, learning_rate=row[0]["learning_rate"], kl_coeff=row[0]["kl_coeff"])
             for row in rows
         ]
         stops = sorted({point["steps"] for row in rows for point in row})

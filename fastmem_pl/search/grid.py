@@ -100,7 +100,7 @@ class SearchSettings:
                 where = "search.optuna.space" if self.optuna else "search.grid"
                 raise FastMemError(
                     f"{where}.{name} is of no account where the best token is taken; set "
-                    "--model.temperature above 0"
+                    "--model.decode.temperature above 0"
                 )
         if self.optuna:
             self.optuna.check(lambda name, value: check_value(model, name, value, where))
@@ -114,7 +114,7 @@ class SearchSettings:
 
     def points(self, model: FastMemModule) -> list[dict[str, float]]:
         """All points of the grid, with the model's value for an axis of memorizing that is left out."""
-        given = {name: [getattr(model.settings, name)] for name in MEMORY_AXES} | {
+        given = {name: [getattr(model.memorization, name)] for name in MEMORY_AXES} | {
             name: [tidy(name, value) for value in values] for name, values in self.grid.items()
         }
         return [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
@@ -154,11 +154,11 @@ def check_value(model: FastMemModule, name: str, value: float, where: str = "sea
             f"{where}.steps: {tidy(name, value)} is out of range; allowed: at least 1 (zero-shot is "
             "answered anyway)"
         )
-    settings = model.settings if name in MEMORY_AXES else model.decoding
+    settings = model.memorization if name in MEMORY_AXES else model.decoding
     try:
         replace(settings, **{name: tidy(name, value)})
     except FastMemError as error:
-        raise FastMemError(f"{where}.{str(error).removeprefix('model.')}") from None
+        raise FastMemError(f"{where}.{str(error).split('.', 2)[-1]}") from None
 
 
 def _check_grid(grid: Mapping[str, Sequence[float]], model: FastMemModule) -> None:
@@ -185,7 +185,7 @@ def _check_objective(objective: str, model: FastMemModule, samples: Iterable[Con
                 f"search.objective: {objective!r} is no score of task {task}; "
                 f"allowed: {', '.join(TASKS[task].scores)}"
             )
-    if objective in METRIC_MODELS and not model.hparams[METRIC_MODELS[objective].setting[6:]]:
+    if objective in METRIC_MODELS and not model.metric_models[METRIC_MODELS[objective].setting[6:]]:
         setting = METRIC_MODELS[objective].setting
         raise FastMemError(f"search.objective: {objective!r} needs a model of its own; set --{setting}")
     function = SCORES[objective].function

@@ -97,10 +97,10 @@ def _run(
             "trainer.elastic: a grid is shared out over processes with --trainer.devices N; trials of "
             "Optuna, which come and go, with --search.optuna.storage"
         )
-    if model.hparams.tp_plan is not None:
+    if model.loading.tp_plan is not None:
         raise FastMemError(
-            "model.tp_plan: a search chooses its batches by the memory of one process; allowed: "
-            "model.device_map or model.quantization for a model too large for one device"
+            "model.backbone.tp_plan: a search chooses its batches by the memory of one process; allowed: "
+            "model.backbone.device_map or model.backbone.quantization for a model too large for one device"
         )
     if settings.optuna:
         # Imports Optuna, an extra.

@@ -100,7 +100,7 @@ def _identity(
         "search": {
             "objective": settings.objective,
             "scorer": [
-                model.hparams[metric.setting.removeprefix("model.")]
+                model.metric_models[metric.setting.removeprefix("model.")]
                 for name, metric in METRIC_MODELS.items()
                 if name == settings.objective
             ],
@@ -109,7 +109,7 @@ def _identity(
             "exact": settings.exact,
             "space": {name: [tidy(name, v) for v in ends] for name, ends in settings.optuna.space.items()},
             "fixed": {
-                name: getattr(model.settings, name)
+                name: getattr(model.memorization, name)
                 for name in MEMORY_AXES
                 if name not in settings.optuna.space
             },
@@ -118,7 +118,7 @@ def _identity(
 
 
 def _point(model: FastMemModule, settings: SearchSettings, params: Mapping[str, float]) -> dict[str, float]:
-    fixed = {name: getattr(model.settings, name) for name in MEMORY_AXES}
+    fixed = {name: getattr(model.memorization, name) for name in MEMORY_AXES}
     return fixed | {name: tidy(name, params[name]) for name in settings.optuna.space}
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import make_module
 
-from fastmem_pl import FastMemModule, MemorizationSettings
+from fastmem_pl import MemorizationSettings
 from fastmem_pl.memory import Footprint, usable_bytes
 
 
@@ -30,7 +31,7 @@ def test_every_layout_can_be_counted(make_tiny, family):
 
 
 def test_free_memory_bounds_automatic_batches(tiny, monkeypatch):
-    module = FastMemModule()
+    module = make_module()
     module.load_backbone("32-true", torch.device("cpu"), tiny)
     footprint = Footprint.of(tiny, MemorizationSettings())
     # Room for question, instruction and answer comes on top of the context.
@@ -47,7 +48,7 @@ def test_free_memory_bounds_automatic_batches(tiny, monkeypatch):
 
 
 def test_without_auto_batch_the_size_is_fixed(tiny):
-    module = FastMemModule(auto_batch=False)
+    module = make_module(auto_batch=False)
     module.load_backbone("32-true", torch.device("cpu"), tiny)
     assert module.room.limits(100).most(10**9) == 8
 

@@ -140,7 +140,7 @@ def test_later_configs_and_options_win(capsys, tmp_path):
     row = "base,llama3-8b,xsum,fastmem+cd"
     assert resolved(capsys, "--config", row)["model"]["kl_coeff"] == 0.3
     assert resolved(capsys, "--config", f"{row},{mine}")["model"]["kl_coeff"] == 0.05
-    found = resolved(capsys, "--model.kl_coeff", "0.07", "--config", row)
+    found = resolved(capsys, "--model.memorize.kl_coeff", "0.07", "--config", row)
     assert found["model"]["kl_coeff"] == 0.07
     own = tmp_path / "xsum.yaml"
     own.write_text("data: {task: xsum}")

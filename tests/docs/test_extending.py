@@ -42,7 +42,7 @@ def test_the_script_runs_its_own_task_method_and_score(script, tiny_folder):
     python, *arguments = shlex.split(command.removeprefix("$ "))
     assert python == "python"
     done, folder = script(
-        *arguments, "--model.backbone", str(tiny_folder), "--model.max_new_tokens", "4", "--run_dir", "run",
+        *arguments, "--model.backbone", str(tiny_folder), "--model.decode.max_new_tokens", "4", "--run_dir", "run",
         "--trainer.accelerator", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

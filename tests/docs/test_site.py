@@ -136,7 +136,7 @@ def test_every_option_is_in_the_reference(site, capsys):
             assert re.search(rf"<code>{re.escape(option)}</code>", text), f"{command} {option}"
     # What stands there is the parsers' own.
     assert "weight of the term that holds the model near itself" in text.lower()
-    section = text.partition('id="model.steps"')[2].partition("<h5")[0]
+    section = text.partition('id="model.memorize.steps"')[2].partition("<h5")[0]
     assert re.search(r"<code>int</code> · default <code>10</code>", section)
 
 
@@ -188,7 +188,7 @@ def test_make_counts_broken_links():
 
 def test_search_knows_the_options(site):
     index = (site / "search" / "search_index.json").read_text()
-    assert "reference/cli.html#model.kl_coeff" in index
+    assert "reference/cli.html#model.memorize.kl_coeff" in index
 
 
 def test_pages_work_from_the_disk_and_on_a_phone(site, pages):

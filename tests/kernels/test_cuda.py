@@ -5,13 +5,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_tokenizer, snapshot
+from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_module, make_tokenizer, snapshot
 
 from fastmem_pl import (
     Backbone,
     FastMemDataModule,
     FastMemError,
-    FastMemModule,
     FastMemTrainer,
     Memorizer,
     Memory,
@@ -82,7 +81,7 @@ def test_whole_run(tmp_path, tiny_folder, precision, inference_mode):
         enable_progress_bar=False,
         inference_mode=inference_mode,
     )
-    module = FastMemModule(str(tiny_folder), steps=4, learning_rate=1e-3, max_new_tokens=6)
+    module = make_module(str(tiny_folder), steps=4, learning_rate=1e-3, max_new_tokens=6)
     result = trainer.fit_predict(module, FastMemDataModule(limit=5), run_dir=str(tmp_path / "run"))
     assert result.metrics["groups"]["all"]["fastmem+cd"]["n"] == 5
     assert result.metrics["peak_memory_gib"]["memorize"] > 0
@@ -93,7 +92,7 @@ def test_a_profile_changes_no_answer_and_sees_the_gpu(tmp_path, tiny_folder):
     found = []
     for kinds in (None, ["trace", "memory"]):
         trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False, profile=kinds)
-        module = FastMemModule(str(tiny_folder), **STRONG, max_new_tokens=6)
+        module = make_module(str(tiny_folder), **STRONG, max_new_tokens=6)
         data = FastMemDataModule(limit=6, batch_size=2)
         result = trainer.fit_predict(module, data, run_dir=str(tmp_path / f"run-{len(found)}"))
         lines = (result.path / "predictions.jsonl").read_text().splitlines()
@@ -118,7 +117,7 @@ def test_real_out_of_memory_halves_the_batch(tmp_path, tiny_folder, caplog):
     torch.cuda.set_per_process_memory_fraction((used + (1 << 30)) / total)
     try:
         trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False)
-        module = FastMemModule(steps=2, max_new_tokens=4)
+        module = make_module(steps=2, max_new_tokens=4)
         object.__setattr__(module, "_backbone", backbone)
         data = FastMemDataModule(limit=12, batch_size=12)
         result = trainer.fit_predict(module, data, run_dir=str(tmp_path / "run"))
@@ -203,7 +202,7 @@ def test_batches_fit_the_memory_that_is_allowed(tmp_path):
         trainer = FastMemTrainer(
             accelerator="gpu", devices=1, precision="bf16-true", enable_progress_bar=False
         )
-        module = FastMemModule(steps=2, max_new_tokens=4, auto_batch=True)
+        module = make_module(steps=2, max_new_tokens=4, auto_batch=True)
         object.__setattr__(module, "_backbone", backbone)
         module.load_backbone("bf16-true", backbone.device, backbone)
         assert 1 < module.room.limits(module.longest_answer).most(100) < 32
@@ -220,7 +219,7 @@ def test_search_is_separate_runs(tmp_path, tiny_folder, precision, method):
     def parts(**settings):
         trainer = FastMemTrainer(accelerator="gpu", devices=1, precision=precision, enable_progress_bar=False)
         methods = ["zero-shot", method]
-        module = FastMemModule(str(tiny_folder), methods=methods, max_new_tokens=8, **settings)
+        module = make_module(str(tiny_folder), methods=methods, max_new_tokens=8, **settings)
         return trainer, module, FastMemDataModule(limit=3)
 
     trainer, module, data = parts()
@@ -369,7 +368,7 @@ class TestSpread:
 
     def test_a_run(self, folder, tmp_path):
         trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False)
-        module = FastMemModule(folder, steps=2, max_new_tokens=4, device_map=self.MAP)
+        module = make_module(folder, steps=2, max_new_tokens=4, device_map=self.MAP)
         result = trainer.fit_predict(module, FastMemDataModule(limit=3), run_dir=str(tmp_path / "run"))
         assert result.metrics["groups"]["all"]["fastmem"]["n"] == 3
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_untouched, snapshot
+from conftest import assert_untouched, make_module, snapshot
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer, Memorizer
 from fastmem_pl.base.errors import OutOfMemoryError
@@ -38,7 +38,7 @@ def run(tmp_path, data_file, tiny, monkeypatch):
         settings = {"steps": 3, "learning_rate": 1e-3, "max_new_tokens": 6, **model}
         trainer = trainer or FastMemTrainer(accelerator="cpu", enable_progress_bar=False)
         data = FastMemDataModule("qa", str(data_file), limit=limit, batch_size=batch_size)
-        result = getattr(trainer, command)(FastMemModule(**settings), data, run_dir=str(tmp_path / name))
+        result = getattr(trainer, command)(make_module(**settings), data, run_dir=str(tmp_path / name))
         if command == "fit":
             return result
         return [json.loads(line) for line in (result.path / "predictions.jsonl").read_text().splitlines()]
@@ -159,7 +159,7 @@ def test_a_memory_serves_whatever_is_asked_of_it(run, tmp_path, data_file):
     cut = {record["method"]: record["n_truncated_tokens"] for record in both}
     assert cut["one-shot"] > cut["fastmem"] > 0
     assert both[0]["n_context_tokens"] == both[1]["n_context_tokens"] == 2048 - 32
-    with pytest.raises(FastMemError, match=r"allowed: \d+; shorten it, lower --model.max_new_tokens"):
+    with pytest.raises(FastMemError, match=r"allowed: \d+; shorten it, lower --model.decode.max_new_tokens"):
         run(name="strict", methods=["fastmem"], strict=True)
 
 
@@ -181,7 +181,7 @@ def test_settings_of_answers_do_not_shut_a_folder_of_memories(run, tmp_path):
     run("fit", published_quirks=["parse-special-tokens", "round-weights"])
     quirks = ["round-weights", "dola-unlimited", "parse-special-tokens"]
     run("predict", published_quirks=quirks, system_prompt="Be brief.", trust_remote_code=True)
-    with pytest.raises(FastMemError, match=r"model\.system_prompt: there 'Be brief\.', here None"):
+    with pytest.raises(FastMemError, match=r"model\.chat\.system_prompt: there 'Be brief\.', here None"):
         run("predict", published_quirks=quirks)
     with pytest.raises(
         FastMemError, match=r"round_weights: False, .* give --model.published_quirks \[round-w"
@@ -190,7 +190,7 @@ def test_settings_of_answers_do_not_shut_a_folder_of_memories(run, tmp_path):
 
 
 def test_a_module_can_be_used_again(run, tmp_path, data_file, tiny):
-    module = FastMemModule(steps=1, max_new_tokens=4)
+    module = make_module(steps=1, max_new_tokens=4)
     data = FastMemDataModule("qa", str(data_file), limit=2)
     trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False)
     trainer.predict(module, data, run_dir=str(tmp_path / "one"))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import make_module
 from ranks import fork_ranks
 from towers import write_towers
 
-from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer
+from fastmem_pl import FastMemDataModule, FastMemError, FastMemTrainer
 from fastmem_pl.base.phases import PhaseCall
 from fastmem_pl.cli import main
 from fastmem_pl.data.reader import PACKAGED, read_samples
@@ -38,7 +39,7 @@ def run(tmp_path, data_file, tiny, monkeypatch):
     def start(name="run", mode="fit_predict", limit=None, batch_size=2, model=None, **trainer):
         settings = {"accelerator": "cpu", "logger": False, "profile": ["phases"], **trainer}
         loop = FastMemTrainer(enable_progress_bar=False, **settings)
-        module = FastMemModule(
+        module = make_module(
             "tiny", **{"steps": STEPS, "learning_rate": 1e-3, "max_new_tokens": NEW_TOKENS, **(model or {})}
         )
         data = FastMemDataModule("qa", str(data_file), limit=limit, batch_size=batch_size)
@@ -445,23 +446,23 @@ def test_the_table_at_the_end(capsys, data_file, tiny_folder, tmp_path, monkeypa
         str(data_file),
         "--data.limit",
         "2",
-        "--model.steps",
+        "--model.memorize.steps",
         "1",
     ]
     arguments += ["--model.backbone", str(tiny_folder), "--run_dir", str(tmp_path / "run"), "--profile"]
     for command in ("fit", "predict"):
-        assert main([command, *arguments, "--model.max_new_tokens", "3"]) == 0
+        assert main([command, *arguments, "--model.decode.max_new_tokens", "3"]) == 0
         said = capsys.readouterr().out
         assert f"profile of {command}: 2 samples, " in said
         assert ("decode: fastmem+cd" in said) == (command == "predict")
         assert f"profile: {tmp_path / 'run' / 'profile'}" in said.replace("\n", "")
     # Complete already.
-    assert main(["predict", *arguments, "--model.max_new_tokens", "3"]) == 0
+    assert main(["predict", *arguments, "--model.decode.max_new_tokens", "3"]) == 0
     said = capsys.readouterr().out
     assert "profile of" not in said
     assert "profile: nothing was measured" in said
     monkeypatch.setattr("fastmem_pl.run.session.score_records", lambda *args: ["factkb"])
-    assert main(["predict", *arguments, "--model.max_new_tokens", "3"]) == 0
+    assert main(["predict", *arguments, "--model.decode.max_new_tokens", "3"]) == 0
     said = capsys.readouterr().out
     assert "nothing was" not in said
     assert f"profile: only scores were added; {tmp_path / 'run' / 'profile'} stays as it was" in said

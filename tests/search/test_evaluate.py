@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import make_module
 
-from fastmem_pl import FastMemDataModule, FastMemModule, FastMemTrainer
+from fastmem_pl import FastMemDataModule, FastMemTrainer
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.memory import ContextReader
 from fastmem_pl.search import SearchSettings
@@ -15,7 +16,7 @@ GRID = {"learning_rate": [1e-4, 1e-3, 3e-3], "steps": [2, 4], "kl_coeff": [0.1, 
 
 @pytest.fixture
 def model(tiny):
-    module = FastMemModule(methods=["zero-shot", "fastmem"], max_new_tokens=6)
+    module = make_module(methods=["zero-shot", "fastmem"], max_new_tokens=6)
     module.load_backbone("32-true", tiny.device, tiny)
     return module
 
@@ -106,7 +107,7 @@ def test_points_of_unlike_steps_need_not_fill_the_grid(model, sample):
 
 
 def test_every_answer_of_a_search_in_python(tmp_path, tiny_folder):
-    module = FastMemModule(str(tiny_folder), max_new_tokens=4)
+    module = make_module(str(tiny_folder), max_new_tokens=4)
     trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False, inference_mode=True)
     grid = {"learning_rate": [1e-3], "steps": [2], "alpha": [0.0, 0.5]}
     settings = SearchSettings(grid=grid, every=2)

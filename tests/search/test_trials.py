@@ -68,7 +68,14 @@ def command(tiny_folder: Path, data: Path, tmp_path: Path):
     def run(folder: str = "run", command: str = "search", options: tuple = (), **optuna_settings) -> int:
         settings = {"trials": 4, "parallel": 2, "space": SPACE, "pruner": "none", **optuna_settings}
         arguments = [
-            *("--model.backbone", str(tiny_folder), "--model.max_new_tokens", "4", "--data.task", "qa"),
+            *(
+                "--model.backbone",
+                str(tiny_folder),
+                "--model.decode.max_new_tokens",
+                "4",
+                "--data.task",
+                "qa",
+            ),
             *("--data.path", str(data), "--trainer.accelerator", "cpu"),
             *("--trainer.enable_progress_bar", "false", "--run_dir", str(tmp_path / folder)),
         ]

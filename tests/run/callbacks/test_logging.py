@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from conftest import make_module
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from fastmem_pl import FastMemDataModule, FastMemModule, FastMemTrainer
+from fastmem_pl import FastMemDataModule, FastMemTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +52,7 @@ def run(tmp_path, tiny, monkeypatch):
     def go(trainer, name="run"):
         data = FastMemDataModule("qa", str(data_file))
         return trainer.fit_predict(
-            FastMemModule("tiny", steps=2, max_new_tokens=3), data, str(tmp_path / name)
+            make_module("tiny", steps=2, max_new_tokens=3), data, str(tmp_path / name)
         ).path
 
     return go
@@ -74,7 +75,7 @@ def test_callbacks_find_the_loggers_and_lightning_none(run, monkeypatch, tmp_pat
     assert "own" in (folder / "logs" / "metrics.csv").read_text().split("\n")[0]
     # The settings once, the end once, and not the module's arguments.
     settings, status = counted.calls
-    assert settings["model.steps"] == 2
+    assert settings["model.memorize.steps"] == 2
     assert status == "success"
     assert not (tmp_path / "lightning_logs").exists()
 

@@ -1,0 +1,36 @@
+"""The settings of the backbone: which model, and how it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """Which model is used, and how it is loaded.
+
+    Args:
+        source: "demo" (SmolLM2-135M-Instruct), a Hub id, a model folder, or a .gguf file.
+        quantization: keep the trunk in fewer bits: bnb-4bit, bnb-8bit (extra bnb), torchao-int8, torchao-int4
+            (extra torchao). The trained networks and the head stay as they are.
+        device_map: lay the trunk out over the devices of this process: auto, balanced, sequential, or a
+            mapping from module names to devices.
+        tp_plan: "auto" shards every matrix of the trunk over the processes of torchrun or trainer.devices,
+            which then work on the same batch.
+        trust_remote_code: run model code that comes with a checkpoint. Off unless you trust its source.
+    """
+
+    source: str = "demo"
+    quantization: str | None = None
+    device_map: str | dict[str, str | int] | None = None
+    tp_plan: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, given: BackboneSettings | str | Mapping[str, Any]) -> BackboneSettings:
+        """Settings as given, or those of a model that is named only."""
+        if isinstance(given, cls):
+            return given
+        return cls(given) if isinstance(given, str) else cls(**given)
