@@ -205,7 +205,7 @@ def write_results(
         ),
         "ranking": ranking.as_dict(),
         **({"study": study} if study else {}),
-        **describe_run(model, run),
+        **describe_run(model, run.identity),
     }
     if start is None and summary.is_file():
         kept = json.loads(summary.read_text())

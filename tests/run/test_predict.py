@@ -126,7 +126,7 @@ def test_metrics_are_not_stale_after_a_kill(run, tmp_path):
 
 def test_metrics_of_an_earlier_session_go_when_a_new_one_starts(run, tmp_path, monkeypatch):
     run(limit=2)
-    monkeypatch.setattr(FastMemModule, "_process", lambda *args: 1 / 0)
+    monkeypatch.setattr(FastMemModule, "obtain_memory", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(limit=4)
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -238,17 +238,16 @@ def test_out_of_memory_halves_the_batch(run, monkeypatch, caplog):
 
 def test_graphs_of_earlier_batches_make_room_first(run, monkeypatch, caplog):
     expected = essence(run(name="roomy", batch_size=2))
-    process, sizes = FastMemModule._process, []
+    obtain, sizes = FastMemModule.obtain_memory, []
 
-    def cramped(self, pairs):
-        sizes.append(len(pairs))
+    def cramped(self, batch, encoded):
+        sizes.append(len(batch))
         if self.graphs:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        records = process(self, pairs)
         self.graphs._idle["kept"] = None
-        return records
+        return obtain(self, batch, encoded)
 
-    monkeypatch.setattr(FastMemModule, "_process", cramped)
+    monkeypatch.setattr(FastMemModule, "obtain_memory", cramped)
     assert essence(run(name="cramped", batch_size=2)) == expected
     assert sizes == [2, 2, 2]
     assert "out of memory" not in caplog.text
