@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,17 @@ log = logging.getLogger(__name__)
 # Signs of life in the time after which a claim is stale.
 _SIGNS = 6
 _NAME = re.compile(r"(?P<part>.+)\.(?P<number>\d+)\.(?P<kind>claim|free)|(?P<done>.+)\.done")
+# What workers agree on, and files that were being written when a worker was killed.
+_FURTHER = re.compile(r"first_worker|session|num_samples|chunk_samples|\.fastmem-.+\.partial")
+
+
+def remove_claims(path: Path) -> None:
+    """Delete the files of claims in a folder, and the folder if it held nothing else."""
+    with suppress(OSError):
+        for name in os.listdir(path):
+            if _NAME.fullmatch(name) or _FURTHER.fullmatch(name):
+                (path / name).unlink(missing_ok=True)
+        path.rmdir()
 
 
 @dataclass
@@ -68,7 +78,11 @@ class ClaimFolder:
         aside = self.path.with_name(f".{self.path.name}-{secrets.token_hex(4)}")
         with suppress(FileNotFoundError):
             self.path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_claims(aside)
+        if aside.exists():
+            # It holds files that are not ours.
+            with suppress(OSError):
+                aside.rename(self.path)
 
     def agree(self, name: str, value: str) -> str:
         """A value that all workers use: that of the first who says it."""

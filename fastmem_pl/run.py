@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fastmem_pl.claims import remove_claims
 from fastmem_pl.errors import FastMemError, RunStoppedError
 from fastmem_pl.identity import differences, merged
 from fastmem_pl.records import (
@@ -34,7 +34,11 @@ except ImportError:  # Windows: two processes in one folder go unnoticed there
 
 SCHEMA_VERSION = 1
 _LOCK_TRIES = 5
-_OWN_FILES = ("predictions.jsonl", "metrics.json", "config.yaml")
+_MANIFEST = "run.json"
+# What a process that was killed before it had written the manifest can leave behind.
+_BEFORE_MANIFEST = re.compile(r"\.lock|\.ranks|\.fastmem-.+\.partial")
+# Named after a process: host, number of the process, random digits.
+_PART = re.compile(r".+-\d+-[0-9a-f]{4}\.jsonl")
 
 
 class RunFolder:
@@ -92,7 +96,7 @@ class RunFolder:
 
     @property
     def _manifest_path(self) -> Path:
-        return self.path / "run.json"
+        return self.path / _MANIFEST
 
     def check(self) -> None:
         """Refuse a folder that holds something else; reads only.
@@ -100,23 +104,16 @@ class RunFolder:
         Raises:
             FastMemError: naming the settings that differ.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise FastMemError(f"run_dir: {self.path} is a file; give a folder")
+        self._check_ours()
         manifest = self._manifest_path
         if not manifest.is_file():
-            foreign = [name for name in _OWN_FILES if (self.path / name).exists()]
-            if foreign:
-                raise FastMemError(
-                    f"run_dir: {self.path} holds {foreign[0]} but no run.json, so it is not from fastmem; "
-                    "give another --run_dir"
-                )
             return
         try:
             content = json.loads(manifest.read_text())
             found = content["identity"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             raise FastMemError(
-                f"run_dir: {manifest} is damaged; remove it or give another --run_dir"
+                f"run_dir: {manifest} is damaged or not from fastmem; give another --run_dir"
             ) from None
         run_id = content.get("id")
         self._found = found
@@ -129,6 +126,27 @@ class RunFolder:
                 "give another --run_dir, or the settings of that run to go on with it"
             )
 
+    def _check_ours(self) -> None:
+        """Refuse a folder with files in it that no run has made: results would take the place of some.
+
+        Raises:
+            FastMemError: naming one of the files.
+        """
+        try:
+            names = {path.name for path in self.path.iterdir()}
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise FastMemError(f"run_dir: {self.path} is a file; give a folder") from None
+        except OSError as error:
+            raise FastMemError(f"run_dir: cannot read {self.path}: {error.strerror}") from error
+        foreign = sorted(name for name in names if not _BEFORE_MANIFEST.fullmatch(name))
+        if foreign and _MANIFEST not in names:
+            raise FastMemError(
+                f"run_dir: {self.path} holds {foreign[0]} but no {_MANIFEST}, so it is not from fastmem; "
+                "give another --run_dir"
+            )
+
     def open(self, config_text: str) -> None:
         """Create or reopen the folder, take its lock, and repair what a killed run left behind.
 
@@ -136,13 +154,15 @@ class RunFolder:
             FastMemError: when the folder cannot be written or another process writes to it.
         """
         with self._opening():
+            # Before the lock's file is in the folder.
+            self._check_ours()
             self._take_lock(alone=True)
             self.check()
             self._write_settings(config_text)
             self.gather()
             if self._lock is not None:
                 # Nobody else is here: what others had in hand, or had not put in its place, is free.
-                shutil.rmtree(self.claims_path, ignore_errors=True)
+                remove_claims(self.claims_path)
                 for partial in self.path.glob(".fastmem-*.partial"):
                     partial.unlink(missing_ok=True)
 
@@ -153,6 +173,7 @@ class RunFolder:
             FastMemError: when the folder cannot be written, or a process writes to it that shares nothing.
         """
         with self._opening():
+            self._check_ours()
             self._share_lock()
             # Of workers that start together, the first to put its manifest there names the run.
             if not self._manifest_path.is_file():
@@ -165,7 +186,7 @@ class RunFolder:
         """Write records to a file of this process alone, in a folder that is open already.
 
         Args:
-            part: name of the file, which no other process has had.
+            part: name of the process, as of ``worker_name``, which no other process has had.
             run_id: of the run, where another process opened the folder.
         """
         if run_id is not None:
@@ -214,7 +235,7 @@ class RunFolder:
 
     def parts(self) -> list[Path]:
         """Files of records that were not merged yet, one a process."""
-        return sorted(self.parts_path.glob("*.jsonl"))
+        return sorted(path for path in self.parts_path.glob("*.jsonl") if _PART.fullmatch(path.name))
 
     def count_lines(self) -> int:
         """Records so far, by the lines of all files; of the files only what is new is read."""
@@ -303,7 +324,7 @@ class RunFolder:
             with suppress(BlockingIOError):
                 self._lock = self._locked(".lock", alone=True)
                 if self._lock is not None:
-                    shutil.rmtree(self.claims_path, ignore_errors=True)
+                    remove_claims(self.claims_path)
                     fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return
             # Another worker may be at this very point, alone for a moment.

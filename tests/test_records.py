@@ -122,7 +122,7 @@ def test_parts_are_gathered_and_removed(tmp_path):
 
     first, second = folder(), folder()
     first.open("")
-    second.join("rank-0001", first.id)
+    second.join("host-1-0abc", first.id)
     first.append([record(2)])
     second.append([record(1), record(3)])
     assert [r["index"] for r in first.records()] == [1, 2, 3]
@@ -137,7 +137,7 @@ def test_a_killed_gathering_repeats_nothing(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
     run.open("")
     part = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
-    part.join("rank-0001")
+    part.join("host-1-0abc")
     part.append([record(0)])
     with monkeypatch.context() as patch:
         # Killed after the merged file is in its place, before the parts are gone.
