@@ -28,6 +28,31 @@ def write(path, *records, end=""):
     return path
 
 
+ENDS = "a\rb\r\nc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i"
+
+
+@pytest.mark.parametrize("text", [ENDS, "half of a character: \ud83d", "\\ud83d"])
+def test_any_text_comes_back(tmp_path, text):
+    first = record(0, text=text)
+    path = write(tmp_path / "1", record(1))
+    append_records(path, [first], RescueFolder("1"), path)
+    assert [r for _, r in read_records(path)] == [record(1), first]
+    run = RunFolder(tmp_path / "run", {}, ["a"])
+    run.open("")
+    run.append([record(1), first])
+    run.gather()
+    assert run.records() == [first, record(1)]
+    run.replace(run.records()[:1])
+    assert run.records() == [first]
+    run.close()
+
+
+def test_a_line_ends_at_its_newline_only(tmp_path):
+    # Between the parts of a record, JSON takes a carriage return for a space.
+    (tmp_path / "1").write_bytes(b'{"index": 0,\r"method": "a"}\r\n{"index": 1,\r"method": "a"}\n')
+    assert [r["index"] for _, r in read_records(tmp_path / "1")] == [0, 1]
+
+
 def test_files_are_merged_in_the_order_of_the_data(tmp_path):
     one = write(tmp_path / "1", record(4, "b"), record(4, "a"), record(0, "a"), record(0, "b"))
     two = write(tmp_path / "2", record(3, "a"), record(3, "b"))

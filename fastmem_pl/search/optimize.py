@@ -18,6 +18,7 @@ from fastmem_pl.data import ContextSample, FastMemDataModule
 from fastmem_pl.errors import FastMemError
 from fastmem_pl.metrics import METRIC_MODELS, lower_is_better
 from fastmem_pl.module import FastMemModule
+from fastmem_pl.records import split_lines
 from fastmem_pl.run import RunFolder
 from fastmem_pl.scoring import score_records
 from fastmem_pl.search.batch import TrialBatch, TrialModule
@@ -231,5 +232,5 @@ def _read(path: Path) -> list[Record]:
     """Records of a file that another worker may be writing to."""
     if not path.is_file():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = split_lines(path.read_bytes())
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
