@@ -19,6 +19,7 @@ from fastmem_pl.data import ContextSample, FastMemDataModule
 from fastmem_pl.metrics import METRIC_MODELS, lower_is_better
 from fastmem_pl.run.folder import RunFolder
 from fastmem_pl.run.predict import FastMemModule
+from fastmem_pl.run.records import split_lines
 from fastmem_pl.run.scoring import score_records
 from fastmem_pl.search.grid import MEMORY_AXES, SearchSettings, tidy
 from fastmem_pl.search.grid_search import SearchResult, key_of, missing, write_results
@@ -231,5 +232,5 @@ def _read(path: Path) -> list[Record]:
     """Records of a file that another worker may be writing to."""
     if not path.is_file():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = split_lines(path.read_bytes())
     return [json.loads(line) for line in lines if line.endswith(b"\n")]

@@ -10,6 +10,7 @@ from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTr
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.report import print_run
 from fastmem_pl.run.encoding import SampleEncoder
+from fastmem_pl.run.records import read_records
 
 RECORDS = [
     {"context": f"The {thing} is {color}.", "question": f"which color has the {thing}?", "answers": [color]}
@@ -41,9 +42,39 @@ def run(tmp_path, data_file, tiny, monkeypatch):
         result = getattr(trainer, command)(make_module(**settings), data, run_dir=str(tmp_path / name))
         if command == "fit":
             return result
-        return [json.loads(line) for line in (result.path / "predictions.jsonl").read_text().splitlines()]
+        return [record for _, record in read_records(result.path / "predictions.jsonl")]
 
     return go
+
+
+def test_ends_of_lines_within_texts_do_not_end_a_rerun(run, data_file, tmp_path, capsys):
+    question = "which\u2028color\x85has\rthe \x0b door\x1c?"
+    data_file.write_text(json.dumps({**RECORDS[0], "question": question}, ensure_ascii=False))
+    for _ in range(2):
+        run(steps=20, learning_rate=0.1)
+        print_run(tmp_path / "run")
+        assert "which color has the door ?" in capsys.readouterr().out
+
+
+def test_half_of_a_character_in_the_data_is_refused_before_anything_is_written(run, data_file, tmp_path):
+    with open(data_file, "a") as file:
+        file.write("\n" + json.dumps({**RECORDS[0], "question": "which \ud83d?"}))
+    with pytest.raises(
+        FastMemError, match=r"data\.jsonl, line 5: field 'question' holds half of a character"
+    ):
+        run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_of_a_character_in_an_answer_is_shown(run, tmp_path, capsys):
+    run()
+    path = tmp_path / "run" / "predictions.jsonl"
+    # By a decoder of a user's own, say.
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "\\ud83d'))
+    print_run(tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "zero-shot   ?" in out
+    out.encode()
 
 
 def essence(records):
