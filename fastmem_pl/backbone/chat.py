@@ -8,9 +8,14 @@ uses none.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jinja2
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fastmem_pl.base.errors import FastMemError
@@ -290,3 +295,20 @@ class ChatEncoder:
         return self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False, **kwargs
         )
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad token id lists to ``(ids, mask)``, both ``(B, T)``; mask is 1 on real tokens.
+
+    On a GPU the width of rows that fill up on the right is a multiple of 8: its matrix units are several
+    times slower on other shapes.
+
+    >>> pad([[5, 6], [7]], 0, "left", torch.device("cpu"))[0].tolist()
+    [[5, 6], [0, 7]]
+    """
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, pad_id, side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
+    if side == "right" and device.type != "cpu":
+        more = -ids.shape[1] % 8
+        ids, mask = F.pad(ids, (0, more), value=pad_id), F.pad(mask, (0, more))
+    return ids.to(device), mask.to(device)

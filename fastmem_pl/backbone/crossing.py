@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from fastmem_pl.backbone.families import Anatomy
@@ -79,19 +81,16 @@ class Crossing:
 
     def move(self, value: Any, device: torch.device) -> Any:
         """A value with all tensors in it on a device; caches have theirs where their blocks are."""
-        if isinstance(value, Tensor):
-            if value.device == device:
-                return value
-            key = (id(value), device)
-            if key not in self._moved:
-                # Beside the tensor itself: its id is its own for as long as it lives.
-                self._moved[key] = (value, self.carry(value, device))
-            return self._moved[key][1]
-        if type(value) in (tuple, list):
-            return type(value)(self.move(item, device) for item in value)
-        if type(value) is dict:
-            return {name: self.move(item, device) for name, item in value.items()}
-        return value
+        return recursively_apply(self._once, value, device)
+
+    def _once(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        key = (id(tensor), device)
+        if key not in self._moved:
+            # Beside the tensor itself: its id is its own for as long as it lives.
+            self._moved[key] = (tensor, self.carry(tensor, device))
+        return self._moved[key][1]
 
 
 class Entrance:
@@ -119,29 +118,24 @@ def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
     _remove_hooks_of_accelerate(model)
     crossing = Crossing()
     setattr(model, _INSTALLED, crossing)
-    _hook_body(anatomy.body, placement.entry, crossing)
+
+    def begin(_: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        crossing.forget()
+        return tuple(crossing.move(list(args), placement.entry)), crossing.move(kwargs, placement.entry)
+
+    anatomy.body.register_forward_pre_hook(begin, with_kwargs=True)
+    anatomy.body.register_forward_hook(lambda *_: crossing.forget())
     for block, device in zip(anatomy.blocks, placement.blocks, strict=True):
         block.register_forward_pre_hook(Entrance(device, crossing), with_kwargs=True)
     model.register_forward_hook(_return_logits, with_kwargs=True)
 
 
 def _remove_hooks_of_accelerate(model: nn.Module) -> None:
-    from accelerate.hooks import remove_hook_from_submodules
-
     remove_hook_from_submodules(model)
     for module in model.modules():
         # It leaves the class's method on each module, bound to that one: copies would run the original.
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
-
-
-def _hook_body(body: nn.Module, entry: torch.device, crossing: Crossing) -> None:
-    def begin(_: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        crossing.forget()
-        return tuple(crossing.move(list(args), entry)), crossing.move(kwargs, entry)
-
-    body.register_forward_pre_hook(begin, with_kwargs=True)
-    body.register_forward_hook(lambda *_: crossing.forget())
 
 
 def _return_logits(_: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> Any:

@@ -17,7 +17,7 @@ Delta = Mapping[str, Tensor]
 
 
 @dataclass
-class Factors:
+class GradientFactors:
     """A weight gradient of ``B`` samples as a product: ``outer^T @ inner``.
 
     A parameter with an attribute ``factors`` gets these from the backward pass instead of a gradient.
@@ -164,7 +164,7 @@ class DeltaProduct(torch.autograd.Function):
         if hasattr(delta, "factors"):
             if delta.factors is not None:
                 raise RuntimeError("gradients of this delta are left in factors, which do not accumulate")
-            delta.factors = Factors(grad.contiguous(), x.detach().contiguous())
+            delta.factors = GradientFactors(grad.contiguous(), x.detach().contiguous())
             return x_grad, None
         return x_grad, torch.bmm(grad.transpose(1, 2), x).to(delta.dtype)
 

@@ -25,12 +25,7 @@ _KEYS = ("k_proj", "qkv_proj", "query_key_value")
 
 @dataclass(frozen=True)
 class Shards:
-    """How a loaded model is shared out.
-
-    Attributes:
-        processes: that share the trunk.
-        kv: that share the KV heads; 1 where each of them has all.
-    """
+    """How many processes share a loaded model, and how many its KV heads (1 where each of them has all)."""
 
     processes: int = 1
     kv: int = 1
@@ -69,16 +64,45 @@ def check_processes(tp_plan: str, device: torch.device) -> int:
     return count
 
 
-def check_plan(model: Any, count: int) -> None:
-    """Refuse a model that cannot be shared by so many processes.
+@contextmanager
+def loading(
+    tp_plan: str, model: Any, source: str, quantized: str | None, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Arguments of ``from_pretrained`` that keep this process's share only, on its device.
 
     Args:
+        tp_plan: ``auto``.
         model: without weights, on the meta device.
-        count: processes.
+        source: its name.
+        quantized: how its weights are stored in fewer bits, if they are.
+        device: this process's.
 
     Raises:
-        FastMemError: when transformers has no plan for it, or its heads do not divide.
+        FastMemError: when the model cannot be shared, or there are no processes to share it.
     """
+    from transformers.distributed import DistributedConfig
+
+    if quantized:
+        raise FastMemError(
+            f"model.tp_plan: {source!r} is quantized ({quantized}); allowed: --model.device_map auto"
+        )
+    count = check_processes(tp_plan, device)
+    _check_plan(model, count)
+    # Where it looks which GPU is this process's; launchers other than torchrun do not say it there.
+    before = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if device.index is None else device.index)
+    try:
+        yield {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=count)}
+    finally:
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
+def _check_plan(model: Any, count: int) -> None:
+    """Refuse a model without a plan, or whose heads cannot be shared by so many processes."""
     name, plan = type(model).__name__, model.tp_plan or {}
     layers = find_anatomy(model).layers_name
     if not any(f"{layers}.*" in rule for rule in plan):
@@ -96,48 +120,6 @@ def check_plan(model: Any, count: int) -> None:
         )
 
 
-@contextmanager
-def loading(
-    tp_plan: str, model: Any, source: str, quantized: str | None, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """Arguments of ``from_pretrained`` that keep this process's share only, on its device.
-
-    Args:
-        tp_plan: ``auto``.
-        model: without weights, on the meta device.
-        source: its name.
-        quantized: how its weights are stored in fewer bits, if they are.
-        device: this process's.
-
-    Raises:
-        FastMemError: when the model cannot be shared, or there are no processes to share it.
-    """
-    if quantized:
-        raise FastMemError(
-            f"model.tp_plan: {source!r} is quantized ({quantized}); allowed: --model.device_map auto"
-        )
-    count = check_processes(tp_plan, device)
-    check_plan(model, count)
-    try:
-        from transformers.distributed import DistributedConfig
-    except ImportError as error:
-        raise FastMemError(
-            "model.tp_plan: this version of transformers has no DistributedConfig; run: "
-            "pip install -U transformers"
-        ) from error
-    # Where it looks which GPU is this process's; launchers other than torchrun do not say it there.
-    before = os.environ.get("LOCAL_RANK")
-    if device.type == "cuda":
-        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if device.index is None else device.index)
-    try:
-        yield {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=count)}
-    finally:
-        if before is None:
-            os.environ.pop("LOCAL_RANK", None)
-        else:
-            os.environ["LOCAL_RANK"] = before
-
-
 @torch.no_grad()
 def make_tail_whole(model: Any, num_layers: int) -> None:
     """Give every process all weights of the trained FFNs, the blocks above the first, the norm and the head.
@@ -145,12 +127,11 @@ def make_tail_whole(model: Any, num_layers: int) -> None:
     To be called by all processes at once.
     """
     anatomy = find_anatomy(model)
-    blocks = anatomy.blocks[len(anatomy.blocks) - num_layers :]
-    found: dict[int, nn.Parameter] = {}
-    tail = [blocks[0].mlp, *blocks[1:], anatomy.final_norm, anatomy.head]
+    tail = [*_trained(anatomy, num_layers), anatomy.final_norm, anatomy.head]
     embedding = model.get_input_embeddings()
     if embedding.weight is anatomy.head.weight:
         tail.append(embedding)
+    found: dict[int, nn.Parameter] = {}
     for module in [inner for part in tail for inner in part.modules()]:
         for name, parameter in module._parameters.items():
             if is_sharded(parameter):
@@ -165,13 +146,8 @@ def make_tail_whole(model: Any, num_layers: int) -> None:
 
 
 def check_tail(anatomy: Anatomy, num_layers: int) -> None:
-    """Refuse to train FFNs of which this process holds a share only.
-
-    Raises:
-        FastMemError: naming the setting.
-    """
-    first = len(anatomy.blocks) - num_layers
-    parts = [anatomy.blocks[first].mlp, *anatomy.blocks[first + 1 :]]
+    """Refuse to train FFNs of which this process holds a share only."""
+    parts = _trained(anatomy, num_layers)
     if any(is_sharded(parameter) for part in parts for parameter in part.parameters()):
         raise FastMemError(
             f"model.num_layers: {num_layers} feed-forward networks are more than were left whole when the "
@@ -191,6 +167,12 @@ def is_sharded(tensor: Tensor | None) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; for a share, all processes have to ask for it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def _trained(anatomy: Anatomy, num_layers: int) -> list[nn.Module]:
+    """The lowest trained FFN and all blocks above it."""
+    first = len(anatomy.blocks) - num_layers
+    return [anatomy.blocks[first].mlp, *anatomy.blocks[first + 1 :]]
 
 
 def _shares_heads(plan: dict[str, str]) -> bool:

@@ -14,7 +14,7 @@ from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.base.phases import is_out_of_memory
 from fastmem_pl.data import BatchLimits
 from fastmem_pl.decoding import GraphPool
-from fastmem_pl.memory import Footprint, MemorizationSettings, usable_bytes
+from fastmem_pl.memory import MemorizationSettings, footprint_of, usable_bytes
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Room:
         self, backbone: Backbone, settings: MemorizationSettings, graphs: GraphPool, auto: bool = True
     ) -> None:
         self._backbone, self._graphs, self._auto = backbone, graphs, auto
-        self._footprint = Footprint.of(backbone, settings)
+        self._footprint = footprint_of(backbone, settings)
         self._too_much: int | None = None
 
     def limits(

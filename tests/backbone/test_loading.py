@@ -58,7 +58,7 @@ def test_remote_code_is_off_by_default(tiny_folder, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer", Auto)
     for wanted in (False, True):
         with pytest.raises(FastMemError, match=r"cannot load .*: stop here"):
-            loading.load_model(str(tiny_folder), torch.float32, *([True] if wanted else []))
+            loading.load_model(str(tiny_folder), **({"trust_remote_code": True} if wanted else {}))
     assert asked == [False, True]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmem_pl import Backbone, FastMemError, Memorizer, answer
-from fastmem_pl.backbone import packed, quantization
+from fastmem_pl.backbone import quantization
 from fastmem_pl.backbone.families import is_quantized
 from fastmem_pl.export import to_checkpoint, to_lora
 
@@ -51,7 +51,7 @@ def load(folder: str, kind: str | None = None, precision: str = "32-true", **opt
 
 
 def stored(backbone: Backbone) -> list[torch.Tensor]:
-    return [t.clone() for p in backbone.model.state_dict().values() for t in packed.stored_tensors(p)]
+    return [t.clone() for p in backbone.model.state_dict().values() for t in quantization.stored_tensors(p)]
 
 
 def packed_names(backbone: Backbone) -> set[str]:
@@ -136,7 +136,7 @@ def test_packed_weights_are_near_the_model_and_plain_ones_are_its_own(folder, ki
         for (_, one), (_, other) in zip(
             whole.anatomy.ffn_modules(layer), backbone.anatomy.ffn_modules(layer), strict=True
         ):
-            found = packed._dequantized(other).float()
+            found = quantization._dequantized(other).float()
             error = ((found - one.weight).norm() / one.weight.norm()).item()
             assert 0 < error < ERRORS[kind]
     for name, projection in whole.anatomy.projections(2).items():
@@ -174,7 +174,7 @@ def test_options_of_torch_stay(folder):
     ],
 )
 def test_what_cannot_be_is_refused_before_loading(monkeypatch, kind, precision, message):
-    monkeypatch.setattr("fastmem_pl.backbone.backbone.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("fastmem_pl.backbone.loading._resolve", lambda *_, **__: pytest.fail("loaded"))
     if kind.startswith("torchao"):
         pytest.importorskip("torchao")
     with pytest.raises(FastMemError, match=message) as caught:
@@ -224,7 +224,7 @@ def quantized_folder(request, folder, tmp_path):
     assert is_quantized(model.lm_head.weight)
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    packed.hold_still(model, torch.float32)
+    quantization.hold_still(model, torch.float32)
     return request.param, str(tmp_path), model
 
 
@@ -281,9 +281,9 @@ def test_no_checkpoint_is_written_of_packed_weights(folder, contexts, tmp_path):
 
 
 def test_steps_that_wait_for_the_device_are_not_recorded(folder):
-    assert packed.waits_for_device(load(folder(), "bnb-8bit").model)
+    assert quantization.waits_for_device(load(folder(), "bnb-8bit").model)
     for kind in (None, "bnb-4bit", "torchao-int8"):
-        assert not packed.waits_for_device(load(folder(), kind).model)
+        assert not quantization.waits_for_device(load(folder(), kind).model)
 
 
 def test_rows_that_four_bits_would_be_read_wrongly_of_stay_plain(folder, tmp_path):
@@ -313,7 +313,7 @@ def test_a_checkpoint_whose_kernels_are_missing_is_one_line(quantized_folder, mo
         raise NotImplementedError("no kernel\nfor this device")
 
     _, path, _ = quantized_folder
-    monkeypatch.setattr(packed, "_dequantized", fail)
+    monkeypatch.setattr(quantization, "_dequantized", fail)
     with pytest.raises(FastMemError, match=r"do not run here: no kernel for this device; allowed"):
         load(path)
 
