@@ -73,7 +73,6 @@ class Backbone:
         self.chat = ChatEncoder(tokenizer)
         self._tails: dict[int, Tail] = {}
         self._trunks: dict[tuple[int, ...], Trunk] = {}
-        self._fingerprint: str | None = None
         if method:
             check_plain("the LM head", self.anatomy.head)
             hold_still(model, self.compute_dtype)
@@ -210,16 +209,7 @@ class Backbone:
         cache: Cache | None = None,
         early: Sequence[int] = (),
     ) -> TailInputs:
-        """Run the trunk below the last ``num_layers`` FFNs, without gradients.
-
-        Args:
-            num_layers: trained layers.
-            input_ids: ``(B, T)``; the other tensors as :meth:`Trunk.__call__` takes them.
-            attention_mask: ``(B, past + T)``.
-            position_ids: ``(B, T)``.
-            cache: grows by ``T``.
-            early: numbers of hidden states to hand over, none above the first trained block's input.
-        """
+        """Run the :class:`Trunk` below the last ``num_layers`` FFNs, without gradients."""
         self.tail(num_layers)
         key = (num_layers, *early)
         with self.numerics(), self.autocast():
@@ -270,9 +260,11 @@ class Backbone:
 
     def fingerprint(self) -> str:
         """A short hash of the model (:func:`fingerprint_of`)."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint_of(self.model)
         return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint_of(self.model)
 
     def autocast(self) -> AbstractContextManager:
         """Run the model's own forward pass in the precision."""

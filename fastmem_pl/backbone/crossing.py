@@ -38,11 +38,7 @@ class Placement:
 
     @classmethod
     def of(cls, model: Any, anatomy: Anatomy) -> Placement:
-        """Look where parameters are.
-
-        Raises:
-            FastMemError: for weights that are on a disk, and a block or a tail on two devices.
-        """
+        """Look where parameters are."""
         entry = model.get_input_embeddings().weight.device
         blocks = [_device_of(block, f"block {i}", entry) for i, block in enumerate(anatomy.blocks)]
         tail = _device_of(anatomy.head, "the LM head", entry)

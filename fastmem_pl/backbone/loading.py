@@ -8,7 +8,6 @@ second start loads in seconds.
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -149,27 +148,19 @@ def _converted(gguf_file: Path) -> Path:
     log.warning("converting %s (once, about 20 s) into %s", gguf_file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
-    except OSError as error:
-        raise FastMemError(
-            f"cannot write the model cache {target.parent}: {error.strerror}; "
-            "set FASTMEM_CACHE to another folder"
-        ) from error
-    try:
-        _convert(gguf_file, partial)
-        try:
-            partial.rename(target)
-        except OSError:
-            # Another process was first; its copy is as good as ours.
-            if not (target / "config.json").is_file():
-                raise
+        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as partial:
+            _convert(gguf_file, Path(partial))
+            try:
+                Path(partial).rename(target)
+            except OSError:
+                # Another process was first; its copy is as good as ours.
+                if not (target / "config.json").is_file():
+                    raise
     except OSError as error:
         raise FastMemError(
             f"cannot write the model cache {target}: {_one_line(error)}; "
             "free some disk or set FASTMEM_CACHE to another folder"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -215,8 +206,7 @@ def _repair_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
     if types is not None:
         control = [i for i, kind in enumerate(types.contents()) if kind == _CONTROL_TOKEN]
         texts = tokenizer.convert_ids_to_tokens(control)
-        tokens = [AddedToken(text, special=True, normalized=False) for text in texts]
-        tokenizer.add_tokens(tokens, special_tokens=True)
+        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in texts], True)
     context_length = fields.get(f"{fields['general.architecture'].contents()}.context_length")
     if context_length is not None:
         tokenizer.model_max_length = int(context_length.contents())

@@ -38,7 +38,6 @@ class Part:
 
     Attributes:
         name: of the module, or of a parameter that is in no part.
-        module: ``None`` for a parameter.
         size: bytes.
         block: number of the block that it is, or ``None``.
         tail: whether it has to be on the tail's device.
@@ -46,7 +45,6 @@ class Part:
     """
 
     name: str
-    module: nn.Module | None
     size: int
     block: int | None = None
     tail: bool = False
@@ -54,13 +52,9 @@ class Part:
 
 
 def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None = None) -> list[Part]:
-    """The parts of a model, in the order of its modules; it may be on the meta device.
+    """The parts of a model with ``num_layers`` trained layers, in the order of its modules.
 
-    Args:
-        model: a causal language model.
-        anatomy: its parts that memories act on.
-        num_layers: trained layers.
-        stored: bytes of a weight in the linear maps of the trunk; by default those of its type.
+    It may be on the meta device. ``stored``: bytes of a weight in linear maps of the trunk, if quantized.
     """
     embedding = model.get_input_embeddings()
     tied = embedding.weight is anatomy.head.weight or model.config.get_text_config().tie_word_embeddings
@@ -71,7 +65,7 @@ def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None
         entry = module is anatomy.body
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                parts.append(Part(prefix + name, None, tensor.nbytes, None, entry and tied, entry))
+                parts.append(Part(prefix + name, tensor.nbytes, None, entry and tied, entry))
         for name, child in module.named_children():
             number = numbers.get(id(child))
             if number is None and any(id(inner) in numbers for inner in child.modules()):
@@ -83,7 +77,7 @@ def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None
             # Tied embeddings are the head's weight, and are counted there.
             in_tail = bool(ends) or (begins and tied) or (number is not None and number >= first)
             size = 0 if embeds and tied else _size(child, None if number is None or in_tail else stored)
-            parts.append(Part(prefix + name, child, size, number, in_tail, begins))
+            parts.append(Part(prefix + name, size, number, in_tail, begins))
 
     walk(model, "")
     return parts
@@ -102,7 +96,7 @@ def device_plan(
     Args:
         device_map: one of :data:`POLICIES`, or devices by names of modules.
         model: without weights, on the meta device.
-        num_layers: trained layers.
+        num_layers: trained layers, which stay together.
         precision: types of the weights and of the products.
         device: the program's; where a policy puts the tail.
         stored: as :func:`parts_of`.
@@ -113,7 +107,9 @@ def device_plan(
     anatomy = find_anatomy(model)
     parts = parts_of(model, anatomy, num_layers, stored)
     if isinstance(device_map, Mapping):
-        return _given_devices(device_map, parts, model.get_input_embeddings())
+        embedding = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is embedding)
+        return _given_devices(device_map, parts, name)
     if device_map not in POLICIES:
         raise unknown("model.device_map", device_map, [*POLICIES, "a mapping of module names to devices"])
     devices = _devices(device)
@@ -182,9 +178,9 @@ def _devices(device: torch.device) -> list[torch.device]:
     """All GPUs, that of the program last; or what the program runs on."""
     if device.type != "cuda":
         return [device]
-    last = torch.cuda.device_count() - 1 if device.index is None else device.index
-    others = [i for i in range(torch.cuda.device_count()) if i != last]
-    return [torch.device("cuda", i) for i in (*others, last)]
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    last = gpus[-1] if device.index is None else device
+    return [gpu for gpu in gpus if gpu != last] + [last]
 
 
 def lay_out(
@@ -232,13 +228,9 @@ def _size(module: nn.Module, stored: float | None) -> int:
 
 
 def _given_devices(
-    device_map: Mapping[str, Any], parts: Sequence[Part], embedding: nn.Module
+    device_map: Mapping[str, Any], parts: Sequence[Part], embedding: str
 ) -> dict[str, torch.device]:
-    """The devices that a mapping names; the longest name that a part begins with counts, ``""`` for all.
-
-    Raises:
-        FastMemError: for names and devices that are not there, parts without one, and a tail on several.
-    """
+    """The devices that a mapping names; the longest name that a part begins with counts, ``""`` for all."""
     wanted = {str(name): _device(name, value) for name, value in device_map.items()}
     known = {prefix for part in parts for prefix in _prefixes(part.name)}
     for name in wanted:
@@ -264,7 +256,7 @@ def _given_devices(
             f"{', '.join(f'{found[name]} ({name})' for name in tail)}; allowed: one device for all of them"
         )
     # Tied embeddings go where the head goes, and what is beside them with them, whatever the mapping says.
-    home = next(part for part in parts if part.module and embedding in set(part.module.modules()))
+    home = next(part for part in parts if part.name in _prefixes(embedding))
     device = found[tail[0] if home.tail else home.name]
     return found | {part.name: device for part in parts if part.entry}
 
@@ -272,21 +264,15 @@ def _given_devices(
 def _device(name: str, value: Any) -> torch.device:
     """A device of a mapping, if it is there."""
     allowed = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    number = isinstance(value, int) or str(value).isdigit()
-    try:
-        device = torch.device("cuda", int(value)) if number else torch.device(value)
-    except (RuntimeError, TypeError):
-        device = None
-    if device is not None and device.type == "cuda" and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    elif device is not None and device.type == "cpu":
-        device = torch.device("cpu")
-    if device is None or str(device) not in allowed:
+    given = f"cuda:{value}" if str(value).isdigit() else str(value)
+    if given == "cuda" and torch.cuda.is_available():
+        given = f"cuda:{torch.cuda.current_device()}"
+    if given not in allowed:
         raise FastMemError(
             f"model.device_map: {value} of {name!r} is no device that computes here; allowed: "
             f"{', '.join(allowed)}{nearest(str(value), allowed)}"
         )
-    return device
+    return torch.device(given)
 
 
 def _prefixes(name: str) -> list[str]:

@@ -1,9 +1,8 @@
 """Trunks in 4 or 8 bits, by bitsandbytes and torchao.
 
 Memorizing trains the last feed-forward network and needs the head's exact gradients, so these stay in the
-compute type; everything below them only has to be run. Weights are quantized one by one while they are
-read, on the device that they stay on. Checkpoints that are quantized already keep their trunk, and get
-plain weights where memories act.
+compute type; everything below them only has to be run. Checkpoints that are quantized already keep their
+trunk, and get plain weights where memories act.
 """
 
 from __future__ import annotations
@@ -68,10 +67,6 @@ def _bnb_4bit(dtype: torch.dtype, plain: list[str]) -> BitsAndBytesConfig:
     )
 
 
-def _bnb_8bit(dtype: torch.dtype, plain: list[str]) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain)
-
-
 def _torchao_int8(dtype: torch.dtype, plain: list[str]) -> TorchAoConfig:
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -91,7 +86,11 @@ def _torchao_int4(dtype: torch.dtype, plain: list[str]) -> TorchAoConfig:
 
 KINDS: Mapping[str, Kind] = {
     "bnb-4bit": Kind("bitsandbytes", _bnb_4bit, (nn.Linear, Conv1D), group=_BLOCK),
-    "bnb-8bit": Kind("bitsandbytes", _bnb_8bit, (nn.Linear, Conv1D)),
+    "bnb-8bit": Kind(
+        "bitsandbytes",
+        lambda _, plain: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain),
+        (nn.Linear, Conv1D),
+    ),
     "torchao-int8": Kind("torchao", _torchao_int8),
     "torchao-int4": Kind(
         "torchao", _torchao_int4, only=("cuda", "bf16-true"), group=_GROUP, has_gradients=False
@@ -102,11 +101,7 @@ _EXTRAS = {"bitsandbytes": "bnb", "torchao": "torchao"}
 
 
 def check_quantization(quantization: str, precision: str, device: str | torch.device) -> None:
-    """Refuse what cannot be quantized so, before anything is loaded.
-
-    Raises:
-        FastMemError: for an unknown name, a missing package, an unfit precision or device.
-    """
+    """Refuse what cannot be quantized so, before anything is loaded."""
     if quantization not in KINDS:
         raise unknown("model.quantization", quantization, KINDS)
     kind = KINDS[quantization]
@@ -122,11 +117,7 @@ def check_quantization(quantization: str, precision: str, device: str | torch.de
 
 
 def check_precision(method: str | None, precision: str) -> None:
-    """Refuse a precision that casts float32 weights where they are quantized.
-
-    Raises:
-        FastMemError: for ``bf16-mixed`` with any method.
-    """
+    """Refuse a precision that casts float32 weights where they are quantized."""
     if method and precision == "bf16-mixed":
         raise FastMemError(
             f"trainer.precision: {precision} casts float32 weights in every product, and those of the trunk "
@@ -145,11 +136,7 @@ def quantized_method(config: Any) -> str | None:
 
 
 def check_method(source: str, method: str) -> None:
-    """Refuse a quantized checkpoint whose last weights cannot be made plain.
-
-    Raises:
-        FastMemError: for another method than those of bitsandbytes and torchao, or a missing package.
-    """
+    """Refuse a quantized checkpoint whose last weights cannot be made plain."""
     if method not in _EXTRAS:
         raise FastMemError(
             f"model.backbone: {source!r} is quantized with {method}, so its last feed-forward network cannot "
@@ -162,18 +149,7 @@ def check_method(source: str, method: str) -> None:
 def loading_options(
     quantization: str, config: Any, dtype: torch.dtype, num_layers: int, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that quantize the trunk of a model.
-
-    Args:
-        quantization: which of :data:`KINDS`.
-        config: the model's.
-        dtype: compute type.
-        num_layers: feed-forward networks from the top that stay plain.
-        trust_remote_code: run code that comes with the checkpoint.
-
-    Raises:
-        FastMemError: when the model has nothing below them that can be quantized so.
-    """
+    """Arguments of ``from_pretrained`` that quantize all but the last ``num_layers`` FFNs and the head."""
     kind = KINDS[quantization]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -211,12 +187,7 @@ def plain_modules(
 
 
 def stored_size(quantized: str | None, config: Any) -> float | None:
-    """Bytes of a quantized weight, its share of the scales included; ``None`` for plain ones.
-
-    Args:
-        quantized: one of :data:`KINDS`, or the method of a checkpoint that is quantized already.
-        config: of the checkpoint.
-    """
+    """Bytes of a weight that is quantized so, with its share of the scales; ``None`` for plain ones."""
     if quantized is None:
         return None
     described = f"{quantized} {getattr(config, 'quantization_config', '')}".lower().replace(" ", "")
@@ -225,15 +196,9 @@ def stored_size(quantized: str | None, config: Any) -> float | None:
 
 @torch.no_grad()
 def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
-    """Give a quantized model plain weights where memories act, right after it was loaded.
+    """Give a quantized model, right after it was loaded, plain weights where memories act.
 
-    Args:
-        model: from a checkpoint of bitsandbytes or torchao, or quantized while it was loaded.
-        dtype: compute type; what is not quantized gets it, which a checkpoint of bitsandbytes has in its own.
-        num_layers: feed-forward networks from the top whose weights are made plain, with the head's.
-
-    Raises:
-        FastMemError: for a checkpoint in 4 bits that bitsandbytes would read wrongly on a CPU.
+    What is not quantized becomes ``dtype``, the compute type; a checkpoint of bitsandbytes has it in its own.
     """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -253,23 +218,18 @@ def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
 
 
 def hold_still(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep bitsandbytes from writing to the weights, from choosing a compute type, and from talking."""
+    """Keep bitsandbytes from writing to weights, choosing a compute type, and warning in every product."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # It would repack weights in place, in the first forward pass on a CPU.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = dtype, True
-    # It warns in every product that inputs are rounded to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 @contextmanager
 def must_run(name: str, method: str | None) -> Iterator[None]:
-    """Say in one line that the weights of model ``name`` do not run on this machine.
-
-    Raises:
-        FastMemError: instead of any error but running out of memory, if the model is quantized.
-    """
+    """Say in one line that the weights of model ``name`` do not run on this machine."""
     try:
         yield
     except Exception as error:
@@ -299,12 +259,12 @@ def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def _plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    weight = _dequantized(module).to(dtype)
+    weight = _dequantized(module)
     with torch.device("meta"):
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    for name, tensor in (("weight", weight), ("bias", module.bias)):
+        if tensor is not None:
+            setattr(plain, name, nn.Parameter(tensor.detach().to(dtype), requires_grad=False))
     return plain
 
 

@@ -33,19 +33,12 @@ class Shards:
     @classmethod
     def of(cls, model: Any) -> Shards:
         """Look at the parameters."""
-        sharded = next((p for p in model.parameters() if is_sharded(p)), None)
-        if sharded is None:
-            return cls()
-        count = sharded.device_mesh.size()
-        return cls(count, count if _shares_heads(model.tp_plan) else 1)
+        count = next((p.device_mesh.size() for p in model.parameters() if is_sharded(p)), 1)
+        return cls(count, count if count > 1 and _shares_heads(model.tp_plan) else 1)
 
 
 def check_processes(tp_plan: str, device: torch.device) -> int:
-    """Number of the processes that will share the trunk.
-
-    Raises:
-        FastMemError: for an unknown plan, and where there are no processes to share it.
-    """
+    """Number of the processes that will share the trunk."""
     if tp_plan != "auto":
         raise unknown("model.tp_plan", tp_plan, ["auto"])
     joined = distributed.is_available() and distributed.is_initialized()
@@ -70,15 +63,7 @@ def loading(
 ) -> Iterator[dict[str, Any]]:
     """Arguments of ``from_pretrained`` that keep this process's share only, on its device.
 
-    Args:
-        tp_plan: ``auto``.
-        model: without weights, on the meta device.
-        source: its name.
-        quantized: how its weights are stored in fewer bits, if they are.
-        device: this process's.
-
-    Raises:
-        FastMemError: when the model cannot be shared, or there are no processes to share it.
+    ``model`` is without weights, on the meta device; ``quantized`` how weights are stored in fewer bits.
     """
     from transformers.distributed import DistributedConfig
 

@@ -71,7 +71,7 @@ def test_memorizing_lowers_the_loss(folder, contexts, family, kind, precision):
     curves = Memorizer(backbone, steps=4, learning_rate=1e-3)(contexts).curves
     assert all(c.cross_entropy[-1] < c.cross_entropy[0] for c in curves)
     assert all(torch.equal(one, other) for one, other in zip(before, stored(backbone), strict=True))
-    backbone._fingerprint = None
+    del backbone._fingerprint
     assert backbone.fingerprint() == fingerprint
 
 
