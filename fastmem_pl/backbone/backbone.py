@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
 from fastmem_pl.backbone.crossing import Placement, let_cross
 from fastmem_pl.backbone.families import check_plain, find_anatomy
@@ -22,13 +23,6 @@ from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
 from fastmem_pl.backbone.loading import load_model
 from fastmem_pl.backbone.placement import DeviceMap
 from fastmem_pl.backbone.precision import Precision, compute_dtype, fabric_settings, normalize_precision
-from fastmem_pl.backbone.quantization import (
-    check_precision,
-    hold_still,
-    must_run,
-    quantized_method,
-    waits_for_device,
-)
 from fastmem_pl.backbone.sharding import Shards, check_tail
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
 from fastmem_pl.base.errors import FastMemError
@@ -47,7 +41,7 @@ class Backbone:
 
     Args:
         model: a Hugging Face causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: the model's.
         precision: ``32-true``; ``bf16-true`` (weights in bfloat16); ``bf16-mixed`` (float32 weights,
             bfloat16 products). In all of them norms and losses are float32.
         name: of the model in records.
@@ -60,8 +54,8 @@ class Backbone:
         self, model: Any, tokenizer: Any, precision: Precision = "32-true", name: str = "model"
     ) -> None:
         self.precision = normalize_precision(precision)
-        method = quantized_method(model.config)
-        check_precision(method, self.precision)
+        method = quantizing.quantized_method(model.config)
+        quantizing.check_precision(method, self.precision)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -75,8 +69,8 @@ class Backbone:
         self._trunks: dict[tuple[int, ...], Trunk] = {}
         if method:
             check_plain("the LM head", self.anatomy.head)
-            hold_still(model, self.compute_dtype)
-        with must_run(name, method):
+            quantizing.hold_still(model, self.compute_dtype)
+        with quantizing.must_run(name, method):
             self._check_split()
 
     @classmethod
@@ -151,7 +145,7 @@ class Backbone:
     def recordable(self) -> bool:
         """Whether a forward pass can be recorded as a CUDA graph."""
         together = not self.placement.spread and self.shards.processes == 1
-        return together and self.device.type == "cuda" and not waits_for_device(self.model)
+        return together and self.device.type == "cuda" and not quantizing.waits_for_device(self.model)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -19,11 +19,8 @@ class FixedLayer(StaticLayer):
     Layers of sliding attention keep all slots as well: the model's mask hides what has slid out, and no
     step needs the host to know how far it is.
 
-    Args:
-        keys: ``(B, H, room, D)``, or ``None`` for a block that the trunk does not run.
-        values: like ``keys``.
-        position: slot that the next token goes to, ``(1,)``, on the block's device.
-        is_sliding: whether the block's attention has a window.
+    ``keys`` and ``values`` are ``(B, H, room, D)``, or ``None`` for a block that the trunk does not run;
+    ``position``, ``(1,)`` on the block's device, is the slot that the next token goes to.
     """
 
     def __init__(

@@ -24,12 +24,8 @@ _INSTALLED = "_fastmem_crossing"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a loaded model lie.
-
-    Attributes:
-        entry: device of the embeddings.
-        blocks: device of each block, lowest first.
-        tail: device of the LM head: batches and memories are there.
+    """Devices of a loaded model: of the embeddings, of each block, and of the LM head (the tail's), where
+    batches and memories are.
     """
 
     entry: torch.device
@@ -67,7 +63,7 @@ class Crossing:
     def __init__(self) -> None:
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def forget(self) -> None:
+    def forget(self, *_: Any) -> None:
         """Let go of the tensors of a pass."""
         self._moved.clear()
 
@@ -120,7 +116,7 @@ def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
         return tuple(crossing.move(list(args), placement.entry)), crossing.move(kwargs, placement.entry)
 
     anatomy.body.register_forward_pre_hook(begin, with_kwargs=True)
-    anatomy.body.register_forward_hook(lambda *_: crossing.forget())
+    anatomy.body.register_forward_hook(crossing.forget)
     for block, device in zip(anatomy.blocks, placement.blocks, strict=True):
         block.register_forward_pre_hook(Entrance(device, crossing), with_kwargs=True)
     model.register_forward_hook(_return_logits, with_kwargs=True)

@@ -51,10 +51,10 @@ class Footprint:
         Args:
             tail: the part of the model that memories act on.
             config: of the model's language part.
-            num_blocks: blocks on the same device, those of the tail among them.
+            num_blocks: blocks on the same device, with those of the tail.
             device: where it is or will be.
             dtype: of the products.
-            reference: bytes of the reference prediction that are kept for one label token.
+            reference: bytes of the reference prediction that are kept for a label token.
             float32_state: keep deltas and moments in float32 where the kernel would take bfloat16.
             kv_shards: processes that share the KV heads.
         """

@@ -17,18 +17,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
 from fastmem_pl.backbone.placement import DeviceMap, device_plan
 from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype
-from fastmem_pl.backbone.quantization import (
-    check_method,
-    check_quantization,
-    loading_options,
-    make_plain,
-    must_run,
-    quantized_method,
-    stored_size,
-)
 from fastmem_pl.base.errors import FastMemError, nearest
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
@@ -52,7 +44,7 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load ``(model, tokenizer)``; arguments and errors are those of ``Backbone.load``."""
     if quantization:
-        check_quantization(quantization, precision, device)
+        quantizing.check_quantization(quantization, precision, device)
     if tp_plan and (device_map or quantization):
         other = "device_map" if device_map else "quantization"
         raise FastMemError(f"model.tp_plan: it does not go with model.{other}; allowed: one of the two")
@@ -64,15 +56,15 @@ def load_model(
         config = cache_first(
             path, lambda local: AutoConfig.from_pretrained(path, local_files_only=local, **options)
         )
-        method = quantized_method(config)
+        method = quantizing.quantized_method(config)
         if method and quantization:
             raise FastMemError(
                 f"model.quantization: {source!r} is quantized already, with {method}; leave it out"
             )
         if method:
-            check_method(source, method)
+            quantizing.check_method(source, method)
         elif quantization:
-            options |= loading_options(quantization, config, dtype, num_layers, trust_remote_code)
+            options |= quantizing.loading_options(quantization, config, dtype, num_layers, trust_remote_code)
         kind = quantization or method
         if kind:
             # With its number, which the loaders of quantized weights take.
@@ -83,7 +75,7 @@ def load_model(
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
         if device_map:
-            types, size = (dtype, compute_dtype(precision)), stored_size(kind, config)
+            types, size = (dtype, compute_dtype(precision)), quantizing.stored_size(kind, config)
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
         with ExitStack() as stack:
             if tp_plan:
@@ -99,8 +91,8 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise FastMemError(f"model.backbone: cannot load {source!r}: {_one_line(error)}") from error
     if kind:
-        with must_run(source, kind):
-            make_plain(model, dtype, num_layers)
+        with quantizing.must_run(source, kind):
+            quantizing.make_plain(model, dtype, num_layers)
     if tp_plan:
         sharding.make_tail_whole(model, num_layers)
     return (model if kind or device_map or tp_plan else model.to(device)), tokenizer

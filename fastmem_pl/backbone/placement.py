@@ -34,14 +34,10 @@ _FILLED, _WORKSPACE = 0.95, 1 << 29
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model that stays whole.
+    """A piece of a model that stays whole: a module, or a parameter that is in no other part.
 
-    Attributes:
-        name: of the module, or of a parameter that is in no part.
-        size: bytes.
-        block: number of the block that it is, or ``None``.
-        tail: whether it has to be on the tail's device.
-        entry: whether it has to be where the embeddings are: what the body makes of positions is there.
+    ``size`` is in bytes, ``block`` the number of the block that it is. It may have to be on the device of the
+    tail, or where the embeddings are (``entry``), which what the body makes of positions has to be.
     """
 
     name: str
@@ -160,7 +156,7 @@ class Reserve:
         samples: int,
         tokens: int,
     ) -> Reserve:
-        """Count for ``samples`` of ``tokens`` each; other arguments as those of :func:`device_plan`."""
+        """Count for ``samples`` of ``tokens`` each; the rest as :func:`device_plan`."""
         weights, products = precision
         tail = Tail(anatomy, num_layers, products, torch.device("meta"))
         config = model.config.get_text_config()

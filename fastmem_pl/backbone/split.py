@@ -56,7 +56,7 @@ class TailInputs:
     early: Mapping[int, Tensor] = field(default_factory=dict)
 
     def last(self) -> TailInputs:
-        """Keep the last position only; blocks above the FFN attend to all, so with them all stay."""
+        """Keep the last position only; with blocks above the FFN, which attend to all, keep all."""
         if self.calls:
             return self
         return TailInputs(self.residual[:, -1:], self.ffn_input[:, -1:], early=self.early)
@@ -106,7 +106,7 @@ class Trunk:
 
         blocks = [with_fused_norms(block) if fuse_norms else block for block in anatomy.blocks]
         first = len(blocks) - num_layers
-        blocks[first] = shallow_copy(blocks[first], mlp=_with_forward(blocks[first].mlp, tap))
+        blocks[first] = shallow_copy(blocks[first], mlp=_with_forward(nn.Module(), tap))
         for number in early:
             blocks[number] = _with_forward(blocks[number], partial(probe, blocks[number], number))
         blocks[first + 1 :] = [_with_forward(block, record) for block in blocks[first + 1 :]]
@@ -150,15 +150,14 @@ class Tail:
         total = len(anatomy.blocks)
         self.layers = list(range(total - num_layers, total))
         self.ffns = [FFN(anatomy.projections(i), anatomy.activation(i), dtype) for i in self.layers]
-        post_norm = anatomy.post_norm(self.layers[0])
-        self._post_norm = None if post_norm is None else _float_copy(post_norm, device)
+        self._post_norm = _float_copy(anatomy.post_norm(self.layers[0]) or nn.Identity(), device)
         self.final_norm = _float_copy(anatomy.final_norm, device)
         # Of the upper FFNs in the call in progress, lowest first.
         self._upper_deltas: list[Delta | None] = [None] * (num_layers - 1)
         self._upper = []
         for number, block in enumerate(anatomy.blocks[self.layers[0] + 1 :]):
             forward = partial(_memorized, self.ffns[number + 1], self._upper_deltas, number)
-            self._upper.append(shallow_copy(block, mlp=_with_forward(block.mlp, forward)))
+            self._upper.append(shallow_copy(block, mlp=_with_forward(nn.Module(), forward)))
         self._block_dtype = anatomy.head.weight.dtype
         self.head_weight = anatomy.head.weight.detach().to(dtype)
         bias = getattr(anatomy.head, "bias", None)
@@ -196,25 +195,23 @@ class Tail:
 
         Args:
             inputs: of the trunk.
-            base: :meth:`base` of the same inputs.
+            base: :meth:`base` of them.
             deltas: one per trained layer, lowest first; ``None`` applies the base model.
             cache: KV cache of the blocks above the first trained FFN (``num_layers > 1`` only).
             norm_every_layer: apply the final norm between the trained blocks as well, as the published
                 code does from the second step on.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
-        if self._post_norm is not None:
-            output = self._post_norm(output)
-        states = [inputs.residual.float() + output]
-        count = len(self._upper)
-        self._upper_deltas[:] = [None] * count if deltas is None else deltas[1:]
+        states = [inputs.residual.float() + self._post_norm(output)]
+        if deltas is not None:
+            self._upper_deltas[:] = deltas[1:]
         try:
             for block, call in zip(self._upper, inputs.calls, strict=True):
                 call = call.with_cache(cache)
                 hidden = self.final_norm(states[-1]) if norm_every_layer else states[-1]
                 states.append(block(hidden.to(self._block_dtype), *call.args, **call.kwargs).float())
         finally:
-            self._upper_deltas[:] = [None] * count
+            self._upper_deltas[:] = [None] * len(self._upper)
         return states
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
