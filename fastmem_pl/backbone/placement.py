@@ -36,8 +36,8 @@ _FILLED, _WORKSPACE = 0.95, 1 << 29
 class Part:
     """A piece of a model that stays whole: a module, or a parameter that is in no other part.
 
-    ``size`` is in bytes, ``block`` the number of the block that it is. It may have to be on the device of the
-    tail, or where the embeddings are (``entry``), which what the body makes of positions has to be.
+    ``size`` is in bytes, ``block`` the number of the block that it is. ``tail`` marks what shares the tail's
+    device, ``entry`` the embeddings and what the body makes of positions, which is beside them.
     """
 
     name: str
