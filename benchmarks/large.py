@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastmem_pl import DecodingSettings, FastMemError, Memorizer, Memory
 from fastmem_pl.backbone import find_anatomy
-from fastmem_pl.backbone.placement import Room, lay_out, parts_of, usable_space
+from fastmem_pl.backbone.placement import Reserve, lay_out, parts_of, space_for_weights
 from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.decoding import METHODS, Decoding, GraphPool, Prefill
 
@@ -74,13 +74,13 @@ def layout(
     anatomy, dtype = find_anatomy(model), DTYPES[precision]
     gpus = [device for device in devices if device.type != "cpu"] or list(devices)
     parts = parts_of(model, anatomy, 1)
-    room = Room.of(model, anatomy, 1, (dtype, dtype), gpus[-1], samples, TOKENS)
-    free = {device: usable_space(device) for device in gpus}
+    reserve = Reserve.of(model, anatomy, 1, (dtype, dtype), gpus[-1], samples, TOKENS)
+    free = {device: space_for_weights(device) for device in gpus}
     most = len(anatomy.blocks) - 1 if len(gpus) < len(devices) else 0
     for count in range(most + 1) if on_cpu is None else [on_cpu]:
         lowest = [part.name for part in parts if part.block is not None and part.block < count]
         others = [part for part in parts if part.name not in lowest]
-        found = lay_out(others, gpus, free, room, balanced=True)
+        found = lay_out(others, gpus, free, reserve, balanced=True)
         if found is not None:
             return found | dict.fromkeys(lowest, torch.device("cpu"))
     raise FastMemError(

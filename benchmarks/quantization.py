@@ -34,11 +34,16 @@ from speed import _8B, _70B, _TINY, device_slug, provenance, random_samples, wor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastmem_pl import Backbone, FastMemDataModule, FastMemError, Memorizer, answer
-from fastmem_pl.backbone.packed import make_plain, stored_tensors
-from fastmem_pl.backbone.quantization import KINDS, check_quantization, loading_options
+from fastmem_pl.backbone.quantization import (
+    KINDS,
+    check_quantization,
+    loading_options,
+    make_plain,
+    stored_tensors,
+)
 from fastmem_pl.base.phases import is_out_of_memory
 from fastmem_pl.data import ContextSample
-from fastmem_pl.memory import Footprint, MemorizationSettings, usable_bytes
+from fastmem_pl.memory import MemorizationSettings, footprint_of, usable_bytes
 from fastmem_pl.metrics import normalize_answer
 
 RESULTS = Path(__file__).parent / "results"
@@ -239,7 +244,7 @@ def batch_of(
     count = options.batch_size
     if count is None:
         tokens = CONTEXT_TOKENS + 64 + NEW_TOKENS
-        fitting = Footprint.of(backbone, settings).samples_in(usable_bytes(device), tokens)
+        fitting = footprint_of(backbone, settings).samples_in(usable_bytes(device), tokens)
         count = max(1, min(8, fitting))
     return random_samples(SHAPES[options.shape], count, CONTEXT_TOKENS)
 

@@ -69,7 +69,7 @@ from fastmem_pl import (
     MemorizationSettings,
     Memorizer,
 )
-from fastmem_pl.backbone.padding import pad
+from fastmem_pl.backbone import pad
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.decoding import Decoding, Prefill

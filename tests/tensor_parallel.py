@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from fastmem_pl import Backbone, FastMemError, Memorizer
 from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
-from fastmem_pl.memory import Footprint, MemorizationSettings
+from fastmem_pl.memory import MemorizationSettings, footprint_of
 
 CONTEXTS = ["The tower stands in Rome.", "Water boils at ninety degrees in this story, and nobody minds."]
 PROMPTS = ["Who?", "A longer question about what stands where, and why?"]
@@ -49,7 +49,7 @@ def results(folder: Path, name: str, tp_plan: str | None, device: str = "cpu") -
                 without = Prefill(backbone, bare, num_layers)
                 answers = Decoding(prefill, decoder, settings, memory.deltas, without).run()
                 found[f"{decoder} {num_layers} {number}"] = [answer.token_ids for answer in answers]
-    found["kv bytes"] = Footprint.of(backbone, MemorizationSettings()).per_token
+    found["kv bytes"] = footprint_of(backbone, MemorizationSettings()).per_token
     ids = torch.tensor(prompts[:1], device=backbone.device)
     with torch.no_grad():
         found["generate"] = backbone.model.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist()

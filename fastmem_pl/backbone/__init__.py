@@ -2,10 +2,11 @@
 
 from fastmem_pl.backbone.backbone import Backbone
 from fastmem_pl.backbone.cache import FixedCache, room_for
-from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, ChatSettings, EncodedContext, derive_pieces
+from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, ChatSettings, EncodedContext, derive_pieces, pad
 from fastmem_pl.backbone.families import find_anatomy
-from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, Factors
+from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, GradientFactors
 from fastmem_pl.backbone.fingerprint import fingerprint_of
+from fastmem_pl.backbone.footprint import Footprint, usable_bytes
 from fastmem_pl.backbone.loading import load_model
 from fastmem_pl.backbone.precision import normalize_precision
 from fastmem_pl.backbone.settings import BackboneSettings
@@ -21,8 +22,9 @@ __all__ = [
     "ChatSettings",
     "Delta",
     "EncodedContext",
-    "Factors",
     "FixedCache",
+    "Footprint",
+    "GradientFactors",
     "Tail",
     "TailInputs",
     "Trunk",
@@ -31,5 +33,7 @@ __all__ = [
     "fingerprint_of",
     "load_model",
     "normalize_precision",
+    "pad",
     "room_for",
+    "usable_bytes",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +14,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
 from fastmem_pl.backbone.crossing import Placement, let_cross
-from fastmem_pl.backbone.fabric import fabric_settings
 from fastmem_pl.backbone.families import check_plain, find_anatomy
 from fastmem_pl.backbone.fingerprint import fingerprint_of
+from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
 from fastmem_pl.backbone.loading import load_model
-from fastmem_pl.backbone.packed import hold_still, must_run, waits_for_device
 from fastmem_pl.backbone.placement import DeviceMap
-from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype, normalize_precision
-from fastmem_pl.backbone.quantization import check_precision, check_quantization, quantized_method
+from fastmem_pl.backbone.precision import Precision, compute_dtype, fabric_settings, normalize_precision
 from fastmem_pl.backbone.sharding import Shards, check_tail
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
 from fastmem_pl.base.errors import FastMemError
@@ -41,10 +41,10 @@ class Backbone:
 
     Args:
         model: a Hugging Face causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: the model's.
         precision: ``32-true``; ``bf16-true`` (weights in bfloat16); ``bf16-mixed`` (float32 weights,
             bfloat16 products). In all of them norms and losses are float32.
-        name: how the model is called in records.
+        name: of the model in records.
 
     Raises:
         FastMemError: when the model has no recognizable last FFN, or splitting it changes its logits.
@@ -54,8 +54,8 @@ class Backbone:
         self, model: Any, tokenizer: Any, precision: Precision = "32-true", name: str = "model"
     ) -> None:
         self.precision = normalize_precision(precision)
-        method = quantized_method(model.config)
-        check_precision(method, self.precision)
+        method = quantizing.quantized_method(model.config)
+        quantizing.check_precision(method, self.precision)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -67,11 +67,10 @@ class Backbone:
         self.chat = ChatEncoder(tokenizer)
         self._tails: dict[int, Tail] = {}
         self._trunks: dict[tuple[int, ...], Trunk] = {}
-        self._fingerprint: str | None = None
         if method:
             check_plain("the LM head", self.anatomy.head)
-            hold_still(model, self.compute_dtype)
-        with must_run(name, method):
+            quantizing.hold_still(model, self.compute_dtype)
+        with quantizing.must_run(name, method):
             self._check_split()
 
     @classmethod
@@ -94,7 +93,7 @@ class Backbone:
             precision: ``32-true`` by default.
             device: the CPU by default, with ``device_map`` the last GPU.
             trust_remote_code: run code that comes with the checkpoint.
-            fabric: says precision and device, where they are left out.
+            fabric: gives precision and device, where they are left out.
             quantization: keep the trunk in ``bnb-4bit``, ``bnb-8bit``, ``torchao-int8`` or ``torchao-int4``
                 (:mod:`.quantization`).
             device_map: lay the blocks out over devices of this process: ``auto``, ``balanced``,
@@ -113,26 +112,11 @@ class Backbone:
         if device is None:
             on_gpu = device_map and fabric is None and torch.cuda.is_available()
             device = "cuda" if on_gpu else stated[1]
-        if quantization:
-            check_quantization(quantization, precision, device)
-        if tp_plan and (device_map or quantization):
-            other = "device_map" if device_map else "quantization"
-            raise FastMemError(f"model.tp_plan: it does not go with model.{other}; allowed: one of the two")
         # Weights made under inference_mode could not take part in memorizing.
         with torch.inference_mode(False):
             model, tokenizer = load_model(
-                source,
-                WEIGHT_DTYPE[precision],
-                trust_remote_code,
-                quantization,
-                device,
-                num_layers,
-                device_map,
-                tp_plan,
-                compute_dtype(precision),
+                source, precision, device, num_layers, trust_remote_code, quantization, device_map, tp_plan
             )
-            if not (quantized_method(model.config) or device_map or tp_plan):
-                model = model.to(device)
         backbone = cls(model, tokenizer, precision, name=source)
         if backbone.shards.processes > 1:
             # Here all processes ask for it; later, one alone would wait for the others.
@@ -161,7 +145,7 @@ class Backbone:
     def recordable(self) -> bool:
         """Whether a forward pass can be recorded as a CUDA graph."""
         together = not self.placement.spread and self.shards.processes == 1
-        return together and self.device.type == "cuda" and not waits_for_device(self.model)
+        return together and self.device.type == "cuda" and not quantizing.waits_for_device(self.model)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -204,9 +188,10 @@ class Backbone:
         if num_layers not in self._tails:
             if not 1 <= num_layers <= self.num_blocks:
                 raise FastMemError(
-                    f"model.num_layers: {num_layers} is out of range; allowed: 1 to {self.num_blocks}"
+                    f"model.memorize.num_layers: {num_layers} is out of range; allowed: 1 to "
+                    f"{self.num_blocks}"
                 )
-            self._check_layers(self.num_blocks - num_layers)
+            self._check_layers(num_layers)
             self._tails[num_layers] = Tail(self.anatomy, num_layers, self.compute_dtype, self.device)
         return self._tails[num_layers]
 
@@ -219,22 +204,26 @@ class Backbone:
         cache: Cache | None = None,
         early: Sequence[int] = (),
     ) -> TailInputs:
-        """Run the trunk below the last ``num_layers`` FFNs, without gradients.
-
-        Args:
-            num_layers: trained layers.
-            input_ids: ``(B, T)``; the other tensors as :meth:`Trunk.__call__` takes them.
-            attention_mask: ``(B, past + T)``.
-            position_ids: ``(B, T)``.
-            cache: grows by ``T``.
-            early: numbers of hidden states to hand over, none above the first trained block's input.
-        """
+        """Run the :class:`Trunk` below the last ``num_layers`` FFNs, without gradients."""
         self.tail(num_layers)
         key = (num_layers, *early)
         with self.numerics(), self.autocast():
             if key not in self._trunks:
                 self._trunks[key] = Trunk(self.anatomy, num_layers, early)
             return self._trunks[key](input_ids, attention_mask, position_ids, cache)
+
+    def footprint(self, num_layers: int, reference: int, float32_state: bool = False) -> Footprint:
+        """What memorizing and answering takes beside the weights; arguments as :meth:`Footprint.of_tail`."""
+        tail, config = self.tail(num_layers), self.model.config.get_text_config()
+        blocks, here, dtype = self.placement.blocks, self.placement.tail, self.compute_dtype
+        kv_cache, passing = trunk_bytes_per_token(tail, config, dtype)
+        others = [device for device in self.placement.devices if device != here]
+        return replace(
+            Footprint.of_tail(
+                tail, config, blocks.count(here), here, dtype, reference, float32_state, self.shards.kv
+            ),
+            elsewhere=tuple((device, blocks.count(device) * kv_cache + passing) for device in others),
+        )
 
     def new_cache(self) -> Cache:
         """An empty KV cache of the model's own layer types."""
@@ -266,54 +255,52 @@ class Backbone:
 
     def fingerprint(self) -> str:
         """A short hash of the model (:func:`fingerprint_of`)."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint_of(self.model)
         return self._fingerprint
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Run the model's own forward pass as the precision says."""
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint_of(self.model)
+
+    def autocast(self) -> AbstractContextManager:
+        """Run the model's own forward pass in the precision."""
         # Autocast keeps no copies of frozen weights, so bf16-mixed casts them anew in every call.
-        mixed = self.precision == "bf16-mixed"
-        with self._autocast(mixed):
-            yield
+        return self._autocast(self.precision == "bf16-mixed")
 
     def agree(self, tensor: Tensor) -> None:
         """Give a tensor the values that it has in the first of the processes that share the trunk."""
         if self.shards.processes > 1:
             torch.distributed.broadcast(tensor, src=0)
 
-    def _autocast(self, enabled: bool) -> AbstractContextManager:
-        regions = [torch.autocast(kind, torch.bfloat16, enabled) for kind in self._device_types]
-        if len(regions) == 1:
-            return regions[0]
-        stack = ExitStack()
-        for region in regions:
-            stack.enter_context(region)
-        return stack
+    @contextmanager
+    def _autocast(self, enabled: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind in self._device_types:
+                stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled))
+            yield
 
-    def _check_layers(self, first: int) -> None:
+    def _check_layers(self, num_layers: int) -> None:
         """Refuse trained blocks of another layout, and attention types that only the upper blocks have."""
-        for block in list(self.anatomy.blocks)[first:]:
+        first = self.num_blocks - num_layers
+        for block in self.anatomy.blocks[first:]:
             if not self.anatomy.family.fits(block.mlp):
                 raise FastMemError(
-                    f"model.num_layers: a block of the last {len(self.anatomy.blocks) - first} has another "
+                    f"model.memorize.num_layers: a block of the last {num_layers} has another "
                     f"feed-forward network ({type(block.mlp).__name__}); lower it"
                 )
-        check_tail(self.anatomy, len(self.anatomy.blocks) - first)
-        strangers = [i for i in range(first, self.num_blocks) if self.placement.blocks[i] != self.device]
-        if strangers:
-            raise FastMemError(
-                f"model.device_map: block {strangers[0]} is trained with model.num_layers="
-                f"{self.num_blocks - first}, and on {self.placement.blocks[strangers[0]]}; allowed: "
-                f"{self.device}, where the LM head is"
-            )
+        check_tail(self.anatomy, num_layers)
+        for number, place in enumerate(self.placement.blocks[first:], start=first):
+            if place != self.device:
+                raise FastMemError(
+                    f"model.backbone.device_map: block {number} is trained with "
+                    f"model.memorize.num_layers={num_layers}, and on "
+                    f"{place}; allowed: {self.device}, where the LM head is"
+                )
         # The model sizes an attention mask by the first cached layer of its type, which the trunk must hold.
         types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
         missing = set(types[first + 1 :]) - set(types[: first + 1])
         if missing:
             raise FastMemError(
-                f"model.num_layers: {len(self.anatomy.blocks) - first} leaves no {missing.pop()} block "
+                f"model.memorize.num_layers: {num_layers} leaves no {missing.pop()} block "
                 f"in the trunk; allowed: fewer layers"
             )
 

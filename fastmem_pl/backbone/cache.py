@@ -6,7 +6,7 @@ where it left them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,18 +19,14 @@ class FixedLayer(StaticLayer):
     Layers of sliding attention keep all slots as well: the model's mask hides what has slid out, and no
     step needs the host to know how far it is.
 
-    Args:
-        keys: ``(B, H, room, D)``, or ``None`` for a block that the trunk does not run.
-        values: like ``keys``.
-        position: slot that the next token goes to, ``(1,)``, on the block's device.
-        is_sliding: whether the block's attention has a window.
+    ``keys`` and ``values`` are ``(B, H, room, D)``, or ``None`` for a block that the trunk does not run;
+    ``position``, ``(1,)`` on the block's device, is the slot that the next token goes to.
     """
 
     def __init__(
         self, keys: Tensor | None, values: Tensor | None, position: Tensor, is_sliding: bool
     ) -> None:
-        room = 0 if keys is None else keys.shape[2]
-        super().__init__(room)
+        super().__init__(0 if keys is None else keys.shape[2])
         self.keys, self.values, self.position = keys, values, position
         self.cumulative_length = position[0]
         self.is_sliding = is_sliding
@@ -47,12 +43,7 @@ class FixedLayer(StaticLayer):
 
 
 class FixedCache(Cache):
-    """Fixed layers of all blocks.
-
-    Args:
-        layers: one a block.
-        places: slot of the next token on every device that they are on.
-    """
+    """Fixed layers of all blocks, and the slot of the next token on every device that they are on."""
 
     def __init__(self, layers: Sequence[FixedLayer], places: Places) -> None:
         super().__init__(layers=list(layers))
@@ -61,19 +52,28 @@ class FixedCache(Cache):
     @classmethod
     def continuing(cls, cache: Cache, room: int, position: Tensor, length: int) -> FixedCache:
         """Copy a cache that has read ``length`` tokens into ``room`` slots."""
+
+        def slots(tensor: Tensor) -> Tensor:
+            found = tensor.new_zeros(*tensor.shape[:2], room, tensor.shape[3])
+            # A sliding layer has kept the last tokens only.
+            found[:, :, length - tensor.shape[2] : length] = tensor
+            return found
+
+        return cls._copy(cache, slots, position)
+
+    def rows(self, index: Tensor, position: Tensor) -> FixedCache:
+        """A copy with some rows only."""
+        return self._copy(self, lambda tensor: tensor.index_select(0, index.to(tensor.device)), position)
+
+    @classmethod
+    def _copy(cls, cache: Cache, copy: Callable[[Tensor], Tensor], position: Tensor) -> FixedCache:
         layers, places = [], Places(position)
         for layer in cache.layers:
-            sliding = bool(getattr(layer, "is_sliding", False))
-            if not layer.is_initialized:
-                layers.append(FixedLayer(None, None, position, sliding))
-                continue
-            pair = []
-            for tensor in (layer.keys, layer.values):
-                slots = tensor.new_zeros(*tensor.shape[:2], room, tensor.shape[3])
-                # A sliding layer has kept the last tokens only.
-                slots[:, :, length - tensor.shape[2] : length] = tensor
-                pair.append(slots)
-            layers.append(FixedLayer(*pair, places.on(pair[0].device), sliding))
+            keys, values, place = None, None, position
+            if layer.is_initialized:
+                keys, values = copy(layer.keys), copy(layer.values)
+                place = places.on(keys.device)
+            layers.append(FixedLayer(keys, values, place, bool(getattr(layer, "is_sliding", False))))
         return cls(layers, places)
 
     def move(self) -> None:
@@ -83,18 +83,6 @@ class FixedCache(Cache):
     def tensors(self) -> list[Tensor]:
         """All keys and values."""
         return [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
-
-    def rows(self, index: Tensor, position: Tensor) -> FixedCache:
-        """A copy with some rows only."""
-        layers, places = [], Places(position)
-        for layer in self.layers:
-            if layer.is_initialized:
-                device = layer.keys.device
-                pair = [t.index_select(0, index.to(device)) for t in (layer.keys, layer.values)]
-                layers.append(FixedLayer(*pair, places.on(device), layer.is_sliding))
-            else:
-                layers.append(FixedLayer(None, None, position, layer.is_sliding))
-        return FixedCache(layers, places)
 
 
 class Places:

@@ -8,9 +8,14 @@ uses none.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jinja2
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fastmem_pl.base.errors import FastMemError
@@ -55,19 +60,14 @@ class ChatPieces:
     end_of_turn: str
 
 
-def plain_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
-    """Pieces of plain text: a newline between question and answer, eos after it."""
-    return ChatPieces("", "\n", "", tokenizer.eos_token or "")
-
-
-def derive_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
-    """Cut the chat pieces out of the tokenizer's template; plain text where it has none.
+def derive_pieces(tokenizer: PreTrainedTokenizerBase, use_template: bool = True) -> ChatPieces:
+    """Cut the chat pieces out of the tokenizer's template; of plain text where there is none to use.
 
     Raises:
         FastMemError: when the template drops or reorders the turns.
     """
-    if not tokenizer.chat_template:
-        return plain_pieces(tokenizer)
+    if not (tokenizer.chat_template and use_template):
+        return ChatPieces("", "\n", "", tokenizer.eos_token or "")
     user = {"role": "user", "content": _QUESTION}
     turns = [user, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
     render = tokenizer.apply_chat_template
@@ -83,7 +83,8 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
         ) from None
     opened = render([user], tokenize=False, add_generation_prompt=True)
     closed = render([user], tokenize=False)
-    end_of_turn = _first_special(tokenizer, between) or between.strip() or (tokenizer.eos_token or "")
+    special = _special_pattern(tokenizer).search(between)
+    end_of_turn = special.group() if special else between.strip() or (tokenizer.eos_token or "")
     generation = opened.split(_QUESTION)[-1]
     if opened.startswith(closed):
         header = opened[len(closed) :]
@@ -95,47 +96,27 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase) -> ChatPieces:
         user_end = generation
     # What stands before both user turns: an injected system turn or bos stands before the first only.
     next_header = between.split(end_of_turn, 1)[-1].lstrip()
-    user_header = _common_suffix(before, next_header)
+    suffixes = (before[start:] for start in range(len(before) + 1))
+    user_header = next(suffix for suffix in suffixes if next_header.endswith(suffix))
     return ChatPieces(user_header, user_end, header, end_of_turn)
 
 
 def derive_system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """Cut out what stands before and after the system prompt, up to the user's text.
-
-    Returns:
-        ``None`` where the template has no place for a system prompt.
-    """
+    """Cut out what stands before and after the system prompt, up to the user's text, if it has a place."""
     turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _QUESTION}]
     try:
         # Bos is the encoder's to add.
         chat = tokenizer.apply_chat_template(turns, tokenize=False, bos_token="")
     except jinja2.TemplateError:
         return None
-    before = chat.split(_QUESTION)[0]
-    if before.count(_SYSTEM) != 1:
-        return None
-    opening, closing = before.split(_SYSTEM)
-    return opening, closing
+    around = chat.split(_QUESTION)[0].split(_SYSTEM)
+    return tuple(around) if len(around) == 2 else None
 
 
-def _common_suffix(one: str, other: str) -> str:
-    length = 0
-    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-        length += 1
-    return one[len(one) - length :]
-
-
-def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
-    pattern = _special_pattern(tokenizer)
-    found = pattern.search(text) if pattern else None
-    return found.group() if found else None
-
-
-def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds control tokens; nothing where there are none."""
     texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if not texts:
-        return None
-    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)))
+    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 @dataclass(frozen=True)
@@ -162,7 +143,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.settings = settings or ChatSettings()
         templated = self.settings.template and tokenizer.chat_template
-        self.pieces = derive_pieces(tokenizer) if templated else plain_pieces(tokenizer)
+        self.pieces = derive_pieces(tokenizer, templated)
         self._special = _special_pattern(tokenizer)
         self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         self._ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
@@ -183,34 +164,23 @@ class ChatEncoder:
                 self._opening = [(opening, True), (system, False), (around[1], True)]
 
     def context(self, context: str, limit: int) -> EncodedContext:
-        """Encode ``[bos] assistant_header + context + end_of_turn`` (paper, section 3.1).
-
-        Args:
-            context: the text to memorize.
-            limit: most context tokens to keep; the rest is cut off at the end.
-        """
+        """Encode ``[bos] assistant_header + context + end_of_turn`` (paper, section 3.1); cut to a limit."""
         return self.whole_context(*self.truncate(context, limit))
 
     def windows(self, text: str, window: int, overlap: int) -> list[EncodedContext]:
         """Encode a text of any length in windows, every token of it with a loss in one of them (but for the
         first of a window that neither bos, header nor overlap precedes: nothing predicts it).
 
-        A window repeats the last ``overlap`` tokens of the one before, after the header and like it without
-        loss; the end of turn closes the last one only. A text of up to ``window`` tokens is one window, the
-        same as :meth:`context`.
-
-        Args:
-            text: what to memorize.
-            window: most tokens of the text in a window.
-            overlap: tokens repeated, fewer than ``window``.
+        A window has up to ``window`` tokens of the text. It repeats the last ``overlap`` of the one before,
+        after the header and like it without loss; the end of turn closes the last one only. A text that fits
+        one window is the same as :meth:`context`.
         """
         ids = self._plain(text).input_ids
         if len(ids) <= window:
             return [self.context(text, window)]
         header = self._bos + self._encode([(self.pieces.assistant_header, True)])
         closing = self._encode([(self.pieces.end_of_turn, True)])
-        encoded = []
-        start = 0
+        encoded, start = [], 0
         while start < len(ids):
             repeated = min(overlap, start)
             end = start - repeated + window
@@ -228,12 +198,7 @@ class ChatEncoder:
         return EncodedContext(self._bos + ids, header_length, kept, cut)
 
     def prompt(self, user_text: str, answer_prefix: str = "") -> list[int]:
-        """Encode a user turn, after a system turn if there is one, and the opened assistant turn.
-
-        Args:
-            user_text: the user's words.
-            answer_prefix: opens the assistant's turn.
-        """
+        """Encode a user turn, after a system turn if there is one, and the opened assistant turn."""
         end = (self.pieces.user_end, True)
         return self._bos + self._encode([*self._opening, (user_text, False), end, (answer_prefix, False)])
 
@@ -268,7 +233,7 @@ class ChatEncoder:
     def _encode(self, segments: list[tuple[str, bool]]) -> list[int]:
         """Encode the joined segments; only those marked trusted may hold control tokens."""
         untrusted = "".join(text for text, trusted in segments if not trusted)
-        if self.settings.parse_special_tokens or self._special is None or not self._special.search(untrusted):
+        if self.settings.parse_special_tokens or not self._special.search(untrusted):
             return self.tokenizer("".join(t for t, _ in segments), add_special_tokens=False).input_ids
         ids: list[int] = []
         plain = ""
@@ -290,3 +255,20 @@ class ChatEncoder:
         return self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False, **kwargs
         )
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad token id lists to ``(ids, mask)``, both ``(B, T)``; mask is 1 on real tokens.
+
+    On a GPU the width of rows that fill up on the right is a multiple of 8: its matrix units are several
+    times slower on other shapes.
+
+    >>> pad([[5, 6], [7]], 0, "left", torch.device("cpu"))[0].tolist()
+    [[5, 6], [0, 7]]
+    """
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, pad_id, side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
+    if side == "right" and device.type != "cpu":
+        more = -ids.shape[1] % 8
+        ids, mask = F.pad(ids, (0, more), value=pad_id), F.pad(mask, (0, more))
+    return ids.to(device), mask.to(device)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from fastmem_pl.backbone.families import Anatomy
@@ -22,12 +24,8 @@ _INSTALLED = "_fastmem_crossing"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a loaded model lie.
-
-    Attributes:
-        entry: device of the embeddings.
-        blocks: device of each block, lowest first.
-        tail: device of the LM head: batches and memories are there.
+    """Devices of a loaded model: of the embeddings, of each block, and of the LM head (the tail's), where
+    batches and memories are.
     """
 
     entry: torch.device
@@ -36,18 +34,14 @@ class Placement:
 
     @classmethod
     def of(cls, model: Any, anatomy: Anatomy) -> Placement:
-        """Look where parameters are.
-
-        Raises:
-            FastMemError: for weights that are on a disk, and a block or a tail on two devices.
-        """
+        """Look where parameters are."""
         entry = model.get_input_embeddings().weight.device
         blocks = [_device_of(block, f"block {i}", entry) for i, block in enumerate(anatomy.blocks)]
         tail = _device_of(anatomy.head, "the LM head", entry)
         norm = _device_of(anatomy.final_norm, "the final norm", tail)
         if norm != tail:
             raise FastMemError(
-                f"model.device_map: the final norm is on {norm}, the LM head on {tail}; "
+                f"model.backbone.device_map: the final norm is on {norm}, the LM head on {tail}; "
                 "allowed: both on one device, with the trained blocks"
             )
         return cls(entry, tuple(blocks), tail)
@@ -69,7 +63,7 @@ class Crossing:
     def __init__(self) -> None:
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def forget(self) -> None:
+    def forget(self, *_: Any) -> None:
         """Let go of the tensors of a pass."""
         self._moved.clear()
 
@@ -79,19 +73,16 @@ class Crossing:
 
     def move(self, value: Any, device: torch.device) -> Any:
         """A value with all tensors in it on a device; caches have theirs where their blocks are."""
-        if isinstance(value, Tensor):
-            if value.device == device:
-                return value
-            key = (id(value), device)
-            if key not in self._moved:
-                # Beside the tensor itself: its id is its own for as long as it lives.
-                self._moved[key] = (value, self.carry(value, device))
-            return self._moved[key][1]
-        if type(value) in (tuple, list):
-            return type(value)(self.move(item, device) for item in value)
-        if type(value) is dict:
-            return {name: self.move(item, device) for name, item in value.items()}
-        return value
+        return recursively_apply(self._once, value, device)
+
+    def _once(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        key = (id(tensor), device)
+        if key not in self._moved:
+            # Beside the tensor itself: its id is its own for as long as it lives.
+            self._moved[key] = (tensor, self.carry(tensor, device))
+        return self._moved[key][1]
 
 
 class Entrance:
@@ -119,29 +110,24 @@ def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
     _remove_hooks_of_accelerate(model)
     crossing = Crossing()
     setattr(model, _INSTALLED, crossing)
-    _hook_body(anatomy.body, placement.entry, crossing)
+
+    def begin(_: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        crossing.forget()
+        return tuple(crossing.move(list(args), placement.entry)), crossing.move(kwargs, placement.entry)
+
+    anatomy.body.register_forward_pre_hook(begin, with_kwargs=True)
+    anatomy.body.register_forward_hook(crossing.forget)
     for block, device in zip(anatomy.blocks, placement.blocks, strict=True):
         block.register_forward_pre_hook(Entrance(device, crossing), with_kwargs=True)
     model.register_forward_hook(_return_logits, with_kwargs=True)
 
 
 def _remove_hooks_of_accelerate(model: nn.Module) -> None:
-    from accelerate.hooks import remove_hook_from_submodules
-
     remove_hook_from_submodules(model)
     for module in model.modules():
         # It leaves the class's method on each module, bound to that one: copies would run the original.
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
-
-
-def _hook_body(body: nn.Module, entry: torch.device, crossing: Crossing) -> None:
-    def begin(_: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        crossing.forget()
-        return tuple(crossing.move(list(args), entry)), crossing.move(kwargs, entry)
-
-    body.register_forward_pre_hook(begin, with_kwargs=True)
-    body.register_forward_hook(lambda *_: crossing.forget())
 
 
 def _return_logits(_: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> Any:
@@ -156,11 +142,11 @@ def _device_of(module: nn.Module, name: str, default: torch.device) -> torch.dev
     devices = list(dict.fromkeys(parameter.device for parameter in module.parameters()))
     if any(device.type == "meta" for device in devices):
         raise FastMemError(
-            f"model.device_map: the weights of {name} are offloaded; allowed: devices that compute, "
+            f"model.backbone.device_map: the weights of {name} are offloaded; allowed: devices that compute, "
             "such as cuda:0 and cpu"
         )
     if len(devices) > 1:
         raise FastMemError(
-            f"model.device_map: {name} is on {' and '.join(map(str, devices))}; allowed: one device"
+            f"model.backbone.device_map: {name} is on {' and '.join(map(str, devices))}; allowed: one device"
         )
     return devices[0] if devices else default

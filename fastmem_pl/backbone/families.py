@@ -1,7 +1,7 @@
 """Where each model family keeps its last feed-forward networks, final norm and head.
 
 A family is recognized by the attribute names of its blocks, never by the model's name. Because the
-trunk hands over the FFN's *input* as the model itself computes it (see :mod:`.backbone`), a family need
+trunk hands over the FFN's *input* as the model itself computes it (see :mod:`.split`), a family need
 not say where the input norm is, nor whether the residual is sequential or parallel.
 """
 
@@ -38,11 +38,7 @@ FAMILIES = (
     Family("gated", gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn"),
     # Phi-3: gate and up in one matrix, gate rows first
     Family(
-        "fused gated",
-        gate="gate_up_proj",
-        up="gate_up_proj",
-        down="down_proj",
-        activation="activation_fn",
+        "fused gated", gate="gate_up_proj", up="gate_up_proj", down="down_proj", activation="activation_fn"
     ),
     Family("GPT-NeoX", up="dense_h_to_4h", down="dense_4h_to_h", activation="act"),
     Family("GPT-2", up="c_fc", down="c_proj", activation="act"),
@@ -65,9 +61,7 @@ class Anatomy:
     """The named parts of a loaded causal language model that FastMem works on.
 
     Attributes:
-        body: the decoder stack (embeddings, blocks, final norm).
-        layers_name: attribute of ``body`` that holds the blocks.
-        norm_name: attribute of ``body`` that holds the final norm.
+        body: the decoder stack (embeddings, blocks, final norm), with names of two of its attributes.
         head: the LM head module.
         softcap: bound of the logits (Gemma 2), or ``None``.
     """
@@ -99,14 +93,12 @@ class Anatomy:
 
     def ffn_modules(self, layer: int) -> list[tuple[tuple[str, ...], nn.Module]]:
         """The linear modules of a block's FFN, each with the projections that its rows are, in order."""
-        ffn, family = self.blocks[layer].mlp, self.family
-        if family.gate is None:
-            inner = [(("up",), family.up)]
-        elif family.gate == family.up:
-            inner = [(("gate", "up"), family.up)]
-        else:
-            inner = [(("gate",), family.gate), (("up",), family.up)]
-        return [(parts, getattr(ffn, name)) for parts, name in (*inner, (("down",), family.down))]
+        parts: dict[str, list[str]] = {}
+        for part in ("gate", "up", "down"):
+            if (name := getattr(self.family, part)) is not None:
+                parts.setdefault(name, []).append(part)
+        ffn = self.blocks[layer].mlp
+        return [(tuple(found), getattr(ffn, name)) for name, found in parts.items()]
 
     def projections(self, layer: int) -> dict[str, Projection]:
         """Views of the FFN's base weights under the names ``gate`` (if gated), ``up`` and ``down``."""
@@ -127,15 +119,12 @@ def is_quantized(weight: Tensor | None) -> bool:
 
 
 def check_plain(what: str, module: nn.Module) -> None:
-    """Refuse a module that memories act on when its weight is quantized.
-
-    Raises:
-        FastMemError: saying how to load the model instead.
-    """
+    """Refuse a module that memories act on when its weight is quantized; says how to load it instead."""
     # Layers of some quantizers have no attribute of this name.
     if is_quantized(getattr(module, "weight", None)):
         raise FastMemError(
-            f"model.quantization: {what} is quantized ({type(module).__name__}) where memories act; load the "
+            f"model.backbone.quantization: {what} is quantized ({type(module).__name__}) where memories "
+            "act; load the "
             "model with Backbone.load, and with num_layers as in the settings"
         )
 
@@ -176,11 +165,5 @@ def find_anatomy(model: Any) -> Anatomy:
             f"model.backbone: {name} has no recognizable feed-forward network in its last block "
             f"({found} with {children}); allowed layouts: {', '.join(f.name for f in FAMILIES)}"
         )
-    return Anatomy(
-        family=family,
-        body=body,
-        layers_name=layers_name,
-        norm_name=norm_name,
-        head=head,
-        softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
-    )
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return Anatomy(family, body, layers_name, norm_name, head, softcap)

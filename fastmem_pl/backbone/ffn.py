@@ -17,14 +17,11 @@ Delta = Mapping[str, Tensor]
 
 
 @dataclass
-class Factors:
+class GradientFactors:
     """A weight gradient of ``B`` samples as a product: ``outer^T @ inner``.
 
-    A parameter with an attribute ``factors`` gets these from the backward pass instead of a gradient.
-
-    Attributes:
-        outer: gradient of the product's output, ``(B, T, out)``.
-        inner: the product's input, ``(B, T, in)``.
+    A parameter with an attribute ``factors`` gets these from the backward pass instead of a gradient:
+    the gradient of the product's output, ``(B, T, out)``, and the product's input, ``(B, T, in)``.
     """
 
     outer: Tensor
@@ -79,10 +76,8 @@ class FFN:
         self.base_weights = {name: p.weight for name, p in projections.items()}
         self._weights = {name: p.weight.to(dtype) for name, p in projections.items()}
         self._biases = {name: p.bias for name, p in projections.items()}
-        inner_biases = [bias for name, bias in self._biases.items() if name != "down"]
-        self._kernel_fits = (
-            "gate" in self._weights and _is_silu(activation) and all(b is None for b in inner_biases)
-        )
+        plain = all(bias is None for name, bias in self._biases.items() if name != "down")
+        self._kernel_fits = plain and "gate" in self._weights and _is_silu(activation)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -92,19 +87,15 @@ class FFN:
     def base(self, ffn_input: Tensor) -> BaseActivations:
         """Apply the base weights to ``ffn_input`` ``(B, T, D)``."""
         inner = [name for name in self._weights if name != "down"]
-        products = {name: self._product(ffn_input, name) for name in inner}
-        projections = {name: self._with_bias(name, value) for name, value in products.items()}
+        projections = {name: self._with_bias(name, self._product(ffn_input, name)) for name in inner}
         hidden = self._combine({name: value.float() for name, value in projections.items()})
         output = self._with_bias("down", self._product(hidden, "down")).float()
         return BaseActivations(projections, None if self._fused(ffn_input) else hidden, output)
 
     def memorized(self, ffn_input: Tensor, delta: Delta, base: BaseActivations) -> Tensor:
-        """Apply base weights plus ``delta`` (one row a sample) and return ``(B, T, D)`` float32.
+        """Apply base weights plus ``delta`` (one row a sample) to ``(B, T, D)``; float32.
 
-        Args:
-            ffn_input: ``(B, T, D)``.
-            delta: weight changes with leading dimension ``B``.
-            base: :meth:`base` of the same input.
+        ``base``: :meth:`base` of the same input.
         """
         ffn_input = ffn_input.to(self.dtype)
         changes = {name: DeltaProduct.apply(ffn_input, delta[name]) for name in base.projections}
@@ -164,7 +155,7 @@ class DeltaProduct(torch.autograd.Function):
         if hasattr(delta, "factors"):
             if delta.factors is not None:
                 raise RuntimeError("gradients of this delta are left in factors, which do not accumulate")
-            delta.factors = Factors(grad.contiguous(), x.detach().contiguous())
+            delta.factors = GradientFactors(grad.contiguous(), x.detach().contiguous())
             return x_grad, None
         return x_grad, torch.bmm(grad.transpose(1, 2), x).to(delta.dtype)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastmem_pl.backbone.packed import stored_tensors
+from fastmem_pl.backbone.quantization import stored_tensors
 from fastmem_pl.backbone.sharding import whole
 
 # What is hashed of the config, and how it samples the weights.

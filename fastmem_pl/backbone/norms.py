@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmem_pl.backbone.copies import shallow_copy
-
 _EPS_NAMES = ("variance_epsilon", "eps")
 
 
@@ -30,11 +28,15 @@ class FusedRMSNorm(nn.Module):
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
-def with_fused_norms(module: nn.Module) -> nn.Module:
-    """A copy of a block that shares its parameters, with fused RMS norms; the block stays as it is.
+def shallow_copy(module: nn.Module, **replaced: nn.Module) -> nn.Module:
+    """Copy a module but not its parameters and submodules; put ``replaced`` submodules in the copy."""
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **replaced}
+    return twin
 
-    Blocks on a CPU are returned as they are: there, nothing is gained.
-    """
+
+def with_fused_norms(module: nn.Module) -> nn.Module:
+    """A copy of a block that shares its parameters, with fused RMS norms; on a CPU, the block itself."""
     if not any(parameter.is_cuda for parameter in module.parameters()):
         return module
     replaced = {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from fastmem_pl.base.errors import unknown
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -31,3 +34,8 @@ def normalize_precision(precision: str | int) -> Precision:
     if name not in WEIGHT_DTYPE:
         raise unknown("trainer.precision", precision, WEIGHT_DTYPE)
     return name
+
+
+def fabric_settings(fabric: Fabric) -> tuple[str, torch.device]:
+    """Precision and device of a Fabric."""
+    return str(fabric.strategy.precision.precision), fabric.device

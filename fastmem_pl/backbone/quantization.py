@@ -1,9 +1,8 @@
 """Trunks in 4 or 8 bits, by bitsandbytes and torchao.
 
 Memorizing trains the last feed-forward network and needs the head's exact gradients, so these stay in the
-compute type; everything below them only has to be run. Weights are quantized one by one while they are
-read, on the device that they stay on. Checkpoints that are quantized already keep their trunk, and get
-plain weights where memories act.
+compute type; everything below them only has to be run. Checkpoints that are quantized already keep their
+trunk, and get plain weights where memories act.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
-from fastmem_pl.backbone.families import Anatomy, find_anatomy
+from fastmem_pl.backbone.families import Anatomy, find_anatomy, is_quantized
 from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.phases import is_out_of_memory
 
 _GROUP = 128  # weights that share a scale in torchao-int4
 _BLOCK = 64  # the same in bnb-4bit, whose kernels for CPUs read rows of most other widths wrongly
@@ -33,7 +34,6 @@ class Kind:
 
     Attributes:
         package: that does it.
-        extra: of fastmem-pl that installs the package.
         config: makes the configuration of transformers from the compute type and the names of the modules
             that stay plain.
         modules: types of modules that it quantizes.
@@ -43,7 +43,6 @@ class Kind:
     """
 
     package: str
-    extra: str
     config: Callable[[torch.dtype, list[str]], Any]
     modules: tuple[type[nn.Module], ...] = (nn.Linear,)
     only: tuple[str, str] | None = None
@@ -52,12 +51,13 @@ class Kind:
 
     def takes(self, module: nn.Module) -> bool:
         """Whether a module is of a type and a width that it quantizes."""
-        return isinstance(module, self.modules) and _width(module) % self.group == 0
+        if not isinstance(module, self.modules):
+            return False
+        # GPT-2's Conv1D stores its weight as (in, out).
+        return module.weight.shape[0 if isinstance(module, Conv1D) else 1] % self.group == 0
 
 
-def _bnb_4bit(dtype: torch.dtype, plain: list[str]) -> Any:
-    from transformers import BitsAndBytesConfig
-
+def _bnb_4bit(dtype: torch.dtype, plain: list[str]) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -67,78 +67,57 @@ def _bnb_4bit(dtype: torch.dtype, plain: list[str]) -> Any:
     )
 
 
-def _bnb_8bit(dtype: torch.dtype, plain: list[str]) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain)
-
-
-def _torchao_int8(dtype: torch.dtype, plain: list[str]) -> Any:
+def _torchao_int8(dtype: torch.dtype, plain: list[str]) -> TorchAoConfig:
     from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
 
     # Its settings for the compiler would change how float32 products round everywhere.
     return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=plain)
 
 
-def _torchao_int4(dtype: torch.dtype, plain: list[str]) -> Any:
+def _torchao_int4(dtype: torch.dtype, plain: list[str]) -> TorchAoConfig:
     from torchao.quantization import Int4WeightOnlyConfig
     from torchao.quantization.quantize_.workflows import Int4PackingFormat
-    from transformers import TorchAoConfig
 
-    kind = Int4WeightOnlyConfig(
-        group_size=_GROUP,
-        # The other formats need kernels of further packages.
-        int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D,
-        set_inductor_config=False,
-    )
+    # The other formats need kernels of further packages.
+    packing = Int4PackingFormat.TILE_PACKED_TO_4D
+    kind = Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format=packing, set_inductor_config=False)
     return TorchAoConfig(kind, modules_to_not_convert=plain)
 
 
 KINDS: Mapping[str, Kind] = {
-    "bnb-4bit": Kind("bitsandbytes", "bnb", _bnb_4bit, (nn.Linear, Conv1D), group=_BLOCK),
-    "bnb-8bit": Kind("bitsandbytes", "bnb", _bnb_8bit, (nn.Linear, Conv1D)),
-    "torchao-int8": Kind("torchao", "torchao", _torchao_int8),
+    "bnb-4bit": Kind("bitsandbytes", _bnb_4bit, (nn.Linear, Conv1D), group=_BLOCK),
+    "bnb-8bit": Kind(
+        "bitsandbytes",
+        lambda _, plain: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain),
+        (nn.Linear, Conv1D),
+    ),
+    "torchao-int8": Kind("torchao", _torchao_int8),
     "torchao-int4": Kind(
-        *("torchao", "torchao", _torchao_int4),
-        only=("cuda", "bf16-true"),
-        group=_GROUP,
-        has_gradients=False,
+        "torchao", _torchao_int4, only=("cuda", "bf16-true"), group=_GROUP, has_gradients=False
     ),
 }
-# Checkpoints whose weights can be made plain, by the name of their method in transformers.
-_METHODS = {"bitsandbytes": "bnb", "torchao": "torchao"}
-# They warn of kernels that another machine would have, when they are imported.
-_CHATTER = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+# Packages whose weights can be made plain, as transformers calls them, with our extras that install them.
+_EXTRAS = {"bitsandbytes": "bnb", "torchao": "torchao"}
 
 
 def check_quantization(quantization: str, precision: str, device: str | torch.device) -> None:
-    """Refuse what cannot be quantized so, before anything is loaded.
-
-    Raises:
-        FastMemError: for an unknown name, a package that is missing, or a precision or device that does
-            not do.
-    """
+    """Refuse what cannot be quantized so, before anything is loaded."""
     if quantization not in KINDS:
-        raise unknown("model.quantization", quantization, KINDS)
+        raise unknown("model.backbone.quantization", quantization, KINDS)
     kind = KINDS[quantization]
     check_precision(quantization, precision)
-    _check_package(kind.package, kind.extra, f"model.quantization: {quantization}")
+    _check_package(kind.package, f"model.backbone.quantization: {quantization}")
     found = (torch.device(device).type, precision)
     if kind.only and found != kind.only:
         raise FastMemError(
-            f"model.quantization: {quantization} needs a {kind.only[0].upper()} GPU and precision "
+            f"model.backbone.quantization: {quantization} needs a {kind.only[0].upper()} GPU and precision "
             f"{kind.only[1]}, not {found[0]} and {found[1]}; allowed here: "
             f"{', '.join(name for name, other in KINDS.items() if not other.only)}"
         )
 
 
 def check_precision(method: str | None, precision: str) -> None:
-    """Refuse a precision whose weights are float32 where they are quantized.
-
-    Raises:
-        FastMemError: for ``bf16-mixed`` with any method.
-    """
+    """Refuse a precision that casts float32 weights where they are quantized."""
     if method and precision == "bf16-mixed":
         raise FastMemError(
             f"trainer.precision: {precision} casts float32 weights in every product, and those of the trunk "
@@ -152,55 +131,41 @@ def quantized_method(config: Any) -> str | None:
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, Mapping) else found.quant_method
-    # Old checkpoints of bitsandbytes do not say it.
+    # Old checkpoints of bitsandbytes do not name it.
     return str(getattr(method, "value", method) or "bitsandbytes")
 
 
 def check_method(source: str, method: str) -> None:
-    """Refuse a quantized checkpoint whose last weights cannot be made plain.
-
-    Raises:
-        FastMemError: for another method than those of bitsandbytes and torchao, or a missing package.
-    """
-    if method not in _METHODS:
+    """Refuse a quantized checkpoint whose last weights cannot be made plain."""
+    if method not in _EXTRAS:
         raise FastMemError(
             f"model.backbone: {source!r} is quantized with {method}, so its last feed-forward network cannot "
-            f"be made plain; allowed: checkpoints of {' and '.join(_METHODS)}, or the plain model with "
-            "model.quantization"
+            f"be made plain; allowed: checkpoints of {' and '.join(_EXTRAS)}, or the plain model with "
+            "model.backbone.quantization"
         )
-    _check_package(method, _METHODS[method], f"model.backbone: {source!r}")
+    _check_package(method, f"model.backbone: {source!r}")
 
 
 def loading_options(
     quantization: str, config: Any, dtype: torch.dtype, num_layers: int, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that quantize the trunk of a model.
-
-    Args:
-        quantization: which of :data:`KINDS`.
-        config: the model's.
-        dtype: compute type.
-        num_layers: feed-forward networks from the top that stay plain.
-        trust_remote_code: run code that comes with the checkpoint.
-
-    Raises:
-        FastMemError: when the model has nothing below them that can be quantized so.
-    """
-    from transformers import AutoModelForCausalLM
-
+    """Arguments of ``from_pretrained`` that quantize all but the last ``num_layers`` FFNs and the head."""
     kind = KINDS[quantization]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    plain = [
-        name for name, _ in plain_modules(model, find_anatomy(model), num_layers, not kind.has_gradients)
-    ]
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, kind.modules) and n not in plain}
+    anatomy, modules = find_anatomy(model), dict(model.named_modules())
+    plain = [name for name, _ in plain_modules(model, anatomy, num_layers, not kind.has_gradients)]
+    linear = {n: m for n, m in modules.items() if isinstance(m, kind.modules) and n not in plain}
     plain += [name for name, module in linear.items() if not kind.takes(module)]
     if set(linear) <= set(plain):
+        top = {name for name, _ in plain_modules(model, anatomy, num_layers)}
+        trunk = [module for name, module in modules.items() if name not in top]
+        others = [name for name, other in KINDS.items() if any(map(other.takes, trunk))]
         width = f" whose width is a multiple of {kind.group}" if kind.group > 1 else ""
         raise FastMemError(
-            f"model.quantization: {type(model).__name__} has no linear layers{width} for {quantization}; "
-            f"allowed here: {', '.join(_others(model, num_layers)) or 'none'}"
+            f"model.backbone.quantization: {type(model).__name__} has no linear layers{width} for "
+            f"{quantization}; "
+            f"allowed here: {', '.join(others) or 'none'}"
         )
     return {"quantization_config": kind.config(dtype, plain)}
 
@@ -208,13 +173,9 @@ def loading_options(
 def plain_modules(
     model: nn.Module, anatomy: Anatomy, num_layers: int, whole_blocks: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Names and modules of what must not be quantized.
+    """Names and modules of what must not be quantized: the last ``num_layers`` FFNs and the head.
 
-    Args:
-        model: the model.
-        anatomy: its parts.
-        num_layers: feed-forward networks from the top; the head is added.
-        whole_blocks: add all that gradients run through, which is the blocks above the lowest of them.
+    With ``whole_blocks`` also all that gradients run through: the blocks above the lowest of these FFNs.
     """
     names = {module: name for name, module in model.named_modules()}
     total = len(anatomy.blocks)
@@ -226,41 +187,121 @@ def plain_modules(
     return [(names[module], module) for module in dict.fromkeys((*modules, anatomy.head))]
 
 
-def _check_package(package: str, extra: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise FastMemError(f"{what} needs {package}; run: pip install 'fastmem-pl[{extra}]'")
-    try:
-        with _quiet(*_CHATTER):
-            importlib.import_module(package)
-    except Exception as error:
-        # Compiled code of another version of torch or of the driver fails in many ways.
-        reason = " ".join(str(error).split())[:200]
-        raise FastMemError(
-            f"{what}: {package} cannot be imported: {reason}; install another version"
-        ) from error
+def stored_size(quantized: str | None, config: Any) -> float | None:
+    """Bytes of a weight that is quantized so, with its share of the scales; ``None`` for plain ones."""
+    if quantized is None:
+        return None
+    described = f"{quantized} {getattr(config, 'quantization_config', '')}".lower().replace(" ", "")
+    return 0.55 if any(sign in described for sign in ("-4bit", "load_in_4bit':true", "int4")) else 1.05
+
+
+@torch.no_grad()
+def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
+    """Give a quantized model, right after it was loaded, plain weights where memories act.
+
+    What is not quantized becomes ``dtype``, the compute type; a checkpoint of bitsandbytes has it in its own.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            raise FastMemError(
+                f"model.backbone: {name} has rows of {state.shape[-1]} weights, which bitsandbytes reads "
+                f"wrongly in blocks of {state.blocksize} on a CPU; allowed: a GPU, or the plain model with "
+                "model.backbone.quantization"
+            )
+    without_gradients = any(type(weight).__name__.startswith("Int4") for weight in model.parameters())
+    for name, module in plain_modules(model, find_anatomy(model), num_layers, without_gradients):
+        if is_quantized(module.weight):
+            model.set_submodule(name, _plain_linear(module, dtype))
+    for parameter in model.parameters():
+        if not is_quantized(parameter) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def hold_still(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep bitsandbytes from writing to weights, choosing a compute type, and warning in every product."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # It would repack weights in place, in the first forward pass on a CPU.
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Hold back warnings of some loggers."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def must_run(name: str, method: str | None) -> Iterator[None]:
+    """Say in one line that the weights of model ``name`` do not run on this machine."""
     try:
         yield
+    except Exception as error:
+        if not method or isinstance(error, FastMemError) or is_out_of_memory(error):
+            raise
+        raise FastMemError(
+            f"model.backbone: the weights of {name!r}, quantized with {method}, do not run here: "
+            f"{_one_line(error)}; allowed: the plain model with model.backbone.quantization"
+        ) from error
+
+
+def waits_for_device(model: nn.Module) -> bool:
+    """Whether the host waits in a forward pass, so that no CUDA graph can hold it.
+
+    LLM.int8() looks for outliers among the activations of every product.
+    """
+    return any(getattr(getattr(m, "state", None), "threshold", 0.0) > 0 for m in model.modules())
+
+
+def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold a parameter: itself, or the parts of a tensor of torchao."""
+    if type(parameter).__module__.startswith("torchao."):
+        for name in parameter.__tensor_flatten__()[0]:
+            yield getattr(parameter, name)
+    else:
+        yield parameter.detach().as_subclass(Tensor)
+
+
+def _plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    weight = _dequantized(module)
+    with torch.device("meta"):
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
+    for name, tensor in (("weight", weight), ("bias", module.bias)):
+        if tensor is not None:
+            setattr(plain, name, nn.Parameter(tensor.detach().to(dtype), requires_grad=False))
+    return plain
+
+
+def _dequantized(module: nn.Module) -> Tensor:
+    """The weight that a quantized linear map stands for, ``(out, in)``."""
+    weight = module.weight
+    if type(weight).__module__.startswith("torchao."):
+        if hasattr(weight, "dequantize"):
+            return weight.dequantize()
+        # Tensors packed for a kernel are only read by it.
+        unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return nn.functional.linear(unit, weight).t().contiguous()
+    from bitsandbytes import functional
+
+    if hasattr(weight, "quant_state"):
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    scale = weight.SCB if weight.SCB is not None else module.state.SCB
+    return functional.int8_vectorwise_dequant(weight.data, scale)
+
+
+def _check_package(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise FastMemError(f"{what} needs {package}; run: pip install 'fastmem-pl[{_EXTRAS[package]}]'")
+    before = logging.root.manager.disable
+    # When they are imported, they warn of kernels that another machine would have.
+    logging.disable(logging.WARNING)
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        # Compiled code of another version of torch or of the driver fails in many ways.
+        raise FastMemError(
+            f"{what}: {package} cannot be imported: {_one_line(error)}; install another version"
+        ) from error
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
-def _others(model: nn.Module, num_layers: int) -> list[str]:
-    """Ways to quantize that this model's trunk has layers for."""
-    top = {name for name, _ in plain_modules(model, find_anatomy(model), num_layers)}
-    modules = [module for name, module in model.named_modules() if name not in top]
-    return [name for name, kind in KINDS.items() if any(map(kind.takes, modules))]
-
-
-def _width(module: nn.Module) -> int:
-    # GPT-2's Conv1D stores its weight as (in, out).
-    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -25,12 +25,7 @@ _KEYS = ("k_proj", "qkv_proj", "query_key_value")
 
 @dataclass(frozen=True)
 class Shards:
-    """How a loaded model is shared out.
-
-    Attributes:
-        processes: that share the trunk.
-        kv: that share the KV heads; 1 where each of them has all.
-    """
+    """How many processes share a loaded model, and how many its KV heads (1 where each of them has all)."""
 
     processes: int = 1
     kv: int = 1
@@ -38,62 +33,30 @@ class Shards:
     @classmethod
     def of(cls, model: Any) -> Shards:
         """Look at the parameters."""
-        sharded = next((p for p in model.parameters() if is_sharded(p)), None)
-        if sharded is None:
-            return cls()
-        count = sharded.device_mesh.size()
-        return cls(count, count if _shares_heads(model.tp_plan) else 1)
+        count = next((p.device_mesh.size() for p in model.parameters() if is_sharded(p)), 1)
+        return cls(count, count if count > 1 and _shares_heads(model.tp_plan) else 1)
 
 
 def check_processes(tp_plan: str, device: torch.device) -> int:
-    """Number of the processes that will share the trunk.
-
-    Raises:
-        FastMemError: for an unknown plan, and where there are no processes to share it.
-    """
+    """Number of the processes that will share the trunk."""
     if tp_plan != "auto":
-        raise unknown("model.tp_plan", tp_plan, ["auto"])
+        raise unknown("model.backbone.tp_plan", tp_plan, ["auto"])
     joined = distributed.is_available() and distributed.is_initialized()
     count = distributed.get_world_size() if joined else 1
     if count == 1:
         raise FastMemError(
-            f"model.tp_plan: {tp_plan} shares the model among processes, and there is one; start it with "
-            "--trainer.devices N or torchrun --nproc-per-node N; for one process: --model.device_map auto"
+            f"model.backbone.tp_plan: {tp_plan} shares the model among processes, and there is one; start "
+            "it with "
+            "--trainer.devices N or torchrun --nproc-per-node N; for one process: "
+            "--model.backbone.device_map auto"
         )
     mesh = torch._C._get_accelerator().type
     if mesh != device.type:
         raise FastMemError(
-            f"model.tp_plan: transformers shards on this machine's {mesh}, trainer.accelerator says "
+            f"model.backbone.tp_plan: transformers shards on this machine's {mesh}, trainer.accelerator says "
             f"{device.type}; allowed: --trainer.accelerator {'gpu' if mesh == 'cuda' else mesh}"
         )
     return count
-
-
-def check_plan(model: Any, count: int) -> None:
-    """Refuse a model that cannot be shared by so many processes.
-
-    Args:
-        model: without weights, on the meta device.
-        count: processes.
-
-    Raises:
-        FastMemError: when transformers has no plan for it, or its heads do not divide.
-    """
-    name, plan = type(model).__name__, model.tp_plan or {}
-    layers = find_anatomy(model).layers_name
-    if not any(f"{layers}.*" in rule for rule in plan):
-        raise FastMemError(
-            f"model.tp_plan: transformers has no plan to shard {name}; allowed: --model.device_map auto, "
-            "which lays its blocks out over the devices of one process"
-        )
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if _shares_heads(plan) and heads % count:
-        fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
-        raise FastMemError(
-            f"model.tp_plan: {count} processes cannot share the {heads} key and value heads of {name}; "
-            f"allowed: {f'{fitting} processes, or ' if fitting else ''}--model.device_map auto"
-        )
 
 
 @contextmanager
@@ -102,29 +65,17 @@ def loading(
 ) -> Iterator[dict[str, Any]]:
     """Arguments of ``from_pretrained`` that keep this process's share only, on its device.
 
-    Args:
-        tp_plan: ``auto``.
-        model: without weights, on the meta device.
-        source: its name.
-        quantized: how its weights are stored in fewer bits, if they are.
-        device: this process's.
-
-    Raises:
-        FastMemError: when the model cannot be shared, or there are no processes to share it.
+    ``model`` is without weights, on the meta device; ``quantized`` how weights are stored in fewer bits.
     """
+    from transformers.distributed import DistributedConfig
+
     if quantized:
         raise FastMemError(
-            f"model.tp_plan: {source!r} is quantized ({quantized}); allowed: --model.device_map auto"
+            f"model.backbone.tp_plan: {source!r} is quantized ({quantized}); allowed: "
+            "--model.backbone.device_map auto"
         )
     count = check_processes(tp_plan, device)
-    check_plan(model, count)
-    try:
-        from transformers.distributed import DistributedConfig
-    except ImportError as error:
-        raise FastMemError(
-            "model.tp_plan: this version of transformers has no DistributedConfig; run: "
-            "pip install -U transformers"
-        ) from error
+    _check_plan(model, count)
     # Where it looks which GPU is this process's; launchers other than torchrun do not say it there.
     before = os.environ.get("LOCAL_RANK")
     if device.type == "cuda":
@@ -138,6 +89,27 @@ def loading(
             os.environ["LOCAL_RANK"] = before
 
 
+def _check_plan(model: Any, count: int) -> None:
+    """Refuse a model without a plan, or whose heads cannot be shared by so many processes."""
+    name, plan = type(model).__name__, model.tp_plan or {}
+    layers = find_anatomy(model).layers_name
+    if not any(f"{layers}.*" in rule for rule in plan):
+        raise FastMemError(
+            f"model.backbone.tp_plan: transformers has no plan to shard {name}; allowed: "
+            "--model.backbone.device_map auto, "
+            "which lays its blocks out over the devices of one process"
+        )
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if _shares_heads(plan) and heads % count:
+        fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+        raise FastMemError(
+            f"model.backbone.tp_plan: {count} processes cannot share the {heads} key and value heads of "
+            f"{name}; "
+            f"allowed: {f'{fitting} processes, or ' if fitting else ''}--model.backbone.device_map auto"
+        )
+
+
 @torch.no_grad()
 def make_tail_whole(model: Any, num_layers: int) -> None:
     """Give every process all weights of the trained FFNs, the blocks above the first, the norm and the head.
@@ -145,12 +117,11 @@ def make_tail_whole(model: Any, num_layers: int) -> None:
     To be called by all processes at once.
     """
     anatomy = find_anatomy(model)
-    blocks = anatomy.blocks[len(anatomy.blocks) - num_layers :]
-    found: dict[int, nn.Parameter] = {}
-    tail = [blocks[0].mlp, *blocks[1:], anatomy.final_norm, anatomy.head]
+    tail = [*_trained(anatomy, num_layers), anatomy.final_norm, anatomy.head]
     embedding = model.get_input_embeddings()
     if embedding.weight is anatomy.head.weight:
         tail.append(embedding)
+    found: dict[int, nn.Parameter] = {}
     for module in [inner for part in tail for inner in part.modules()]:
         for name, parameter in module._parameters.items():
             if is_sharded(parameter):
@@ -165,16 +136,12 @@ def make_tail_whole(model: Any, num_layers: int) -> None:
 
 
 def check_tail(anatomy: Anatomy, num_layers: int) -> None:
-    """Refuse to train FFNs of which this process holds a share only.
-
-    Raises:
-        FastMemError: naming the setting.
-    """
-    first = len(anatomy.blocks) - num_layers
-    parts = [anatomy.blocks[first].mlp, *anatomy.blocks[first + 1 :]]
+    """Refuse to train FFNs of which this process holds a share only."""
+    parts = _trained(anatomy, num_layers)
     if any(is_sharded(parameter) for part in parts for parameter in part.parameters()):
         raise FastMemError(
-            f"model.num_layers: {num_layers} feed-forward networks are more than were left whole when the "
+            f"model.memorize.num_layers: {num_layers} feed-forward networks are more than were left whole "
+            "when the "
             "model was sharded; load it with Backbone.load(..., num_layers) as of the settings"
         )
 
@@ -191,6 +158,12 @@ def is_sharded(tensor: Tensor | None) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; for a share, all processes have to ask for it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def _trained(anatomy: Anatomy, num_layers: int) -> list[nn.Module]:
+    """The lowest trained FFN and all blocks above it."""
+    first = len(anatomy.blocks) - num_layers
+    return [anatomy.blocks[first].mlp, *anatomy.blocks[first + 1 :]]
 
 
 def _shares_heads(plan: dict[str, str]) -> bool:

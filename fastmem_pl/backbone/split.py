@@ -8,9 +8,10 @@ trained, and so is the KV cache of the trunk. The tail is the rest: the trained 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from fastmem_pl.backbone.copies import float_copy, shallow_copy
-from fastmem_pl.backbone.crossing import Entrance
 from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
-from fastmem_pl.backbone.norms import with_fused_norms
+from fastmem_pl.backbone.norms import shallow_copy, with_fused_norms
 
 
 @dataclass
@@ -57,7 +56,7 @@ class TailInputs:
     early: Mapping[int, Tensor] = field(default_factory=dict)
 
     def last(self) -> TailInputs:
-        """Keep the last position only; blocks above the FFN attend to all, so with them all stay."""
+        """Keep the last position only; with blocks above the FFN, which attend to all, keep all."""
         if self.calls:
             return self
         return TailInputs(self.residual[:, -1:], self.ffn_input[:, -1:], early=self.early)
@@ -89,15 +88,28 @@ class Trunk:
     def __init__(
         self, anatomy: Anatomy, num_layers: int, early: Sequence[int] = (), fuse_norms: bool = True
     ) -> None:
-        self._tap = _Tap()
+        # What a pass leaves: the FFN's input, early hidden states by number, calls of the blocks above. The
+        # functions hold these, not the trunk: no cycle keeps a model alive that is no longer used.
+        self._seen = tapped, states, calls = [], {}, []
+
+        def tap(ffn_input: Tensor) -> Tensor:
+            tapped.append(ffn_input)
+            return torch.zeros_like(ffn_input)
+
+        def probe(block: nn.Module, number: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            states[number] = hidden_states[:, -1:]
+            return block.forward(hidden_states, *args, **kwargs)
+
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(BlockCall(args, kwargs))
+            return hidden_states
+
         blocks = [with_fused_norms(block) if fuse_norms else block for block in anatomy.blocks]
         first = len(blocks) - num_layers
-        blocks[first] = shallow_copy(blocks[first], mlp=self._tap)
-        self._probes = {number: _Probe(blocks[number]) for number in early}
-        for number, probe in self._probes.items():
-            blocks[number] = probe
-        self._recorders = [_Recorder(block) for block in blocks[first + 1 :]]
-        blocks[first + 1 :] = self._recorders
+        blocks[first] = shallow_copy(blocks[first], mlp=_with_forward(nn.Module(), tap))
+        for number in early:
+            blocks[number] = _with_forward(blocks[number], partial(probe, blocks[number], number))
+        blocks[first + 1 :] = [_with_forward(block, record) for block in blocks[first + 1 :]]
         self.body = shallow_copy(
             anatomy.body,
             **{anatomy.layers_name: nn.ModuleList(blocks), anatomy.norm_name: nn.Identity()},
@@ -115,16 +127,20 @@ class Trunk:
         ``attention_mask`` is ``(B, past + T)``; without one the plain causal mask applies, which is
         what right-padded rows need.
         """
-        residual = self.body(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        calls = tuple(recorder.take() for recorder in self._recorders)
-        early = {number: probe.take().to(residual.device) for number, probe in self._probes.items()}
-        return TailInputs(residual, self._tap.take(), calls, early)
+        tapped, states, calls = self._seen
+        try:
+            residual = self.body(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+            early = {number: hidden.to(residual.device) for number, hidden in states.items()}
+            return TailInputs(residual, tapped[0], tuple(calls), early)
+        finally:
+            for seen in self._seen:
+                seen.clear()
 
 
 class Tail:
@@ -134,19 +150,24 @@ class Tail:
         total = len(anatomy.blocks)
         self.layers = list(range(total - num_layers, total))
         self.ffns = [FFN(anatomy.projections(i), anatomy.activation(i), dtype) for i in self.layers]
-        post_norm = anatomy.post_norm(self.layers[0])
-        self._post_norm = None if post_norm is None else float_copy(post_norm, device)
-        self.final_norm = float_copy(anatomy.final_norm, device)
-        self._upper_ffns = [_MemorizedFFN(ffn) for ffn in self.ffns[1:]]
-        self._upper = [
-            shallow_copy(anatomy.blocks[i], mlp=module)
-            for i, module in zip(self.layers[1:], self._upper_ffns, strict=True)
-        ]
+        self._post_norm = _float_copy(anatomy.post_norm(self.layers[0]) or nn.Identity(), device)
+        self.final_norm = _float_copy(anatomy.final_norm, device)
+        # Of the upper FFNs in the call in progress, lowest first.
+        self._upper_deltas: list[Delta | None] = [None] * (num_layers - 1)
+        self._upper = []
+        for number, block in enumerate(anatomy.blocks[self.layers[0] + 1 :]):
+            forward = partial(_memorized, self.ffns[number + 1], self._upper_deltas, number)
+            self._upper.append(shallow_copy(block, mlp=_with_forward(nn.Module(), forward)))
         self._block_dtype = anatomy.head.weight.dtype
         self.head_weight = anatomy.head.weight.detach().to(dtype)
         bias = getattr(anatomy.head, "bias", None)
         self.head_bias = None if bias is None else bias.detach().float()
         self.softcap = anatomy.softcap
+
+    @property
+    def num_trained(self) -> int:
+        """Weights of the trained FFNs."""
+        return sum(shape.numel() for ffn in self.ffns for shape in ffn.shapes.values())
 
     def base(self, inputs: TailInputs) -> BaseActivations:
         """Products of the base weights with the first trained FFN's input."""
@@ -174,21 +195,23 @@ class Tail:
 
         Args:
             inputs: of the trunk.
-            base: :meth:`base` of the same inputs.
+            base: :meth:`base` of them.
             deltas: one per trained layer, lowest first; ``None`` applies the base model.
             cache: KV cache of the blocks above the first trained FFN (``num_layers > 1`` only).
             norm_every_layer: apply the final norm between the trained blocks as well, as the published
                 code does from the second step on.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
-        if self._post_norm is not None:
-            output = self._post_norm(output)
-        states = [inputs.residual.float() + output]
-        with self._memorized(deltas):
+        states = [inputs.residual.float() + self._post_norm(output)]
+        if deltas is not None:
+            self._upper_deltas[:] = deltas[1:]
+        try:
             for block, call in zip(self._upper, inputs.calls, strict=True):
                 call = call.with_cache(cache)
                 hidden = self.final_norm(states[-1]) if norm_every_layer else states[-1]
                 states.append(block(hidden.to(self._block_dtype), *call.args, **call.kwargs).float())
+        finally:
+            self._upper_deltas[:] = [None] * len(self._upper)
         return states
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
@@ -208,84 +231,28 @@ class Tail:
         return self.head_bias is None and self.softcap is None
 
     def finish_logits(self, raw: Tensor) -> Tensor:
-        """Add the head's bias and apply the soft-cap."""
+        """Add the head's bias to its product, ``(..., V)``, and apply the soft-cap."""
         if self.head_bias is not None:
             raw = raw + self.head_bias
         if self.softcap is not None:
             raw = self.softcap * torch.tanh(raw / self.softcap)
         return raw
 
-    @contextmanager
-    def _memorized(self, deltas: Sequence[Delta] | None) -> Iterator[None]:
-        for module, delta in zip(self._upper_ffns, (deltas or [None] * len(self.ffns))[1:], strict=True):
-            module.delta = delta
-        try:
-            yield
-        finally:
-            for module in self._upper_ffns:
-                module.delta = None
+
+def _float_copy(norm: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen float32 copy of a norm (a few KB), so that it takes float32 activations."""
+    return deepcopy(norm).to(device=device, dtype=torch.float32).requires_grad_(False)
 
 
-class _Tap(nn.Module):
-    """Stands in for an FFN: remembers its input and contributes nothing to the residual stream."""
-
-    def forward(self, ffn_input: Tensor) -> Tensor:
-        self._input = ffn_input
-        return torch.zeros_like(ffn_input)
-
-    def take(self) -> Tensor:
-        return self.__dict__.pop("_input")
+def _with_forward(module: nn.Module, forward: Callable) -> nn.Module:
+    """A shallow copy that computes something else; the model still finds attributes and hooks on it."""
+    twin = shallow_copy(module)
+    twin.forward = forward
+    return twin
 
 
-class _Wrapper(nn.Module):
-    """Stands in for a block; the model reads the block's attributes through it."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-        for hook in block._forward_pre_hooks.values():
-            # Arguments are on the block's device when they are seen here.
-            if isinstance(hook, Entrance):
-                self.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["block"], name)
-
-
-class _Probe(_Wrapper):
-    """Runs its block and remembers the block's input at the last position."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._input = hidden_states[:, -1:]
-        return self.block(hidden_states, *args, **kwargs)
-
-    def take(self) -> Tensor:
-        return self.__dict__.pop("_input")
-
-
-class _Recorder(_Wrapper):
-    """Remembers how the model called the block and passes the hidden states on."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._call = BlockCall(args, kwargs)
-        return hidden_states
-
-    def take(self) -> BlockCall:
-        return self.__dict__.pop("_call")
-
-
-class _MemorizedFFN(nn.Module):
-    """An FFN inside a block above the first trained one, with the deltas of the call in progress."""
-
-    def __init__(self, ffn: FFN) -> None:
-        super().__init__()
-        self.ffn = ffn
-        self.delta: Delta | None = None
-
-    def forward(self, ffn_input: Tensor) -> Tensor:
-        base = self.ffn.base(ffn_input)
-        output = base.output if self.delta is None else self.ffn.memorized(ffn_input, self.delta, base)
-        return output.to(ffn_input.dtype)
+def _memorized(ffn: FFN, deltas: Sequence[Delta | None], number: int, ffn_input: Tensor) -> Tensor:
+    """An FFN above the first trained one, with its delta of the call in progress."""
+    base, delta = ffn.base(ffn_input), deltas[number]
+    output = base.output if delta is None else ffn.memorized(ffn_input, delta, base)
+    return output.to(ffn_input.dtype)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fastmem_pl.backbone import Backbone, Delta
-from fastmem_pl.backbone.padding import pad
+from fastmem_pl.backbone import Backbone, Delta, pad
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.phases import PhaseMeter
 from fastmem_pl.decoding.answers import AnswerRows, Reader

@@ -1,6 +1,6 @@
 """Memories: the delta on the last FFN, the objective, fitting and saving."""
 
-from fastmem_pl.backbone.footprint import Footprint, usable_bytes
+from fastmem_pl.backbone import usable_bytes
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.document import DocumentFit, encoded_text
 from fastmem_pl.memory.files import read_header
@@ -9,6 +9,7 @@ from fastmem_pl.memory.loss import (
     Losses,
     MemorizationBatch,
     Reference,
+    footprint_of,
     memorization_loss,
     prepare,
 )
@@ -28,7 +29,6 @@ __all__ = [
     "DeltaAdamW",
     "DocumentFit",
     "FFNDelta",
-    "Footprint",
     "Losses",
     "MemorizationBatch",
     "MemorizationModule",
@@ -40,6 +40,7 @@ __all__ = [
     "WindowSettings",
     "context_hash",
     "encoded_text",
+    "footprint_of",
     "memorization_loss",
     "prepare",
     "read_header",

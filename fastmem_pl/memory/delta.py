@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from fastmem_pl.backbone import Factors
+from fastmem_pl.backbone import GradientFactors
 from fastmem_pl.base.errors import FastMemError
 
 # Products of bfloat16 with a float32 result came with torch 2.8.
@@ -25,8 +25,8 @@ class FFNDelta(nn.Module):
         num_samples: ``B``.
         device: of the deltas.
         dtype: of the deltas.
-        factored: leave gradients as the factors they are products of (:class:`Factors`), for the kernel
-            that updates a delta without storing its gradient.
+        factored: leave gradients as the factors they are products of (:class:`GradientFactors`), for the
+            kernel that updates a delta without storing its gradient.
         start: deltas to go on from; zero otherwise.
     """
 
@@ -226,7 +226,7 @@ class DeltaAdamW(torch.optim.AdamW):
         )
 
 
-def squared_norm(factors: Factors) -> Tensor:
+def squared_norm(factors: GradientFactors) -> Tensor:
     """Squared norm of ``outer^T @ inner`` of each sample, ``(B,)``, without forming the product.
 
     ``||X^T Y||^2 = sum((X X^T) * (Y Y^T))``, two ``(T, T)`` Gram matrices a sample.

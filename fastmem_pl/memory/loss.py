@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fastmem_pl import kernels
-from fastmem_pl.backbone import BaseActivations, Tail, TailInputs
+from fastmem_pl.backbone import Backbone, BaseActivations, Footprint, Tail, TailInputs
+from fastmem_pl.memory.settings import MemorizationSettings
 
 # Bytes of one chunk's (tokens, V) tensor: matrix products want many rows. On a CPU, what follows them goes
 # through the chunk in blocks that stay in its cache (both measured in docs/LOG.md).
@@ -265,10 +266,13 @@ def prepare(
     )
 
 
-def reference_bytes_per_token(tail: Tail) -> int:
-    """Memory that keeping the reference takes for one label token, logits or probabilities."""
+def footprint_of(backbone: Backbone, settings: MemorizationSettings) -> Footprint:
+    """Memory that memorizing with these settings, and answering, takes beside the weights."""
+    tail = backbone.tail(settings.num_layers)
+    # Of a label token's reference: logits or probabilities.
     kept = tail.head_weight.element_size() if _kernel_fits(tail) else 4 if tail.softcap is None else 8
-    return tail.head_weight.shape[0] * kept
+    float32_state = settings.optimizer_state == "float32"
+    return backbone.footprint(settings.num_layers, tail.head_weight.shape[0] * kept, float32_state)
 
 
 @dataclass

@@ -12,12 +12,10 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import Tensor
 
-from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs
-from fastmem_pl.backbone.fabric import check_fabric
-from fastmem_pl.backbone.footprint import usable_bytes
-from fastmem_pl.backbone.padding import pad
+from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs, pad, usable_bytes
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.phases import PhaseMeter
+from fastmem_pl.memory.fabric import check_fabric
 from fastmem_pl.memory.loss import MemorizationBatch, prepare
 from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.module import MemorizationModule

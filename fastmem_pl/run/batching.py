@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 import torch
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.backbone.footprint import Footprint, usable_bytes
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.base.phases import is_out_of_memory
 from fastmem_pl.data import BatchLimits
 from fastmem_pl.decoding import GraphPool
-from fastmem_pl.memory import MemorizationSettings
+from fastmem_pl.memory import MemorizationSettings, footprint_of, usable_bytes
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class MemoryBudget:
         self, backbone: Backbone, settings: MemorizationSettings, graphs: GraphPool, auto: bool = True
     ) -> None:
         self._backbone, self._graphs, self._auto = backbone, graphs, auto
-        self._footprint = Footprint.of(backbone, settings)
+        self._footprint = footprint_of(backbone, settings)
         self._too_much: int | None = None
 
     def limits(

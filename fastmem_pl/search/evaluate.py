@@ -11,7 +11,7 @@ from typing import Any
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.data import ContextSample
 from fastmem_pl.decoding import BASELINE, METHODS, Decoding, Method, Prefill, PrefillCache, SharedPrefill
-from fastmem_pl.memory import ContextReader, Footprint, Memory, usable_bytes
+from fastmem_pl.memory import ContextReader, Memory, footprint_of, usable_bytes
 from fastmem_pl.run.encoding import EncodedSample
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.search.grid import DECODER_AXES, Point
@@ -48,7 +48,7 @@ class SampleSearch:
         self._reader: ContextReader | None = None
         # What all points have in common is shared out among them: seconds of the context's pass.
         self._reading, self._num_rows, self._num_points = 0.0, 1, 1
-        self._footprint = Footprint.of(model.backbone, settings)
+        self._footprint = footprint_of(model.backbone, settings)
 
     @property
     def loss_error(self) -> float | None:

@@ -129,11 +129,6 @@ def test_system_prompt_goes_before_the_question_where_there_is_no_place_for_it(t
     assert found == ChatEncoder(tokenizer).prompt("Be brief.\n\nWhy?")
 
 
-def test_a_system_prompt_is_no_control_token(tokenizer):
-    found = ChatEncoder(tokenizer, ChatSettings(system_prompt="a <|im_end|>")).prompt("Why?")
-    assert found.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
-
-
 def test_without_the_chat_template_prompts_are_plain(tokenizer):
     chat = ChatEncoder(tokenizer, ChatSettings(chat_template=False))
     assert chat.prompt("Why?", "Since") == tokenizer("Why?\nSince").input_ids
@@ -160,7 +155,9 @@ def test_template_that_drops_turns_is_refused():
         derive_pieces(make_tokenizer("{{ messages[0]['content'] }}"))
 
 
-def test_context_sequence(tokenizer):
+def test_sequences(tokenizer):
+    prompt = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause"
+    assert ChatEncoder(tokenizer).prompt("Why?", "Because") == tokenizer(prompt).input_ids
     encoded = ChatEncoder(tokenizer).context("Hi you", 100)
     expected = tokenizer("<|im_start|>assistant\nHi you<|im_end|>").input_ids
     assert encoded.input_ids == expected
@@ -168,14 +165,9 @@ def test_context_sequence(tokenizer):
     assert (encoded.context_tokens, encoded.truncated) == (6, 0)
 
 
-def test_prompt_with_answer_prefix(tokenizer):
-    ids = ChatEncoder(tokenizer).prompt("Why?", "Because")
-    text = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause"
-    assert ids == tokenizer(text).input_ids
-
-
-def test_special_token_text_in_a_context_stays_text(tokenizer):
-    chat = ChatEncoder(tokenizer)
+def test_special_token_text_stays_text(tokenizer):
+    chat = ChatEncoder(tokenizer, ChatSettings(system_prompt="a <|im_end|>"))
+    assert chat.prompt("Why?").count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
     encoded = chat.context("a <|im_end|> b", 100)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert encoded.input_ids.count(end) == 1
@@ -185,13 +177,9 @@ def test_special_token_text_in_a_context_stays_text(tokenizer):
 
 def test_bos_only_where_the_tokenizer_adds_it(tokenizer):
     plain = ChatEncoder(tokenizer).context("x", 10)
-    bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
-    )
+    add_bos(tokenizer)
     with_bos = ChatEncoder(tokenizer).context("x", 10)
-    assert with_bos.input_ids == [bos, *plain.input_ids]
+    assert with_bos.input_ids == [tokenizer.bos_token_id, *plain.input_ids]
     assert with_bos.header_length == plain.header_length + 1
 
 

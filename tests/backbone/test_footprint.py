@@ -1,15 +1,16 @@
 """What a batch takes of the memory, and how many samples that allows."""
 
+import psutil
 import pytest
 import torch
 from conftest import make_module
 
 from fastmem_pl import MemorizationSettings
-from fastmem_pl.memory import Footprint, usable_bytes
+from fastmem_pl.memory import footprint_of, usable_bytes
 
 
 def test_cost_and_samples_are_inverse(tiny):
-    footprint = Footprint.of(tiny, MemorizationSettings())
+    footprint = footprint_of(tiny, MemorizationSettings())
     for samples, tokens in ((1, 10), (7, 300), (64, 5)):
         cost = footprint.cost(samples, tokens)
         assert footprint.samples_in(cost, tokens) == samples
@@ -17,7 +18,7 @@ def test_cost_and_samples_are_inverse(tiny):
 
 
 def test_state_is_counted_from_the_trained_weights(tiny):
-    one, two = (Footprint.of(tiny, MemorizationSettings(num_layers=k)) for k in (1, 2))
+    one, two = (footprint_of(tiny, MemorizationSettings(num_layers=k)) for k in (1, 2))
     weights = 3 * 32 * 64
     # Float32 delta, gradient and two moments; beside them a copy for the products.
     assert one.per_sample == weights * 20
@@ -26,14 +27,14 @@ def test_state_is_counted_from_the_trained_weights(tiny):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "phi3"])
 def test_every_layout_can_be_counted(make_tiny, family):
-    footprint = Footprint.of(make_tiny(family), MemorizationSettings())
+    footprint = footprint_of(make_tiny(family), MemorizationSettings())
     assert 0 < footprint.per_token < footprint.cost(1, 1)
 
 
 def test_free_memory_bounds_automatic_batches(tiny, monkeypatch):
     module = make_module()
     module.load_backbone("32-true", torch.device("cpu"), tiny)
-    footprint = Footprint.of(tiny, MemorizationSettings())
+    footprint = footprint_of(tiny, MemorizationSettings())
     # Room for question, instruction and answer comes on top of the context.
     allowed = footprint.cost(3, 100 + 128 + module.decoding.max_new_tokens)
     monkeypatch.setattr("fastmem_pl.run.batching.usable_bytes", lambda device: allowed)
@@ -54,6 +55,5 @@ def test_without_auto_batch_the_size_is_fixed(tiny):
 
 
 def test_usable_is_part_of_what_is_there():
-    import psutil
-
-    assert 0 < usable_bytes(torch.device("cpu")) < psutil.virtual_memory().total
+    cpu = torch.device("cpu")
+    assert 0 < usable_bytes(cpu) < usable_bytes(cpu, 0.95) < psutil.virtual_memory().total

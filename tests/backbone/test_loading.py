@@ -11,15 +11,11 @@ from fastmem_pl import Backbone, FastMemError
 from fastmem_pl.backbone import loading
 
 
-def test_folder(tiny_folder, tiny):
-    backbone = Backbone.load(str(tiny_folder))
+@pytest.mark.parametrize(("precision", "dtype"), [(None, torch.float32), ("bf16-true", torch.bfloat16)])
+def test_folder(tiny_folder, tiny, precision, dtype):
+    backbone = Backbone.load(str(tiny_folder), precision)
     assert backbone.fingerprint() == tiny.fingerprint()
-    assert backbone.model.dtype is torch.float32
-
-
-def test_folder_in_bfloat16_keeps_rotary_tables(tiny_folder):
-    backbone = Backbone.load(str(tiny_folder), precision="bf16-true")
-    assert backbone.model.dtype is torch.bfloat16
+    assert backbone.model.dtype is dtype
     assert backbone.model.model.rotary_emb.inv_freq.dtype is torch.float32
 
 
@@ -130,7 +126,7 @@ def test_remote_code_is_off_by_default(tiny_folder, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer", Auto)
     for wanted in (False, True):
         with pytest.raises(FastMemError, match=r"cannot load .*: stop here"):
-            loading.load_model(str(tiny_folder), torch.float32, *([True] if wanted else []))
+            loading.load_model(str(tiny_folder), **({"trust_remote_code": True} if wanted else {}))
     assert asked == [False, True]
 
 

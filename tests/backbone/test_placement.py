@@ -11,9 +11,10 @@ from fastmem_pl import Backbone, FastMemError, Memorizer
 from fastmem_pl.backbone import crossing, find_anatomy, placement
 from fastmem_pl.backbone.cache import FixedCache
 from fastmem_pl.backbone.crossing import Crossing, Placement
-from fastmem_pl.backbone.placement import parts_of, plan, stored_size
+from fastmem_pl.backbone.placement import device_plan, parts_of
+from fastmem_pl.backbone.quantization import stored_size
 from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
-from fastmem_pl.memory import Footprint, MemorizationSettings
+from fastmem_pl.memory import MemorizationSettings, footprint_of
 
 FLOAT = (torch.float32, torch.float32)
 CPU, LAST = torch.device("cpu"), torch.device("cuda", 1)
@@ -38,10 +39,8 @@ def cards(monkeypatch):
     def pretend(*free):
         devices = [torch.device("cuda", i) for i in range(len(free))]
         monkeypatch.setattr(placement, "_devices", lambda device: devices)
-        monkeypatch.setattr(placement, "free_bytes", lambda device: free[device.index])
-        monkeypatch.setattr(placement, "_FILLED", 1)
-        monkeypatch.setattr(placement, "_WORKSPACE", 0)
-        monkeypatch.setattr(placement.Room, "of", lambda *_: placement.Room(room["tail"], 0, 0))
+        monkeypatch.setattr(placement, "space_for_weights", lambda device: free[device.index])
+        monkeypatch.setattr(placement.Reserve, "of", lambda *_: placement.Reserve(room["tail"], 0, 0))
 
     room = {"tail": 0}
     pretend.room = room
@@ -62,11 +61,11 @@ class TestPlan:
 
     def test_a_model_that_fits_one_device_stays_together(self, model, sizes, cards):
         cards(2 * sizes[2], 2 * sizes[2])
-        assert set(plan("auto", model, 1, FLOAT, LAST).values()) == {LAST}
+        assert set(device_plan("auto", model, 1, FLOAT, LAST).values()) == {LAST}
 
     def test_the_tail_is_together_on_the_last_device(self, model, sizes, cards):
         cards(0.75 * sizes[2], 0.75 * sizes[2])
-        found = plan("auto", model, 2, FLOAT, LAST)
+        found = device_plan("auto", model, 2, FLOAT, LAST)
         blocks = places(found, "layers.")
         assert blocks == sorted(blocks, key=lambda device: device.index)
         assert {found["model.norm"], found["lm_head"], *blocks[-2:]} == {LAST}
@@ -76,31 +75,31 @@ class TestPlan:
     def test_room_for_the_batch_moves_blocks_down(self, model, sizes, cards):
         cards.room["tail"] = 2 * sizes[0]
         cards(0.75 * sizes[2], 0.75 * sizes[2])
-        assert Counter(places(plan("auto", model, 1, FLOAT, LAST), "layers.")) == {FIRST: 5, LAST: 3}
+        assert Counter(places(device_plan("auto", model, 1, FLOAT, LAST), "layers.")) == {FIRST: 5, LAST: 3}
 
     def test_policies(self, model, sizes, cards):
         cards(*[0.75 * sizes[2]] * 3)
         third = torch.device("cuda", 2)
-        sequential = Counter(places(plan("sequential", model, 1, FLOAT, third), "layers."))
+        sequential = Counter(places(device_plan("sequential", model, 1, FLOAT, third), "layers."))
         assert sequential[FIRST] > 4
         assert torch.device("cuda", 1) not in sequential
-        assert Counter(places(plan("balanced", model, 1, FLOAT, third), "layers."))[LAST] in (2, 3)
+        assert Counter(places(device_plan("balanced", model, 1, FLOAT, third), "layers."))[LAST] in (2, 3)
 
     def test_no_room_is_said_with_the_sizes(self, model, sizes, cards):
         cards(0.4 * sizes[2], 0.4 * sizes[2])
         with pytest.raises(FastMemError, match=r"no room for the model, 0\.0 GiB .* cuda:1 \(") as error:
-            plan("auto", model, 1, FLOAT, LAST)
+            device_plan("auto", model, 1, FLOAT, LAST)
         assert "\n" not in str(error.value)
 
     def test_quantized_blocks_are_counted_as_they_are_stored(self, model, sizes, cards):
         cards(0.3 * sizes[2], 0.3 * sizes[2])
-        found = plan("auto", model, 1, FLOAT, LAST, stored=stored_size("bnb-4bit", None))
+        found = device_plan("auto", model, 1, FLOAT, LAST, stored=stored_size("bnb-4bit", None))
         assert set(found.values()) == {FIRST, LAST}
 
     def test_tied_embeddings_are_with_the_head(self, sizes, cards):
         model = empty(num_hidden_layers=8, tie_word_embeddings=True)
         cards(0.75 * sizes[2], 0.75 * sizes[2])
-        found = plan("auto", model, 1, FLOAT, LAST)
+        found = device_plan("auto", model, 1, FLOAT, LAST)
         assert found["model.embed_tokens"] == found["lm_head"] == LAST
         assert found["model.layers.0"] == FIRST
 
@@ -108,7 +107,7 @@ class TestPlan:
     def test_position_embeddings_are_with_the_others(self, cards, tied):
         model = empty("gpt2", tie_word_embeddings=tied)
         cards(10**9, 10**9)
-        found = plan("balanced", model, 1, FLOAT, LAST)
+        found = device_plan("balanced", model, 1, FLOAT, LAST)
         assert found["transformer.wpe"] == found["transformer.wte"] == (LAST if tied else FIRST)
         assert found["transformer.ln_f"] == found["lm_head"] == LAST
 
@@ -116,16 +115,16 @@ class TestPlan:
     def test_every_parameter_has_a_device(self, family, cards):
         model = empty(family)
         cards(10**9, 10**9)
-        found = plan("balanced", model, 1, FLOAT, LAST)
+        found = device_plan("balanced", model, 1, FLOAT, LAST)
         for name, _ in model.named_parameters():
             assert sum(name == part or name.startswith(f"{part}.") for part in found) == 1, name
 
     def test_room_is_that_of_a_batch(self, model):
-        room = placement.Room.of(model, find_anatomy(model), 1, FLOAT, CPU, 8, 1024)
-        footprint = Footprint.of(Backbone(make_model(), make_tokenizer()), MemorizationSettings())
+        room = placement.Reserve.of(model, find_anatomy(model), 1, FLOAT, CPU, 8, 1024)
+        footprint = footprint_of(Backbone(make_model(), make_tokenizer()), MemorizationSettings())
         assert room.tail == pytest.approx(footprint.cost(8, 1024), rel=0.05)
         mixed, pure = (
-            placement.Room.of(model, find_anatomy(model), 1, (weights, torch.bfloat16), CPU, 8, 1024)
+            placement.Reserve.of(model, find_anatomy(model), 1, (weights, torch.bfloat16), CPU, 8, 1024)
             for weights in (torch.float32, torch.bfloat16)
         )
         # Copies of the trained FFN and the head in the type of the products.
@@ -140,19 +139,26 @@ class TestMapping:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def test_longest_name_counts(self):
-        found = plan({"": "cuda", "model.layers.0": "cpu", "model.layers.1": 1}, empty(), 1, FLOAT, FIRST)
+        found = device_plan(
+            {"": "cuda", "model.layers.0": "cpu", "model.layers.1": 1}, empty(), 1, FLOAT, FIRST
+        )
         assert places(found, "layers.") == [CPU, LAST, FIRST]
         assert found["lm_head"] == found["model.embed_tokens"] == FIRST
 
     def test_what_is_beside_the_embeddings_goes_with_them(self):
-        found = plan({"": 1, "model.embed_tokens": 0, "model.layers.0": "cpu"}, empty(), 1, FLOAT, FIRST)
+        found = device_plan(
+            {"": 1, "model.embed_tokens": 0, "model.layers.0": "cpu"}, empty(), 1, FLOAT, FIRST
+        )
         assert found["model.embed_tokens"] == found["model.rotary_emb"] == FIRST
         assert found["model.norm"] == LAST
 
     def test_tied_embeddings_go_with_the_head_whatever_it_says(self):
         mapping = {"": 0, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
-        assert plan(mapping, empty(), 1, FLOAT, FIRST)["model.embed_tokens"] == FIRST
-        assert plan(mapping, empty(tie_word_embeddings=True), 1, FLOAT, FIRST)["model.embed_tokens"] == LAST
+        assert device_plan(mapping, empty(), 1, FLOAT, FIRST)["model.embed_tokens"] == FIRST
+        assert (
+            device_plan(mapping, empty(tie_word_embeddings=True), 1, FLOAT, FIRST)["model.embed_tokens"]
+            == LAST
+        )
 
     @pytest.mark.parametrize(
         ("mapping", "message"),
@@ -164,7 +170,7 @@ class TestMapping:
             ({"": 0, "model.layers.2": 1}, "allowed: one device for all of them"),
             (
                 {"": 0, "model.layers.1": "disk"},
-                "disk of .* is no device that computes here; allowed: cpu, cuda:0, cuda:1",
+                "disk of .* is no device .* here; allowed: cpu, cuda:0, cuda:1",
             ),
             ({"": 0, "model.layers.1": "meta"}, "meta of .* is no device"),
             ({"": "cuda:2"}, "cuda:2 of .* is no device that computes here"),
@@ -174,16 +180,13 @@ class TestMapping:
             ),
             ({"": 0, "model.layers.1.mlp": 1}, "a part of a block"),
             ({"model": 0}, "'lm_head' has no device"),
+            ("atuo", r"'atuo' is unknown.* did you mean 'auto'"),
         ],
     )
     def test_others_are_refused_in_one_line(self, mapping, message):
         with pytest.raises(FastMemError, match=message) as error:
-            plan(mapping, empty(), 1, FLOAT, FIRST)
+            device_plan(mapping, empty(), 1, FLOAT, FIRST)
         assert "\n" not in str(error.value)
-
-    def test_unknown_policy(self):
-        with pytest.raises(FastMemError, match=r"'atuo' is unknown.* did you mean 'auto'"):
-            plan("atuo", empty(), 1, FLOAT, FIRST)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", {"": "cpu"}])
@@ -301,10 +304,10 @@ def test_copies_of_a_position_follow():
 
 
 def test_other_devices_bound_the_batch(tiny, monkeypatch):
-    footprint = Footprint.of(tiny, MemorizationSettings())
+    footprint = footprint_of(tiny, MemorizationSettings())
     assert footprint.elsewhere == ()
     monkeypatch.setattr(tiny, "placement", Placement(FIRST, (FIRST, LAST, CPU), CPU))
-    spread = Footprint.of(tiny, MemorizationSettings())
+    spread = footprint_of(tiny, MemorizationSettings())
     assert spread.per_token < footprint.per_token
     (device, first), (_, last) = spread.elsewhere
     assert (device, first) == (FIRST, last)

@@ -1,9 +1,6 @@
 """Quantized trunks: what is packed and what stays plain, for every way that runs on a CPU."""
 
-import csv
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmem_pl import Backbone, FastMemError, Memorizer, answer
-from fastmem_pl.backbone import packed, quantization
+from fastmem_pl.backbone import quantization
 from fastmem_pl.backbone.families import is_quantized
 from fastmem_pl.export import to_checkpoint, to_lora
 
@@ -51,7 +48,7 @@ def load(folder: str, kind: str | None = None, precision: str = "32-true", **opt
 
 
 def stored(backbone: Backbone) -> list[torch.Tensor]:
-    return [t.clone() for p in backbone.model.state_dict().values() for t in packed.stored_tensors(p)]
+    return [t.clone() for p in backbone.model.state_dict().values() for t in quantization.stored_tensors(p)]
 
 
 def packed_names(backbone: Backbone) -> set[str]:
@@ -71,7 +68,7 @@ def test_memorizing_lowers_the_loss(folder, contexts, family, kind, precision):
     curves = Memorizer(backbone, steps=4, learning_rate=1e-3)(contexts).curves
     assert all(c.cross_entropy[-1] < c.cross_entropy[0] for c in curves)
     assert all(torch.equal(one, other) for one, other in zip(before, stored(backbone), strict=True))
-    backbone._fingerprint = None
+    del backbone._fingerprint
     assert backbone.fingerprint() == fingerprint
 
 
@@ -136,7 +133,7 @@ def test_packed_weights_are_near_the_model_and_plain_ones_are_its_own(folder, ki
         for (_, one), (_, other) in zip(
             whole.anatomy.ffn_modules(layer), backbone.anatomy.ffn_modules(layer), strict=True
         ):
-            found = packed._dequantized(other).float()
+            found = quantization._dequantized(other).float()
             error = ((found - one.weight).norm() / one.weight.norm()).item()
             assert 0 < error < ERRORS[kind]
     for name, projection in whole.anatomy.projections(2).items():
@@ -144,10 +141,15 @@ def test_packed_weights_are_near_the_model_and_plain_ones_are_its_own(folder, ki
     assert torch.equal(whole.anatomy.head.weight, backbone.anatomy.head.weight)
 
 
-def test_fingerprints_tell_quantizations_apart_and_stay(folder):
-    found = {kind: load(folder(), kind).fingerprint() for kind in (None, *KINDS)}
+def test_what_tells_quantizations_apart(folder):
+    before = torch.get_float32_matmul_precision()
+    first, second = ({kind: load(folder(), kind) for kind in (None, *KINDS)} for _ in range(2))
+    found = {kind: backbone.fingerprint() for kind, backbone in first.items()}
     assert len(set(found.values())) == 4
-    assert found == {kind: load(folder(), kind).fingerprint() for kind in (None, *KINDS)}
+    assert found == {kind: backbone.fingerprint() for kind, backbone in second.items()}
+    # Steps that wait for the device are not recorded.
+    assert [k for k, b in first.items() if quantization.waits_for_device(b.model)] == ["bnb-8bit"]
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_memory_of_another_quantization_is_refused(folder, contexts):
@@ -156,12 +158,6 @@ def test_a_memory_of_another_quantization_is_refused(folder, contexts):
     with pytest.raises(FastMemError, match=r"another model: .* in the quantization it had"):
         with memory.attached(other):
             pass
-
-
-def test_options_of_torch_stay(folder):
-    before = torch.get_float32_matmul_precision()
-    load(folder(), "torchao-int8")
-    assert torch.get_float32_matmul_precision() == before
 
 
 @pytest.mark.parametrize(
@@ -174,7 +170,7 @@ def test_options_of_torch_stay(folder):
     ],
 )
 def test_what_cannot_be_is_refused_before_loading(monkeypatch, kind, precision, message):
-    monkeypatch.setattr("fastmem_pl.backbone.backbone.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("fastmem_pl.backbone.loading._resolve", lambda *_, **__: pytest.fail("loaded"))
     if kind.startswith("torchao"):
         pytest.importorskip("torchao")
     with pytest.raises(FastMemError, match=message) as caught:
@@ -224,7 +220,7 @@ def quantized_folder(request, folder, tmp_path):
     assert is_quantized(model.lm_head.weight)
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    packed.hold_still(model, torch.float32)
+    quantization.hold_still(model, torch.float32)
     return request.param, str(tmp_path), model
 
 
@@ -246,16 +242,12 @@ def test_quantized_checkpoints_get_plain_last_weights(quantized_folder, contexts
     assert all(c.cross_entropy[-1] < c.cross_entropy[0] for c in curves)
 
 
-def test_a_quantized_checkpoint_is_not_quantized_again(quantized_folder):
-    _, path, _ = quantized_folder
+def test_what_a_quantized_checkpoint_cannot_be_is_refused(quantized_folder):
+    _, path, model = quantized_folder
     with pytest.raises(FastMemError, match=r"is quantized already, with .*; leave it out"):
         load(path, "bnb-4bit")
     with pytest.raises(FastMemError, match=r"trainer\.precision: bf16-mixed"):
         load(path, None, "bf16-mixed")
-
-
-def test_a_model_quantized_elsewhere_is_refused_in_one_line(quantized_folder):
-    _, _, model = quantized_folder
     with pytest.raises(FastMemError, match=r"is quantized .*; load the model with Backbone\.load"):
         Backbone(model, make_tokenizer())
 
@@ -278,12 +270,6 @@ def test_no_checkpoint_is_written_of_packed_weights(folder, contexts, tmp_path):
     assert not (tmp_path / "merged").exists()
     pytest.importorskip("peft")
     to_lora(memory, backbone, tmp_path / "adapter", rank=2, context=contexts[0])
-
-
-def test_steps_that_wait_for_the_device_are_not_recorded(folder):
-    assert packed.waits_for_device(load(folder(), "bnb-8bit").model)
-    for kind in (None, "bnb-4bit", "torchao-int8"):
-        assert not packed.waits_for_device(load(folder(), kind).model)
 
 
 def test_rows_that_four_bits_would_be_read_wrongly_of_stay_plain(folder, tmp_path):
@@ -313,27 +299,9 @@ def test_a_checkpoint_whose_kernels_are_missing_is_one_line(quantized_folder, mo
         raise NotImplementedError("no kernel\nfor this device")
 
     _, path, _ = quantized_folder
-    monkeypatch.setattr(packed, "_dequantized", fail)
+    monkeypatch.setattr(quantization, "_dequantized", fail)
     with pytest.raises(FastMemError, match=r"do not run here: no kernel for this device; allowed"):
         load(path)
-
-
-def test_benchmark_of_memory_on_tiny_shapes(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("bitsandbytes")
-    benchmarks = Path(__file__).parents[2] / "benchmarks"
-    monkeypatch.syspath_prepend(str(benchmarks))
-    command = ["memory", "--shape", "tiny", "--kind", "none", "bnb-4bit", "--batch-size", "2"]
-    command += ["--steps", "3", "--device", "cpu", "--commit", "abc", "--out", str(tmp_path / "out.csv")]
-    monkeypatch.setattr(sys, "argv", ["quantization.py", *command])
-    for _ in range(2):
-        runpy.run_path(str(benchmarks / "quantization.py"), run_name="__main__")
-    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
-    # A second run replaces its rows.
-    assert [row["kind"] for row in rows] == ["none", "bnb-4bit"]
-    assert {row["fits"] for row in rows} == {"yes"}
-    assert all(float(row["last_loss"]) < float(row["first_loss"]) for row in rows)
-    assert {row["commit"] for row in rows} == {"abc"}
-    assert "bnb-4bit" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -42,7 +42,7 @@ def test_the_cpu_takes_what_the_card_has_no_room_for(large, monkeypatch):
     model = large.empty_model(config, "bf16-true")
     card, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr("fastmem_pl.kernels.usable", lambda *_: True)
-    monkeypatch.setattr(large, "usable_space", lambda device: 130 * 2**30)
+    monkeypatch.setattr(large, "space_for_weights", lambda device: 130 * 2**30)
     found = large.layout(model, "bf16-true", [card, cpu], 1, None)
     on_cpu = [name for name, device in found.items() if device == cpu]
     assert on_cpu == [f"model.layers.{i}" for i in range(len(on_cpu))]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from fastmem_pl import Memorizer, kernels
-from fastmem_pl.backbone import Factors
+from fastmem_pl.backbone import GradientFactors
 from fastmem_pl.backbone.ffn import DeltaProduct
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.kernels import adamw, gate, loss
@@ -48,7 +48,7 @@ def test_adamw_is_adamw(monkeypatch, tokens, rows, columns, from_zero):
     monkeypatch.setattr(adamw, "_factored_adamw", _Spy(adamw._factored_adamw, launches))
     for step in range(4):
         inner = torch.randn(samples, tokens, columns)
-        delta.factors = Factors((5.0 if step else 0.01) * torch.randn(samples, tokens, rows), inner)
+        delta.factors = GradientFactors((5.0 if step else 0.01) * torch.randn(samples, tokens, rows), inner)
         for row, weight in enumerate(weights):
             weight.grad = delta.factors.outer[row].t() @ inner[row]
             torch.nn.utils.clip_grad_norm_(weight, 3.0)
@@ -63,14 +63,14 @@ def test_adamw_is_adamw(monkeypatch, tokens, rows, columns, from_zero):
             assert error.norm() < 1e-3 * (delta[row].detach() - start).norm()
     # Stored gradients are formed for four samples at a time.
     assert len(launches) == 4 * (2 if tokens >= adamw._STORED_FROM else 1)
-    delta.factors = Factors(torch.randn(samples, tokens, rows), inner)
+    delta.factors = GradientFactors(torch.randn(samples, tokens, rows), inner)
     with pytest.raises(FastMemError, match="memorizing ends after its 4 steps"):
         optimizer.step()
 
 
 def test_norm_of_factors_is_the_norm_of_their_product():
     torch.manual_seed(0)
-    factors = Factors(torch.randn(3, 9, 20), torch.randn(3, 9, 30))
+    factors = GradientFactors(torch.randn(3, 9, 20), torch.randn(3, 9, 30))
     expected = (factors.outer.transpose(1, 2) @ factors.inner).square().sum((1, 2))
     torch.testing.assert_close(squared_norm(factors), expected)
 

@@ -1,25 +1,13 @@
-"""What a Lightning Fabric of the user's own says of device and precision."""
+"""Whether a user's own Lightning Fabric fits the backbone that it shall memorize with."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
+from lightning.fabric import Fabric
 from lightning.fabric.strategies import SingleDeviceStrategy
 
-from fastmem_pl.backbone.precision import normalize_precision
+from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone.precision import fabric_settings, normalize_precision
 from fastmem_pl.base.errors import FastMemError
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-    from fastmem_pl.backbone.backbone import Backbone
-
-
-def fabric_settings(fabric: Fabric) -> tuple[str, torch.device]:
-    """Precision and device of a Fabric."""
-    plugin: Any = fabric.strategy.precision
-    return str(plugin.precision), fabric.device
 
 
 def check_fabric(fabric: Fabric, backbone: Backbone) -> None:
