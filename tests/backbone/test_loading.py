@@ -84,7 +84,7 @@ def without(*names):
 def test_weights_that_do_not_fit_are_named(altered, alter, settings, message, device_map, caplog, capfd):
     source = altered(alter, **settings)
     with pytest.raises(FastMemError, match=message) as refused:
-        loading.load_model(source, torch.float32, device_map=device_map)
+        loading.load_model(source, device_map=device_map)
     assert f"cannot load {source!r}" in str(refused.value)
     assert "LOAD REPORT" not in caplog.text + "".join(capfd.readouterr())
 
