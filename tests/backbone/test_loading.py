@@ -107,7 +107,7 @@ def test_a_gguf_file_that_lacks_weights_is_named_and_not_kept(tmp_path, monkeypa
     (tmp_path / "m.gguf").write_bytes(b"x")
     info = {"missing_keys": {UP}, "mismatched_keys": set(), "unexpected_keys": set()}
     read = {"from_pretrained": lambda **options: (tiny.model, info)}
-    monkeypatch.setattr("transformers.AutoModelForCausalLM", type("Auto", (), read))
+    monkeypatch.setattr("fastmem_pl.backbone.loading.AutoModelForCausalLM", type("Auto", (), read))
     monkeypatch.setattr("transformers.AutoTokenizer", type("Auto", (), read))
     with pytest.raises(FastMemError, match=rf"m\.gguf': weights are missing: {UP};"):
         Backbone.load(str(tmp_path / "m.gguf"))
