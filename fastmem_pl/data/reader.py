@@ -9,7 +9,7 @@ from typing import Any
 
 from fastmem_pl.base.errors import FastMemError, nearest, unknown
 from fastmem_pl.data.samples import ContextSample
-from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, Record
+from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, RawRecord
 
 _DEMO = Path(__file__).parent / "demo"
 PACKAGED = {"demo": _DEMO / "conflicts.jsonl", "long": _DEMO / "long.jsonl"}
@@ -53,7 +53,7 @@ def read_samples(
     samples: list[ContextSample] = []
     for line, data in _records(path):
         try:
-            record = Record(data, fields)
+            record = RawRecord(data, fields)
             name = record.text("task") if task == MIXED else task
             read = TASKS[name].read(record)
         except (FieldError, FastMemError) as error:

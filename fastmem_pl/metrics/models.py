@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.hub import cache_first, load_tokenizer
@@ -28,8 +29,8 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 # The layers that the bert-score package takes of roberta-base, roberta-large, bert-base-uncased and
-# bert-large-uncased: those whose BERTScore agrees best with human judgement (Zhang et al., 2020). Told by
-# family and depth, since a local copy of a checkpoint may lie in a folder of any name.
+# bert-large-uncased: those whose BERTScore agrees best with human judgement (Zhang et al., 2020). By family
+# and depth, since a local copy of a checkpoint may lie in a folder of any name.
 _BERTSCORE_LAYERS = {("roberta", 12): 10, ("roberta", 24): 17, ("bert", 12): 9, ("bert", 24): 18}
 _FACTKB_TOKENIZER = "roberta-base"
 
@@ -39,15 +40,15 @@ class MetricModel(ABC):
 
     Args:
         source: Hub id or local folder.
-        device: that holds the model.
+        device: where the model runs.
         batch_size: samples of one forward pass; the scores do not depend on it.
 
     Raises:
         FastMemError: when the checkpoint cannot be loaded or does not fit the metric.
 
     Attributes:
-        name: of the score in records and ``metrics.json``.
-        setting: that holds ``source`` on the command line.
+        name: name of the score in records and ``metrics.json``.
+        setting: option on the command line that holds ``source``.
         max_tokens: length at which inputs are cut, special tokens included.
     """
 
@@ -111,23 +112,19 @@ class MetricModel(ABC):
 
 
 class BERTScorePrecision(MetricModel):
-    """BERTScore precision of a summary against its article (Zhang et al., 2020), by torchmetrics.
+    """BERTScore precision of a summary against its article (Zhang et al., 2020, equation 2).
 
     Each token of the summary is matched with the most similar token of the article, by the cosine of their
     contextual embeddings; the score is the mean over the summary's tokens. Special tokens are left out on
     both sides, and a token without any similar one (negative cosines only) counts 0.
 
     Attributes:
-        layer: whose hidden states are the embeddings: for RoBERTa and BERT as in bert-score, else the last.
+        layer: layer whose hidden states are the embeddings: for RoBERTa and BERT as in bert-score, else the
+            last.
     """
 
     name = "bert_precision"
     setting = "model.bertscore_model"
-
-    def __init__(
-        self, source: str = "roberta-large", device: torch.device | str = "cpu", batch_size: int = 16
-    ) -> None:
-        super().__init__(source, device, batch_size)
 
     def _load_model(self, path: str) -> Any:
         from transformers import AutoModel
@@ -146,24 +143,14 @@ class BERTScorePrecision(MetricModel):
             raise ValueError("it is no encoder that puts one token before and one after a text, like RoBERTa")
 
     def _score(self, predictions: list[str], articles: list[str]) -> list[float]:
-        from torchmetrics.functional.text.bert import bert_score
-
-        scores = []
-        for summary, article in zip(self._embed(predictions), self._embed(articles), strict=True):
-            # One pair a call: torchmetrics sorts predictions and articles each by their own length and does
-            # not undo it right (Lightning-AI/torchmetrics#2728), so several pairs in a call get mixed up.
-            result = bert_score(
-                _as_input(summary),
-                _as_input(article),
-                model=self.model,
-                user_forward_fn=lambda model, batch: batch["input_ids"],
-            )
-            # NaN: the tokenizer found nothing in the summary (control characters only, say).
-            scores.append(result["precision"].nan_to_num(0.0).item())
-        return scores
+        pairs = zip(self._embed(predictions), self._embed(articles), strict=True)
+        # torchmetrics' BERTScore mixes pairs up when it sorts them by length (docs/LOG.md).
+        best = [functional.pad(summary @ article.T, (1, 0)).amax(dim=1) for summary, article in pairs]
+        # The tokenizer may find nothing in a summary (control characters only, say).
+        return [tokens.mean().item() if len(tokens) else 0.0 for tokens in best]
 
     def _embed(self, texts: list[str]) -> list[Tensor]:
-        """Return the embeddings ``(T, D)`` of each text's tokens, special ones included, on the CPU."""
+        """Return the unit embeddings ``(T, D)`` of each text's tokens, special ones left out, on the CPU."""
         # The space makes RoBERTa read the first word as any other word, as bert-score has it.
         batch = self.tokenizer(
             [f" {text.strip()}".rstrip() for text in texts],
@@ -172,8 +159,10 @@ class BERTScorePrecision(MetricModel):
             max_length=self.max_tokens,
             return_tensors="pt",
         ).to(self.device)
-        hidden = self.model(**batch).last_hidden_state
-        return [row[mask.bool()].cpu() for row, mask in zip(hidden, batch["attention_mask"], strict=True)]
+        hidden = functional.normalize(self.model(**batch).last_hidden_state, dim=-1)
+        return [
+            row[mask.bool()][1:-1].cpu() for row, mask in zip(hidden, batch["attention_mask"], strict=True)
+        ]
 
 
 class FactKB(MetricModel):
@@ -185,11 +174,6 @@ class FactKB(MetricModel):
 
     name = "factkb"
     setting = "model.factkb_model"
-
-    def __init__(
-        self, source: str = "bunsenfeng/FactKB", device: torch.device | str = "cpu", batch_size: int = 16
-    ) -> None:
-        super().__init__(source, device, batch_size)
 
     def _load_model(self, path: str) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -248,8 +232,7 @@ def load_metric_model(name: str, source: str, device: torch.device | str = "cpu"
 @contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
     """Compute in plain float32, whatever precision plugin surrounds it, and leave the random state alone."""
-    # torchmetrics finds the last token by a running sum in the default dtype, which in bfloat16 can miss it
-    # from 153 tokens on; the data loader inside it and newly made layers draw random numbers.
+    # Newly made layers draw random numbers, which a checkpoint then replaces.
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -313,11 +296,3 @@ def _max_tokens(model: Any, tokenizer: Any) -> int:
     padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
     # RoBERTa counts positions from the padding token's id on: the rows up to it stand for no position.
     return min(tokenizer.model_max_length, positions - (0 if padding is None else padding + 1))
-
-
-def _as_input(embeddings: Tensor) -> dict[str, Tensor]:
-    """Pass embeddings ``(T, D)`` in place of token ids, which torchmetrics leaves to the model."""
-    return {
-        "input_ids": embeddings.unsqueeze(0),
-        "attention_mask": torch.ones(1, len(embeddings), dtype=torch.long),
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,15 +9,11 @@ from typing import Any
 from fastmem_pl.report.browser import browser_data
 from fastmem_pl.report.charts import make_charts
 from fastmem_pl.report.collect import Comparison
-from fastmem_pl.report.page import Cell, Page, PageTable, render_page
+from fastmem_pl.report.page import Page, render_page
+from fastmem_pl.report.profile_table import profile_page_table
+from fastmem_pl.report.results import cost_table, curve_table, dataset_table, memory_table, overview
 from fastmem_pl.report.runs import ReportRun
-from fastmem_pl.report.table import (
-    cost_table,
-    curve_table,
-    dataset_table,
-    memory_table,
-    overview,
-)
+from fastmem_pl.report.table import NONE, PageTable, count_of, escaped, markdown_table
 
 _SETTINGS = ("learning_rate", "steps", "kl_coeff", "num_layers", "alpha", "max_new_tokens", "temperature")
 
@@ -35,7 +30,12 @@ def all_tables(comparison: Comparison) -> list[PageTable]:
     """Results, then what they cost."""
     further = [curve_table(comparison), cost_table(comparison), memory_table(comparison)]
     tables = [*result_tables(comparison), *(table for table in further if table)]
-    return [*tables, *_profiles(comparison.runs), _run_table(comparison.runs)]
+    profiles = [
+        replace(profile_page_table(run.profile), title=f"Profile of {run.label}")
+        for run in comparison.runs
+        if run.profile
+    ]
+    return [*tables, *profiles, _run_table(comparison.runs)]
 
 
 def notices(comparison: Comparison) -> list[str]:
@@ -48,11 +48,11 @@ def html(comparison: Comparison, title: str) -> str:
     runs = comparison.runs
     # Each once, whoever answered about it.
     answered = {(run.data_key, r["task"], r["index"]) for run in runs for r in run.records}
-    methods = {variant.method for variant in comparison.variants}
+    methods = comparison.answers["method"].unique()
     page = Page(
         title=title,
-        subtitle=f"{_count(len(answered), 'sample')}, {_count(len(methods), 'method')}, "
-        + _count(len(runs), "run"),
+        subtitle=f"{count_of(len(answered), 'sample')}, {count_of(len(methods), 'method')}, "
+        + count_of(len(runs), "run"),
         facts=_facts(runs),
         notices=notices(comparison),
         tables=all_tables(comparison),
@@ -65,12 +65,12 @@ def html(comparison: Comparison, title: str) -> str:
 
 def markdown(comparison: Comparison, title: str) -> str:
     """The tables as Markdown."""
-    blocks = [f"# {_escaped(title)}"]
-    blocks += [f"- {_escaped(name)}: {_escaped(value)}" for name, value in _facts(comparison.runs)]
+    blocks = [f"# {escaped(title)}"]
+    blocks += [f"- {escaped(name)}: {escaped(value)}" for name, value in _facts(comparison.runs)]
     for notice in notices(comparison):
-        blocks.append(f"> {_escaped(notice)}")
+        blocks.append(f"> {escaped(notice)}")
     for table in all_tables(comparison):
-        blocks += [f"## {_escaped(table.title)}", _markdown_table(table)]
+        blocks += [f"## {escaped(table.title)}", markdown_table(table)]
         blocks += [table.caption] if table.caption else []
     return "\n".join(_spaced(blocks)) + "\n"
 
@@ -83,26 +83,6 @@ def _spaced(blocks: Sequence[str]) -> Iterator[str]:
         yield block
 
 
-def _markdown_table(table: PageTable) -> str:
-    lines = [[_escaped(name) for name in table.header], ["---", *(["---:"] * (len(table.header) - 1))]]
-    lines += [[_markdown_cell(cell) for cell in row] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = _escaped(cell.text)
-    if cell.best:
-        text = f"**{text}**"
-    return f"{text} ({_escaped(cell.note)})" if cell.note else text
-
-
-def _escaped(text: str) -> str:
-    """Text that stays text, and in its table cell."""
-    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
-    # A sign that something follows might begin HTML.
-    return re.sub(r"<(?=\S)", "&lt;", text)
-
-
 def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
     """What all runs share, in a few lines."""
     environments = [run.metrics.get("environment") or {} for run in runs]
@@ -111,7 +91,7 @@ def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
     packages = ("fastmem-pl", "torch", "transformers")
     facts = {
         "model": _distinct(run.model for run in runs),
-        "precision": _distinct(str(run.identity.get("trainer", {}).get("precision", "")) for run in runs),
+        "precision": _distinct(run.precision for run in runs),
         "device": _distinct(devices),
         "versions": _distinct(", ".join(f"{n} {v[n]}" for n in packages if n in v) for v in versions),
     }
@@ -128,30 +108,16 @@ def _run_table(runs: Sequence[ReportRun]) -> PageTable:
     rows = []
     for run in runs:
         settings = run.identity["model"]
-        answered = len({record["index"] for record in run.records})
-        cells = [run.label, run.model, str(run.identity["data"].get("task", "")), str(answered)]
-        cells += [str(run.identity.get("trainer", {}).get("precision", "–"))]
-        cells += [_setting(settings.get(name)) for name in _SETTINGS]
-        rows.append([Cell(cell) for cell in cells])
-    return PageTable("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")
+        cells = [
+            run.label,
+            run.model,
+            run.identity["data"].get("task", ""),
+            run.answered,
+            run.precision or NONE,
+        ]
+        rows.append([*cells, *(_setting(settings.get(name)) for name in _SETTINGS)])
+    return PageTable.of("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")
 
 
 def _setting(value: Any) -> str:
-    return "–" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def _profiles(runs: Sequence[ReportRun]) -> Iterator[PageTable]:
-    """Where the time of profiled runs went."""
-    for run in runs:
-        if not run.profile:
-            continue
-        from fastmem_pl.report.profile_table import profile_notes, profile_rows, profile_title
-
-        header, rows = profile_rows(run.profile)
-        cells = [[Cell(str(cell)) for cell in row] for row in rows]
-        caption = "; ".join([profile_title(run.profile), *profile_notes(run.profile)])
-        yield PageTable(f"Profile of {run.label}", list(header), cells, caption)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return NONE if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)

@@ -15,56 +15,17 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from fastmem_pl.report.table import PageTable
+
 _FOLDER = Path(__file__).parent / "page"
 # Print comes last, in page.css.
 _STYLES = ("samples.css", "page.css")
 _SCRIPTS = ("filters.js", "list.js", "detail.js", "page.js")
-_NUMBER = re.compile(r"[<>=~+±−–-]?\s*\d.*|[-–—]?")
 # In HTML a style element, unlike a style attribute, reaches out of its SVG; the metadata is long and unread.
 _REMOVED = re.compile(r"<(style|metadata)\b.*?</\1\s*>", re.DOTALL)
 _ID = re.compile(r"(\sid=[\"']|\bhref=[\"']#|url\(#)")
 # What could end the script element, or is not allowed in scripts (U+2028/9) or in UTF-8 (lone surrogates).
 _UNSAFE_JSON = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: its value.
-        note: a second, smaller line.
-        best: mark it as the best of its column.
-    """
-
-    text: str
-    note: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class PageTable:
-    """A table; the first cell of a row is the row's heading."""
-
-    title: str
-    header: list[str]
-    rows: list[list[Cell]]
-    caption: str = ""
-
-    def numeric(self, column: int) -> bool:
-        """Whether all cells of a column look like numbers, which are aligned to the right.
-
-        >>> table = PageTable("", ["", "n", "why"], [[Cell("a"), Cell("71.7% ± 5.9"), Cell("gold")]])
-        >>> [table.numeric(column) for column in range(3)]
-        [False, True, False]
-        """
-        cells = (row[column].text.strip() for row in self.rows if column < len(row))
-        return column > 0 and all(_NUMBER.fullmatch(text) for text in cells)
-
-    @property
-    def has_best(self) -> bool:
-        """Whether a cell is marked as the best."""
-        return any(cell.best for row in self.rows for cell in row)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import yaml
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file
+from fastmem_pl.report.table import count_of
 from fastmem_pl.run.folder import RunFolder
 from fastmem_pl.run.profile import read_profile
 from fastmem_pl.run.records import Record
@@ -25,6 +26,8 @@ _ZERO_SHOT = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
     "answer_quirks",
 )
+
+_KINDS = {"task": str, "prediction": str, "scores": dict, "seconds": dict, "output_words": int}
 
 
 @dataclass
@@ -84,7 +87,17 @@ class ReportRun:
         settings = {name: self.identity["model"].get(name) for name in _ZERO_SHOT}
         settings |= {name: self.identity["data"].get(name) for name in ("task", "answer_prefix")}
         settings |= {"model": self.model_key, "data": self.data_key}
-        return {**settings, "precision": self.identity.get("trainer", {}).get("precision")}
+        return {**settings, "precision": self.precision}
+
+    @property
+    def precision(self) -> str:
+        """That of the trainer; empty where a run does not state it."""
+        return str(self.identity.get("trainer", {}).get("precision") or "")
+
+    @cached_property
+    def answered(self) -> int:
+        """Number of samples."""
+        return len({record["index"] for record in self.records})
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -125,19 +138,18 @@ def read_run(path: Path, label: str = "") -> ReportRun:
     if folder.metrics_path.is_file():
         run.metrics = _read_json(folder.metrics_path)
     run.profile = read_profile(path) or {}
-    _add_notices(run)
+    run.notices = _notices(run)
     return run
 
 
 def _check(record: Record, path: Path) -> None:
     """Refuse a record that is not as a run writes them."""
-    kinds = {"task": str, "prediction": str, "scores": dict, "seconds": dict, "output_words": int}
-    wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+    fits = {name: isinstance(record.get(name), kind) for name, kind in _KINDS.items()}
     for name in ("scores", "seconds"):
-        if name not in wrong and not _numbers(record[name].values()):
-            wrong.append(name)
-    if record.get("curve") and not _is_curve(record["curve"], record.get("status") == "ok"):
-        wrong.append("curve")
+        fits[name] = fits[name] and all(map(_is_finite, record[name].values()))
+    curve = record.get("curve")
+    fits["curve"] = not curve or _is_curve(curve, record.get("status") == "ok")
+    wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
         raise FastMemError(
             f"{path / 'predictions.jsonl'} is damaged: {wrong[0]!r} of sample {record['index']} is "
@@ -145,24 +157,19 @@ def _check(record: Record, path: Path) -> None:
         )
 
 
-def _is_curve(curve: Any, finite: bool) -> bool:
+def _is_curve(curve: Any, whole: bool) -> bool:
     """Whether these are lists of numbers, one a step; those of a memory that failed end in what is none."""
-    if not isinstance(curve, dict) or not curve.keys() >= {"cross_entropy", "kl"}:
+    if not (isinstance(curve, dict) and curve.keys() >= {"cross_entropy", "kl"}):
         return False
     columns = list(curve.values())
-    return (
-        all(isinstance(column, list) for column in columns)
-        and len({len(column) for column in columns}) == 1
-        and all(_numbers(column) if finite else all(map(_is_number_or_null, column)) for column in columns)
-    )
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return False
+    values = [value for column in columns for value in column]
+    return all(_is_finite(value) or (not whole and isinstance(value, float | None)) for value in values)
 
 
-def _numbers(values: Iterable[Any]) -> bool:
-    return all(value is not None and _is_number_or_null(value) and math.isfinite(value) for value in values)
-
-
-def _is_number_or_null(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -175,21 +182,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _add_notices(run: ReportRun) -> None:
-    answered = len({record["index"] for record in run.records})
-    total = run.metrics.get("num_samples")
+def _notices(run: ReportRun) -> list[str]:
+    lines, total = [], run.metrics.get("num_samples")
     if not run.metrics:
-        run.notices.append(f"{run.label}: the run is not complete; {_count(answered, 'sample')} so far")
-    elif total and answered < total:
-        run.notices.append(f"{run.label}: only {answered} of {total} samples are answered so far")
-    failed = {record["index"] for record in run.records if record.get("status", "ok") != "ok"}
-    if failed:
-        run.notices.append(
-            f"{run.label}: {_count(len(failed), 'sample')} could not be memorized; the base model answered"
-        )
-    cut = {record["index"] for record in run.records if record.get("n_truncated_tokens")}
-    if cut:
-        run.notices.append(f"{run.label}: {_count(len(cut), 'sample')} had a context over the limit, cut off")
+        lines.append(f"the run is not complete; {count_of(run.answered, 'sample')} so far")
+    elif total and run.answered < total:
+        lines.append(f"only {run.answered} of {total} samples are answered so far")
+    if failed := {record["index"] for record in run.records if record.get("status", "ok") != "ok"}:
+        lines.append(f"{count_of(len(failed), 'sample')} could not be memorized; the base model answered")
+    if cut := {record["index"] for record in run.records if record.get("n_truncated_tokens")}:
+        lines.append(f"{count_of(len(cut), 'sample')} had a context over the limit, cut off")
+    return [f"{run.label}: {line}" for line in lines]
 
 
 def find_samples(run: ReportRun, given: str | Path | None) -> None:
@@ -244,7 +247,3 @@ def perplexity(record: Mapping[str, Any]) -> float | None:
     """Perplexity of the context under the base model: of the curve's first value, before any update."""
     losses = (record.get("curve") or {}).get("cross_entropy") or []
     return math.exp(min(losses[0], 50.0)) if losses and isinstance(losses[0], (int, float)) else None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
