@@ -6,7 +6,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
 
@@ -58,9 +57,10 @@ class MetricModel(ABC):
     def __init__(self, source: str, device: torch.device | str = "cpu", batch_size: int = 16) -> None:
         self.source, self.device, self.batch_size = source, torch.device(device), batch_size
         try:
-            with _isolated(self.device), _silent_transformers():
-                self.model = self._load_model(_path(source)).eval()
-                self.tokenizer = self._load_tokenizer(_path(source))
+            path = os.path.expanduser(source)
+            with _isolated(self.device):
+                self.model = self._load_model(path).eval()
+                self.tokenizer = self._load_tokenizer(path)
             self.max_tokens = _max_tokens(self.model, self.tokenizer)
             self._check()
         except UnpicklingError as error:
@@ -87,15 +87,13 @@ class MetricModel(ABC):
         return values
 
     @abstractmethod
-    def _load_model(self, path: str) -> Any:
-        """Load the model on the CPU."""
+    def _load_model(self, path: str) -> Any: ...
 
     @abstractmethod
     def _score(self, predictions: list[str], articles: list[str]) -> list[float]:
         """Score one batch of predictions, none of them empty."""
 
-    def _load_tokenizer(self, path: str) -> Any:
-        return load_tokenizer(path)
+    _load_tokenizer = staticmethod(load_tokenizer)
 
     def _check(self) -> None:
         rows = self.model.get_input_embeddings().num_embeddings
@@ -220,11 +218,8 @@ for _factory in (BERTScorePrecision, FactKB):
 def load_metric_model(name: str, source: str, device: torch.device | str = "cpu") -> MetricModel:
     """Load a registered metric's model.
 
-    Without a network it fails within seconds: the Hub's client alone would retry for most of a minute.
-
     Raises:
-        FastMemError: when the name is unknown or the checkpoint cannot be loaded, in one line that says which
-            setting to change.
+        FastMemError: when the name is unknown or the checkpoint cannot be loaded.
     """
     return METRIC_MODELS[name](source, device)
 
@@ -232,36 +227,19 @@ def load_metric_model(name: str, source: str, device: torch.device | str = "cpu"
 @contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
     """Compute in plain float32, whatever precision plugin surrounds it, and leave the random state alone."""
-    # Newly made layers draw random numbers, which a checkpoint then replaces.
-    dtype = torch.get_default_dtype()
+    from transformers.utils import logging
+
+    dtype, verbosity = torch.get_default_dtype(), logging.get_verbosity()
     torch.set_default_dtype(torch.float32)
+    # Its report of weights that the checkpoint lacks or has too many; `_pretrained` checks them.
+    logging.set_verbosity_error()
     try:
+        # Newly made layers draw random numbers, which a checkpoint then replaces.
         with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Silence the report of weights that the checkpoint lacks or has too many; `_pretrained` checks them."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
         logging.set_verbosity(verbosity)
-
-
-def _path(source: str) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return str(path)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise OSError("there is no such folder")
-    return source
 
 
 def _pretrained(auto_class: Any, path: str, unused: str | None = None) -> Any:

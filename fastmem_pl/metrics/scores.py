@@ -11,12 +11,7 @@ from math import isfinite, nan
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.registry import Registry
 from fastmem_pl.metrics.rouge import rouge
-from fastmem_pl.metrics.text import (
-    contains_answer,
-    extract_answer,
-    has_answer_format,
-    normalize_answer,
-)
+from fastmem_pl.metrics.text import contains_answer, extract_answer, has_answer_format, normalize_answer
 
 
 @dataclass(frozen=True)
@@ -26,10 +21,9 @@ class Score:
     Attributes:
         name: in records and ``metrics.json``.
         label: heading in tables.
-        function: ``(prediction, references, originals) -> number``, ``None`` where it does not apply. A
-            score without a function needs a model of its own, and comes after the answers
-            (:mod:`fastmem_pl.metrics.models`).
-        percent: show as a percentage.
+        function: ``(prediction, references, originals) -> number``, ``None`` where it does not apply; a score
+            without a function is computed after the answers (:mod:`fastmem_pl.metrics.models`).
+        percent: shown as a percentage.
         binary: it is 0 or 1, so that methods are compared sample by sample with McNemar's test.
         lower_is_better: whether a small value is the good one.
     """
@@ -128,8 +122,7 @@ for _score in (
 ):
     SCORES.register(_score.name, _score)
 
-
-_OTHER_LABELS = {"output_words": "words", "seconds": "s/sample"}
+_OTHER = {"output_words": "words", "seconds": "s/sample"}
 
 
 def score_answer(
@@ -158,19 +151,14 @@ def score_answer(
     return scores
 
 
-def score_label(name: str) -> str:
-    """Heading of a score, or of the length or the time of answers, in tables."""
-    return _OTHER_LABELS.get(name) or (SCORES[name].label if name in SCORES else name)
-
-
-def is_percent(name: str) -> bool:
-    """Whether the score is shown as a percentage."""
-    return name in SCORES and SCORES[name].percent
+def find_score(name: str) -> Score:
+    """The score of that name; for other numbers of records, how tables show them."""
+    return SCORES[name] if name in SCORES else Score(name, _OTHER.get(name, name), None, percent=False)
 
 
 def lower_is_better(name: str) -> bool:
     """Whether a small value of this score is the good one."""
-    return name in SCORES and SCORES[name].lower_is_better
+    return find_score(name).lower_is_better
 
 
 def format_score(name: str, value: float, error: float | None = None, sign: str = "") -> str:
@@ -179,7 +167,7 @@ def format_score(name: str, value: float, error: float | None = None, sign: str 
     >>> format_score("accuracy", 0.525, 0.031), format_score("output_words", 3.25)
     ('52.5% ± 3.1', '3.2')
     """
-    percent, digits = is_percent(name), 2 if name == "seconds" else 1
+    percent, digits = find_score(name).percent, 2 if name == "seconds" else 1
     scale = 100 if percent else 1
     shown = round(scale * value, digits) + 0.0  # no minus before a zero
     spread = "" if error is None else f" ± {scale * error:.{digits}f}"

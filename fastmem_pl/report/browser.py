@@ -11,22 +11,22 @@ from typing import Any
 
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding.methods import METHODS
-from fastmem_pl.metrics import SCORES, Score
-from fastmem_pl.report.collect import Comparison, is_memory
+from fastmem_pl.metrics import find_score
+from fastmem_pl.report.collect import Comparison
 from fastmem_pl.run.records import Record
 
 
 def browser_data(comparison: Comparison) -> dict[str, Any]:
     """What ``page/filters.js`` documents: variants, scores, and every sample with its answers."""
     places, variants = comparison.tasks, comparison.variants
-    methods = comparison.answers.groupby("variant")["method"].first()
+    memory = comparison.answers.groupby("variant")["memory"].first()
     names = dict.fromkeys(name for place in places for name in comparison.scores_of(place))
     return {
         "variants": [
             {
                 "label": variant,
                 "baselines": [_baseline(comparison, variant, place) for place in places],
-                "memory": is_memory(methods[variant]),
+                "memory": bool(memory[variant]),
             }
             for variant in variants
         ],
@@ -49,7 +49,7 @@ def _baseline(comparison: Comparison, variant: str, place: int) -> int | None:
 
 
 def _score(name: str) -> dict[str, Any]:
-    score = SCORES[name] if name in SCORES else Score(name, name, None, percent=False)
+    score = find_score(name)
     shown = {"label": score.label, "percent": score.percent, "binary": score.binary}
     return {**shown, "lower": score.lower_is_better}
 

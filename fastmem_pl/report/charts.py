@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastmem_pl.metrics import estimate, is_percent, score_label
+from fastmem_pl.metrics import estimate, find_score
 from fastmem_pl.report.collect import Comparison
 from fastmem_pl.report.figure import draw_chart, grouped_bars, line_look, marker, series_name, stacked_bars
 from fastmem_pl.report.page import Chart
@@ -119,14 +119,14 @@ def _binned_chart(
             axes.errorbar(places, means, bars, label=series_name(variant), capsize=2, **look)
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlabel(label)
-        axes.set_ylabel(f"{score_label(score)}{unit}")
+        axes.set_ylabel(f"{find_score(score).label}{unit}")
 
     rows = [
         [variant, ticks[bin_], f"{one.value:.1f} ± {one.error or 0.0:.1f}", one.n]
         for variant, points in series.items()
         for bin_, one in points.items()
     ]
-    name = score_label(score)
+    name = find_score(score).label
     data = [comparison.datasets[place].label] if len(comparison.tasks) > 1 else []
     title = f"{name.capitalize() if name.islower() else name} by {about}"
     return draw_chart(
@@ -142,26 +142,23 @@ def _binned_chart(
 def _bar_chart(comparison: Comparison, score: str, title: str, caption: str) -> Chart | None:
     """One score by method, grouped by data set."""
     scale, unit = _scale(score)
-    found = {
-        place: {
-            variant: one.estimate
-            for (p, variant, s), one in comparison.results.items()
-            if (p, s) == (place, score)
-        }
-        for place in comparison.tasks
-    }
+    found = pd.DataFrame(
+        [
+            (place, variant, scale * one.estimate.value, scale * (one.estimate.error or 0.0))
+            for (place, variant, name), one in comparison.results.items()
+            if name == score and comparison.datasets[place].task
+        ],
+        columns=["place", "variant", "value", "error"],
+    )
     # All zeros would be an empty picture; the table says so.
-    found = {place: own for place, own in found.items() if any(one.value for one in own.values())}
-    if not found:
+    found = found[found.groupby("place")["value"].transform("any")]
+    if found.empty:
         return None
-    label = {place: comparison.datasets[place].label for place in found}
-    shown = [variant for variant in comparison.variants if any(variant in own for own in found.values())]
+    found["data"] = [comparison.datasets[place].label for place in found["place"]]
+    shown = [variant for variant in comparison.variants if variant in set(found["variant"])]
     values, errors = (
-        pd.DataFrame({label[place]: pd.Series(numbers(own)) for place, own in found.items()}).reindex(shown)
-        for numbers in (
-            lambda own: {variant: scale * one.value for variant, one in own.items()},
-            lambda own: {variant: scale * (one.error or 0.0) for variant, one in own.items()},
-        )
+        found.pivot(index="variant", columns="data", values=name).loc[shown, found["data"].unique()]
+        for name in ("value", "error")
     )
 
     def draw(axes: Any) -> None:
@@ -169,13 +166,10 @@ def _bar_chart(comparison: Comparison, score: str, title: str, caption: str) -> 
         axes.set_xlim(left=0)
         axes.set_xlabel(header[2])
 
-    header = ["method", "data", f"{score_label(score)}{unit}"]
-    rows = [
-        [variant, label[place], f"{scale * one.value:.1f} ± {scale * (one.error or 0.0):.1f}"]
-        for place, own in found.items()
-        for variant, one in own.items()
-    ]
-    return draw_chart(score, title, caption, draw, header, rows, len(found) > 1, _height(values))
+    header = ["method", "data", f"{find_score(score).label}{unit}"]
+    rows = [[one.variant, one.data, f"{one.value:.1f} ± {one.error:.1f}"] for one in found.itertuples()]
+    many = len(values.columns) > 1
+    return draw_chart(score, title, caption, draw, header, rows, many, _height(values))
 
 
 def _seconds_chart(comparison: Comparison) -> Chart:
@@ -243,4 +237,4 @@ def _height(frame: pd.DataFrame) -> int:
 
 
 def _scale(score: str) -> tuple[float, str]:
-    return (100.0, ", %") if is_percent(score) else (1.0, "")
+    return (100.0, ", %") if find_score(score).percent else (1.0, "")

@@ -12,16 +12,11 @@ import pandas as pd
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.decoding.methods import BASELINE, METHODS
-from fastmem_pl.metrics import SCORES, estimate, paired
+from fastmem_pl.metrics import SCORES, estimate, find_score, paired
 from fastmem_pl.report.paper import published
 from fastmem_pl.report.runs import ReportRun, find_samples, hash_of, perplexity, read_run
 from fastmem_pl.report.table import Result
 
-# The order of columns; others follow by name.
-_SCORES = (
-    *("accuracy", "contained", "exact_match", "f1", "format_failure", "original"),
-    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bert_precision", "factkb"),
-)
 # The one score of a data set where there is room for one; the first that the records have.
 _PRIMARY = ("accuracy", "factkb", "bert_precision", "rougeL")
 
@@ -43,7 +38,7 @@ class Dataset:
 
 @dataclass
 class Comparison:
-    """Runs side by side. Data sets are numbered by their place in ``datasets``, runs by theirs in ``runs``.
+    """Runs side by side; numbers of runs and data sets are their places in these lists.
 
     Attributes:
         runs: as given.
@@ -51,7 +46,7 @@ class Comparison:
         answers: one row per answer, those of a mixed file once more in the data set of all its tasks: its
             place (``dataset``, ``run``, ``system``, ``model``, ``method``, ``index`` of the sample, and
             ``variant``, the row of the result tables: the method, and what tells its system from others), its
-            ``record``, and numbers of it (``memorize`` and ``decode`` in seconds).
+            ``record``, and numbers of it (``memorize`` and ``decode`` in seconds, ``length`` in tokens).
         scores: of the same rows, one column per score; NaN where an answer has none.
     """
 
@@ -99,7 +94,7 @@ class Comparison:
                     against = None
                     if baseline is not None:
                         pairs = pd.concat([self.values(place, baseline, score), values], axis=1, join="inner")
-                        binary = score in SCORES and SCORES[score].binary
+                        binary = find_score(score).binary
                         against = paired(*pairs.to_numpy().T, binary) if len(pairs) else None
                     paper = published(run, self.datasets[place].task, method, score)
                     result = Result(estimate(values), against, paper, len(answers))
@@ -114,7 +109,7 @@ class Comparison:
     def scores_of(self, dataset: int) -> list[str]:
         """Scores that answers of a data set have, in the order of tables."""
         found = set(self.scores[self.answers["dataset"] == dataset].dropna(axis=1, how="all"))
-        return [*(name for name in _SCORES if name in found), *sorted(found - set(_SCORES))]
+        return [*(name for name in SCORES if name in found), *sorted(found - set(SCORES))]
 
     def primary_score(self, dataset: int) -> str | None:
         """The score that stands for a data set: the paper's, where answers have it."""
@@ -143,25 +138,17 @@ class Comparison:
     @cached_property
     def curves(self) -> dict[str, list[Mapping[str, Sequence[float]]]]:
         """Loss curves of all memorized samples by data set, and by system where there are several."""
+        # All methods of a system share the memory.
+        memories = self.answers[self.answers["memory"]].drop_duplicates(["dataset", "system", "index"])
         found = {}
-        for place in self.tasks:
-            label, seen = self.datasets[place].label, set()
-            for answers in self.groups[place].values():
-                first = answers.iloc[0]
-                # All methods of a system share the memory.
-                if not is_memory(first["method"]) or first["system"] in seen:
-                    continue
-                seen.add(first["system"])
-                whole = [r for r in answers["record"] if r.get("curve") and r.get("status") == "ok"]
-                curves = [record["curve"] for record in whole if record["curve"].get("cross_entropy")]
-                if curves:
-                    found[f"{label} · {first['system']}" if first["system"] else label] = curves
+        groups = memories.groupby(["dataset", "system"], sort=False)
+        for (place, system), answers in sorted(groups, key=lambda group: group[0][0]):
+            whole = [r["curve"] for r in answers["record"] if r.get("curve") and r.get("status") == "ok"]
+            curves = [curve for curve in whole if curve.get("cross_entropy")]
+            if curves and self.datasets[place].task:
+                label = self.datasets[place].label
+                found[f"{label} · {system}" if system else label] = curves
         return found
-
-
-def is_memory(method: str) -> bool:
-    """Whether the method memorizes."""
-    return method in METHODS and METHODS[method].memory
 
 
 def collect(paths: Sequence[str | Path], data: str | Path | None = None, contexts: bool = True) -> Comparison:
@@ -183,8 +170,9 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
     runs = [read_run(path, label) for path, label in zip(given, _labels(resolved), strict=True)]
     if data is not None and not Path(data).is_file():
         raise FastMemError(f"--data: no such file: {data}")
-    for run in runs if contexts else ():
-        find_samples(run, data)
+    if contexts:
+        for run in runs:
+            find_samples(run, data)
     if data is not None and not any(run.data_hash == hash_of(Path(data)) for run in runs):
         listed = ", ".join(str(run.path) for run in runs)
         raise FastMemError(f"--data: {data} is not the data of {listed} (its content differs)")
@@ -267,6 +255,7 @@ def _answers(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> pd.DataF
             row = {
                 **{"run": number, "system": system, "model": model, "method": method, "record": record},
                 "variant": f"{method} · {system}" if system else method,
+                "memory": method in METHODS and METHODS[method].memory,
                 "index": record["index"],
                 "memorize": record["seconds"].get("memorize", 0.0),
                 "decode": record["seconds"].get("decode", 0.0),

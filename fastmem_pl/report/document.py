@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,22 +65,11 @@ def html(comparison: Comparison, title: str) -> str:
 
 def markdown(comparison: Comparison, title: str) -> str:
     """The tables as Markdown."""
-    blocks = [f"# {escaped(title)}"]
-    blocks += [f"- {escaped(name)}: {escaped(value)}" for name, value in _facts(comparison.runs)]
-    for notice in notices(comparison):
-        blocks.append(f"> {escaped(notice)}")
+    facts = [f"- {escaped(name)}: {escaped(value)}" for name, value in _facts(comparison.runs)]
+    blocks = [f"# {escaped(title)}", "\n".join(facts), *(f"> {escaped(one)}" for one in notices(comparison))]
     for table in all_tables(comparison):
-        blocks += [f"## {escaped(table.title)}", markdown_table(table)]
-        blocks += [table.caption] if table.caption else []
-    return "\n".join(_spaced(blocks)) + "\n"
-
-
-def _spaced(blocks: Sequence[str]) -> Iterator[str]:
-    for number, block in enumerate(blocks):
-        follows_item = number and block.startswith("- ") and blocks[number - 1].startswith("- ")
-        if number and not follows_item:
-            yield ""
-        yield block
+        blocks += [f"## {escaped(table.title)}", markdown_table(table), table.caption]
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:

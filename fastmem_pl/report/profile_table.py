@@ -11,10 +11,19 @@ from rich.table import Table
 
 from fastmem_pl.report.table import NONE, PageTable, count_of, rich_table
 
-_HEADER = (
-    *("phase", "seconds", "share", "calls", "first call", "others (median)", "tokens", "tokens/s"),
-    *("ms/token", "ms/step", "peak GiB"),
-)
+# Heading and name of each number of a phase.
+_COLUMNS = {
+    "seconds": "seconds",
+    "share": "share",
+    "calls": "calls",
+    "first call": "first_seconds",
+    "others (median)": "median_seconds",
+    "tokens": "tokens",
+    "tokens/s": "tokens_per_second",
+    "ms/token": "ms_per_token",
+    "ms/step": "ms_per_step",
+    "peak GiB": "peak_memory_gib",
+}
 
 
 def profile_page_table(profile: Mapping[str, Any]) -> PageTable:
@@ -33,7 +42,7 @@ def profile_page_table(profile: Mapping[str, Any]) -> PageTable:
     peaks = [numbers.get("peak_memory_gib", 0.0) for numbers in profile["phases"].values()]
     rows.append(_row("all", {"seconds": wall, "share": 1.0, "peak_memory_gib": max(peaks)}))
     caption = "; ".join([_title(profile), *_notes(profile)])
-    return PageTable.of("", _HEADER, rows, caption)
+    return PageTable.of("", ["phase", *_COLUMNS], rows, caption)
 
 
 def profile_table(profile: Mapping[str, Any]) -> Table:
@@ -70,26 +79,16 @@ def _notes(profile: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
-    seconds, share = numbers["seconds"], numbers.get("share")
-    return [
-        name,
-        _number(seconds),
-        NONE if share is None else f"{100 * share:.1f}%",
-        f"{numbers['calls']:,}" if "calls" in numbers else NONE,
-        _number(numbers.get("first_seconds")),
-        _number(numbers.get("median_seconds")),
-        f"{numbers['tokens']:,}" if "tokens" in numbers else NONE,
-        _number(numbers.get("tokens_per_second")),
-        _number(numbers.get("ms_per_token")),
-        _number(numbers.get("ms_per_step")),
-        _number(numbers.get("peak_memory_gib")),
-    ]
+def _row(phase: str, numbers: Mapping[str, Any]) -> list[str]:
+    return [phase, *(_shown(name, numbers.get(name)) for name in _COLUMNS.values())]
 
 
-def _number(value: float | None) -> str:
-    """Three digits that count; all of those before the point."""
+def _shown(name: str, value: float | None) -> str:
+    """Counts as they are; of other numbers three digits that count, and all of those before the point."""
     if value is None:
         return NONE
-    digits = next((d for bound, d in ((0.0995, 3), (9.95, 2), (99.5, 1)) if abs(value) < bound), 0)
+    if name == "share":
+        return f"{value:.1%}"
+    bounds = () if name in ("calls", "tokens") else ((0.0995, 3), (9.95, 2), (99.5, 1))
+    digits = next((digits for bound, digits in bounds if abs(value) < bound), 0)
     return f"{value:,.{digits}f}"

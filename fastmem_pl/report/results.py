@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from fastmem_pl.data import TASKS
-from fastmem_pl.metrics import Estimate, estimate, score_label
+from fastmem_pl.metrics import Estimate, estimate, find_score
 from fastmem_pl.report.collect import Comparison
 from fastmem_pl.report.table import EFFORT, NONE, PageTable, Result, score_table
 
@@ -22,7 +22,7 @@ def overview(comparison: Comparison) -> PageTable | None:
     if len(comparison.datasets) < 2:
         return None
     chosen = [(place, score) for place in comparison.order if (score := comparison.primary_score(place))]
-    columns = [(score, f"{comparison.datasets[i].label}: {score_label(score)}") for i, score in chosen]
+    columns = [(score, f"{comparison.datasets[i].label}: {find_score(score).label}") for i, score in chosen]
     rows = {
         variant: [comparison.results.get((place, variant, score)) for place, score in chosen]
         for variant in comparison.variants
@@ -41,7 +41,7 @@ def dataset_table(comparison: Comparison, dataset: int) -> PageTable:
         ]
         for variant, answers in groups.items()
     }
-    columns = [(name, score_label(name)) for name in (*scores, *EFFORT)]
+    columns = [(name, find_score(name).label) for name in (*scores, *EFFORT)]
     return score_table(_title(comparison, dataset), columns, rows, LEGEND)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,6 @@ class ReportRun:
         path: of the folder.
         label: short name, unlike that of any other run of the report.
         identity: what the results depend on, nested (``run.json``).
-        methods: that it answered by, in order.
         records: of samples answered by all methods, in the order of the data.
         metrics: content of ``metrics.json``; empty while the run is not complete.
         profile: of ``profile/``, that of elastic workers merged; empty without one.
@@ -49,7 +49,6 @@ class ReportRun:
     path: Path
     label: str
     identity: dict[str, Any]
-    methods: list[str]
     records: list[Record]
     metrics: dict[str, Any] = field(default_factory=dict)
     profile: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +62,7 @@ class ReportRun:
 
     @property
     def data_key(self) -> str:
-        """What the samples are known by: the file, and the fields of it that were read."""
+        """Name of the samples: the file, and the fields of it that were read."""
         fields = self.identity["data"].get("fields")
         return f"{self.data_hash} {json.dumps(fields, sort_keys=True)}" if fields else self.data_hash
 
@@ -115,16 +114,12 @@ def read_run(path: Path, label: str = "") -> ReportRun:
         raise FastMemError(f"no such run folder: {path}")
     if not (path / "run.json").is_file():
         raise FastMemError(f"{path} is no run folder (it holds no run.json)")
-    content = _read_json(path / "run.json")
-    identity = content.get("identity")
-    if not isinstance(identity, dict) or not all(
-        isinstance(identity.get(k), dict) for k in ("model", "data")
-    ):
+    identity = _read_json(path / "run.json").get("identity")
+    if not (isinstance(identity, dict) and all(isinstance(identity.get(k), dict) for k in ("model", "data"))):
         raise FastMemError(f"{path / 'run.json'} is damaged (no settings in it)")
     if "search" in identity or (path / "search.json").is_file():
         raise FastMemError(f"{path} is a search; its report is {path / 'search.md'}")
-    methods = list(identity["model"].get("methods") or [])
-    folder = RunFolder(path, identity, methods)
+    folder = RunFolder(path, identity, identity["model"].get("methods") or [])
     folder.check()
     records = folder.records()
     if not records:
@@ -133,12 +128,14 @@ def read_run(path: Path, label: str = "") -> ReportRun:
         raise FastMemError(f"{path} holds {why}")
     for record in records:
         _check(record, path)
-    run = ReportRun(path, label or path.resolve().name, identity, methods, records)
-    run.methods = run.methods or list(dict.fromkeys(record["method"] for record in records))
+    run = ReportRun(path, label or path.resolve().name, identity, records)
     if folder.metrics_path.is_file():
         run.metrics = _read_json(folder.metrics_path)
     run.profile = read_profile(path) or {}
-    run.notices = _notices(run)
+    lines = notices_of(records, run.metrics.get("num_samples"))
+    if not run.metrics:
+        lines.insert(0, f"the run is not complete; {count_of(run.answered, 'sample')} so far")
+    run.notices = [f"{run.label}: {line}" for line in lines]
     return run
 
 
@@ -182,24 +179,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _notices(run: ReportRun) -> list[str]:
-    lines, total = [], run.metrics.get("num_samples")
-    if not run.metrics:
-        lines.append(f"the run is not complete; {count_of(run.answered, 'sample')} so far")
-    elif total and run.answered < total:
-        lines.append(f"only {run.answered} of {total} samples are answered so far")
-    if failed := {record["index"] for record in run.records if record.get("status", "ok") != "ok"}:
-        lines.append(f"{count_of(len(failed), 'sample')} could not be memorized; the base model answered")
-    if cut := {record["index"] for record in run.records if record.get("n_truncated_tokens")}:
-        lines.append(f"{count_of(len(cut), 'sample')} had a context over the limit, cut off")
-    return [f"{run.label}: {line}" for line in lines]
+def notices_of(records: Sequence[Record], total: int | None) -> list[str]:
+    """What a reader should know of answers, of which ``total`` samples were asked."""
+    answered = len({record["index"] for record in records})
+    lines = [f"only {answered} of {total} samples are answered so far"] if total and answered < total else []
+    for text, wanted in (
+        ("could not be memorized; the base model answered (see 'status')", _has_failed),
+        ("had a context over the limit, which was cut off", _was_cut),
+    ):
+        count = len({record["index"] for record in records if wanted(record)})
+        lines += [f"{count_of(count, 'sample')} {text}"] if count else []
+    return lines
+
+
+def _has_failed(record: Record) -> bool:
+    return record.get("status", "ok") != "ok"
+
+
+def _was_cut(record: Record) -> bool:
+    return bool(record.get("n_truncated_tokens"))
 
 
 def find_samples(run: ReportRun, given: str | Path | None) -> None:
     """Read the data again, if the file is there as the run found it (or is ``given``); else, a notice."""
-    settings = run.identity["data"]
-    names = _data_names(run, given)
-    path = _data_path(run, names)
+    names = [str(given)] if given is not None else []
+    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+        names.append(str(config["data"]["path"]))
+    # From here, or from a folder above the run's.
+    places = [folder / data_file(name) for name in names for folder in (Path(), *run.path.resolve().parents)]
+    path = next((p for p in places if p.is_file() and hash_of(p) == run.data_hash), None)
     if path is None:
         named = f" ({', '.join(names)})" if names else ""
         run.notices.append(
@@ -207,35 +216,10 @@ def find_samples(run: ReportRun, given: str | Path | None) -> None:
             "changed; give it with --data FILE"
         )
         return
-    samples = read_samples(
-        path,
-        settings["task"],
-        settings.get("fields"),
-        settings.get("answer_prefix", ""),
-        settings.get("limit"),
-    )
+    data = run.identity["data"]
+    prefix = data.get("answer_prefix", "")
+    samples = read_samples(path, data["task"], data.get("fields"), prefix, data.get("limit"))
     run.samples = {sample.index: sample for sample in samples}
-
-
-def _data_names(run: ReportRun, given: str | Path | None) -> list[str]:
-    """What the data file may be called: as given, and as the run had it."""
-    names = [str(given)] if given is not None else []
-    try:
-        config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-        names.append(str(config["data"]["path"]))
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        pass
-    return names
-
-
-def _data_path(run: ReportRun, names: Sequence[str]) -> Path | None:
-    """The data file of a run, known by its hash: from here, or from a folder above the run's."""
-    for name in names:
-        path = data_file(name)
-        for place in (path, *(folder / path for folder in run.path.resolve().parents)):
-            if place.is_file() and hash_of(place) == run.data_hash:
-                return place
-    return None
 
 
 def hash_of(path: Path) -> str:

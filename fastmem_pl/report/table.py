@@ -11,15 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fastmem_pl.metrics import Estimate, Paired, format_p, format_score, lower_is_better, score_label
+from fastmem_pl.metrics import SCORES, Estimate, Paired, find_score, format_p, format_score, lower_is_better
 
 NONE = "–"
 EFFORT = ("output_words", "seconds")
-_RUN_COLUMNS = (
-    *("accuracy", "contained", "exact_match", "format_failure", "original"),
-    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bert_precision", "factkb"),
-    *EFFORT,
-)
 _NUMBER = re.compile(r"[<>=~+±−–-]?\s*\d.*|[-–—]?")
 
 
@@ -140,7 +135,9 @@ def _change(score: str, against: Paired) -> str:
 def method_table(methods: Mapping[str, Any], group: str = "") -> PageTable:
     """Value ± standard error of one group of ``metrics.json``, one row per method."""
     found = {method: entry["metrics"] for method, entry in methods.items()}
-    names = [name for name in _RUN_COLUMNS if any(name in metrics for metrics in found.values())]
+    # F1 stands in reports only, for the table to fit in a terminal.
+    names = [name for name in SCORES if name != "f1" and any(name in metrics for metrics in found.values())]
+    names += EFFORT
     count = max(entry["n"] for entry in methods.values())
     rows = {
         method: [
@@ -150,7 +147,7 @@ def method_table(methods: Mapping[str, Any], group: str = "") -> PageTable:
         for method, metrics in found.items()
     }
     title = f"{f'{group}: ' if group else ''}{count_of(count, 'sample')}, mean ± standard error"
-    return score_table(title, [(name, score_label(name)) for name in names], rows)
+    return score_table(title, [(name, find_score(name).label) for name in names], rows)
 
 
 def rich_table(table: PageTable, stacked: bool = False) -> Table:

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from fastmem_pl.metrics import format_p, normalize_answer, score_label
+from fastmem_pl.metrics import find_score, format_p, normalize_answer
+from fastmem_pl.report.runs import notices_of
 from fastmem_pl.report.table import PageTable, method_table, rich_table
+from fastmem_pl.run.records import read_records
 
 _COMPARED = ("accuracy", "contained")
 
@@ -26,12 +28,12 @@ def print_run(path: str | Path, console: Console | None = None) -> None:
     groups = metrics["groups"]
     for group, methods in groups.items():
         console.print(rich_table(method_table(methods, group if len(groups) > 1 else "")))
-    methods = next(iter(groups.values()))
-    for line in comparison_lines(methods):
+    for line in comparison_lines(next(iter(groups.values()))):
         console.print(line)
-    for line in _notices(methods, metrics["num_samples"]):
+    records = [record for _, record in read_records(path / "predictions.jsonl")]
+    for line in notices_of(records, metrics["num_samples"]):
         console.print(line, style="yellow")
-    _print_differences(path / "predictions.jsonl", console)
+    _print_differences(records, console)
     console.print(f"\nrun folder: {escape(str(path))}")
 
 
@@ -67,29 +69,14 @@ def comparison_lines(methods: Mapping[str, Any]) -> list[str]:
             if test and test != shown:
                 shown = test
                 lines.append(
-                    f"{method} against zero-shot, {score_label(name)}: {test['gained']} samples gained, "
+                    f"{method} against zero-shot, {find_score(name).label}: {test['gained']} samples gained, "
                     f"{test['lost']} lost, {format_p(test['p_value'])} ({test['test']})"
                 )
     return lines
 
 
-def _notices(methods: Mapping[str, Any], total: int) -> list[str]:
-    lines = []
-    answered = max(entry["n"] for entry in methods.values())
-    if answered < total:
-        lines.append(f"only {answered} of {total} samples are answered so far")
-    for name, text in (
-        ("truncated", "had a context over the limit, which was cut off"),
-        ("failed", "could not be memorized and were answered by the base model (see 'status')"),
-    ):
-        counts = [round(e["metrics"][name]["value"] * e["metrics"][name]["n"]) for e in methods.values()]
-        if max(counts):
-            lines.append(f"{max(counts)} samples {text}")
-    return lines
-
-
-def _print_differences(path: Path, console: Console, count: int = 3) -> None:
-    samples = differing_samples([json.loads(line) for line in path.read_bytes().splitlines()], count)
+def _print_differences(records: Sequence[Mapping[str, Any]], console: Console, count: int = 3) -> None:
+    samples = differing_samples(records, count)
     if not samples:
         return
     console.print("\nsamples where the methods differ:")
@@ -111,12 +98,8 @@ def differing_samples(records: Sequence[Mapping[str, Any]], count: int) -> list[
     for record in records:
         samples.setdefault(record["index"], []).append(record)
     by_score = [s for s in samples.values() if len({r["scores"].get("contained") for r in s}) > 1]
-    by_text = [
-        s
-        for s in samples.values()
-        if s not in by_score and len({normalize_answer(r["prediction"]) for r in s}) > 1
-    ]
-    return (by_score + by_text)[:count]
+    by_text = [s for s in samples.values() if len({normalize_answer(r["prediction"]) for r in s}) > 1]
+    return (by_score + [sample for sample in by_text if sample not in by_score])[:count]
 
 
 def _line(text: str, limit: int = 90) -> str:

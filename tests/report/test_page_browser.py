@@ -1,6 +1,5 @@
 """The page in a real browser: filters, search, keys, address, phones, dark mode, untrusted text, and size."""
 
-import io
 import shutil
 import time
 
@@ -8,6 +7,7 @@ import pytest
 from report_runs import HOSTILE
 
 from fastmem_pl.cli import main
+from fastmem_pl.report.figure import draw_chart, line_look
 from fastmem_pl.report.page import Chart, Page, render_page
 from fastmem_pl.report.table import Cell, PageTable
 
@@ -114,24 +114,8 @@ def data(samples=SAMPLES):
 
 
 def svg():
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(
-        {
-            "svg.fonttype": "none",
-            "text.color": "#010001",
-            "figure.facecolor": "none",
-            "axes.facecolor": "none",
-        }
-    ):
-        figure = Figure(figsize=(6, 3.5))
-        axes = figure.subplots()
-        axes.plot([3, 2, 1], color="#0000c1")
-        axes.set_title("loss")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
-    return buffer.getvalue().replace("#0000c1", "var(--c1)").replace("#010001", "var(--ink)")
+    figure = draw_chart("loss", "Loss", "", lambda axes: axes.plot([3, 2, 1], **line_look(1)), [], [], False)
+    return figure.svg
 
 
 def example(browser=None):
@@ -542,66 +526,28 @@ def test_no_samples_no_browser_no_complaint(visit, tmp_path):
     assert visit(file=file).get_by_role("heading", level=1).is_visible()
 
 
-TYPE = """(query) => {
-  const input = document.getElementById("query");
-  const start = performance.now();
-  input.value = query;
-  input.dispatchEvent(new Event("input", { bubbles: true }));
-  return performance.now() - start;
-}"""
-
-
-def test_ten_thousand_samples_stay_responsive(visit, tmp_path):
-    filler = (
-        "The old town lies on a river between two hills, and its market is known for glass and salt. " * 9
-    )
-    variants = [{"label": f"m{i}", "baselines": [0 if i else None], "memory": i > 3} for i in range(8)]
+def test_of_ten_thousand_samples_few_are_drawn(visit, tmp_path):
+    filler = "The old town lies on a river between two hills, and its market is known for glass. " * 10
     samples = [
         sample(
             i,
             f"who built the tower of town {i}?",
             [
-                answer(
-                    v, f"The answer is: {'Ada' if i % (v + 2) else 'Bob'} the {i}th", float(i % (v + 2) > 0)
-                )
-                for v in range(8)
+                answer(v, f"The answer is: {'Ada' if i % (v + 2) else 'Bob'}", float(i % (v + 2) > 0))
+                for v in range(4)
             ],
-            context=[
-                [f"{filler} The tower of town {i} was built by ", ""],
-                [f"Ada {i}", "answer"],
-                [".", ""],
-            ],
-            prompt=f"{filler} The tower of town {i} was built by Ada {i}.",
+            context=[[f"{filler} The tower of town {i} was built by ", ""], [f"Ada {i}", "answer"]],
         )
         for i in range(10_000)
     ]
     file = tmp_path / "large.html"
-    started = time.perf_counter()
-    file.write_text(render_page(example(data(samples) | {"variants": variants})), encoding="utf-8")
-    made = time.perf_counter()
+    file.write_text(render_page(example(data(samples))), encoding="utf-8")
     tab = visit(file=file)
-    assert tab.locator("#count").inner_text() == "10,000 samples"
-    loaded = time.perf_counter()
-    print(
-        f"\n{file.stat().st_size / 1e6:.0f} MB, made in {made - started:.1f} s, loaded in {loaded - made:.1f} s"
-    )
-    assert loaded - made < 20
-    assert tab.locator("#rows .row").count() < 60
-    times = {
-        query: tab.evaluate(TYPE, query) for query in ("town 9", "town 99", "bob", "nothing of the kind", "")
-    }
-    for name, action in (
-        ("state", "document.querySelector('input[value=fixed]').click()"),
-        ("method", "method.value = 6, method.dispatchEvent(new Event('change'))"),
-        ("next", "document.getElementById('next').click()"),
-    ):
-        times[name] = tab.evaluate(
-            f"() => {{ const s = performance.now(); {action}; return performance.now() - s; }}"
-        )
-    print(", ".join(f"{name!r} {value:.0f} ms" for name, value in times.items()))
-    # About 30 ms on an idle machine; 100 ms is the aim, and CI's two cores are shared.
-    assert max(times.values()) < 500
-    tab.evaluate("document.querySelector('input[value=all]').click()")
+    for query, found in (("", "10,000 samples"), ("town 999", "11 of 10,000 samples"), ("bob", None)):
+        tab.get_by_role("searchbox").fill(query)
+        assert found is None or tab.locator("#count").inner_text() == found
+        assert 0 < tab.locator("#rows .row").count() < 60
+    tab.get_by_role("searchbox").fill("")
     tab.locator("#list").focus()
     tab.keyboard.press("End")
     assert chosen(tab) == "nqswap 9999"
