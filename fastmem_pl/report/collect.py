@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,8 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """Folder names, with as many parents as tell them apart."""
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [str(path) for path in paths]
+    options = (["/".join(path.parts[-depth:]) for path in paths] for depth in count(1))
+    return next(labels for labels in options if len(set(labels)) == len(labels))
 
 
 def _systems(runs: Sequence[ReportRun]) -> list[str]:

@@ -180,24 +180,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def notices_of(records: Sequence[Record], total: int | None) -> list[str]:
-    """What a reader should know of answers, of which ``total`` samples were asked."""
+    """What a reader should know of answers, where ``total`` samples were to be answered."""
     answered = len({record["index"] for record in records})
-    lines = [f"only {answered} of {total} samples are answered so far"] if total and answered < total else []
-    for text, wanted in (
-        ("could not be memorized; the base model answered (see 'status')", _has_failed),
-        ("had a context over the limit, which was cut off", _was_cut),
-    ):
-        count = len({record["index"] for record in records if wanted(record)})
-        lines += [f"{count_of(count, 'sample')} {text}"] if count else []
+    failed = {record["index"] for record in records if record.get("status", "ok") != "ok"}
+    cut = {record["index"] for record in records if record.get("n_truncated_tokens")}
+    lines = []
+    if total and answered < total:
+        lines.append(f"only {answered} of {total} samples are answered so far")
+    if failed:
+        shown = count_of(len(failed), "sample")
+        lines.append(f"{shown} could not be memorized; the base model answered (see 'status')")
+    if cut:
+        lines.append(f"{count_of(len(cut), 'sample')} had a context over the limit, which was cut off")
     return lines
-
-
-def _has_failed(record: Record) -> bool:
-    return record.get("status", "ok") != "ok"
-
-
-def _was_cut(record: Record) -> bool:
-    return bool(record.get("n_truncated_tokens"))
 
 
 def find_samples(run: ReportRun, given: str | Path | None) -> None:
