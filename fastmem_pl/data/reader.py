@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,11 @@ _SPACE = " \t\r\n"
 def data_file(name: str | Path) -> Path:
     """The packaged file of that name, or the path itself."""
     return PACKAGED.get(str(name), Path(name))
+
+
+def file_hash(path: Path) -> str:
+    """Short hash of a data file, by which a run folder recognizes its data."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def read_samples(

@@ -12,10 +12,11 @@ from typing import Any
 import pandas as pd
 
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.data.reader import file_hash
 from fastmem_pl.decoding.methods import BASELINE, METHODS
 from fastmem_pl.metrics import SCORES, estimate, find_score, paired
 from fastmem_pl.report.paper import published
-from fastmem_pl.report.runs import ReportRun, find_samples, hash_of, perplexity, read_run
+from fastmem_pl.report.runs import ReportRun, find_samples, perplexity, read_run
 from fastmem_pl.report.table import Result
 
 # The one score of a data set where there is room for one; the first that the records have.
@@ -46,9 +47,9 @@ class Comparison:
         datasets: in the order of the runs; those of all tasks of a file come last.
         answers: one row per answer, those of a mixed file once more in the data set of all its tasks: its
             place (``dataset``, ``run``, ``system``, ``model``, ``method``, ``index`` of the sample, and
-            ``variant``, the row of the result tables: the method, and what tells its system from others), its
+            ``variant``, the row of the result tables: method and, where there are several, system), its
             ``record``, and numbers of it (``memorize`` and ``decode`` in seconds, ``length`` in tokens).
-        scores: of the same rows, one column per score; NaN where an answer has none.
+        scores: the same rows, one column per score; NaN where an answer has none.
     """
 
     runs: list[ReportRun]
@@ -174,7 +175,7 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
     if contexts:
         for run in runs:
             find_samples(run, data)
-    if data is not None and not any(run.data_hash == hash_of(Path(data)) for run in runs):
+    if data is not None and not any(run.data_hash == file_hash(Path(data)) for run in runs):
         listed = ", ".join(str(run.path) for run in runs)
         raise FastMemError(f"--data: {data} is not the data of {listed} (its content differs)")
     datasets = _datasets(runs)
@@ -194,7 +195,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 def _systems(runs: Sequence[ReportRun]) -> list[str]:
     """Name of each run's system: runs of one model over different data belong together.
 
-    It says what tells systems apart: nothing where there is one, the model, or the runs.
+    The name is empty where there is one system, else its model, or its runs where models have one name.
     """
     found: list[list[ReportRun]] = []
     for run in runs:
@@ -219,7 +220,7 @@ def _belongs(run: ReportRun, system: Sequence[ReportRun]) -> bool:
 
 
 def _models(runs: Sequence[ReportRun]) -> list[str]:
-    """Name of each run's model; models of one name are told apart by their runs."""
+    """Name of each run's model, with the run where another model has the name."""
     names: dict[str, str] = {}
     for run in runs:
         name = f"{run.model} ({run.label})" if run.model in names.values() else run.model

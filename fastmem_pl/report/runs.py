@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import yaml
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import ContextSample, read_samples
-from fastmem_pl.data.reader import data_file
+from fastmem_pl.data.reader import data_file, file_hash
 from fastmem_pl.report.table import count_of
 from fastmem_pl.run.folder import RunFolder
 from fastmem_pl.run.profile import read_profile
@@ -27,7 +26,6 @@ _ZERO_SHOT = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
     "answer_quirks",
 )
-
 _KINDS = {"task": str, "prediction": str, "scores": dict, "seconds": dict, "output_words": int}
 
 
@@ -36,14 +34,14 @@ class ReportRun:
     """One run folder as a report sees it.
 
     Attributes:
-        path: of the folder.
+        path: the folder.
         label: short name, unlike that of any other run of the report.
-        identity: what the results depend on, nested (``run.json``).
-        records: of samples answered by all methods, in the order of the data.
+        identity: nested settings that the results depend on (``run.json``).
+        records: answers to the samples that all methods have answered, in the order of the data.
         metrics: content of ``metrics.json``; empty while the run is not complete.
-        profile: of ``profile/``, that of elastic workers merged; empty without one.
+        profile: content of ``profile/``, that of several workers merged; empty without one.
         samples: the data by index, where the file was found unchanged.
-        notices: what a reader should know.
+        notices: lines for the reader.
     """
 
     path: Path
@@ -68,7 +66,7 @@ class ReportRun:
 
     @property
     def model_key(self) -> str:
-        """What the model is known by: its weights, or its name where a run does not state them."""
+        """Hash of the model's weights, or its name where a run does not state them."""
         settings = self.identity["model"]
         return str(settings.get("fingerprint") or settings.get("backbone"))
 
@@ -203,7 +201,7 @@ def find_samples(run: ReportRun, given: str | Path | None) -> None:
         names.append(str(config["data"]["path"]))
     # From here, or from a folder above the run's.
     places = [folder / data_file(name) for name in names for folder in (Path(), *run.path.resolve().parents)]
-    path = next((p for p in places if p.is_file() and hash_of(p) == run.data_hash), None)
+    path = next((p for p in places if p.is_file() and file_hash(p) == run.data_hash), None)
     if path is None:
         named = f" ({', '.join(names)})" if names else ""
         run.notices.append(
@@ -217,12 +215,7 @@ def find_samples(run: ReportRun, given: str | Path | None) -> None:
     run.samples = {sample.index: sample for sample in samples}
 
 
-def hash_of(path: Path) -> str:
-    """Hash of a data file, as in a run's settings."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
 def perplexity(record: Mapping[str, Any]) -> float | None:
-    """Perplexity of the context under the base model: of the curve's first value, before any update."""
+    """Perplexity of the context under the base model: ``exp`` of the loss before any update."""
     losses = (record.get("curve") or {}).get("cross_entropy") or []
     return math.exp(min(losses[0], 50.0)) if losses and isinstance(losses[0], (int, float)) else None

@@ -42,66 +42,50 @@ def answer(v, text, accuracy, contained=None, failure=0.0, original=0.0, **furth
 
 
 def sample(number, question, answers, **further):
+    context = [
+        ["It was painted by ", ""],
+        ["Rembrandt", "answer"],
+        [", not by ", ""],
+        ["Leonardo", "original"],
+    ]
     made = {
         **{"id": str(number), "dataset": 0, "question": question, "prompt": f"Read. {question}"},
-        "context": [
-            ["It was painted by ", ""],
-            ["Rembrandt", "answer"],
-            [", not by ", ""],
-            ["Leonardo", "original"],
-        ],
-        **{
-            "references": ["Rembrandt"],
-            "originals": ["Leonardo"],
-            "measures": ["1,250 context tokens", "perplexity 21.3"],
-        },
-        "answers": answers,
+        **{"context": context, "references": ["Rembrandt"], "originals": ["Leonardo"]},
+        **{"measures": ["1,250 context tokens", "perplexity 21.3"], "answers": answers},
     }
     return made | further
 
 
-def wrote(v, value):
-    return answer(v, f"Summary {v}", 0.0, **{"scores": {"factkb": value}})
+def right(v):
+    return answer(v, "The answer is: Rembrandt", 1.0)
 
 
-RIGHT, WRONG = "The answer is: Rembrandt", "The answer is: Leonardo"
+def wrong(v):
+    return answer(v, "The answer is: Leonardo", 0.0, original=1.0)
+
+
+def summary(number, value, references):
+    written = [answer(v, f"Summary {v}", 0.0, scores={"factkb": x}) for v, x in ((0, 0.5), (2, value))]
+    return sample(number, "", written, dataset=1, references=references, originals=[])
+
+
 SAMPLES = [
-    sample(
-        "q0",
-        "who painted the mona lisa?",
-        [
-            answer(0, WRONG, 0.0, original=1.0),
-            answer(1, WRONG, 0.0, original=1.0),
-            answer(2, RIGHT, 1.0),
-            answer(3, RIGHT, 1.0),
-        ],
-    ),
+    sample("q0", "who painted the mona lisa?", [wrong(0), wrong(1), right(2), right(3)]),
     sample(
         "q1",
         "where does it hang?",
-        [
-            answer(0, RIGHT, 1.0),
-            answer(2, "Leonardo!", 0.0, failure=1.0, original=1.0),
-            answer(3, RIGHT, 1.0),
-        ],
-        context=None,
-        prompt=None,
+        [right(0), answer(2, "Leonardo!", 0.0, failure=1.0, original=1.0), right(3)],
+        **{"context": None, "prompt": None},
     ),
-    sample(
-        "q2",
-        "",
-        # Right by "contained" only; cut off.
-        [answer(0, "Rembrandt?", 0.0), answer(2, "rembrandt.", 0.0, contained=1.0, cut=40)],
-    ),
+    # Right by "contained" only; cut off.
+    sample("q2", "", [answer(0, "Rembrandt?", 0.0), answer(2, "rembrandt.", 0.0, contained=1.0, cut=40)]),
     sample(
         "q3",
         "when?",
-        [answer(0, "Paris", 0.0), answer(2, "Paris", 0.0, status="loss became NaN"), answer(3, RIGHT, 1.0)],
+        [answer(0, "Paris", 0.0), answer(2, "Paris", 0.0, status="loss became NaN"), right(3)],
     ),
-    sample("s0", "", [wrote(0, 0.5), wrote(2, 0.56)], dataset=1, references=["A summary."], originals=[]),
-    sample(
-        "s1", "", [wrote(0, 0.5), wrote(2, 0.55)], dataset=1, references=[], originals=[], perplexity=None
-    ),
+    summary("s0", 0.56, ["A summary."]),
+    summary("s1", 0.55, []),
     sample("q0", EVIL, [answer(0, EVIL, 0.0), answer(2, EVIL, 0.0)], dataset=1, context=[[EVIL, "answer"]]),
 ]
 
@@ -543,7 +527,7 @@ def test_of_ten_thousand_samples_few_are_drawn(visit, tmp_path):
     file = tmp_path / "large.html"
     file.write_text(render_page(example(data(samples))), encoding="utf-8")
     tab = visit(file=file)
-    for query, found in (("", "10,000 samples"), ("town 999", "11 of 10,000 samples"), ("bob", None)):
+    for query, found in (("", "10,000 samples"), ("town 999", "19 of 10,000 samples"), ("bob", None)):
         tab.get_by_role("searchbox").fill(query)
         assert found is None or tab.locator("#count").inner_text() == found
         assert 0 < tab.locator("#rows .row").count() < 60
