@@ -266,4 +266,7 @@ def _answers(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> pd.DataF
             rows.append({"dataset": places[record["task"], run.data_key], **row})
             if len(run.tasks) > 1:
                 rows.append({"dataset": places["", run.data_key], **row})
-    return pd.DataFrame(rows).astype({"length": float, "perplexity": float})
+    answers = pd.DataFrame(rows)
+    for name in ("length", "perplexity"):
+        answers[name] = pd.to_numeric(answers[name], errors="coerce").astype(float)
+    return answers
