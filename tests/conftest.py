@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # isort: split
-from report_runs import make_run, record, two_methods  # noqa: F401 (fixtures)
+from real_runs import options, pages, real, refused, refused_run, run, say  # noqa: F401 (fixtures)
+from report_runs import hostile, make_run, only, record, two_methods  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging

@@ -12,7 +12,7 @@ from conftest import make_module
 from tokenizers.processors import TemplateProcessing
 
 from fastmem_pl import Backbone, ContextSample, FastMemModule
-from fastmem_pl.data import TASKS, FieldError, Record
+from fastmem_pl.data import TASKS, FieldError, RawRecord
 from fastmem_pl.decoding import Decoding
 from fastmem_pl.metrics import contains_answer, extract_answer, normalize_answer
 from fastmem_pl.run.encoding import EncodedSample
@@ -78,7 +78,7 @@ def make_sample(sample: Mapping[str, Any], settings: Mapping[str, Any]) -> Conte
         reference = sample["record"]["gold_answers"]
         return ContextSample(sample["index"], "", task, context, "", (reference,))
     try:
-        read = TASKS[task].read(Record(sample["record"]))
+        read = TASKS[task].read(RawRecord(sample["record"]))
     except FieldError:
         # The one empty context of the edge cases, which the reader refuses.
         record = sample["record"]

@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED
 from golden import check_bfloat16_run, check_run
 
-from fastmem_pl.data import TASKS, FieldError, Record
+from fastmem_pl.data import TASKS, FieldError, RawRecord
 from fastmem_pl.metrics import SCORES, contains_answer, extract_answer, normalize_answer
 
 GOLDEN = SHARED / "golden"
@@ -94,7 +94,7 @@ def test_data_format(shared):
         if case["task_type"] == "summary":
             # The published script renames these fields of the file before it formats them.
             record = {"article": record["article"], "summary": record["gold_answers"]}
-        fields = TASKS[NAMES.get(case["dataset_name"], case["dataset_name"])].read(Record(record))
+        fields = TASKS[NAMES.get(case["dataset_name"], case["dataset_name"])].read(RawRecord(record))
         answers = case["metric_reference"]["answers"]
         assert fields.context == case["input_dict"]["instruction"]
         if case["task_type"] == "qa":
@@ -105,9 +105,9 @@ def test_data_format(shared):
             continue
         if "error" in case:
             with pytest.raises(FieldError, match="no ':' between"):
-                TASKS[case["dataset_name"]].read(Record(case["record"]))
+                TASKS[case["dataset_name"]].read(RawRecord(case["record"]))
             continue
-        fields = TASKS[case["dataset_name"]].read(Record(case["record"]))
+        fields = TASKS[case["dataset_name"]].read(RawRecord(case["record"]))
         assert (fields.context, fields.question) == (
             case["input_dict"]["instruction"],
             case["input_dict"]["question"],

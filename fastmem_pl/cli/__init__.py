@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.base.errors import (
     FailedElsewhereError,
     FastMemError,
@@ -167,14 +168,6 @@ def _run_own_command(name: str, arguments: list[str]) -> int:
             "out of memory; try --precision bf16-true, --windows sequential with a smaller --window, or "
             "--device cpu"
         ) from error
-
-
-def packaged_configs() -> dict[str, Path]:
-    """Configs that ship with the package, by name."""
-    package = Path(__file__).parents[1]
-    # In a checkout they lie beside the package; in a wheel inside it.
-    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))} if folder else {}
 
 
 def _config_overview() -> str:

@@ -3,7 +3,7 @@
 from fastmem_pl.data.batches import BatchLimits
 from fastmem_pl.data.reader import read_samples
 from fastmem_pl.data.samples import ContextSample
-from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Fields, Record, Task
+from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Fields, RawRecord, Task
 
 __all__ = [
     "MIXED",
@@ -13,7 +13,7 @@ __all__ = [
     "FastMemDataModule",
     "FieldError",
     "Fields",
-    "Record",
+    "RawRecord",
     "Task",
     "read_samples",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.data.batches import BatchLimits, ShareSampler, plan
-from fastmem_pl.data.reader import data_file, read_samples
+from fastmem_pl.data.reader import data_file, file_hash, read_samples
 from fastmem_pl.data.samples import ContextSample
 from fastmem_pl.data.tasks import OWN_FIELDS
 
@@ -101,7 +100,7 @@ class FastMemDataModule(LightningDataModule):
 
     def file_hash(self) -> str:
         """Short hash of the data file, by which a run folder knows its data again."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        return file_hash(self.path)
 
     def skip(self, done: Container[int]) -> None:
         """Leave out samples with these indices: they are done."""

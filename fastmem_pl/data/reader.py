@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from fastmem_pl.base.errors import FastMemError, nearest, unknown
 from fastmem_pl.data.samples import ContextSample
-from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, Record
+from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, RawRecord
 
 _DEMO = Path(__file__).parent / "demo"
 PACKAGED = {"demo": _DEMO / "conflicts.jsonl", "long": _DEMO / "long.jsonl"}
@@ -21,6 +22,11 @@ _SPACE = " \t\r\n"
 def data_file(name: str | Path) -> Path:
     """The packaged file of that name, or the path itself."""
     return PACKAGED.get(str(name), Path(name))
+
+
+def file_hash(path: Path) -> str:
+    """Short hash of a data file, by which a run folder recognizes its data."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def read_samples(
@@ -53,7 +59,7 @@ def read_samples(
     samples: list[ContextSample] = []
     for line, data in _records(path):
         try:
-            record = Record(data, fields)
+            record = RawRecord(data, fields)
             name = record.text("task") if task == MIXED else task
             read = TASKS[name].read(record)
             sample_id = str(record.value("id")) if record.has("id") else str(len(samples))

@@ -52,7 +52,7 @@ def check_characters(name: str, value: Any) -> None:
             check_characters(name, each)
 
 
-class Record:
+class RawRecord:
     """One JSON object with checked access to its fields, by a user's own names if given."""
 
     def __init__(self, data: Any, names: Mapping[str, str] | None = None) -> None:
@@ -150,7 +150,7 @@ class Task:
         """Whether there is a text to summarize rather than a question."""
         return "{question}" not in self.prompt
 
-    def read(self, record: Record) -> Fields:
+    def read(self, record: RawRecord) -> Fields:
         """Read one record.
 
         Raises:
@@ -170,21 +170,21 @@ def _fill(template: str, context: str, question: str) -> str:
     return "".join(values[part] if place % 2 else part for place, part in enumerate(parts))
 
 
-def _question(record: Record, field: str) -> str:
+def _question(record: RawRecord, field: str) -> str:
     return _require_words("question", record.text(field)) + "?"
 
 
-def _read_nq(record: Record) -> Fields:
+def _read_nq(record: RawRecord) -> Fields:
     return Fields(record.text("context"), _question(record, "input"), (record.text("answer"),))
 
 
-def _read_nqswap(record: Record) -> Fields:
+def _read_nqswap(record: RawRecord) -> Fields:
     answer, original = record.text("sub_answer"), record.text("answer")
     originals = () if original == answer else (original,)
     return Fields(record.text("sub_context"), _question(record, "input"), (answer,), originals)
 
 
-def _read_memotrap(record: Record) -> Fields:
+def _read_memotrap(record: RawRecord) -> Fields:
     instruction, colon, sentence = record.text("prompt").partition(":")
     if not colon:
         raise FieldError("field 'prompt' has no ':' between instruction and sentence")
@@ -203,7 +203,7 @@ def _read_memotrap(record: Record) -> Fields:
     return Fields(instruction.strip() + ".", question, (candidates[index],), (candidates[1 - index],))
 
 
-def _read_hotpotqa(record: Record) -> Fields:
+def _read_hotpotqa(record: RawRecord) -> Fields:
     try:
         paragraphs = [" ".join(sentences) for sentences in record.value("context")["sentences"]]
     except (TypeError, KeyError):
@@ -215,7 +215,7 @@ def _read_hotpotqa(record: Record) -> Fields:
     return Fields("\n".join(paragraphs), question, (record.text("answer"),))
 
 
-def _read_qa(record: Record) -> Fields:
+def _read_qa(record: RawRecord) -> Fields:
     name = "answers" if record.has("answers") or not record.has("answer") else "answer"
     answers = record.value(name) if record.has(name) else []
     if isinstance(answers, dict) and "text" in answers:  # SQuAD
@@ -230,12 +230,12 @@ def _read_qa(record: Record) -> Fields:
     return Fields(record.text("context"), _require_words("question", record.text("question")), known)
 
 
-def _read_summary(record: Record) -> Fields:
+def _read_summary(record: RawRecord) -> Fields:
     summary = record.text("summary") if record.has("summary") else None
     return Fields(record.text("article"), references=(summary,) if summary else ())
 
 
-FORMATS: dict[str, Callable[[Record], Fields]] = {
+FORMATS: dict[str, Callable[[RawRecord], Fields]] = {
     "nqswap": _read_nqswap,
     "nq": _read_nq,
     "memotrap": _read_memotrap,

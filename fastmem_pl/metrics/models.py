@@ -7,13 +7,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.hub import cache_first, load_tokenizer
@@ -29,8 +29,8 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 # The layers that the bert-score package takes of roberta-base, roberta-large, bert-base-uncased and
-# bert-large-uncased: those whose BERTScore agrees best with human judgement (Zhang et al., 2020). Told by
-# family and depth, since a local copy of a checkpoint may lie in a folder of any name.
+# bert-large-uncased: those whose BERTScore agrees best with human judgement (Zhang et al., 2020). By family
+# and depth, since a local copy of a checkpoint may lie in a folder of any name.
 _BERTSCORE_LAYERS = {("roberta", 12): 10, ("roberta", 24): 17, ("bert", 12): 9, ("bert", 24): 18}
 _FACTKB_TOKENIZER = "roberta-base"
 
@@ -40,15 +40,15 @@ class MetricModel(ABC):
 
     Args:
         source: Hub id or local folder.
-        device: that holds the model.
+        device: where the model runs.
         batch_size: samples of one forward pass; the scores do not depend on it.
 
     Raises:
         FastMemError: when the checkpoint cannot be loaded or does not fit the metric.
 
     Attributes:
-        name: of the score in records and ``metrics.json``.
-        setting: that holds ``source`` on the command line.
+        name: name of the score in records and ``metrics.json``.
+        setting: option on the command line that holds ``source``.
         max_tokens: length at which inputs are cut, special tokens included.
     """
 
@@ -58,9 +58,10 @@ class MetricModel(ABC):
     def __init__(self, source: str, device: torch.device | str = "cpu", batch_size: int = 16) -> None:
         self.source, self.device, self.batch_size = source, torch.device(device), batch_size
         try:
-            with _isolated(self.device), _silent_transformers():
-                self.model = self._load_model(_path(source)).eval()
-                self.tokenizer = self._load_tokenizer(_path(source))
+            path = os.path.expanduser(source)
+            with _isolated(self.device):
+                self.model = self._load_model(path).eval()
+                self.tokenizer = self._load_tokenizer(path)
             self.max_tokens = _max_tokens(self.model, self.tokenizer)
             self._check()
         except UnpicklingError as error:
@@ -87,15 +88,13 @@ class MetricModel(ABC):
         return values
 
     @abstractmethod
-    def _load_model(self, path: str) -> Any:
-        """Load the model on the CPU."""
+    def _load_model(self, path: str) -> Any: ...
 
     @abstractmethod
     def _score(self, predictions: list[str], articles: list[str]) -> list[float]:
         """Score one batch of predictions, none of them empty."""
 
-    def _load_tokenizer(self, path: str) -> Any:
-        return load_tokenizer(path)
+    _load_tokenizer = staticmethod(load_tokenizer)
 
     def _check(self) -> None:
         rows = self.model.get_input_embeddings().num_embeddings
@@ -112,23 +111,19 @@ class MetricModel(ABC):
 
 
 class BERTScorePrecision(MetricModel):
-    """BERTScore precision of a summary against its article (Zhang et al., 2020), by torchmetrics.
+    """BERTScore precision of a summary against its article (Zhang et al., 2020, equation 2).
 
     Each token of the summary is matched with the most similar token of the article, by the cosine of their
     contextual embeddings; the score is the mean over the summary's tokens. Special tokens are left out on
     both sides, and a token without any similar one (negative cosines only) counts 0.
 
     Attributes:
-        layer: whose hidden states are the embeddings: for RoBERTa and BERT as in bert-score, else the last.
+        layer: layer whose hidden states are the embeddings: for RoBERTa and BERT as in bert-score, else the
+            last.
     """
 
     name = "bert_precision"
     setting = "model.bertscore_model"
-
-    def __init__(
-        self, source: str = "roberta-large", device: torch.device | str = "cpu", batch_size: int = 16
-    ) -> None:
-        super().__init__(source, device, batch_size)
 
     def _load_model(self, path: str) -> Any:
         from transformers import AutoModel
@@ -147,24 +142,14 @@ class BERTScorePrecision(MetricModel):
             raise ValueError("it is no encoder that puts one token before and one after a text, like RoBERTa")
 
     def _score(self, predictions: list[str], articles: list[str]) -> list[float]:
-        from torchmetrics.functional.text.bert import bert_score
-
-        scores = []
-        for summary, article in zip(self._embed(predictions), self._embed(articles), strict=True):
-            # One pair a call: torchmetrics sorts predictions and articles each by their own length and does
-            # not undo it right (Lightning-AI/torchmetrics#2728), so several pairs in a call get mixed up.
-            result = bert_score(
-                _as_input(summary),
-                _as_input(article),
-                model=self.model,
-                user_forward_fn=lambda model, batch: batch["input_ids"],
-            )
-            # NaN: the tokenizer found nothing in the summary (control characters only, say).
-            scores.append(result["precision"].nan_to_num(0.0).item())
-        return scores
+        pairs = zip(self._embed(predictions), self._embed(articles), strict=True)
+        # torchmetrics' BERTScore mixes pairs up when it sorts them by length (docs/LOG.md).
+        best = [functional.pad(summary @ article.T, (1, 0)).amax(dim=1) for summary, article in pairs]
+        # The tokenizer may find nothing in a summary (control characters only, say).
+        return [tokens.mean().item() if len(tokens) else 0.0 for tokens in best]
 
     def _embed(self, texts: list[str]) -> list[Tensor]:
-        """Return the embeddings ``(T, D)`` of each text's tokens, special ones included, on the CPU."""
+        """Return the unit embeddings ``(T, D)`` of each text's tokens, special ones left out, on the CPU."""
         # The space makes RoBERTa read the first word as any other word, as bert-score has it.
         batch = self.tokenizer(
             [f" {text.strip()}".rstrip() for text in texts],
@@ -173,8 +158,10 @@ class BERTScorePrecision(MetricModel):
             max_length=self.max_tokens,
             return_tensors="pt",
         ).to(self.device)
-        hidden = self.model(**batch).last_hidden_state
-        return [row[mask.bool()].cpu() for row, mask in zip(hidden, batch["attention_mask"], strict=True)]
+        hidden = functional.normalize(self.model(**batch).last_hidden_state, dim=-1)
+        return [
+            row[mask.bool()][1:-1].cpu() for row, mask in zip(hidden, batch["attention_mask"], strict=True)
+        ]
 
 
 class FactKB(MetricModel):
@@ -186,11 +173,6 @@ class FactKB(MetricModel):
 
     name = "factkb"
     setting = "model.factkb_model"
-
-    def __init__(
-        self, source: str = "bunsenfeng/FactKB", device: torch.device | str = "cpu", batch_size: int = 16
-    ) -> None:
-        super().__init__(source, device, batch_size)
 
     def _load_model(self, path: str) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -237,11 +219,8 @@ for _factory in (BERTScorePrecision, FactKB):
 def load_metric_model(name: str, source: str, device: torch.device | str = "cpu") -> MetricModel:
     """Load a registered metric's model.
 
-    Without a network it fails within seconds: the Hub's client alone would retry for most of a minute.
-
     Raises:
-        FastMemError: when the name is unknown or the checkpoint cannot be loaded, in one line that says which
-            setting to change.
+        FastMemError: when the name is unknown or the checkpoint cannot be loaded.
     """
     return METRIC_MODELS[name](source, device)
 
@@ -249,37 +228,19 @@ def load_metric_model(name: str, source: str, device: torch.device | str = "cpu"
 @contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
     """Compute in plain float32, whatever precision plugin surrounds it, and leave the random state alone."""
-    # torchmetrics finds the last token by a running sum in the default dtype, which in bfloat16 can miss it
-    # from 153 tokens on; the data loader inside it and newly made layers draw random numbers.
-    dtype = torch.get_default_dtype()
+    from transformers.utils import logging
+
+    dtype, verbosity = torch.get_default_dtype(), logging.get_verbosity()
     torch.set_default_dtype(torch.float32)
+    # Its report of weights that the checkpoint lacks or has too many; `_pretrained` checks them.
+    logging.set_verbosity_error()
     try:
+        # Newly made layers draw random numbers, which a checkpoint then replaces.
         with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Silence the report of weights that the checkpoint lacks or has too many; `_pretrained` checks them."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
         logging.set_verbosity(verbosity)
-
-
-def _path(source: str) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return str(path)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise OSError("there is no such folder")
-    return source
 
 
 def _pretrained(auto_class: Any, path: str, unused: str | None = None) -> Any:
@@ -332,11 +293,3 @@ def _max_tokens(model: Any, tokenizer: Any) -> int:
     padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
     # RoBERTa counts positions from the padding token's id on: the rows up to it stand for no position.
     return min(tokenizer.model_max_length, positions - (0 if padding is None else padding + 1))
-
-
-def _as_input(embeddings: Tensor) -> dict[str, Tensor]:
-    """Pass embeddings ``(T, D)`` in place of token ids, which torchmetrics leaves to the model."""
-    return {
-        "input_ids": embeddings.unsqueeze(0),
-        "attention_mask": torch.ones(1, len(embeddings), dtype=torch.long),
-    }

@@ -8,60 +8,27 @@ from typing import Any
 
 from fastmem_pl.base.errors import FastMemError
 
-_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-def rouge1(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    """F-measure of words shared with the best reference, ``None`` without one.
+def rouge(
+    kind: str, prediction: str, references: Sequence[str], originals: Sequence[str] = ()
+) -> float | None:
+    r"""F-measure against the best reference, ``None`` without one.
 
-    >>> rouge1("The cat sat", ["the cat lay down"])
-    0.5714285714285715
+    Shared words (``rouge1``), shared word pairs (``rouge2``), the longest common subsequence (``rougeL``), or
+    the last line by line, where only newlines end a sentence (``rougeLsum``).
 
-    Raises:
-        FastMemError: when ``rouge-score`` is not installed.
-    """
-    return _best(prediction, references, "rouge1")
-
-
-def rouge2(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    """F-measure of word pairs shared with the best reference, ``None`` without one.
-
-    >>> rouge2("The cat sat", ["the cat lay down"])
-    0.4
-
-    Raises:
-        FastMemError: when ``rouge-score`` is not installed.
-    """
-    return _best(prediction, references, "rouge2")
-
-
-def rougeL(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    """F-measure of the longest common subsequence with the best reference, ``None`` without one.
-
-    >>> rougeL("four five one two three", ["one two three four five"])
+    >>> [rouge(kind, "The cat sat", ["the cat lay down"]) for kind in ("rouge1", "rouge2")]
+    [0.5714285714285715, 0.4]
+    >>> rouge("rougeL", "four five one two three", ["one two three four five"])
     0.6
-
-    Raises:
-        FastMemError: when ``rouge-score`` is not installed.
-    """
-    return _best(prediction, references, "rougeL")
-
-
-def rougeLsum(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    r"""Like :func:`rougeL`, line by line: a sentence is what stands between newlines.
-
-    >>> rougeLsum("four five\none two three", ["one two three\nfour five"])
+    >>> rouge("rougeLsum", "four five\none two three", ["one two three\nfour five"])
     1.0
-    >>> rougeLsum("four five. one two three.", ["one two three. four five."])
-    0.6
 
     Raises:
         FastMemError: when ``rouge-score`` is not installed.
     """
-    return _best(prediction, references, "rougeLsum")
-
-
-def _best(prediction: str, references: Sequence[str], kind: str) -> float | None:
     return _fmeasures(prediction, tuple(references))[kind] if references else None
 
 
@@ -69,7 +36,7 @@ def _best(prediction: str, references: Sequence[str], kind: str) -> float | None
 @functools.lru_cache(maxsize=32)
 def _fmeasures(prediction: str, references: tuple[str, ...]) -> dict[str, float]:
     scores = _scorer().score_multi(references, prediction)
-    return {kind: float(scores[kind].fmeasure) for kind in _TYPES}
+    return {kind: float(scores[kind].fmeasure) for kind in ROUGE_TYPES}
 
 
 @functools.cache
@@ -81,4 +48,4 @@ def _scorer() -> Any:
             "the ROUGE scores need the rouge-score package; run: pip install rouge-score"
         ) from error
     # split_summaries would fetch NLTK's sentence splitter over the network; evaluate leaves it off as well.
-    return RougeScorer(_TYPES, use_stemmer=False, split_summaries=False)
+    return RougeScorer(ROUGE_TYPES, use_stemmer=False, split_summaries=False)

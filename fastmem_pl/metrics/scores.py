@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, nan
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.registry import Registry
-from fastmem_pl.metrics.rouge import rouge1, rouge2, rougeL, rougeLsum
-from fastmem_pl.metrics.text import (
-    contains_answer,
-    extract_answer,
-    has_answer_format,
-    normalize_answer,
-)
+from fastmem_pl.metrics.rouge import rouge
+from fastmem_pl.metrics.text import contains_answer, extract_answer, has_answer_format, normalize_answer
 
 
 @dataclass(frozen=True)
@@ -25,10 +21,9 @@ class Score:
     Attributes:
         name: in records and ``metrics.json``.
         label: heading in tables.
-        function: ``(prediction, references, originals) -> number``, ``None`` where it does not apply. A
-            score without a function needs a model of its own, and comes after the answers
-            (:mod:`fastmem_pl.metrics.models`).
-        percent: show as a percentage.
+        function: ``(prediction, references, originals) -> number``, ``None`` where it does not apply; a score
+            without a function is computed after the answers (:mod:`fastmem_pl.metrics.models`).
+        percent: shown as a percentage.
         binary: it is 0 or 1, so that methods are compared sample by sample with McNemar's test.
         lower_is_better: whether a small value is the good one.
     """
@@ -118,14 +113,16 @@ for _score in (
     Score("f1", "F1", f1),
     Score("format_failure", "format failure", format_failure, binary=True, lower_is_better=True),
     Score("original", "original fact", original, binary=True, lower_is_better=True),
-    Score("rouge1", "ROUGE-1", rouge1),
-    Score("rouge2", "ROUGE-2", rouge2),
-    Score("rougeL", "ROUGE-L", rougeL),
-    Score("rougeLsum", "ROUGE-Lsum", rougeLsum),
+    Score("rouge1", "ROUGE-1", partial(rouge, "rouge1")),
+    Score("rouge2", "ROUGE-2", partial(rouge, "rouge2")),
+    Score("rougeL", "ROUGE-L", partial(rouge, "rougeL")),
+    Score("rougeLsum", "ROUGE-Lsum", partial(rouge, "rougeLsum")),
     Score("bert_precision", "BERT-P", None),
     Score("factkb", "FactKB", None),
 ):
     SCORES.register(_score.name, _score)
+
+_OTHER = {"output_words": "words", "seconds": "s/sample"}
 
 
 def score_answer(
@@ -154,9 +151,14 @@ def score_answer(
     return scores
 
 
+def find_score(name: str) -> Score:
+    """The score of that name; for other numbers of records, how tables show them."""
+    return SCORES[name] if name in SCORES else Score(name, _OTHER.get(name, name), None, percent=False)
+
+
 def lower_is_better(name: str) -> bool:
     """Whether a small value of this score is the good one."""
-    return name in SCORES and SCORES[name].lower_is_better
+    return find_score(name).lower_is_better
 
 
 def format_score(name: str, value: float, error: float | None = None, sign: str = "") -> str:
@@ -165,8 +167,8 @@ def format_score(name: str, value: float, error: float | None = None, sign: str 
     >>> format_score("accuracy", 0.525, 0.031), format_score("output_words", 3.25)
     ('52.5% ± 3.1', '3.2')
     """
-    percent = name in SCORES and SCORES[name].percent
+    percent, digits = find_score(name).percent, 2 if name == "seconds" else 1
     scale = 100 if percent else 1
-    shown = round(scale * value, 1) + 0.0  # no minus before a zero
-    spread = "" if error is None else f" ± {scale * error:.1f}"
-    return f"{shown:{sign}.1f}{'%' if percent else ''}{spread}"
+    shown = round(scale * value, digits) + 0.0  # no minus before a zero
+    spread = "" if error is None else f" ± {scale * error:.{digits}f}"
+    return f"{shown:{sign}.{digits}f}{'%' if percent else ''}{spread}"

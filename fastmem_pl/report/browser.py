@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import isnan
+from operator import itemgetter
 from typing import Any
 
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding.methods import METHODS
-from fastmem_pl.metrics import SCORES
-from fastmem_pl.report.collect import Comparison, Variant
-from fastmem_pl.report.runs import perplexity
-from fastmem_pl.report.table import primary_score, scores_of
+from fastmem_pl.metrics import find_score
+from fastmem_pl.report.collect import Comparison
 from fastmem_pl.run.records import Record
 
 
 def browser_data(comparison: Comparison) -> dict[str, Any]:
     """What ``page/filters.js`` documents: variants, scores, and every sample with its answers."""
-    places = comparison.tasks
-    names = [name for place in places for name in scores_of(comparison, place)]
+    places, variants = comparison.tasks, comparison.variants
+    memory = comparison.answers.groupby("variant")["memory"].first()
+    names = dict.fromkeys(name for place in places for name in comparison.scores_of(place))
     return {
         "variants": [
-            {"label": v.label, "baselines": [_baseline(comparison, v, place) for place in places]}
-            | {"memory": v.memory}
-            for v in comparison.variants
+            {
+                "label": variant,
+                "baselines": [_baseline(comparison, variant, place) for place in places],
+                "memory": bool(memory[variant]),
+            }
+            for variant in variants
         ],
-        "scores": {name: _score(name) for name in dict.fromkeys(names)},
-        "primary": {comparison.datasets[i].label: primary_score(comparison, i) for i in places},
+        "scores": {name: _score(name) for name in names},
+        "primary": {comparison.datasets[i].label: comparison.primary_score(i) for i in places},
         "datasets": [comparison.datasets[place].label for place in places],
         "samples": [
             {"dataset": number, **sample}
@@ -36,53 +41,42 @@ def browser_data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _baseline(comparison: Comparison, variant: Variant, place: int) -> int | None:
-    """Number of the variant whose records of a data set this one is compared with."""
-    records = comparison.baseline(variant, place) if place in variant.records else None
-    for number, candidate in enumerate(comparison.variants):
-        if records and candidate is not variant and candidate.records.get(place) is records:
-            return number
-    return None
+def _baseline(comparison: Comparison, variant: str, place: int) -> int | None:
+    """Number of the variant that this one is compared with."""
+    known = variant in comparison.groups[place]
+    baseline = comparison.baseline(place, variant) if known else None
+    return None if baseline is None else comparison.variants.index(baseline)
 
 
 def _score(name: str) -> dict[str, Any]:
-    if name not in SCORES:
-        return {"label": name, "percent": False, "binary": False, "lower": False}
-    score = SCORES[name]
-    return {
-        "label": score.label,
-        "percent": score.percent,
-        "binary": score.binary,
-        "lower": score.lower_is_better,
-    }
+    score = find_score(name)
+    shown = {"label": score.label, "percent": score.percent, "binary": score.binary}
+    return {**shown, "lower": score.lower_is_better}
 
 
-def _samples(comparison: Comparison, place: int) -> Iterable[dict[str, Any]]:
-    answered = [(number, v) for number, v in enumerate(comparison.variants) if place in v.records]
+def _samples(comparison: Comparison, place: int) -> Iterator[dict[str, Any]]:
+    numbers = {variant: number for number, variant in enumerate(comparison.variants)}
+    answers = comparison.answers[comparison.answers["dataset"] == place]
+    answers = answers.assign(number=answers["variant"].map(numbers)).sort_values(["index", "number"])
     known: dict[int, ContextSample] = {}
-    for _, variant in answered:
-        for run in comparison.runs_of(variant, place):
-            known = run.samples | known
-    models = comparison.models([variant for _, variant in answered])
-    for index in sorted({index for _, variant in answered for index in variant.records[place]}):
-        records = [(n, v.records[place][index]) for n, v in answered if index in v.records[place]]
-        measured = {
-            name: [v.records[place][index] for v in variants if index in v.records[place]]
-            for name, variants in models.items()
-        }
-        yield _sample(records, known.get(index)) | {"measures": _measures(measured)}
+    for number in sorted(answers["run"].unique(), reverse=True):
+        known |= comparison.runs[number].samples
+    several = answers["model"].nunique() > 1
+    by_model = answers.groupby(["index", "model"], sort=False)[["length", "perplexity"]].first()
+    measures: dict[int, list[str]] = {}
+    for (index, model), length, perplexity in by_model.itertuples():
+        measures.setdefault(index, []).extend(_measures(length, perplexity, f" ({model})" if several else ""))
+    columns = zip(answers["index"], answers["number"], answers["record"], strict=True)
+    for index, group in groupby(columns, key=itemgetter(0)):
+        records = [(number, record) for _, number, record in group]
+        yield _sample(records, known.get(index)) | {"measures": measures[index]}
 
 
-def _measures(records: Mapping[str, Sequence[Record]]) -> list[str]:
-    """What models make of a context: its tokens, and its perplexity; one model needs no name."""
-    found = []
-    for name, own in records.items():
-        named = f" ({name})" if len(records) > 1 else ""
-        tokens = next((r["n_context_tokens"] for r in own if r.get("n_context_tokens") is not None), None)
-        value = next((value for record in own if (value := perplexity(record)) is not None), None)
-        found += [] if tokens is None else [f"{tokens:,} context tokens{named}"]
-        found += [] if value is None else [f"perplexity {value:{'.3g' if value < 1000 else ',.0f'}}{named}"]
-    return found
+def _measures(length: float, perplexity: float, named: str) -> list[str]:
+    """What a model makes of a context: its tokens, and its perplexity; one model needs no name."""
+    found = [] if isnan(length) else [f"{int(length):,} context tokens{named}"]
+    shown = f"{perplexity:{'.3g' if perplexity < 1000 else ',.0f'}}"
+    return found if isnan(perplexity) else [*found, f"perplexity {shown}{named}"]
 
 
 def _sample(records: Sequence[tuple[int, Record]], sample: ContextSample | None) -> dict[str, Any]:

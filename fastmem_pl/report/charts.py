@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from fastmem_pl.metrics import SCORES
-from fastmem_pl.metrics.statistics import estimate
-from fastmem_pl.report.collect import Comparison, Variant
-from fastmem_pl.report.figure import INK, SERIES, draw_chart, line_look, marker, name_rows, series_name
-from fastmem_pl.report.page import Cell, Chart
-from fastmem_pl.report.runs import perplexity
-from fastmem_pl.report.table import curves_of, primary_score, result
-from fastmem_pl.run.records import Record
+from fastmem_pl.metrics import estimate, find_score
+from fastmem_pl.report.collect import Comparison
+from fastmem_pl.report.figure import draw_chart, grouped_bars, line_look, marker, series_name, stacked_bars
+from fastmem_pl.report.page import Chart
 
 _BINS, _LEAST_OF_BIN, _MOST_BARS = 5, 4, 4
 
@@ -28,8 +25,14 @@ def make_charts(comparison: Comparison) -> list[Chart]:
 def _all(comparison: Comparison) -> Iterator[Chart | None]:
     yield _curve_chart(comparison, "cross_entropy", "Loss over the steps", "cross-entropy, nats a token")
     yield _curve_chart(comparison, "kl", "Distance from the model itself", "KL(p₀ ‖ pₙ), nats a token")
-    yield from _binned_charts(comparison, "length", "context tokens", _length)
-    yield from _binned_charts(comparison, "perplexity", "perplexity of the context (base model)", perplexity)
+    for kind, label, about in (
+        ("length", "context tokens", "context length"),
+        ("perplexity", "perplexity of the context (base model)", "perplexity of the context"),
+    ):
+        for place in comparison.tasks:
+            # Models have tokens and perplexities of their own.
+            for number, model in enumerate(comparison.models(place)):
+                yield _binned_chart(comparison, place, number, model, (kind, label, about))
     yield _bar_chart(
         comparison,
         "format_failure",
@@ -45,13 +48,14 @@ def _all(comparison: Comparison) -> Iterator[Chart | None]:
     )
     yield _seconds_chart(comparison)
     yield _memory_chart(comparison)
-    yield from _layer_charts(comparison)
+    for place in comparison.tasks:
+        yield _layer_chart(comparison, place)
 
 
 def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> Chart | None:
     """Median and quantile bands over samples by step."""
     found = {}
-    for data, curves in curves_of(comparison).items():
+    for data, curves in comparison.curves.items():
         steps = max(len(curve.get(name) or ()) for curve in curves)
         rows = [curve[name] for curve in curves if len(curve.get(name) or ()) == steps]
         if steps:
@@ -70,258 +74,167 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     rows = [
-        [Cell(f"{data}, step {step}"), *(Cell(f"{value:.4f}") for value in bands[:, step])]
+        [f"{data}, step {step}", *(f"{value:.4f}" for value in values)]
         for data, bands in found.items()
-        for step in range(bands.shape[1])
+        for step, values in enumerate(bands.T)
     ]
     header = ["data", "10%", "25%", "median", "75%", "90%"]
     caption = "Line: median over samples; bands: the middle 50% and 80%."
     return draw_chart(f"curve-{name}", title, caption, draw, header, rows, legend=len(found) > 1)
 
 
-def _binned_charts(
-    comparison: Comparison, kind: str, label: str, value_of: Callable[[Record], float | None]
-) -> Iterator[Chart | None]:
-    """Charts of scores by a property of the contexts; models have tokens and perplexities of their own."""
-    for place in comparison.tasks:
-        models = comparison.models([v for v in comparison.variants if place in v.records])
-        for number, (name, variants) in enumerate(models.items()):
-            data = [comparison.datasets[place].label] if len(comparison.tasks) > 1 else []
-            about = ", ".join(["", *data, *([name] if len(models) > 1 else [])])
-            chart = f"{kind}-{place}" + (f"-{number}" if number else "")
-            yield _binned_chart(comparison, place, variants, (chart, kind, label, about), value_of)
-
-
 def _binned_chart(
-    comparison: Comparison,
-    place: int,
-    variants: Sequence[Variant],
-    names: tuple[str, str, str, str],
-    value_of: Callable[[Record], float | None],
+    comparison: Comparison, place: int, number: int, model: str, names: tuple[str, str, str]
 ) -> Chart | None:
-    """Score by quantile bins of a property of the samples; ``names``: id, kind, axis, end of the title."""
-    chart, kind, label, data = names
-    score = primary_score(comparison, place)
-    values = {
-        index: value
-        for variant in variants
-        for index, record in variant.records[place].items()
-        if (value := value_of(record)) is not None
-    }
-    edges = _edges(list(values.values()))
+    """Score by quantile bins of a property of one model's contexts; ``names``: column, axis, in the title."""
+    kind, label, about = names
+    models, score = comparison.models(place), comparison.primary_score(place)
+    answers = models[model]
+    # Of a sample, any method may have measured it.
+    values = answers.groupby("index")[kind].last().dropna()
+    bins = min(_BINS, len(values) // _LEAST_OF_BIN)
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1))) if bins > 1 else []
     if score is None or len(edges) < 3:
         return None
     # A value on an inner edge belongs to the bin above it.
-    of_sample = {index: int(np.searchsorted(edges[1:-1], value, "right")) for index, value in values.items()}
+    bin_of = pd.Series(np.searchsorted(edges[1:-1], values, "right"), values.index)
     scale, unit = _scale(score)
-    series: list[tuple[Variant, list[tuple[int, float, float, int]]]] = []
+    variants = answers["variant"].unique()
+    series = {}
     for variant in variants:
-        points = []
-        for number in range(len(edges) - 1):
-            scored = [
-                record["scores"][score]
-                for index, record in variant.records[place].items()
-                if of_sample.get(index) == number and score in record["scores"]
-            ]
-            if scored:
-                found = estimate(scored)
-                points.append((number, scale * found.value, scale * (found.error or 0.0), found.n))
-        series.append((variant, points))
-    bins = [f"{low:.4g}–{high:.4g}" for low, high in pairwise(edges)]
+        scored = scale * comparison.values(place, variant, score)
+        by_bin = scored.groupby(bin_of.reindex(scored.index))
+        series[variant] = {int(bin_): estimate(own) for bin_, own in by_bin}
+    ticks = [f"{low:.4g}–{high:.4g}" for low, high in pairwise(edges)]
 
     def draw(axes: Any) -> None:
-        shown = [entry for entry in series if entry[1]]
-        for number, (variant, points) in enumerate(shown):
-            numbers, means, errors, _ = zip(*points, strict=True)
+        shown = {variant: points for variant, points in series.items() if points}
+        for number, (variant, points) in enumerate(shown.items()):
             # Side by side, so that error bars do not hide each other.
-            places = np.asarray(numbers) + (number - (len(shown) - 1) / 2) * 0.08
+            places = np.asarray(list(points)) + (number - (len(shown) - 1) / 2) * 0.08
             # Bars of many methods would hide the lines; they are in the numbers.
-            bars = errors if len(shown) <= _MOST_BARS else None
+            bars = [one.error or 0.0 for one in points.values()] if len(shown) <= _MOST_BARS else None
             look = {**line_look(number), "marker": marker(number), "ms": 4}
-            axes.errorbar(places, means, bars, label=series_name(variant.label), capsize=2, **look)
-        axes.set_xticks(range(len(bins)), bins)
+            means = [one.value for one in points.values()]
+            axes.errorbar(places, means, bars, label=series_name(variant), capsize=2, **look)
+        axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlabel(label)
-        axes.set_ylabel(f"{_name(score)}{unit}")
+        axes.set_ylabel(f"{find_score(score).label}{unit}")
 
     rows = [
-        [Cell(variant.label), Cell(bins[number]), Cell(f"{mean:.1f} ± {error:.1f}"), Cell(str(count))]
-        for variant, points in series
-        for number, mean, error, count in points
+        [variant, ticks[bin_], f"{one.value:.1f} ± {one.error or 0.0:.1f}", one.n]
+        for variant, points in series.items()
+        for bin_, one in points.items()
     ]
-    bars = "; bars show standard errors" if len(variants) <= _MOST_BARS else ""
-    about = "context length" if kind == "length" else "perplexity of the context"
+    name = find_score(score).label
+    data = [comparison.datasets[place].label] if len(comparison.tasks) > 1 else []
+    title = f"{name.capitalize() if name.islower() else name} by {about}"
     return draw_chart(
-        chart,
-        f"{_name(score).capitalize() if _name(score).islower() else _name(score)} by {about}{data}",
-        f"Bins of about equally many samples{bars}.",
+        f"{kind}-{place}" + (f"-{number}" if number else ""),
+        ", ".join([title, *data, *([model] if len(models) > 1 else [])]),
+        f"Bins of about equally many samples{'; bars show standard errors' * (len(variants) <= _MOST_BARS)}.",
         draw,
-        ["method", label, f"{_name(score)}{unit}", "samples"],
+        ["method", label, f"{name}{unit}", "samples"],
         rows,
     )
 
 
-def _bars(groups: int, each: int) -> int:
-    """Rows of text that groups of thin bars take the height of."""
-    return max(groups, groups * each // 2)
-
-
-def _length(record: Record) -> float | None:
-    return record.get("n_context_tokens")
-
-
-def _edges(values: Sequence[float]) -> list[float]:
-    """Edges of bins with about as many values each; too few values make fewer bins."""
-    if not values:
-        return []
-    bins = min(_BINS, len(values) // _LEAST_OF_BIN)
-    return sorted(set(np.quantile(values, np.linspace(0, 1, bins + 1)).tolist())) if bins > 1 else []
-
-
 def _bar_chart(comparison: Comparison, score: str, title: str, caption: str) -> Chart | None:
     """One score by method, grouped by data set."""
-    places = comparison.tasks
-    found = {
-        place: {v.label: r for v in comparison.variants if (r := result(comparison, v, place, score))}
-        for place in places
-    }
-    # All zeros would be an empty picture; the table says so.
-    shown = [place for place in places if any(one.estimate.value for one in found[place].values())]
-    labels = [v.label for v in comparison.variants if any(v.label in found[place] for place in shown)]
-    if not shown:
-        return None
     scale, unit = _scale(score)
-
-    def draw(axes: Any) -> None:
-        height = 0.8 / len(shown)
-        for number, place in enumerate(shown):
-            own = [label for label in labels if label in found[place]]
-            estimates = [found[place][label].estimate for label in own]
-            axes.barh(
-                [labels.index(label) + (number - (len(shown) - 1) / 2) * height for label in own],
-                [scale * one.value for one in estimates],
-                0.9 * height,
-                xerr=[scale * (one.error or 0.0) for one in estimates],
-                color=SERIES[number % len(SERIES)],
-                error_kw={"ecolor": INK, "capsize": 2, "lw": 1},
-                label=series_name(comparison.datasets[place].label),
-            )
-        name_rows(axes, labels)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(f"{_name(score)}{unit}")
-
-    rows = []
-    for place in shown:
-        for label, one in found[place].items():
-            value, error = scale * one.estimate.value, scale * (one.estimate.error or 0.0)
-            cells = [label, comparison.datasets[place].label, f"{value:.1f} ± {error:.1f}"]
-            rows.append([Cell(cell) for cell in cells])
-    header = ["method", "data", f"{_name(score)}{unit}"]
-    many = len(shown) > 1
-    return draw_chart(
-        score, title, caption, draw, header, rows, legend=many, rows_shown=_bars(len(labels), len(shown))
+    found = pd.DataFrame(
+        [
+            (place, variant, scale * one.estimate.value, scale * (one.estimate.error or 0.0))
+            for (place, variant, name), one in comparison.results.items()
+            if name == score and comparison.datasets[place].task
+        ],
+        columns=["place", "variant", "value", "error"],
+    )
+    # All zeros would be an empty picture; the table says so.
+    found = found[found.groupby("place")["value"].transform("any")]
+    if found.empty:
+        return None
+    found["data"] = [comparison.datasets[place].label for place in found["place"]]
+    shown = [variant for variant in comparison.variants if variant in set(found["variant"])]
+    values, errors = (
+        found.pivot(index="variant", columns="data", values=name).loc[shown, found["data"].unique()]
+        for name in ("value", "error")
     )
 
+    def draw(axes: Any) -> None:
+        grouped_bars(axes, values, errors)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(header[2])
 
-def _seconds_chart(comparison: Comparison) -> Chart | None:
+    header = ["method", "data", f"{find_score(score).label}{unit}"]
+    rows = [[one.variant, one.data, f"{one.value:.1f} ± {one.error:.1f}"] for one in found.itertuples()]
+    many = len(values.columns) > 1
+    return draw_chart(score, title, caption, draw, header, rows, many, _height(values))
+
+
+def _seconds_chart(comparison: Comparison) -> Chart:
     """Memorizing and decoding stacked, by data set and method."""
-    labels, parts = [], {"memorize": [], "decode": []}
+    means = {}
     for place in comparison.tasks:
         data = f"{comparison.datasets[place].label}: " if len(comparison.tasks) > 1 else ""
-        for variant in comparison.variants:
-            records = list(variant.records.get(place, {}).values())
-            if not records:
-                continue
-            labels.append(f"{data}{variant.label}")
-            for name, values in parts.items():
-                values.append(float(np.mean([record["seconds"].get(name, 0.0) for record in records])))
+        for variant, answers in comparison.groups[place].items():
+            means[f"{data}{variant}"] = answers[["memorize", "decode"]].mean()
+    frame = pd.DataFrame(means).T
 
     def draw(axes: Any) -> None:
-        left = np.zeros(len(labels))
-        for number, (name, values) in enumerate(parts.items()):
-            axes.barh(range(len(labels)), values, 0.72, left=left, label=name, color=SERIES[number])
-            left += values
-        name_rows(axes, labels)
+        stacked_bars(axes, frame)
         axes.set_xlabel("seconds a sample")
 
-    rows = [
-        [Cell(label), *(Cell(f"{parts[name][row]:.3f}") for name in parts)]
-        for row, label in enumerate(labels)
-    ]
+    rows = [[label, *(f"{value:.3f}" for value in own)] for label, own in frame.iterrows()]
     caption = "A batch's seconds are shared out among its samples; decoding counts the prompt's pass."
     header = ["method", "memorize, s", "decode, s"]
-    return draw_chart("seconds", "Time", caption, draw, header, rows, rows_shown=len(labels))
+    return draw_chart("seconds", "Time", caption, draw, header, rows, rows_shown=len(frame))
 
 
 def _memory_chart(comparison: Comparison) -> Chart | None:
     """Peak memory by phase and run."""
-    runs = [run for run in comparison.runs if run.metrics.get("peak_memory_gib")]
-    phases = list(dict.fromkeys(phase for run in runs for phase in run.metrics["peak_memory_gib"]))
-    if not runs:
+    peaks = comparison.peak_memory
+    if peaks.empty:
         return None
+    frame = peaks.rename(lambda number: comparison.runs[number].label).T
 
     def draw(axes: Any) -> None:
-        height = 0.8 / len(runs)
-        for number, run in enumerate(runs):
-            peaks = run.metrics["peak_memory_gib"]
-            places = [phases.index(phase) + (number - (len(runs) - 1) / 2) * height for phase in peaks]
-            look = {"color": SERIES[number % len(SERIES)], "label": series_name(run.label)}
-            axes.barh(places, list(peaks.values()), 0.9 * height, **look)
-        name_rows(axes, phases)
+        grouped_bars(axes, frame)
         axes.set_xlabel("peak GiB")
 
-    rows = [
-        [Cell(run.label), Cell(phase), Cell(f"{peak:.2f}")]
-        for run in runs
-        for phase, peak in run.metrics["peak_memory_gib"].items()
-    ]
+    rows = [[run, phase, f"{peak:.2f}"] for run in frame for phase, peak in frame[run].dropna().items()]
     caption = "The weights included: allocated on a GPU, resident on a CPU."
-    header, many, shown = ["run", "phase", "peak GiB"], len(runs) > 1, _bars(len(phases), len(runs))
-    return draw_chart("memory", "Memory", caption, draw, header, rows, legend=many, rows_shown=shown)
+    header = ["run", "phase", "peak GiB"]
+    return draw_chart("memory", "Memory", caption, draw, header, rows, len(peaks) > 1, _height(frame))
 
 
-def _layer_charts(comparison: Comparison) -> Iterator[Chart]:
+def _layer_chart(comparison: Comparison, place: int) -> Chart | None:
     """Which premature layer DoLa chose, by method: share of tokens."""
-    for place in comparison.tasks:
-        dataset = comparison.datasets[place]
-        shares: dict[str, dict[int, float]] = {}
-        for variant in comparison.variants:
-            counts: dict[int, int] = {}
-            for record in variant.records.get(place, {}).values():
-                for layer, count in (record.get("dola_layers") or {}).items():
-                    counts[int(layer)] = counts.get(int(layer), 0) + int(count)
-            total = sum(counts.values())
-            if total:
-                shares[variant.label] = {layer: counts[layer] / total for layer in sorted(counts)}
-        if not shares:
-            continue
-        layers = sorted({layer for own in shares.values() for layer in own})
+    shares = {}
+    for variant, answers in comparison.groups[place].items():
+        counts = pd.DataFrame([record.get("dola_layers") or {} for record in answers["record"]]).sum()
+        if counts.sum():
+            shares[variant] = 100 * (counts / counts.sum()).rename(int).sort_index()
+    if not shares:
+        return None
+    frame = pd.DataFrame(shares).sort_index()
 
-        def draw(axes: Any, shares: dict[str, dict[int, float]] = shares, layers: list[int] = layers) -> None:
-            width = 0.8 / len(shares)
-            for number, (label, own) in enumerate(shares.items()):
-                places = np.arange(len(layers)) + (number - (len(shares) - 1) / 2) * width
-                heights = [100 * own.get(layer, 0.0) for layer in layers]
-                axes.bar(
-                    places, heights, 0.9 * width, label=series_name(label), color=SERIES[number % len(SERIES)]
-                )
-            axes.set_xticks(range(len(layers)), layers)
-            axes.set_xlabel("premature layer")
-            axes.set_ylabel("share of tokens, %")
+    def draw(axes: Any) -> None:
+        grouped_bars(axes, frame, upright=True)
+        axes.set_xlabel("premature layer")
+        axes.set_ylabel("share of tokens, %")
 
-        rows = [
-            [Cell(label), Cell(str(layer)), Cell(f"{100 * share:.1f}")]
-            for label, own in shares.items()
-            for layer, share in own.items()
-        ]
-        data = f", {dataset.label}" if len(comparison.tasks) > 1 else ""
-        title = f"Layers that DoLa contrasts with{data}"
-        caption = "The candidate whose prediction differs most from the last layer's, token by token."
-        yield draw_chart(f"layers-{place}", title, caption, draw, ["method", "layer", "share, %"], rows)
+    rows = [[name, layer, f"{share:.1f}"] for name, own in shares.items() for layer, share in own.items()]
+    data = f", {comparison.datasets[place].label}" if len(comparison.tasks) > 1 else ""
+    title = f"Layers that DoLa contrasts with{data}"
+    caption = "The candidate whose prediction differs most from the last layer's, token by token."
+    return draw_chart(f"layers-{place}", title, caption, draw, ["method", "layer", "share, %"], rows)
+
+
+def _height(frame: pd.DataFrame) -> int:
+    """Rows of text that groups of thin bars take the height of."""
+    return max(len(frame), len(frame) * len(frame.columns) // 2)
 
 
 def _scale(score: str) -> tuple[float, str]:
-    return (100.0, ", %") if score in SCORES and SCORES[score].percent else (1.0, "")
-
-
-def _name(score: str) -> str:
-    return SCORES[score].label if score in SCORES else score
+    return (100.0, ", %") if find_score(score).percent else (1.0, "")

@@ -1,17 +1,26 @@
-"""Runs side by side: which answers are compared with which, by method and data set."""
+"""Runs side by side as one table of answers: which are compared with which, by method and data set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.data.reader import file_hash
 from fastmem_pl.decoding.methods import BASELINE, METHODS
-from fastmem_pl.report.runs import ReportRun, find_samples, hash_of, read_run
-from fastmem_pl.run.records import Record
+from fastmem_pl.metrics import SCORES, estimate, find_score, paired
+from fastmem_pl.report.paper import published
+from fastmem_pl.report.runs import ReportRun, find_samples, perplexity, read_run
+from fastmem_pl.report.table import Result
+
+# The one score of a data set where there is room for one; the first that the records have.
+_PRIMARY = ("accuracy", "factkb", "bert_precision", "rougeL")
 
 
 @dataclass(frozen=True)
@@ -21,112 +30,134 @@ class Dataset:
     Attributes:
         label: the task (or ``all``), and the run where two files have the same task.
         task: name of the task; empty for all tasks of a file.
-        data_key: of the runs that answered about it (:attr:`ReportRun.data_key`).
+        data_key: that of the runs that answered about it (:attr:`ReportRun.data_key`).
     """
 
     label: str
     task: str
     data_key: str
 
-    def holds(self, run: ReportRun) -> bool:
-        """Whether a run has answered about it."""
-        # Two tasks may read the same file: their samples are as many, and ask otherwise.
-        answered = self.task in run.tasks if self.task else len(run.tasks) > 1
-        return run.data_key == self.data_key and answered
-
-
-@dataclass
-class Variant:
-    """A method of one system: a row of the tables.
-
-    Attributes:
-        label: the method, and what tells its system from others.
-        method: its name.
-        system: number of the system; runs over different data make one where their model is the same.
-        records: by data set (its place) and index.
-    """
-
-    label: str
-    method: str
-    system: int
-    records: dict[int, dict[int, Record]] = field(default_factory=dict)
-
-    @property
-    def memory(self) -> bool:
-        """Whether the method memorizes."""
-        return self.method in METHODS and METHODS[self.method].memory
-
 
 @dataclass
 class Comparison:
-    """Runs side by side.
+    """Runs side by side; numbers of runs and data sets are their places in these lists.
 
     Attributes:
         runs: as given.
         datasets: in the order of the runs; those of all tasks of a file come last.
-        variants: rows.
-        results: what was computed for the cells, as tables and charts show the same ones.
+        answers: one row per answer, those of a mixed file once more in the data set of all its tasks: its
+            place (``dataset``, ``run``, ``system``, ``model``, ``method``, ``index`` of the sample, and
+            ``variant``, the row of the result tables: method and, where there are several, system), its
+            ``record``, and numbers of it (``memorize`` and ``decode`` in seconds, ``length`` in tokens).
+        scores: the same rows, one column per score; NaN where an answer has none.
     """
 
     runs: list[ReportRun]
     datasets: list[Dataset]
-    variants: list[Variant]
-    results: dict[tuple[int, str, int, str], Any] = field(default_factory=dict, repr=False)
+    answers: pd.DataFrame
+    scores: pd.DataFrame
 
     @property
     def tasks(self) -> list[int]:
-        """Places of the data sets of one task, which hold each sample once."""
+        """Data sets of one task, which hold each sample once."""
         return [place for place, dataset in enumerate(self.datasets) if dataset.task]
 
     @property
     def order(self) -> list[int]:
-        """Places of all data sets, those of all tasks of a file first."""
+        """All data sets, those of all tasks of a file first."""
         return sorted(range(len(self.datasets)), key=lambda place: bool(self.datasets[place].task))
 
-    def baseline(self, variant: Variant, dataset: int) -> dict[int, Record]:
-        """Zero-shot records to compare with: of the variant's system, or of the same model elsewhere."""
-        own, others = [], []
-        asked = [run.asked for run in self.runs_of(variant, dataset)]
-        for candidate in self.variants:
-            records = candidate.records.get(dataset)
-            if candidate.method != BASELINE or not records:
-                continue
-            if candidate.system == variant.system:
-                own.append(records)
-            elif any(run.asked in asked for run in self.runs_of(candidate, dataset)):
-                others.append(records)
-        return next(iter([*own, *others]), {})
-
-    def runs_of(self, variant: Variant, dataset: int) -> Iterator[ReportRun]:
-        """The run that a variant's records of a data set are from."""
-        wanted = self.datasets[dataset]
-        for run, system in zip(self.runs, self._systems, strict=True):
-            if system == variant.system and wanted.holds(run):
-                yield run
-
-    def models(self, variants: Sequence[Variant]) -> dict[str, list[Variant]]:
-        """These variants by name of their model; models of one name are told apart by their runs."""
-        first = {}
-        for run, system in zip(self.runs, self._systems, strict=True):
-            first.setdefault(system, run)
-        names: dict[str, str] = {}
-        found: dict[str, list[Variant]] = {}
-        for variant in variants:
-            run = first[variant.system]
-            name = f"{run.model} ({run.label})" if run.model in names.values() else run.model
-            found.setdefault(names.setdefault(run.model_key, name), []).append(variant)
-        return found
+    @cached_property
+    def variants(self) -> list[str]:
+        """Rows of the result tables."""
+        return list(self.answers["variant"].unique())
 
     @cached_property
-    def _systems(self) -> list[int]:
-        return _systems(self.runs)
+    def groups(self) -> list[dict[str, pd.DataFrame]]:
+        """Answers by data set and variant."""
+        found = dict(list(self.answers.groupby(["dataset", "variant"])))
+        return [
+            {variant: found[place, variant] for variant in self.variants if (place, variant) in found}
+            for place in range(len(self.datasets))
+        ]
+
+    @cached_property
+    def results(self) -> dict[tuple[int, str, str], Result]:
+        """Value, test against zero-shot and published value by data set, variant and score."""
+        found = {}
+        for place, groups in enumerate(self.groups):
+            for variant, answers in groups.items():
+                baseline = self.baseline(place, variant)
+                run, method = self.runs[answers["run"].iat[0]], answers["method"].iat[0]
+                for score in self.scores_of(place):
+                    values = self.values(place, variant, score)
+                    if values.empty:
+                        continue
+                    against = None
+                    if baseline is not None:
+                        pairs = pd.concat([self.values(place, baseline, score), values], axis=1, join="inner")
+                        binary = find_score(score).binary
+                        against = paired(*pairs.to_numpy().T, binary) if len(pairs) else None
+                    paper = published(run, self.datasets[place].task, method, score)
+                    result = Result(estimate(values), against, paper, len(answers))
+                    found[place, variant, score] = result
+        return found
+
+    def values(self, dataset: int, variant: str, score: str) -> pd.Series:
+        """A score by sample index, of the samples that have it."""
+        answers = self.groups[dataset][variant]
+        return self.scores.loc[answers.index, score].set_axis(answers["index"]).dropna()
+
+    def scores_of(self, dataset: int) -> list[str]:
+        """Scores that answers of a data set have, in the order of tables."""
+        found = set(self.scores[self.answers["dataset"] == dataset].dropna(axis=1, how="all"))
+        return [*(name for name in SCORES if name in found), *sorted(found - set(SCORES))]
+
+    def primary_score(self, dataset: int) -> str | None:
+        """The score that stands for a data set: the paper's, where answers have it."""
+        scores = self.scores_of(dataset)
+        return next((name for name in (*_PRIMARY, *scores) if name in scores), None)
+
+    def baseline(self, dataset: int, variant: str) -> str | None:
+        """Zero-shot to compare with: that of the variant's system, or of another run that asked the same."""
+        groups = self.groups[dataset]
+        own = groups[variant].iloc[0]
+        others = [rows.iloc[0] for rows in groups.values() if rows["method"].iat[0] == BASELINE]
+        same = [other for other in others if other["system"] == own["system"]]
+        same += [other for other in others if self.runs[other["run"]].asked == self.runs[own["run"]].asked]
+        return same[0]["variant"] if same and own["method"] != BASELINE else None
+
+    def models(self, dataset: int) -> dict[str, pd.DataFrame]:
+        """Answers of a data set by model."""
+        return dict(list(self.answers[self.answers["dataset"] == dataset].groupby("model", sort=False)))
+
+    @property
+    def peak_memory(self) -> pd.DataFrame:
+        """Peak GiB by run and phase, of the runs that measured it."""
+        found = {number: run.metrics.get("peak_memory_gib") for number, run in enumerate(self.runs)}
+        return pd.DataFrame.from_dict({n: peaks for n, peaks in found.items() if peaks}, orient="index")
+
+    @cached_property
+    def curves(self) -> dict[str, list[Mapping[str, Sequence[float]]]]:
+        """Loss curves of all memorized samples by data set, and by system where there are several."""
+        # All methods of a system share the memory.
+        memories = self.answers[self.answers["memory"]].drop_duplicates(["dataset", "system", "index"])
+        found = {}
+        groups = memories.groupby(["dataset", "system"], sort=False)
+        for (place, system), answers in sorted(groups, key=lambda group: group[0][0]):
+            whole = [r["curve"] for r in answers["record"] if r.get("curve") and r.get("status") == "ok"]
+            curves = [curve for curve in whole if curve.get("cross_entropy")]
+            if curves and self.datasets[place].task:
+                label = self.datasets[place].label
+                found[f"{label} · {system}" if system else label] = curves
+        return found
 
 
 def collect(paths: Sequence[str | Path], data: str | Path | None = None, contexts: bool = True) -> Comparison:
     """Read run folders.
 
     Args:
-        paths: of the folders.
+        paths: run folders.
         data: file that holds the samples, where it is not where the runs found it.
         contexts: read the data, too.
 
@@ -141,47 +172,60 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
     runs = [read_run(path, label) for path, label in zip(given, _labels(resolved), strict=True)]
     if data is not None and not Path(data).is_file():
         raise FastMemError(f"--data: no such file: {data}")
-    for run in runs if contexts else ():
-        find_samples(run, data)
-    if data is not None and not any(run.data_hash == hash_of(Path(data)) for run in runs):
-        raise FastMemError(f"--data: {data} is not the data of {_listed(runs)} (its content differs)")
+    if contexts:
+        for run in runs:
+            find_samples(run, data)
+    if data is not None and not any(run.data_hash == file_hash(Path(data)) for run in runs):
+        listed = ", ".join(str(run.path) for run in runs)
+        raise FastMemError(f"--data: {data} is not the data of {listed} (its content differs)")
     datasets = _datasets(runs)
-    return Comparison(runs, datasets, _variants(runs, datasets))
+    answers = _answers(runs, datasets)
+    scores = pd.DataFrame(
+        [record["scores"] for record in answers["record"]], index=answers.index, dtype=float
+    )
+    return Comparison(runs, datasets, answers, scores)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """Folder names, with as many parents as tell them apart."""
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [str(path) for path in paths]
+    options = (["/".join(path.parts[-depth:]) for path in paths] for depth in count(1))
+    return next(labels for labels in options if len(set(labels)) == len(labels))
 
 
-def _systems(runs: Sequence[ReportRun]) -> list[int]:
-    """Number of each run's system: runs of one model over different data belong together."""
-    seen: list[tuple[Any, set[tuple[str, str]]]] = []
-    numbers = []
+def _systems(runs: Sequence[ReportRun]) -> list[str]:
+    """Name of each run's system: runs of one model over different data belong together.
+
+    The name is empty where there is one system, else its model, or its runs where models have one name.
+    """
+    found: list[list[ReportRun]] = []
     for run in runs:
-        key = run.model_key, run.identity.get("trainer", {}).get("precision")
-        data = {(task, run.data_key) for task in run.tasks}
-        number = next((i for i, (k, d) in enumerate(seen) if k == key and not d & data), len(seen))
-        if number == len(seen):
-            seen.append((key, set()))
-        seen[number][1].update(data)
-        numbers.append(number)
-    return numbers
+        fitting = (system for system in found if _belongs(run, system))
+        system = next(fitting, None)
+        if system is None:
+            found.append(system := [])
+        system.append(run)
+    names = [""] if len(found) == 1 else [system[0].model for system in found]
+    if len(set(names)) < len(names):
+        names = [", ".join(run.label for run in system) for system in found]
+    of = {id(run): name for name, system in zip(names, found, strict=True) for run in system}
+    return [of[id(run)] for run in runs]
 
 
-def _system_labels(runs: Sequence[ReportRun], numbers: Sequence[int]) -> dict[int, str]:
-    """What tells systems apart: nothing where there is one, the model, or the runs."""
-    of = {n: [run for run, number in zip(runs, numbers, strict=True) if number == n] for n in numbers}
-    if len(of) == 1:
-        return {n: "" for n in of}
-    models = {n: found[0].model for n, found in of.items()}
-    if len(set(models.values())) == len(models):
-        return models
-    return {n: ", ".join(run.label for run in found) for n, found in of.items()}
+def _belongs(run: ReportRun, system: Sequence[ReportRun]) -> bool:
+    """Whether a run is of the system's model, and about other data."""
+    same = (run.model_key, run.precision) == (system[0].model_key, system[0].precision)
+    return same and not any(
+        run.data_key == other.data_key and set(run.tasks) & set(other.tasks) for other in system
+    )
+
+
+def _models(runs: Sequence[ReportRun]) -> list[str]:
+    """Name of each run's model, with the run where another model has the name."""
+    names: dict[str, str] = {}
+    for run in runs:
+        name = f"{run.model} ({run.label})" if run.model in names.values() else run.model
+        names.setdefault(run.model_key, name)
+    return [names[run.model_key] for run in runs]
 
 
 def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
@@ -201,22 +245,28 @@ def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
     return datasets
 
 
-def _variants(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> list[Variant]:
-    numbers = _systems(runs)
-    labels = _system_labels(runs, numbers)
+def _answers(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> pd.DataFrame:
     places = {(dataset.task, dataset.data_key): place for place, dataset in enumerate(datasets)}
-    variants: dict[tuple[int, str], Variant] = {}
-    for run, number in zip(runs, numbers, strict=True):
-        for method in run.methods:
-            label = f"{method} · {labels[number]}" if labels[number] else method
-            variants.setdefault((number, method), Variant(label, method, number))
-        whole = [""] if len(run.tasks) > 1 else []
+    rows: list[dict[str, Any]] = []
+    for number, (run, system, model) in enumerate(zip(runs, _systems(runs), _models(runs), strict=True)):
         for record in run.records:
-            records = variants[number, record["method"]].records
-            for task in (record["task"], *whole):
-                records.setdefault(places[task, run.data_key], {})[record["index"]] = record
-    return [variant for variant in variants.values() if variant.records]
-
-
-def _listed(runs: Sequence[ReportRun]) -> str:
-    return ", ".join(str(run.path) for run in runs)
+            method = record["method"]
+            row = {
+                **{"run": number, "system": system, "model": model, "method": method, "record": record},
+                "variant": f"{method} · {system}" if system else method,
+                "memory": method in METHODS and METHODS[method].memory,
+                "index": record["index"],
+                "memorize": record["seconds"].get("memorize", 0.0),
+                "decode": record["seconds"].get("decode", 0.0),
+                "tokens": len(record.get("token_ids") or ()),
+                "output_words": record["output_words"],
+                "length": record.get("n_context_tokens"),
+                "perplexity": perplexity(record),
+            }
+            rows.append({"dataset": places[record["task"], run.data_key], **row})
+            if len(run.tasks) > 1:
+                rows.append({"dataset": places["", run.data_key], **row})
+    answers = pd.DataFrame(rows)
+    for name in ("length", "perplexity"):
+        answers[name] = pd.to_numeric(answers[name], errors="coerce").astype(float)
+    return answers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import math
@@ -13,58 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fastmem_pl.report.table import PageTable
 
 _FOLDER = Path(__file__).parent / "page"
 # Print comes last, in page.css.
 _STYLES = ("samples.css", "page.css")
 _SCRIPTS = ("filters.js", "list.js", "detail.js", "page.js")
-_NUMBER = re.compile(r"[<>=~+±−–-]?\s*\d.*|[-–—]?")
 # In HTML a style element, unlike a style attribute, reaches out of its SVG; the metadata is long and unread.
 _REMOVED = re.compile(r"<(style|metadata)\b.*?</\1\s*>", re.DOTALL)
 _ID = re.compile(r"(\sid=[\"']|\bhref=[\"']#|url\(#)")
+# Nothing is loaded, and only this style and script are used. Matplotlib's SVGs say nearly everything in style
+# attributes, which no hash can allow: so attributes are free (without fetching they can do no harm), and the
+# hash holds for style elements. style-src is for browsers that do not know these two apart. Images are data:
+# URLs inside of SVGs (heat maps).
+_POLICY = (
+    "default-src 'none'; script-src '{script}'; style-src-elem '{style}'; style-src-attr 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+)
 # What could end the script element, or is not allowed in scripts (U+2028/9) or in UTF-8 (lone surrogates).
 _UNSAFE_JSON = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: its value.
-        note: a second, smaller line.
-        best: mark it as the best of its column.
-    """
-
-    text: str
-    note: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class PageTable:
-    """A table; the first cell of a row is the row's heading."""
-
-    title: str
-    header: list[str]
-    rows: list[list[Cell]]
-    caption: str = ""
-
-    def numeric(self, column: int) -> bool:
-        """Whether all cells of a column look like numbers, which are aligned to the right.
-
-        >>> table = PageTable("", ["", "n", "why"], [[Cell("a"), Cell("71.7% ± 5.9"), Cell("gold")]])
-        >>> [table.numeric(column) for column in range(3)]
-        [False, True, False]
-        """
-        cells = (row[column].text.strip() for row in self.rows if column < len(row))
-        return column > 0 and all(_NUMBER.fullmatch(text) for text in cells)
-
-    @property
-    def has_best(self) -> bool:
-        """Whether a cell is marked as the best."""
-        return any(cell.best for row in self.rows for cell in row)
 
 
 @dataclass(frozen=True)
@@ -103,53 +71,26 @@ class Page:
 
 def render_page(page: Page) -> str:
     """Return the page as one self-contained HTML document, to be written as UTF-8."""
-    style = "\n".join(map(_asset, _STYLES))
-    script = "\n".join(map(_asset, _SCRIPTS))
-    html = _template().render(
+    style, script = (
+        "\n".join((_FOLDER / n).read_text("utf-8") for n in names) for names in (_STYLES, _SCRIPTS)
+    )
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("page.html").render(
         page=page,
         style=style,
         script=script,
-        policy=_policy(style, script),
+        policy=_POLICY.format(script=_digest(script), style=_digest(style)),
         charts=[(chart, _inline_svg(chart)) for chart in page.charts],
         data=_embedded_json(page.browser) if page.browser.get("samples") else "",
     )
     # A lone surrogate, half a character that a model or a file broke, cannot be written as UTF-8.
     return html.encode("utf-8", "replace").decode("utf-8")
-
-
-@functools.cache
-def _template() -> Template:
-    loader = FileSystemLoader(_FOLDER)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html")
-
-
-@functools.cache
-def _asset(name: str) -> str:
-    return (_FOLDER / name).read_text(encoding="utf-8")
-
-
-def _policy(style: str, script: str) -> str:
-    """Return the Content-Security-Policy: nothing is loaded, and only this style and script are used.
-
-    Matplotlib's SVGs say nearly everything in style attributes, which no hash can allow: so attributes are
-    free (without fetching they can do no harm), and the hash holds for style elements. ``style-src`` is for
-    browsers that do not know these two apart. Images are data: URLs inside of SVGs (heat maps).
-    """
-    return "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src '{_digest(script)}'",
-            f"style-src-elem '{_digest(style)}'",
-            "style-src-attr 'unsafe-inline'",
-            "style-src 'unsafe-inline'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
-    )
 
 
 def _digest(text: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from fastmem_pl.cli import packaged_configs
+from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.decoding.methods import METHODS
 from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.memory.settings import MemorizationSettings
-from fastmem_pl.report.runs import ReportRun
+from fastmem_pl.report.runs import ReportRun, flat_settings
 
 # Settings of decoding that only some methods look at.
 _OF_DECODER = {"alpha": ("cd", "cad"), "dola_layers": ("dola",), "relative_top": ("dola",)}
@@ -27,8 +27,8 @@ def published(run: ReportRun, task: str, method: str, score: str) -> float | Non
     The paper's settings are those of the packaged configs ``base``, the task, and the task with the decoder
     (``xsum+cd``); all samples have to be asked, by prompts without an opened answer.
     """
-    settings, data = run.identity["model"], run.identity["data"]
-    name = Path(str(settings.get("backbone"))).name
+    settings, data = run.settings, run.identity["data"]
+    name = Path(str(settings.get("source"))).name
     value = _table().get(name, {}).get(task, {}).get(score, {}).get(method)
     if value is None or method not in METHODS or not run.metrics:
         return None
@@ -42,11 +42,10 @@ def _paper_settings(task: str, method: str) -> dict[str, Any]:
     """Settings that a method's answers depend on, as the paper has them."""
     decoder = METHODS[method].decoder
     defaults = {f.name: f.default for f in fields(DecodingSettings)} | {"stop": []}
-    used = {"chat_template": True, "system_prompt": None, "quantization": None, "max_context_tokens": None}
+    used = {"template": True, "system_prompt": None, "quantization": None, "max_context_tokens": None}
     used |= {n: v for n, v in defaults.items() if decoder in _OF_DECODER.get(n, (decoder,))}
     if METHODS[method].memory:
         used |= {f.name: f.default for f in fields(MemorizationSettings)}
-    # Those two are how published quirks reach the loop; they stand elsewhere in a run's settings.
     for name in (*_NO_MATTER, "norm_every_layer", "round_weights", "dola_unlimited"):
         used.pop(name, None)
     for config in ("base", task, f"{task}+{decoder}" if METHODS[method].memory else ""):
@@ -58,7 +57,7 @@ def _paper_settings(task: str, method: str) -> dict[str, Any]:
 @cache
 def _config_model(name: str) -> Mapping[str, Any]:
     path = packaged_configs().get(name)
-    return yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {}) if path else {}
+    return flat_settings(yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {})) if path else {}
 
 
 @cache

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-_HEADER = (
-    *("phase", "seconds", "share", "calls", "first call", "others (median)", "tokens", "tokens/s"),
-    *("ms/token", "ms/step", "peak GiB"),
-)
-_NONE = "–"
+from fastmem_pl.report.table import NONE, PageTable, count_of, rich_table
+
+# Heading and name of each number of a phase.
+_COLUMNS = {
+    "seconds": "seconds",
+    "share": "share",
+    "calls": "calls",
+    "first call": "first_seconds",
+    "others (median)": "median_seconds",
+    "tokens": "tokens",
+    "tokens/s": "tokens_per_second",
+    "ms/token": "ms_per_token",
+    "ms/step": "ms_per_step",
+    "peak GiB": "peak_memory_gib",
+}
 
 
-def profile_rows(profile: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a profile's table: its phases, decoding by method where there are several, the sum.
+def profile_page_table(profile: Mapping[str, Any]) -> PageTable:
+    """The phases of a run, decoding by method where there are several, and the sum.
 
     Args:
         profile: content of ``profile.json``.
@@ -30,41 +41,31 @@ def profile_rows(profile: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     wall = profile["wall_seconds"]
     peaks = [numbers.get("peak_memory_gib", 0.0) for numbers in profile["phases"].values()]
     rows.append(_row("all", {"seconds": wall, "share": 1.0, "peak_memory_gib": max(peaks)}))
-    return list(_HEADER), rows
+    caption = "; ".join([_title(profile), *_notes(profile)])
+    return PageTable.of("", ["phase", *_COLUMNS], rows, caption)
 
 
 def profile_table(profile: Mapping[str, Any]) -> Table:
     """The same for the terminal."""
-    header, rows = profile_rows(profile)
-    table = Table(title=escape(profile_title(profile)), title_justify="left", caption_justify="left")
-    for number, name in enumerate(header):
-        # Words below each other: eleven columns are many.
-        table.add_column(escape(name.replace(" ", "\n", 1)), justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*map(escape, row), style="bold" if row is rows[-1] else None)
-    notes = profile_notes(profile)
-    if notes:
-        table.caption = escape("; ".join(notes))
+    table = rich_table(replace(profile_page_table(profile), title=_title(profile)), stacked=True)
+    table.rows[-1].style = "bold"
+    table.caption, table.caption_justify = escape("; ".join(_notes(profile))) or None, "left"
     return table
 
 
-def profile_title(profile: Mapping[str, Any]) -> str:
+def _title(profile: Mapping[str, Any]) -> str:
     """What was measured, by what model, and on what."""
     device, settings = profile["environment"]["device"], profile["settings"]
     count = len(profile["processes"])
     return (
-        f"profile of {profile['mode']}: {_count(profile['num_samples'], 'sample')}, "
-        f"{settings['model']['backbone']} in {settings['trainer']['precision']} on "
+        f"profile of {profile['mode']}: {count_of(profile['num_samples'], 'sample')}, "
+        f"{settings['model']['backbone']['source']} in {settings['trainer']['precision']} on "
         f"{f'{count} processes, ' if count > 1 else ''}{device['name']}"
-        + (f", {_count(device['threads'], 'thread')}" if device["type"] == "cpu" else "")
+        + (f", {count_of(device['threads'], 'thread')}" if device["type"] == "cpu" else "")
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def profile_notes(profile: Mapping[str, Any]) -> list[str]:
+def _notes(profile: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of the numbers, and the files that lie beside them."""
     notes = []
     if len(profile["processes"]) > 1:
@@ -78,26 +79,16 @@ def profile_notes(profile: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
-    seconds, share = numbers["seconds"], numbers.get("share")
-    return [
-        name,
-        _number(seconds),
-        _NONE if share is None else f"{100 * share:.1f}%",
-        f"{numbers['calls']:,}" if "calls" in numbers else _NONE,
-        _number(numbers.get("first_seconds")),
-        _number(numbers.get("median_seconds")),
-        f"{numbers['tokens']:,}" if "tokens" in numbers else _NONE,
-        _number(numbers.get("tokens_per_second")),
-        _number(numbers.get("ms_per_token")),
-        _number(numbers.get("ms_per_step")),
-        _number(numbers.get("peak_memory_gib")),
-    ]
+def _row(phase: str, numbers: Mapping[str, Any]) -> list[str]:
+    return [phase, *(_shown(name, numbers.get(name)) for name in _COLUMNS.values())]
 
 
-def _number(value: float | None) -> str:
-    """Three digits that count; all of those before the point."""
+def _shown(name: str, value: float | None) -> str:
+    """Counts as they are; of other numbers three digits that count, and all of those before the point."""
     if value is None:
-        return _NONE
-    digits = next((d for bound, d in ((0.0995, 3), (9.95, 2), (99.5, 1)) if abs(value) < bound), 0)
+        return NONE
+    if name == "share":
+        return f"{value:.1%}"
+    bounds = () if name in ("calls", "tokens") else ((0.0995, 3), (9.95, 2), (99.5, 1))
+    digits = next((digits for bound, digits in bounds if abs(value) < bound), 0)
     return f"{value:,.{digits}f}"

@@ -302,7 +302,7 @@ def write_profile(run: str | Path, profile: Mapping[str, Any]) -> None:
 def _use_all(profile: Mapping[str, Any]) -> None:
     """Use all that is used of a profile, so that what is missing or no number shows here."""
     device, settings = profile["environment"]["device"], profile["settings"]
-    profile["mode"], device["name"], settings["model"]["backbone"], settings["trainer"]["precision"]
+    profile["mode"], device["name"], settings["model"]["backbone"]["source"], settings["trainer"]["precision"]
     if device["type"] == "cpu":
         device["threads"]
     ", ".join(profile["files"])

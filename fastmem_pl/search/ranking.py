@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.metrics import SampleMean, format_score, lower_is_better
+from fastmem_pl.metrics import estimate, format_score, lower_is_better
 
 # Nothing lies beyond these, so the best value being there does not ask for a larger grid.
 _BOUNDS = {"steps": 1, "kl_coeff": 0, "alpha": 0, "temperature": 0, "top_k": 0, "top_p": 1, "relative_top": 1}
@@ -219,10 +219,9 @@ def _means(records: Sequence[Mapping[str, Any]], objective: str) -> dict[str, An
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    mean = SampleMean(sync_on_compute=False)
-    mean.update(values)
+    found = estimate(values)
     # Rounded, for the same scores summed in another order are the same value, and tie.
-    return round(mean.compute().item(), 12), mean.standard_error().item() if len(values) > 1 else None
+    return round(found.value, 12), found.error
 
 
 def _precedence(point: Mapping[str, float]) -> list[float]:

@@ -59,7 +59,8 @@ def test_the_converted_demo_model_is_found():
 
 
 def test_secrets_and_other_variables_stay_out(monkeypatch):
-    for name in ("HF_TOKEN", "FASTMEM_API_TOKEN", "FASTMEM_PASSWORD", "WANDB_API_KEY", "EDITOR"):
+    secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_SECRET")
+    for name in (*secrets, "FASTMEM_API_TOKEN", "FASTMEM_PASSWORD", "EDITOR"):
         monkeypatch.setenv(name, "hush")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hush@host/x")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")

@@ -11,39 +11,36 @@ def test_a_single_value_has_no_error():
     assert estimate([0.5]).error is None
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_mean_and_error_are_those_of_scipy(seed):
-    values = np.random.default_rng(seed).normal(size=57)
+def test_mean_and_error_are_those_of_scipy_in_any_order():
+    values = np.random.default_rng(2).normal(size=1001)
     found = estimate(values.tolist())
     assert found.value == pytest.approx(values.mean(), abs=1e-12)
     assert found.error == pytest.approx(stats.sem(values), abs=1e-12)
-
-
-def test_the_order_of_samples_changes_no_bit():
-    values = np.random.default_rng(2).normal(size=1001).tolist()
-    assert estimate(values) == estimate(values[::-1])
+    assert found == estimate(values[::-1].tolist()), "another order changes a bit"
 
 
 def test_binary_scores_take_mcnemars_exact_test():
     found = paired([0, 0, 0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 0, 1], binary=True)
     assert (found.gained, found.lost, found.n) == (6, 1, 8)
     assert found.p_value == pytest.approx(stats.binomtest(6, 7).pvalue)
-    assert found.interval is None
     assert found.difference == pytest.approx(5 / 8)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.1, -0.3])
-@pytest.mark.parametrize("n", [40, 25_000])
-def test_the_bootstrap_agrees_with_the_t_test(shift, n):
+@pytest.mark.parametrize(
+    ("n", "shift", "spread", "tolerance"),
+    [
+        *((40, shift, 1.0, 0.025) for shift in (0.0, 0.1, -0.3)),
+        *((25_000, shift, 20.0, 0.025) for shift in (0.0, 0.1, -0.3)),
+        # As many of 5,000 resamples cross zero, with the noise of counting them.
+        *((4000, shift, 1.0, 0.01) for shift in (0.02, 0.03)),
+    ],
+)
+def test_the_bootstrap_agrees_with_the_t_test(n, shift, spread, tolerance):
     random = np.random.default_rng(3)
     before = random.normal(size=n)
-    after = before + random.normal(loc=shift, scale=1.0 if n == 40 else 20.0, size=n)
+    after = before + random.normal(loc=shift, scale=spread, size=n)
     found = paired(before.tolist(), after.tolist(), binary=False)
-    expected = stats.ttest_rel(after, before)
-    # Both are approximations of one another; resampling has noise of its own.
-    assert found.p_value == pytest.approx(expected.pvalue, abs=0.025)
-    low, high = expected.confidence_interval(0.95)
-    assert found.interval == pytest.approx((low, high), abs=0.045 * (high - low))
+    assert found.p_value == pytest.approx(stats.ttest_rel(after, before).pvalue, abs=tolerance)
     assert found.difference == pytest.approx((after - before).mean())
 
 
@@ -62,20 +59,9 @@ def test_a_few_samples_are_never_surer_than_flipped_signs(n):
     assert paired([0.0] * n + [0.5], [*after, 0.5], binary=False).p_value >= 2 ** (1 - n)
 
 
-@pytest.mark.parametrize("shift", [0.02, 0.03])
-def test_p_values_of_real_effects_are_those_of_the_t_test(shift):
-    random = np.random.default_rng(5)
-    before = random.normal(size=4000)
-    after = before + random.normal(loc=shift, size=4000)
-    found, expected = paired(before, after, binary=False).p_value, stats.ttest_rel(after, before).pvalue
-    # As many of 5,000 resamples cross zero, with the noise of counting them.
-    spread = 3 * 2 * (expected / 2 / 5000) ** 0.5
-    assert found == pytest.approx(expected, abs=spread + 1e-3)
-
-
 def test_no_difference_is_certain_of_nothing():
     found = paired([0.5, 0.25], [0.5, 0.25], binary=False)
-    assert (found.p_value, found.difference, found.interval) == (1.0, 0.0, (0.0, 0.0))
+    assert (found.p_value, found.difference) == (1.0, 0.0)
     assert paired([1, 0], [1, 0], binary=True).p_value == 1.0
 
 

@@ -1,84 +1,208 @@
-"""`fastmem report` and `fastmem compare` from the command line."""
+"""`fastmem report` and `fastmem compare` as a user sees them: files, numbers, refusals, hostile names."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from real_runs import NQ, files, read
+from report_runs import HOSTILE, assert_loads_nothing
 
-from fastmem_pl.cli import main
+pytestmark = [pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture
-def run(tmp_path, two_methods, make_run):
+def finished(make_run, two_methods):
     return make_run("run", two_methods)
 
 
-def test_a_page_and_its_tables(run, capsys):
-    assert main(["report", str(run)]) == 0
-    out = capsys.readouterr().out
-    assert str(run / "report.html") in out
-    page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+
+def cells_of(markdown: str) -> list[list[str]]:
+    """Cells of all table rows; fails where a row is not as wide as the rows around it."""
+    rows, previous = [], 0
+    for line in markdown.splitlines():
+        cells = re.split(r"(?<!\\)\|", line.strip())[1:-1] if line.startswith("|") else []
+        assert not cells or previous in (0, len(cells)), f"a row of another width: {line!r}"
+        previous = len(cells)
+        rows += [[cell.strip() for cell in cells]] if cells else []
+    return rows
+
+
+def test_a_page_and_its_tables_beside_the_records(finished, say):
+    before = files(finished)
+    assert str(finished / "report.html") in say("report", finished).out
+    after = files(finished)
+    assert after.keys() - before.keys() == {"report.html", "report.md"}
+    assert before.items() <= after.items()
+    page, text = after["report.html"].decode(), after["report.md"].decode()
     assert "The tower of town 3" in page
     assert "91.7% ± 8.3" in page
     assert "**91.7% ± 8.3** (+6 −1, p = 0.125)" in text
+    say("report", finished)
+    assert files(finished) == after, "the same run gives another page"
 
 
-def test_the_same_run_gives_the_same_page(run, tmp_path):
-    for name in ("a.html", "b.html"):
-        assert main(["report", str(run), "--out", str(tmp_path / name)]) == 0
-    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+def test_several_runs_go_to_the_working_folder(finished, make_run, two_methods, say):
+    say("report", finished, make_run("other", two_methods), "--title", "Two <b> | & more")
+    assert {path.name for path in Path.cwd().iterdir()} == {"report.html", "report.md"}
+    assert "<title>Two &lt;b&gt; | &amp; more</title>" in Path("report.html").read_text()
+    assert Path("report.md").read_text().startswith(r"# Two &lt;b> \| & more")
 
 
-def test_several_runs_go_to_the_working_folder(run, make_run, two_methods, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["report", str(run), str(make_run("other", two_methods)), "--title", "Two & more"]) == 0
-    assert "<title>Two &amp; more</title>" in (tmp_path / "report.html").read_text()
+def test_a_real_run(real, pages, say):
+    """Page, Markdown and terminal show the numbers of ``metrics.json``, and the page all texts."""
+    page, markdown = pages(real)
+    assert_loads_nothing(page)
+    groups = json.loads((real / "metrics.json").read_text())["groups"]["all"]
+    rows = {cells[0]: " ".join(cells) for cells in reversed(cells_of(markdown))}
+    terminal = say("compare", real).out
+    for method in ("zero-shot", "fastmem", "dola"):
+        for name in ("accuracy", "f1", "format_failure", "original"):
+            found = groups[method]["metrics"][name]
+            shown = f"{100 * found['value']:.1f}% ± {100 * found['standard_error']:.1f}"
+            assert shown in page.text
+            assert shown in terminal
+        assert f"{100 * groups[method]['metrics']['accuracy']['value']:.1f}%" in rows[method]
+    held = page.text + json.dumps(page.data, ensure_ascii=False)
+    assert "Please extract from the context" in held, "no prompt"
+    for text in [*(row["sub_context"][:6] for row in NQ), *(r["prediction"][:20] for r in read(real))]:
+        assert text in held
+    assert {"Loss over the steps", "Layers that DoLa contrasts with", "Peak memory", "Time"} <= {
+        text.strip() for text in page._text
+    }
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "report: give a run folder"),
         (["RUN", "--out", "x.txt"], "--out: x.txt is no name of a page"),
+        (["RUN", "--out", "RUN/metrics.json"], "is no name of a page"),
         (["RUN", "--out", "no/x.html"], "--out: there is no folder no"),
+        (["RUN", "--out", "file/x.html"], "--out: there is no folder file"),
+        (["RUN", "--out", "/proc/nowhere/x.html"], "--out: there is no folder /proc/nowhere"),
         (["RUN", "--out", "."], "--out: . is a folder"),
+        (["RUN", "--out", "dir.html"], "the tables go to dir.md, which is a folder"),
         (["RUN", "--data", "nothing.json"], "--data: no such file: nothing.json"),
-        (["RUN", "--titel", "x"], "unknown option --titel; did you mean '--title'?"),
+        (["RUN", "--data", "."], "--data: no such file: ."),
+        (["RUN", "--titel", "x"], "--titel; did you mean '--title'?"),
+        (["RUN", "--profile"], "--profile"),
         (["nothing"], "no such run folder: nothing"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(run, capsys, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    given = [str(run) if argument == "RUN" else argument for argument in arguments]
-    assert main(["report", *given]) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
+def test_mistakes_are_one_line_and_write_nothing(finished, refused, arguments, message):
+    Path("file").write_text("")
+    Path("dir.md").mkdir()
+    assert message in refused("report", *(part.replace("RUN", str(finished)) for part in arguments))
 
 
 @pytest.mark.parametrize("name", ["x.html", "x.md"])
-def test_files_that_no_report_wrote_are_replaced_with_force_only(run, capsys, monkeypatch, tmp_path, name):
-    monkeypatch.chdir(tmp_path)
-    mine = tmp_path / name
+def test_files_that_no_report_wrote_are_replaced_with_force_only(finished, refused, say, name):
+    mine, command = Path(name), ("report", str(finished), "--out", "x.html")
     mine.write_text("# my own\n")
-    assert main(["report", str(run), "--out", "x.html"]) == 2
-    assert f"--out: {name} exists and is not from fastmem report; give --force" in capsys.readouterr().err
+    assert f"--out: {name} exists and is not from fastmem report; give --force" in refused(*command)
     assert mine.read_text() == "# my own\n"
-    assert len(list(tmp_path.glob("x.*"))) == 1
-    assert main(["report", str(run), "--out", "x.html", "--force"]) == 0
+    say(*command, "--force")
     # Its own ones it replaces.
-    assert main(["report", str(run), "--out", "x.html"]) == 0
+    say(*command)
     if name == "x.md":
         mine.write_text(mine.read_text() + "\nMy conclusion.\n")
-        assert main(["report", str(run), "--out", "x.html"]) == 2
+        refused(*command)
 
 
-def test_compare_prints_the_numbers_of_the_page(run, capsys):
-    assert main(["compare", str(run)]) == 0
-    out = capsys.readouterr().out
+def test_commands_need_a_run(say):
+    for command in ("report", "compare"):
+        said = say(command, expect=2).err
+        assert f"{command}: give a run folder" in said
+
+
+def test_compare_prints_the_numbers_of_the_page_and_writes_nothing(
+    finished, make_run, two_methods, only, say, tmp_path, monkeypatch
+):
+    runs = [finished, make_run("other", two_methods, data="other.jsonl"), only("fastmem")]
+    before = files(tmp_path)
+    monkeypatch.setenv("COLUMNS", "40")
+    out = say("compare", *runs).out
     assert "91.7% ± 8.3" in out
     assert "p = 0.125" in out
+    assert "…" not in out, "something is cut off in a narrow terminal"
+    assert files(tmp_path) == before
 
 
-def test_compare_needs_a_run(capsys):
-    assert main(["compare"]) == 2
-    assert "compare: give a run folder" in capsys.readouterr().err
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_samples(make_run, two_methods, pages, say, count):
+    folder = make_run("run", two_methods[: 2 * count])
+    page, markdown = pages(folder)
+    assert not re.search(r"\bnan\b", (page.text + markdown + say("compare", folder).out).lower())
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "word"),
+    [("fit", [], "memories, not answers"), ("search", ["--search.grid", "{steps: [1, 2]}"], "is a search")],
+)
+def test_folders_of_other_commands(options, tmp_path, refused, say, command, more, word):
+    folder = tmp_path / "run"
+    say(command, *options, *more, "--run_dir", folder)
+    for reporter in ("report", "compare"):
+        line = refused(reporter, folder)
+        assert str(folder) in line
+        assert word in line
+
+
+def test_hostile_texts_stay_texts(hostile, make_run, two_methods, pages, say):
+    page, markdown = pages(hostile)
+    assert_loads_nothing(page)
+    held = page.text + json.dumps(page.data, ensure_ascii=False)
+    for text in ("alert(1)", "{{ 7 * 7 }}", "right-to-left"):
+        assert text in held, "a text is lost"
+    assert [sample["question"] for sample in page.data["samples"]][:2] == HOSTILE[1:3]
+    plain, _ = pages(make_run("plain", two_methods))
+    for tag in ("script", "style", "meta", "title", "i"):
+        assert len(page.tags(tag)) == len(plain.tags(tag)), tag
+    assert cells_of(markdown)
+    assert not re.search(r"<(script|img|i)\b", markdown)
+    out = say("compare", hostile, "../plain").out
+    assert "[bold]" in out, "rich took the folder's name for markup"
+    assert "\x1b" not in out
+
+
+def test_odd_values_of_a_run(make_run, two_methods, pages):
+    """A fit that failed, an answer that is not Unicode, a sample nobody knows the answer of."""
+    for record in two_methods:
+        if record["index"] == 4 and record["curve"]:
+            record["status"] = "not memorized: the loss was not finite"
+            record["curve"]["kl"] = [float("nan"), float("inf")]
+        if record["index"] == 5:
+            record |= {"prediction": "half \ud83e a crab", "id": "\udc00"}
+        if record["index"] == 6:
+            record |= {"references": [], "scores": {"format_failure": 0.0}}
+    page, markdown = pages(make_run("run", two_methods))
+    assert "the loss was not finite" in json.dumps(page.data)
+    assert "**90.9% ± 9.1** (n = 11; +6 −1, p = 0.125)" in markdown
+
+
+def test_help_teaches_and_does_not_wait_for_torch(tmp_path):
+    code = """
+import contextlib, io, json, sys
+from fastmem_pl.cli import main
+said = {}
+for command in ("report", "compare", "env"):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    said[command] = out.getvalue()
+print(json.dumps([said, "torch" in sys.modules]))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    said, torch_was_imported = json.loads(ran.stdout)
+    words = {"report": ["runs/", "--out", "--data", "--title"], "compare": ["runs/"], "env": ["--json"]}
+    for command, expected in words.items():
+        assert all(word in said[command] for word in (f"fastmem {command}", *expected))
+    assert not torch_was_imported

@@ -1,12 +1,15 @@
 """The page in a real browser: filters, search, keys, address, phones, dark mode, untrusted text, and size."""
 
-import io
 import shutil
 import time
 
 import pytest
+from report_runs import HOSTILE
 
-from fastmem_pl.report.page import Cell, Chart, Page, PageTable, render_page
+from fastmem_pl.cli import main
+from fastmem_pl.report.figure import draw_chart, line_look
+from fastmem_pl.report.page import Chart, Page, render_page
+from fastmem_pl.report.table import Cell, PageTable
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -39,66 +42,50 @@ def answer(v, text, accuracy, contained=None, failure=0.0, original=0.0, **furth
 
 
 def sample(number, question, answers, **further):
+    context = [
+        ["It was painted by ", ""],
+        ["Rembrandt", "answer"],
+        [", not by ", ""],
+        ["Leonardo", "original"],
+    ]
     made = {
         **{"id": str(number), "dataset": 0, "question": question, "prompt": f"Read. {question}"},
-        "context": [
-            ["It was painted by ", ""],
-            ["Rembrandt", "answer"],
-            [", not by ", ""],
-            ["Leonardo", "original"],
-        ],
-        **{
-            "references": ["Rembrandt"],
-            "originals": ["Leonardo"],
-            "measures": ["1,250 context tokens", "perplexity 21.3"],
-        },
-        "answers": answers,
+        **{"context": context, "references": ["Rembrandt"], "originals": ["Leonardo"]},
+        **{"measures": ["1,250 context tokens", "perplexity 21.3"], "answers": answers},
     }
     return made | further
 
 
-def wrote(v, value):
-    return answer(v, f"Summary {v}", 0.0, **{"scores": {"factkb": value}})
+def right(v):
+    return answer(v, "The answer is: Rembrandt", 1.0)
 
 
-RIGHT, WRONG = "The answer is: Rembrandt", "The answer is: Leonardo"
+def wrong(v):
+    return answer(v, "The answer is: Leonardo", 0.0, original=1.0)
+
+
+def summary(number, value, references):
+    written = [answer(v, f"Summary {v}", 0.0, scores={"factkb": x}) for v, x in ((0, 0.5), (2, value))]
+    return sample(number, "", written, dataset=1, references=references, originals=[])
+
+
 SAMPLES = [
-    sample(
-        "q0",
-        "who painted the mona lisa?",
-        [
-            answer(0, WRONG, 0.0, original=1.0),
-            answer(1, WRONG, 0.0, original=1.0),
-            answer(2, RIGHT, 1.0),
-            answer(3, RIGHT, 1.0),
-        ],
-    ),
+    sample("q0", "who painted the mona lisa?", [wrong(0), wrong(1), right(2), right(3)]),
     sample(
         "q1",
         "where does it hang?",
-        [
-            answer(0, RIGHT, 1.0),
-            answer(2, "Leonardo!", 0.0, failure=1.0, original=1.0),
-            answer(3, RIGHT, 1.0),
-        ],
-        context=None,
-        prompt=None,
+        [right(0), answer(2, "Leonardo!", 0.0, failure=1.0, original=1.0), right(3)],
+        **{"context": None, "prompt": None},
     ),
-    sample(
-        "q2",
-        "",
-        # Right by "contained" only; cut off.
-        [answer(0, "Rembrandt?", 0.0), answer(2, "rembrandt.", 0.0, contained=1.0, cut=40)],
-    ),
+    # Right by "contained" only; cut off.
+    sample("q2", "", [answer(0, "Rembrandt?", 0.0), answer(2, "rembrandt.", 0.0, contained=1.0, cut=40)]),
     sample(
         "q3",
         "when?",
-        [answer(0, "Paris", 0.0), answer(2, "Paris", 0.0, status="loss became NaN"), answer(3, RIGHT, 1.0)],
+        [answer(0, "Paris", 0.0), answer(2, "Paris", 0.0, status="loss became NaN"), right(3)],
     ),
-    sample("s0", "", [wrote(0, 0.5), wrote(2, 0.56)], dataset=1, references=["A summary."], originals=[]),
-    sample(
-        "s1", "", [wrote(0, 0.5), wrote(2, 0.55)], dataset=1, references=[], originals=[], perplexity=None
-    ),
+    summary("s0", 0.56, ["A summary."]),
+    summary("s1", 0.55, []),
     sample("q0", EVIL, [answer(0, EVIL, 0.0), answer(2, EVIL, 0.0)], dataset=1, context=[[EVIL, "answer"]]),
 ]
 
@@ -111,24 +98,8 @@ def data(samples=SAMPLES):
 
 
 def svg():
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(
-        {
-            "svg.fonttype": "none",
-            "text.color": "#010001",
-            "figure.facecolor": "none",
-            "axes.facecolor": "none",
-        }
-    ):
-        figure = Figure(figsize=(6, 3.5))
-        axes = figure.subplots()
-        axes.plot([3, 2, 1], color="#0000c1")
-        axes.set_title("loss")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
-    return buffer.getvalue().replace("#0000c1", "var(--c1)").replace("#010001", "var(--ink)")
+    figure = draw_chart("loss", "Loss", "", lambda axes: axes.plot([3, 2, 1], **line_look(1)), [], [], False)
+    return figure.svg
 
 
 def example(browser=None):
@@ -349,6 +320,15 @@ def test_markup_in_data_stays_text(visit):
     assert tab.locator("img").count() == 0
 
 
+def test_a_hostile_run_on_a_phone(visit, hostile):
+    assert main(["report", str(hostile)]) == 0
+    tab = visit(file=hostile / "report.html", viewport={"width": 360, "height": 740})
+    for _ in range(len(HOSTILE) + 2):
+        tab.keyboard.press("j")
+    assert tab.evaluate("window.bad") is None
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 def test_keys(visit):
     tab = visit()
     press = tab.keyboard.press
@@ -530,76 +510,28 @@ def test_no_samples_no_browser_no_complaint(visit, tmp_path):
     assert visit(file=file).get_by_role("heading", level=1).is_visible()
 
 
-def test_a_screenshot_shows_something(visit, tmp_path):
-    from PIL import Image
-
-    file = tmp_path / "report.png"
-    visit().screenshot(path=file, full_page=True)
-    with Image.open(file) as image:
-        assert image.format == "PNG"
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 20
-
-
-TYPE = """(query) => {
-  const input = document.getElementById("query");
-  const start = performance.now();
-  input.value = query;
-  input.dispatchEvent(new Event("input", { bubbles: true }));
-  return performance.now() - start;
-}"""
-
-
-def test_ten_thousand_samples_stay_responsive(visit, tmp_path):
-    filler = (
-        "The old town lies on a river between two hills, and its market is known for glass and salt. " * 9
-    )
-    variants = [{"label": f"m{i}", "baselines": [0 if i else None], "memory": i > 3} for i in range(8)]
+def test_of_ten_thousand_samples_few_are_drawn(visit, tmp_path):
+    filler = "The old town lies on a river between two hills, and its market is known for glass. " * 10
     samples = [
         sample(
             i,
             f"who built the tower of town {i}?",
             [
-                answer(
-                    v, f"The answer is: {'Ada' if i % (v + 2) else 'Bob'} the {i}th", float(i % (v + 2) > 0)
-                )
-                for v in range(8)
+                answer(v, f"The answer is: {'Ada' if i % (v + 2) else 'Bob'}", float(i % (v + 2) > 0))
+                for v in range(4)
             ],
-            context=[
-                [f"{filler} The tower of town {i} was built by ", ""],
-                [f"Ada {i}", "answer"],
-                [".", ""],
-            ],
-            prompt=f"{filler} The tower of town {i} was built by Ada {i}.",
+            context=[[f"{filler} The tower of town {i} was built by ", ""], [f"Ada {i}", "answer"]],
         )
         for i in range(10_000)
     ]
     file = tmp_path / "large.html"
-    started = time.perf_counter()
-    file.write_text(render_page(example(data(samples) | {"variants": variants})), encoding="utf-8")
-    made = time.perf_counter()
+    file.write_text(render_page(example(data(samples))), encoding="utf-8")
     tab = visit(file=file)
-    assert tab.locator("#count").inner_text() == "10,000 samples"
-    loaded = time.perf_counter()
-    print(
-        f"\n{file.stat().st_size / 1e6:.0f} MB, made in {made - started:.1f} s, loaded in {loaded - made:.1f} s"
-    )
-    assert loaded - made < 20
-    assert tab.locator("#rows .row").count() < 60
-    times = {
-        query: tab.evaluate(TYPE, query) for query in ("town 9", "town 99", "bob", "nothing of the kind", "")
-    }
-    for name, action in (
-        ("state", "document.querySelector('input[value=fixed]').click()"),
-        ("method", "method.value = 6, method.dispatchEvent(new Event('change'))"),
-        ("next", "document.getElementById('next').click()"),
-    ):
-        times[name] = tab.evaluate(
-            f"() => {{ const s = performance.now(); {action}; return performance.now() - s; }}"
-        )
-    print(", ".join(f"{name!r} {value:.0f} ms" for name, value in times.items()))
-    # About 30 ms on an idle machine; 100 ms is the aim, and CI's two cores are shared.
-    assert max(times.values()) < 500
-    tab.evaluate("document.querySelector('input[value=all]').click()")
+    for query, found in (("", "10,000 samples"), ("town 999", "19 of 10,000 samples"), ("bob", None)):
+        tab.get_by_role("searchbox").fill(query)
+        assert found is None or tab.locator("#count").inner_text() == found
+        assert 0 < tab.locator("#rows .row").count() < 60
+    tab.get_by_role("searchbox").fill("")
     tab.locator("#list").focus()
     tab.keyboard.press("End")
     assert chosen(tab) == "nqswap 9999"

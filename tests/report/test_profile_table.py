@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from fastmem_pl.report.profile_table import profile_rows, profile_table
+from fastmem_pl.report.profile_table import profile_page_table, profile_table
 
 NUMBERS = {"calls": 2, "first_seconds": 3.0, "median_seconds": 1.0, "samples": 2, "peak_memory_gib": 1.5}
 
@@ -24,7 +24,7 @@ def made(**more):
             "other": {"seconds": 1.0, "share": 0.1},
         },
         "environment": {"device": {"type": "cpu", "name": "a [red] chip", "threads": 2}},
-        "settings": {"model": {"backbone": "demo"}, "trainer": {"precision": "32-true"}},
+        "settings": {"model": {"backbone": {"source": "demo"}}, "trainer": {"precision": "32-true"}},
         "processes": [{}],
         "traced_batches": 0,
         "files": [],
@@ -39,8 +39,9 @@ def shown(profile):
 
 
 def test_rows_are_as_wide_as_the_header_and_end_with_the_sum():
-    header, rows = profile_rows(made())
-    assert {len(row) for row in rows} == {len(header)}
+    table = profile_page_table(made())
+    rows = [[cell.text for cell in row] for row in table.rows]
+    assert {len(row) for row in rows} == {len(table.header)}
     assert [row[0] for row in rows] == [
         *("trunk", "decode", "decode: zero-shot", "decode: mine[/bold]", "other", "all")
     ]
@@ -52,7 +53,8 @@ def test_rows_are_as_wide_as_the_header_and_end_with_the_sum():
 def test_one_method_has_no_row_of_its_own():
     profile = made()
     del profile["phases"]["decode"]["methods"]["zero-shot"]
-    assert [row[0] for row in profile_rows(profile)[1]] == ["trunk", "decode", "other", "all"]
+    rows = profile_page_table(profile).rows
+    assert [row[0].text for row in rows] == ["trunk", "decode", "other", "all"]
 
 
 def test_names_are_no_markup():

@@ -340,7 +340,7 @@ def test_long_contexts_are_cut_and_counted(run, tmp_path, capsys):
         False,
     ]
     print_run(tmp_path / "run")
-    assert "1 samples had a context over the limit, which was cut off" in capsys.readouterr().out
+    assert "1 sample had a context over the limit, which was cut off" in capsys.readouterr().out
 
 
 def test_strict_refuses_long_contexts_before_answering(run, tmp_path):

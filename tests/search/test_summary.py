@@ -8,7 +8,7 @@ import pytest
 from matplotlib import colormaps
 from rich.console import Console
 
-from fastmem_pl.report import search as report
+from fastmem_pl.search import summary as report
 from fastmem_pl.search.ranking import Baseline, RankedPoint, Ranking
 from fastmem_pl.search.summary import heat_map, markdown, print_search
 

@@ -2,38 +2,39 @@
 
 import pytest
 import yaml
+from conftest import make_module
 
 from fastmem_pl.cli import config_paths
-from fastmem_pl.metrics import SCORES
+from fastmem_pl.metrics import SCORES, paired
 from fastmem_pl.report.collect import collect
 from fastmem_pl.report.document import markdown, result_tables
 from fastmem_pl.report.paper import published
-from fastmem_pl.report.table import dataset_table, overview, result
+from fastmem_pl.report.results import dataset_table, overview
+from fastmem_pl.report.runs import flat_settings
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 
 def paper_settings(*configs):
     """Settings of a run with these configs, as ``run.json`` has them."""
-    from fastmem_pl.run.predict import FastMemModule
-
     settings = {}
     for path in config_paths([",".join(("base", *configs))]):
         with open(path) as file:
-            settings |= yaml.safe_load(file).get("model", {})
-    return FastMemModule(**{**settings, "backbone": LLAMA}).identity(True)
+            settings |= flat_settings(yaml.safe_load(file).get("model", {}))
+    flat = flat_settings(make_module(**{**settings, "backbone": LLAMA}).identity(True))
+    return flat | {"backbone": flat.pop("source")}
 
 
 def test_values_and_tests_of_a_cell(make_run, two_methods):
-    comparison = collect([make_run("run", two_methods)])
-    zero_shot, fastmem = comparison.variants
-    found = result(comparison, fastmem, 0, "accuracy")
+    results = collect([make_run("run", two_methods)]).results
+    found = results[0, "fastmem", "accuracy"]
     assert found.estimate.value == pytest.approx(11 / 12)
     # The odd ones are gained, the first is lost.
     assert (found.against.gained, found.against.lost, found.against.test) == (6, 1, "exact McNemar")
-    assert result(comparison, fastmem, 0, "f1").against.test == "paired bootstrap"
-    assert result(comparison, zero_shot, 0, "accuracy").against is None
-    assert result(comparison, zero_shot, 0, "rougeL") is None
+    zero_shot, fastmem = ([0.25 * (i % 3) for i in range(12)], [0.5] * 12)
+    assert results[0, "fastmem", "f1"].against == paired(zero_shot, fastmem, binary=False)
+    assert results[0, "zero-shot", "accuracy"].against is None
+    assert (0, "zero-shot", "rougeL") not in results
 
 
 def test_the_table_of_a_data_set(make_run, two_methods):
@@ -78,16 +79,10 @@ def test_the_overview_puts_data_sets_side_by_side(make_run, two_methods):
     assert len(result_tables(comparison)) == 3
 
 
-def test_only_pairs_are_compared(make_run, two_methods, record):
-    plain = [r for r in two_methods if r["method"] == "zero-shot"][:5]
-    memory = [r for r in two_methods if r["method"] == "fastmem"]
-    runs = [
-        make_run("base", plain, methods=["zero-shot"]),
-        make_run("memory", memory, methods=["fastmem"]),
-    ]
-    comparison = collect(runs)
-    fastmem = next(v for v in comparison.variants if v.method == "fastmem")
-    assert result(comparison, fastmem, 0, "accuracy").against.n == 5
+def test_zero_shot_of_another_run_is_paired_by_sample(only):
+    comparison = collect([only("zero-shot", count=5), only("fastmem")])
+    found = comparison.results[0, "fastmem · fastmem", "accuracy"]
+    assert (found.estimate.n, found.against.n, found.against.gained, found.against.lost) == (12, 5, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -113,30 +108,48 @@ def test_the_papers_values_stand_beside_its_settings(make_run, two_methods, conf
         {"kl_coeff": 1.0},
         {"steps": 20},
         {"num_layers": 2},
+        {"weight_decay": 0.1},
+        {"kl_target": 0.1},
         {"max_new_tokens": 32},
         {"temperature": 0.7},
+        {"repetition_penalty": 1.3},
         {"quantization": "bnb-4bit"},
         {"system_prompt": "Be brief."},
+        {"template": False},
+        {"max_context_tokens": 500},
         {"backbone": "meta-llama/Meta-Llama-3-70B-Instruct"},
+        {"of_data": {"answer_prefix": "The answer is:"}},
+        {"of_data": {"limit": 12}},
+        {"of_data": {"fields": {"question": "q"}}},
     ],
+    ids=str,
 )
 def test_they_do_not_stand_beside_others(make_run, two_methods, changed):
     settings = {**paper_settings("nqswap", "fastmem"), "methods": ["zero-shot", "fastmem"], **changed}
     run = collect([make_run("run", two_methods, task="nqswap", **settings)], contexts=False).runs[0]
     assert published(run, "nqswap", "fastmem", "accuracy") is None
+    assert published(run, "nq_icl", "fastmem", "accuracy") is None
 
 
-def test_settings_of_memorizing_do_not_matter_to_zero_shot(make_run, two_methods):
-    settings = {**paper_settings("nqswap"), "methods": ["zero-shot", "fastmem"], "learning_rate": 3e-4}
-    run = collect([make_run("run", two_methods, task="nqswap", **settings)], contexts=False).runs[0]
-    assert published(run, "nqswap", "zero-shot", "accuracy") == 0.591
-    assert published(run, "nqswap", "fastmem", "accuracy") is None
+def test_a_setting_matters_to_the_methods_that_look_at_it(make_run, two_methods):
+    settings = {**paper_settings("nqswap", "all-methods"), "methods": ["zero-shot", "fastmem"]}
+    values = {}
+    for name, changed in (("plain", {}), ("rate", {"learning_rate": 3e-4}), ("alpha", {"alpha": 2.0})):
+        run = make_run(name, two_methods, task="nqswap", **settings | changed)
+        found = collect([run], contexts=False).runs[0]
+        methods = ("zero-shot", "fastmem", "fastmem+cd")
+        values[name] = [published(found, "nqswap", method, "accuracy") for method in methods]
+    assert values["rate"] == [0.591, None, None]
+    assert values["alpha"] == [0.591, 0.715, None]
 
 
-def test_a_part_of_the_data_has_no_published_value(make_run, two_methods):
-    settings = {**paper_settings("nqswap"), "methods": ["zero-shot", "fastmem"]}
-    run = collect([make_run("run", two_methods, task="nqswap", limit=12, **settings)], contexts=False).runs[0]
-    assert published(run, "nqswap", "zero-shot", "accuracy") is None
+def test_the_papers_value_is_shown(make_run, two_methods):
+    for record in two_methods:
+        record["task"] = "nqswap"
+    settings = {**paper_settings("nqswap", "fastmem"), "methods": ["zero-shot", "fastmem"]}
+    run = make_run("run", two_methods, task="nqswap", **settings)
+    rows = dataset_table(collect([run], contexts=False), 0).rows
+    assert [row[1].note for row in rows] == ["paper 59.1%", "+6 −1, p = 0.125; paper 71.5%"]
 
 
 def test_every_published_value_is_of_a_known_score_task_and_method():

@@ -1,14 +1,10 @@
-"""Normalization as published, means with standard errors, the paired test."""
+"""Normalization as published, and the scores of one answer."""
 
 import pytest
-import torch
-from scipy import stats
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import (
     SCORES,
-    McNemar,
-    SampleMean,
     Score,
     contains_answer,
     extract_answer,
@@ -99,26 +95,3 @@ def test_text_functions_of_the_reference_run(shared):
 )
 def test_scores(name, prediction, references, originals, expected):
     assert SCORES[name].function(prediction, references, originals) == pytest.approx(expected)
-
-
-def test_mean_and_standard_error():
-    values = torch.rand(37, dtype=torch.float64)
-    metric = SampleMean()
-    metric.update(values[:20])
-    metric.update(values[20:].tolist())
-    assert metric.compute().item() == pytest.approx(values.mean().item())
-    assert metric.standard_error().item() == pytest.approx(stats.sem(values.numpy()))
-
-
-def test_standard_error_needs_two_samples():
-    metric = SampleMean()
-    metric.update([1.0])
-    assert metric.standard_error().isnan()
-
-
-def test_mcnemar_counts_only_changes():
-    test = McNemar()
-    test.update([1, 1, 0, 0, 0], [1, 0, 1, 1, 1])
-    assert (int(test.gained), int(test.lost)) == (3, 1)
-    assert test.compute().item() == pytest.approx(stats.binomtest(3, 4).pvalue)
-    assert McNemar().compute().item() == 1.0
