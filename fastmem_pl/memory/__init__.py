@@ -2,27 +2,22 @@
 
 from fastmem_pl.backbone.footprint import Footprint, usable_bytes
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
-from fastmem_pl.memory.document import DocumentFit, encoded_text
-from fastmem_pl.memory.files import read_header
-from fastmem_pl.memory.header import trained_layers
+from fastmem_pl.memory.document import DocumentFit, encoded_text, memorize_document
+from fastmem_pl.memory.files import read_header, trained_layers
 from fastmem_pl.memory.loss import (
     Losses,
     MemorizationBatch,
-    Reference,
     memorization_loss,
     prepare,
 )
-from fastmem_pl.memory.memorizer import Memorizer, context_hash
+from fastmem_pl.memory.memorizer import ContextReader, Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.module import MemorizationModule
-from fastmem_pl.memory.probe import ContextProbe
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings, WindowSettings
-from fastmem_pl.memory.snapshots import ContextReader
 from fastmem_pl.memory.store import MemoryFolder
 
 __all__ = [
     "POLICIES",
-    "ContextProbe",
     "ContextReader",
     "Curve",
     "DeltaAdamW",
@@ -36,11 +31,11 @@ __all__ = [
     "Memorizer",
     "Memory",
     "MemoryFolder",
-    "Reference",
     "WindowSettings",
     "context_hash",
     "encoded_text",
     "memorization_loss",
+    "memorize_document",
     "prepare",
     "read_header",
     "trained_layers",

@@ -15,7 +15,7 @@ from fastmem_pl.base.errors import FastMemError
 _WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-class FFNDelta(nn.Module):
+class FFNDelta(nn.ParameterDict):
     """Weight changes of one FFN for ``B`` samples: ``gate``, ``up`` ``(B, F, D)``, ``down`` ``(B, D, F)``.
 
     They keep their type whatever precision plugin converts the surrounding module.
@@ -23,8 +23,8 @@ class FFNDelta(nn.Module):
     Args:
         shapes: ``(out, in)`` by projection.
         num_samples: ``B``.
-        device: of the deltas.
-        dtype: of the deltas.
+        device: where they lie.
+        dtype: their type.
         factored: leave gradients as the factors they are products of (:class:`Factors`), for the kernel
             that updates a delta without storing its gradient.
         start: deltas to go on from; zero otherwise.
@@ -39,28 +39,19 @@ class FFNDelta(nn.Module):
         factored: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__()
+        zeros = {n: torch.zeros(num_samples, *s, device=device, dtype=dtype) for n, s in shapes.items()}
+        super().__init__({name: nn.Parameter(tensor) for name, tensor in zeros.items()})
         self._dtype = dtype
-        self.weights = nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.zeros(num_samples, *shape, device=device, dtype=dtype))
-                for name, shape in shapes.items()
-            }
-        )
         for name, values in (start or {}).items():
-            self.weights[name].data.copy_(values)
-        for parameter in self.weights.values() if factored else ():
+            self[name].data.copy_(values)
+        for parameter in self.values() if factored else ():
             parameter.factors = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFNDelta:
         super()._apply(fn, recurse)
-        for parameter in self.weights.values():
+        for parameter in self.values():
             parameter.data = parameter.data.to(self._dtype)
         return self
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The deltas by projection name."""
-        return dict(self.weights.items())
 
 
 class DeltaAdamW(torch.optim.AdamW):
@@ -178,24 +169,15 @@ class DeltaAdamW(torch.optim.AdamW):
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(delta), torch.zeros_like(delta)
             state["step"] = torch.zeros((), device=delta.device if group["fused"] else None)
+        tensors = (delta.detach(), delta.grad, state["exp_avg"], state["exp_avg_sq"])
+        beta1, beta2 = group["betas"]
+        common = {"fused": group["fused"], "amsgrad": False, "maximize": False, "weight_decay": 0.0}
+        common |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
         for lr in dict.fromkeys(self._lrs):
             rows = [row for row, own in enumerate(self._lrs) if own == lr]
-            adamw(
-                *([tensor[row] for row in rows] for tensor in (delta.detach(), delta.grad)),
-                [state["exp_avg"][row] for row in rows],
-                [state["exp_avg_sq"][row] for row in rows],
-                [],
-                # Counted up in place, in as many tensors.
-                [state["step"].clone() for _ in rows],
-                fused=group["fused"],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=lr,
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
+            # Counted up in place, in as many tensors.
+            counts = [state["step"].clone() for _ in rows]
+            adamw(*([tensor[row] for row in rows] for tensor in tensors), [], counts, lr=lr, **common)
         state["step"] += 1
 
     def _factored_step(self, delta: Tensor, base: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
 
-from fastmem_pl import FastMemError, Memorizer, WindowSettings
+from fastmem_pl import FastMemError, Memorizer, WindowSettings, memorize_document
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.memory import DocumentFit, document
 
@@ -75,7 +75,7 @@ def test_joint_is_one_loss_over_all_windows(make_tiny, family):
 
 def test_parts_of_a_document_add_up(tiny, monkeypatch):
     memorizer = Memorizer(tiny, **STRONG)
-    whole = memorizer.memorize_document(TEXT, SMALL)
+    whole = memorize_document(memorizer, TEXT, SMALL)
     monkeypatch.setattr(document, "_TOKENS_AT_ONCE", 30)
     parts = DocumentFit(memorizer, TEXT, SMALL)
     assert len(parts._parts(parts.encoded)) > 3
@@ -138,7 +138,7 @@ def test_a_fit_that_is_left_early_is_one_of_fewer_steps(tiny):
     for done in fit.run():
         if done == 2:
             break
-    early, short = fit.memory(), Memorizer(tiny, **{**STRONG, "steps": 2}).memorize_document(TEXT, SMALL)
+    early, short = fit.memory(), memorize_document(Memorizer(tiny, **{**STRONG, "steps": 2}), TEXT, SMALL)
     assert early.settings["steps"] == 2
     assert early.curve == short.curve
     for name, delta in early.deltas[0].items():
@@ -148,9 +148,9 @@ def test_a_fit_that_is_left_early_is_one_of_fewer_steps(tiny):
 def test_joint_refuses_upper_layers_and_names_the_way_out(tiny):
     memorizer = Memorizer(tiny, num_layers=2, **STRONG)
     with pytest.raises(FastMemError, match=r"joint trains one layer, not num_layers 2, .* use sequential"):
-        memorizer.memorize_document(TEXT, SMALL)
+        memorize_document(memorizer, TEXT, SMALL)
     # One window has no need of it.
-    assert memorizer.memorize_document(TEXT[:40], SMALL).num_layers == 2
+    assert memorize_document(memorizer, TEXT[:40], SMALL).num_layers == 2
 
 
 def test_several_texts_are_found_again_in_the_one_that_is_kept(tiny):
@@ -198,4 +198,4 @@ def test_a_sequential_fit_that_is_left_early_says_so(tiny):
 def test_a_text_whose_activations_have_no_room_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(document, "usable_bytes", lambda device: 1e4)
     with pytest.raises(OutOfMemoryError, match=r"windows: joint needs .* use --windows sequential"):
-        Memorizer(tiny, **STRONG).memorize_document(TEXT, SMALL)
+        memorize_document(Memorizer(tiny, **STRONG), TEXT, SMALL)

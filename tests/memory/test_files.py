@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastmem_pl import FastMemError, Memorizer, Memory
+from fastmem_pl import FastMemError, Memorizer, Memory, memorize_document
 from fastmem_pl.memory import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,7 +16,7 @@ TEXT = "The tower of Velm was built in 1312."
 @pytest.fixture
 def kept(tiny, tmp_path):
     path = tmp_path / "m.fastmem"
-    Memorizer(tiny, steps=2, learning_rate=1e-2).memorize_document(TEXT).save(path)
+    memorize_document(Memorizer(tiny, steps=2, learning_rate=1e-2), TEXT).save(path)
     return path
 
 
@@ -41,7 +41,11 @@ def rewritten(path, header=None, tensors=None):
         ({"settings": "{"}, "its settings are no JSON"),
         ({"settings": "[" * 100_000}, "its settings are no JSON"),
         ({"settings": '{"max_context_tokens": "a"}'}, "its setting 'max_context_tokens' does not fit"),
-        ({"settings": '{"learning_rate": NaN}'}, "its setting 'learning_rate' does not fit"),
+        ({"settings": '{"learning_rate": NaN}'}, "its settings do not fit, model.learning_rate: nan is out of"),
+        ({"settings": '{"learning_rate": true}'}, "its setting 'learning_rate' does not fit"),
+        ({"settings": '{"kl_target": 1%s}' % (400 * "0")}, "its settings do not fit"),
+        ({"settings": '{"setting_of_another_program": 1}'}, "setting_of_another_program"),
+        ({"settings": '{"steps": 1}'}, "its settings lack"),
         ({"curve": '{"cross_entropy": ["x"], "kl": [], "grad_norm": []}'}, "its curve is none"),
         ({"curve": "{}"}, "its curve is none"),
         ({"windows": '{"policy": "joint", "lengths": "abc"}'}, "its windows are none"),

@@ -113,13 +113,13 @@ def test_chunked_is_unchunked_and_kept_is_recomputed(tiny, contexts, monkeypatch
     whole = memorizer(contexts)
     monkeypatch.setattr(objective, "_CHUNK_BYTES", {"cpu": 1, "other": 1})
     encoded = [memorizer.encode(context) for context in contexts]
-    assert len(memorizer.prepare(encoded).reference.chunks) > 1
+    assert len(memorizer.prepare(encoded).predictions) > 1
     assert_same(whole, memorizer(contexts), rtol=1e-5)
     prepare = objective.prepare
     monkeypatch.setattr(
         "fastmem_pl.memory.memorizer.prepare", lambda *args: prepare(*args[:4], reference_budget=0)
     )
-    assert not any(memorizer.prepare(encoded).reference.chunks)
+    assert not any(memorizer.prepare(encoded).predictions)
     assert_same(whole, memorizer(contexts), rtol=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_soft_cap_gradient(make_tiny, contexts):
     batch = memorizer.prepare([memorizer.encode(context) for context in contexts])
     tail = memorizer.backbone.tail()
     torch.manual_seed(0)
-    reference = batch.reference.hidden
+    reference = batch.hidden
     hidden = (reference + 0.1 * torch.randn_like(reference)).requires_grad_(True)
     kl_coeff = torch.full((len(contexts),), 0.3)
     total, _, _ = objective._SoftTargetLoss.apply(hidden, tail, batch, kl_coeff, True)
