@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # isort: split
+from memories import batch, fastmem, kept, loaded_tiny, memory, notes, refused, stranger  # noqa: F401 (fixtures)
 from report_runs import make_run, record, two_methods  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -78,7 +78,8 @@ class MemorizationModule(LightningModule):
         moved = self._moved or bool(self._history) or self._versions() != self._untouched
         with self._backbone.numerics(grad=True):
             normed = self.settings.norm_every_layer and moved
-            states = self._tail.residuals(batch.inputs, batch.base, self.deltas, norm_every_layer=normed)
+            deltas = [dict(delta.items()) for delta in self.deltas]
+            states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=normed)
             hidden = self._tail.final_norm(states[-1])
             losses = memorization_loss(self._tail, hidden, batch, self.kl_coeff, moved)
         self._pending.append((losses.cross_entropy, losses.kl))
