@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,26 +88,22 @@ def _kl_of_weights(
 ) -> float:
     """KL from the memory to the model with other weights, on the memorized text, by the model's own code."""
 
-    def rewritten(**kwargs: Any) -> Any:
-        return functional_call(backbone.model, state, (), kwargs)
-
     total, count = 0.0, 0
     # Window by window: the probabilities of a whole vocabulary are large.
     for part in encoded:
+        given = {"input_ids": torch.tensor([part.input_ids], device=backbone.device), "use_cache": False}
         with backbone.numerics(), backbone.autocast(), memory.attached(backbone):
-            exact = _log_probs(backbone.model, part, backbone.device)
+            memorized = backbone.model(**given).logits
         with backbone.numerics():
-            other = _log_probs(rewritten, part, backbone.device)
+            rewritten = functional_call(backbone.model, state, (), given).logits
+        # (N, V) each, at the positions that have a label.
+        exact, other = (
+            logits[0, part.header_length - 1 : -1].float().log_softmax(-1)
+            for logits in (memorized, rewritten)
+        )
         total += (exact.exp() * (exact - other)).sum().item()
         count += len(exact)
     return max(total, 0.0) / count
-
-
-def _log_probs(model: Callable[..., Any], part: EncodedContext, device: torch.device) -> Tensor:
-    """Of the next token at every position that has a label, ``(N, V)`` float32."""
-    ids = torch.tensor([part.input_ids], device=device)
-    logits = model(input_ids=ids, use_cache=False).logits
-    return logits[0, part.header_length - 1 : -1].float().log_softmax(-1)
 
 
 def _converted(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -56,12 +56,11 @@ class ExportReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for export.json."""
         stated = ("to", "form", "rank", "bytes", "relative_error", "kl", "kl_base")
+        memory = self.memory
         return {
             **{name: getattr(self, name) for name in stated},
             **({"tried": self.tried} if self.tried else {}),
-            "model": self.memory.backbone,
-            "fingerprint": self.memory.fingerprint,
-            "settings": self.memory.settings,
+            **{"model": memory.backbone, "fingerprint": memory.fingerprint, "settings": memory.settings},
             "packages": {name: _version(name) for name in _PACKAGES},
         }
 
@@ -116,11 +115,8 @@ class Deviation:
     def kl(self, deltas: Sequence[Delta] | None) -> float | None:
         """``KL(p_memory || p_other)``, nats a token, averaged over the label tokens of the memorized text.
 
-        Args:
-            deltas: of the other, by layer, ``(1, out, in)`` each; ``None`` for the base model.
-
-        Returns:
-            the KL; ``None`` where the text is not known.
+        The other's ``deltas`` are ``(1, out, in)`` each, by layer; ``None`` stands for the base model. The
+        result is ``None`` where the text is not known.
         """
         if not self.encoded:
             return None
@@ -154,13 +150,8 @@ class Deviation:
     ) -> ExportReport:
         """What an export states that holds these deltas.
 
-        Args:
-            to: kind of the export.
-            out: file or folder.
-            form: of its numbers.
-            deltas: what it holds.
-            written: folder that takes the place of ``out``; it gets the statement as ``export.json``.
-            further: ``kl``, where it is not that of the deltas; ``rank`` and ``tried``.
+        ``written`` is the folder that takes the place of ``out``; it gets the statement as ``export.json``.
+        ``further`` are ``kl``, where it is not that of the deltas, ``rank`` and ``tried``.
         """
         if "kl" not in further:
             further["kl"] = self.kl(deltas)

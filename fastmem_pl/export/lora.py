@@ -37,7 +37,7 @@ def to_lora(
         memory: of one row.
         backbone: its model.
         out: folder to write.
-        rank: of every matrix; ``auto`` takes the smallest whose KL is at most ``max_kl``.
+        rank: that of every matrix; ``auto`` takes the smallest whose KL is at most ``max_kl``.
         max_kl: ``KL(memory || adapter)`` on the memorized text, nats a token.
         dtype: of the adapter's weights.
         context: what was memorized, where the memory does not hold it.

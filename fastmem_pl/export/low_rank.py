@@ -27,7 +27,7 @@ class LowRank:
     Args:
         memory: of one row.
         backbone: its model.
-        dtype: of the factors.
+        dtype: type of the factors.
 
     Attributes:
         max_rank: the highest that every module's delta has.
@@ -44,11 +44,7 @@ class LowRank:
         self.max_rank = min(min(inner.shape) for layer in self._whole for _, inner in layer)
 
     def modules(self, rank: int) -> list[list[Factors]]:
-        """Factors by layer and module.
-
-        Raises:
-            FastMemError: when the rank is out of range.
-        """
+        """Factors by layer and module; a FastMemError when the rank is out of range."""
         if not 1 <= rank <= self.max_rank:
             raise self._out_of_range(rank)
         return [

@@ -1,15 +1,9 @@
 """Memories: the delta on the last FFN, the objective, fitting and saving."""
 
 from fastmem_pl.backbone.footprint import Footprint, usable_bytes
-from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
+from fastmem_pl.memory.delta import DeltaAdamW
 from fastmem_pl.memory.document import DocumentFit, encoded_text, memorize_document
 from fastmem_pl.memory.files import read_header, trained_layers
-from fastmem_pl.memory.loss import (
-    Losses,
-    MemorizationBatch,
-    memorization_loss,
-    prepare,
-)
 from fastmem_pl.memory.memorizer import ContextReader, Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.module import MemorizationModule
@@ -22,10 +16,7 @@ __all__ = [
     "Curve",
     "DeltaAdamW",
     "DocumentFit",
-    "FFNDelta",
     "Footprint",
-    "Losses",
-    "MemorizationBatch",
     "MemorizationModule",
     "MemorizationSettings",
     "Memorizer",
@@ -34,9 +25,7 @@ __all__ = [
     "WindowSettings",
     "context_hash",
     "encoded_text",
-    "memorization_loss",
     "memorize_document",
-    "prepare",
     "read_header",
     "trained_layers",
     "usable_bytes",

@@ -86,16 +86,11 @@ class DeltaAdamW(torch.optim.AdamW):
         from_zero: bool = False,
     ) -> None:
         self._last_step, self._from_zero, self._steps = last_step, from_zero, 0
-        self._pairs = list(pairs)
-        self._round_weights = round_weights
+        self._pairs, self._round_weights = list(pairs), round_weights
         deltas = [delta for delta, _ in self._pairs]
-        fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas)
-        num_samples = len(deltas[0])
-        self._lrs = [float(lr)] * num_samples if isinstance(lr, int | float) else list(lr)
-        first = self._lrs[0]
-        super().__init__(
-            deltas, lr=first, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused or None
-        )
+        fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas) or None
+        self._lrs = [float(lr)] * len(deltas[0]) if isinstance(lr, int | float) else list(lr)
+        super().__init__(deltas, self._lrs[0], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
         exact = torch.tensor(self._lrs, dtype=torch.float64, device=deltas[0].device)
         self._lr = exact.float()
         # Share of weight and delta that a step takes away, and what it leaves, by sample.
@@ -111,17 +106,13 @@ class DeltaAdamW(torch.optim.AdamW):
         Factored gradients are scaled when the step forms them.
         """
         deltas = [delta for delta, _ in self._pairs]
-        squares = [
-            squared_norm(delta.factors)
-            if delta.grad is None
-            else torch.linalg.vector_norm(delta.grad.flatten(1), dim=1).square()
-            for delta in deltas
-        ]
+        grads = [delta.grad for delta in deltas if delta.grad is not None]
+        squares = [squared_norm(delta.factors) for delta in deltas if delta.grad is None]
+        squares += [torch.linalg.vector_norm(grad.flatten(1), dim=1).square() for grad in grads]
         norms = torch.stack(squares).sum(0).sqrt()
         self._scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        for delta in deltas:
-            if delta.grad is not None:
-                delta.grad.mul_(self._scale[:, None, None])
+        for grad in grads:
+            grad.mul_(self._scale[:, None, None])
         return norms
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -37,10 +37,10 @@ class DocumentFit:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(text.strip() for text in texts):
             raise FastMemError("there is nothing to memorize; give texts that are not empty")
-        self._memorizer, self._windows = memorizer, windows or WindowSettings()
-        policy = self._windows.policy
-        window, overlap = self._windows.resolved(memorizer.context_limit)
-        chat = memorizer.backbone.chat
+        self._memorizer, chat = memorizer, memorizer.backbone.chat
+        windows = windows or WindowSettings()
+        window, overlap = windows.resolved(memorizer.context_limit)
+        policy = windows.policy
         if policy == "cut":
             self.encoded = [chat.context(texts[0], window)]
             skipped = sum(chat.count_tokens(texts[1:])) if texts[1:] else 0
@@ -50,7 +50,7 @@ class DocumentFit:
         if not all(part.header_length < len(part.input_ids) for part in self.encoded):
             raise FastMemError(f"window: {window} leaves windows without a token to learn; give a larger one")
         self._texts = texts
-        self._layout = {**asdict(self._windows), "window": window, "overlap": overlap}
+        self._layout = {"policy": policy, "window": window, "overlap": overlap}
         # To find the texts again in the one that is kept.
         self._layout["lengths"] = [len(text) for text in texts]
         settings = memorizer.settings
@@ -106,13 +106,8 @@ class DocumentFit:
             memory.settings["steps"] = self.num_done
         memory.texts = [BETWEEN.join(self._texts)]
         memory.context_hashes = [context_hash(self.encoded)]
-        memory.windows = {
-            **self._layout,
-            "count": len(self.encoded),
-            "tokens": self.num_tokens,
-            "updates": self.num_done,
-            "planned": self.num_updates,
-        }
+        counts = {"count": len(self.encoded), "tokens": self.num_tokens}
+        memory.windows = {**self._layout, **counts, "updates": self.num_done, "planned": self.num_updates}
         return memory
 
     def _parts(self, group: Sequence[EncodedContext]) -> list[MemorizationBatch]:

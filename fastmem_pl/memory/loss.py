@@ -31,13 +31,7 @@ _BLOCK_BYTES = 4 << 20
 class PlainPrediction:
     """The model's own prediction at step 0 for ``n`` label tokens, as probabilities, in plain PyTorch.
 
-    Args:
-        tail: of the model.
-        hidden: the head's input at step 0, ``(n, D)``.
-        labels: ``(n,)``.
-
-    Attributes:
-        nbytes: memory that keeping it takes.
+    It is made from the head's input at step 0, ``hidden`` ``(n, D)``; keeping it takes ``nbytes``.
     """
 
     def __init__(self, tail: Tail, hidden: Tensor, labels: Tensor) -> None:
@@ -57,17 +51,12 @@ class PlainPrediction:
     def loss(
         self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss of the tokens and its gradient.
+        """Cross-entropy and KL of the tokens, ``(n,)`` each, as ``kl_coeff`` and ``weights`` are.
 
         Args:
             tail: whose head turns hidden states into logits.
             change: of the head's input since step 0, ``(n, D)``; ``None`` for none at all.
-            kl_coeff: ``(n,)``.
-            weights: ``(n,)``.
             out: receives the weighted gradient in the head's product, ``(n, V)`` in the product's type.
-
-        Returns:
-            cross-entropy and KL, ``(n,)`` each.
         """
         if change is not None:
             tail.head_product(change, out=out)
@@ -184,14 +173,9 @@ class MemorizationBatch(SimpleNamespace):
 def prepare(
     tail: Tail, inputs: TailInputs, labels: Tensor, label_mask: Tensor, reference_budget: float = 2 << 30
 ) -> MemorizationBatch:
-    """Compute what stays constant over the steps.
+    """Compute what stays constant over the steps, from what :meth:`.Memorizer.read` returns.
 
-    Args:
-        tail: that will be trained.
-        inputs: of the trunk, ``(B, T, D)``.
-        labels: token that position ``t`` predicts, ``(B, T)``.
-        label_mask: true where it counts, ``(B, T)``; at least one a row.
-        reference_budget: bytes up to which step-0 predictions are kept rather than recomputed.
+    Step-0 predictions are kept, rather than recomputed, up to ``reference_budget`` bytes.
     """
     base = tail.base(inputs)
     positions = label_mask.flatten().nonzero().squeeze(1)
@@ -239,7 +223,7 @@ def memorization_loss(
     Args:
         tail: whose head turns hidden states into logits.
         hidden: the head's input with the current deltas, ``(B, T, D)``.
-        batch: the constants.
+        batch: what stays constant.
         kl_coeff: weight of the KL term by sample, ``(B,)``.
         moved: false where the deltas are still zero, which saves the head's product.
     """

@@ -44,8 +44,8 @@ class Memorizer:
 
     Args:
         backbone: frozen model.
-        settings: of memorizing; keyword arguments of :class:`MemorizationSettings` do as well.
-        fabric: to drive the fit with; by default one for the backbone's device.
+        settings: keyword arguments of :class:`MemorizationSettings` do as well.
+        fabric: drives the fit; by default one for the backbone's device.
 
     Attributes:
         meter: of the trunk's passes, which a profile lists apart; by default it measures nothing.

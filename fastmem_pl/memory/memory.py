@@ -194,10 +194,7 @@ class Memory:
         backbone of the same model must not be asked meanwhile.
 
         One row serves all sequences; of ``B`` rows, each serves one of ``B`` sequences, or all beams and
-        returned sequences of its prompt.
-
-        Args:
-            model: a transformers model, or a :class:`~fastmem_pl.Backbone`, whose model is meant.
+        returned sequences of its prompt. The model may be given as a :class:`~fastmem_pl.Backbone`.
 
         Raises:
             FastMemError: when the memory is of another model, or one is attached already; inside, when the
@@ -223,7 +220,7 @@ class Memory:
 
         Args:
             path: file to write.
-            row: which sample.
+            row: number of the sample.
             form: ``float32``; ``bfloat16`` (half the size; products with a memory run in the backbone's
                 compute type, so for a bfloat16 model nothing is lost); ``int8`` (a quarter); ``low-rank``. A
                 type of PyTorch does as well.
@@ -261,13 +258,9 @@ class Memory:
         fingerprint: str | Backbone | None = None,
         device: str | torch.device = "cpu",
     ) -> Memory:
-        """Read one memory (nothing in the file is executed).
+        """Read one memory (nothing in the file is executed); its deltas go to ``device``.
 
-        Args:
-            path: file to read.
-            fingerprint: refuse a memory of another backbone; given a backbone itself, also one of other
-                shapes.
-            device: where to put the deltas.
+        With a ``fingerprint``, a memory of another backbone is refused; with a backbone, also other shapes.
 
         Raises:
             FastMemError: when the file is missing, damaged, altered, or belongs to another model.
