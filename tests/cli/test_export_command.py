@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,20 +160,6 @@ def test_exports_stand_beside_the_memory(fastmem, kept: Path, tmp_path: Path, mo
     assert {p.name for p in tmp_path.iterdir()} == {"sub"}
 
 
-@pytest.mark.parametrize("command", ["ask", "lora", "checkpoint", "memory"])
-def test_commands_refuse_damaged_files(refused, kept: Path, tmp_path: Path, command: str) -> None:
-    content = kept.read_bytes()
-    tensor, header = bytearray(content), bytearray(content)
-    tensor[-50] ^= 1
-    header[content.index(b"Rome")] ^= 2
-    path = tmp_path / "m.fastmem"
-    for damaged in (tensor, header, content[: len(content) // 2], b""):
-        path.write_bytes(damaged)
-        line = refused("ask", path, "Who?") if command == "ask" else refused("export", path, to=command)
-        assert "m.fastmem" in line
-        assert "damaged" in line
-
-
 class Payload:
     """Makes a file when it is unpickled."""
 
@@ -182,25 +170,52 @@ class Payload:
         return Path.touch, (self.marker,)
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch", "torch-legacy", "zip"])
-def test_nothing_in_a_file_is_executed(refused, tmp_path: Path, kind: str) -> None:
-    marker, path = tmp_path / "marker", tmp_path / "evil.fastmem"
-    payload = {"down": Payload(marker)}
+def zipped(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    return buffer.getvalue()
+
+
+def saved(payload: object, new: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(payload, buffer, _use_new_zipfile_serialization=new)
+    return buffer.getvalue()
+
+
+KINDS: dict[str, Callable[[bytes, dict, Path], bytes]] = {
+    "pickle": lambda whole, payload, model: pickle.dumps(payload),
+    "torch": lambda whole, payload, model: saved(payload, new=True),
+    "torch-legacy": lambda whole, payload, model: saved(payload, new=False),
+    "zip": lambda whole, payload, model: zipped(pickle.dumps(payload)),
+    "text": lambda whole, payload, model: b"Just a text. " * 50,
+    "weights": lambda whole, payload, model: (model / "model.safetensors").read_bytes(),
+    "damaged: tensor": lambda whole, payload, model: whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:],
+    "damaged: header": lambda whole, payload, model: whole.replace(b"Rome", b"Oslo"),
+    "damaged: short": lambda whole, payload, model: whole[: len(whole) // 2],
+    "damaged: empty": lambda whole, payload, model: b"",
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "missing", "folder"])
+def test_what_is_no_memory_is_refused_and_not_executed(
+    refused, kept, tiny_folder, tmp_path, kind: str
+) -> None:
+    path, payload = tmp_path / "evil.fastmem", {"down": Payload(tmp_path / "marker")}
     pickle.loads(pickle.dumps(payload))
-    assert marker.exists(), "the payload would do nothing anyway"
-    marker.unlink()
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(payload))
-    elif kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps(payload))
-    else:
-        torch.save(payload, path, _use_new_zipfile_serialization=kind == "torch")
+    assert payload["down"].marker.exists(), "the payload would do nothing anyway"
+    payload["down"].marker.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(KINDS[kind](kept.read_bytes(), payload, tiny_folder))
+    lines = [refused("ask", path, "Who?"), *(refused("export", path, to=to) for to in ("lora", "memory"))]
+    for line in lines:
+        assert "evil.fastmem" in line
+        assert "damaged" in line or not kind.startswith("damaged")
     with pytest.raises(FastMemError, match=path.name):
         Memory.load(path)
-    assert "evil.fastmem" in refused("ask", path, "Who?")
-    assert "evil.fastmem" in refused("export", path, to="lora")
-    assert not marker.exists()
+    assert not payload["down"].marker.exists()
 
 
 def test_no_pickle_is_needed(fastmem, notes: Path, monkeypatch) -> None:
@@ -213,33 +228,12 @@ def test_no_pickle_is_needed(fastmem, notes: Path, monkeypatch) -> None:
     assert fastmem("ask", "notes.fastmem", QUESTIONS[0], max_new_tokens=3).out
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "text", "weights", "notes"])
-def test_what_is_no_memory_is_refused(
-    refused, tmp_path: Path, tiny_folder: Path, notes: Path, kind: str
-) -> None:
-    path = notes if kind == "notes" else tmp_path / "x.fastmem"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "text":
-        path.write_text("Just a text. " * 50)
-    elif kind == "weights":
-        path.write_bytes((tiny_folder / "model.safetensors").read_bytes())
-    assert path.name in refused("ask", path, "Who?")
-    assert path.name in refused("export", path, to="lora")
-
-
-@pytest.mark.parametrize("command", ["ask", "lora", "checkpoint"])
-def test_another_model_is_refused_with_both_fingerprints(
-    refused, kept: Path, stranger: Path, backbone, command: str
-) -> None:
-    other = Backbone.load(str(stranger)).fingerprint()
-    if command == "ask":
-        line = refused("ask", kept, "Who?", model=stranger)
-    else:
-        line = refused("export", kept, to=command, model=stranger, out="exported")
-    assert other != backbone.fingerprint()
-    assert other in line
-    assert backbone.fingerprint() in line
+def test_another_model_is_refused_with_both_fingerprints(refused, kept, stranger, backbone) -> None:
+    lines = [refused("ask", kept, "Who?", model=stranger)]
+    lines += [refused("export", kept, to=to, model=stranger, out="x") for to in ("lora", "checkpoint")]
+    for line in lines:
+        assert Backbone.load(str(stranger)).fingerprint() in line
+        assert backbone.fingerprint() in line
 
 
 def test_help_names_the_options(capsys) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from memories import OTHER, QUESTIONS, STRONG, TEXT, cut_at_end, generated, merged
-from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from fastmem_pl import Backbone, FastMemError, Memorizer, Memory, answer, generator, stream_answer
@@ -83,37 +83,24 @@ def test_custom_generate_streams(backbone, memory: Memory, decoder: str) -> None
     assert "".join(text) == backbone.tokenizer.decode(found)
 
 
-class StopAfter(StoppingCriteria):
-    def __init__(self, tokens: int) -> None:
-        self.tokens, self.calls = tokens, 0
-
-    def __call__(self, input_ids, scores, **_):
-        self.calls += 1
-        return torch.full((len(input_ids),), self.calls >= self.tokens)
-
-
-class Ban(LogitsProcessor):
-    """Forbids what would have been said."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        scores[:, self.tokens] = -torch.inf
-        return scores
-
-
 @pytest.mark.parametrize("decoder", ["greedy", "cd", "dola"])
 def test_custom_generate_honours_criteria_and_processors(backbone, memory: Memory, decoder: str) -> None:
     prompt, custom = backbone.chat.prompt(QUESTIONS[0]), generator(backbone, memory, decoder)
     (free,) = generated(backbone.model, [prompt], custom_generate=custom)
     assert len(free) >= 5
-    (stopped,) = generated(backbone.model, [prompt], custom_generate=custom, stopping_criteria=[StopAfter(3)])
+
+    def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(ids),), ids.shape[1] >= len(prompt) + 3)
+
+    def ban(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Forbids what would have been said."""
+        return scores.index_fill(1, torch.tensor(free), -torch.inf)
+
+    (stopped,) = generated(backbone.model, [prompt], custom_generate=custom, stopping_criteria=[stop])
     assert stopped == free[:3]
     (short,) = generated(backbone.model, [prompt], custom_generate=custom, max_new_tokens=2)
     assert short == free[:2]
-    (banned,) = generated(backbone.model, [prompt], custom_generate=custom, logits_processor=[Ban(free)])
+    (banned,) = generated(backbone.model, [prompt], custom_generate=custom, logits_processor=[ban])
     assert banned
     assert set(banned).isdisjoint(free)
     (suppressed,) = generated(backbone.model, [prompt], custom_generate=custom, suppress_tokens=free)

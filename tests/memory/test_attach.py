@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_untouched, make_model, snapshot
 from memories import OTHER, QUESTIONS, STRONG, TEXT, cut_at_end, generated, logits_of, merged
-from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria
+from transformers import AutoModelForCausalLM
 
 from fastmem_pl import FastMemError, Memorizer, Memory, answer, generator
 
@@ -82,30 +83,6 @@ def test_generate_uses_every_row(backbone, batch: Memory, settings: dict, rows: 
     assert found != generated(backbone.model, prompts, **settings)
 
 
-class AttachAt(LogitsProcessor):
-    """Adds a memory to the generate call that it runs in."""
-
-    def __init__(self, memory: Memory, model, step: int, until: int) -> None:
-        self.context, self.step, self.until, self.calls = memory.attached(model), step, until, 0
-
-    def __call__(self, input_ids, scores):
-        self.calls += 1
-        if self.calls == self.step:
-            self.context.__enter__()
-        if self.calls == self.until:
-            self.context.__exit__(None, None, None)
-        return scores
-
-
-class AttachWhen(StoppingCriteria):
-    def __init__(self, processor: AttachAt) -> None:
-        self.processor = processor
-
-    def __call__(self, input_ids, scores, **_):
-        self.processor(input_ids, scores)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
 @torch.no_grad()
 def greedy_with(models: list, prompt: list[int], end: set[int]) -> list[int]:
     """One token of each model in turn, computed on the whole sequence."""
@@ -124,15 +101,18 @@ def test_a_memory_joins_a_running_generate(backbone, batch, where: str, step: in
     tuned, base = merged(backbone, memory), backbone.model
     # The last FFN feeds no attention, so that the keys and values of the base model stay right.
     models = [tuned if step < place <= until else base for place in range(1, 11)]
-    expected = greedy_with(models, prompt, set())
-    attach = AttachAt(memory, base, step, until)
-    given = attach if where == "logits_processor" else AttachWhen(attach)
-    before = snapshot(backbone)
-    try:
-        found = generated(base, [prompt], eos_token_id=None, **{where: [given]})
-    finally:
-        if until > 100:
-            attach.context.__exit__(None, None, None)
+    expected, before = greedy_with(models, prompt, set()), snapshot(backbone)
+    with ExitStack() as attached:
+
+        def at_step(ids, scores):
+            place = ids.shape[1] - len(prompt) + (where == "logits_processor")
+            if place == step:
+                attached.enter_context(memory.attached(base))
+            if place == until:
+                attached.close()
+            return scores if where == "logits_processor" else torch.zeros(len(ids), dtype=torch.bool)
+
+        found = generated(base, [prompt], eos_token_id=None, **{where: [at_step]})
     assert found == [expected]
     assert expected != greedy_with([base] * 10, prompt, set())
     assert_untouched(backbone, before)
@@ -146,15 +126,14 @@ def test_an_exception_takes_the_memory_off(backbone, memory: Memory) -> None:
             len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.model.modules()
         )
 
-    class Fail(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            raise RuntimeError("pulled the plug")
+    def fail(ids, scores):
+        raise RuntimeError("pulled the plug")
 
     prompt, before, parts = backbone.chat.prompt(QUESTIONS[0]), snapshot(backbone), state()
     base, expected = logits_of(backbone.model, TEXT), generated(backbone.model, [prompt])
     for settings in ({}, {"custom_generate": generator(backbone, memory)}):
         with pytest.raises(RuntimeError, match="pulled"), memory.attached(backbone):
-            generated(backbone.model, [prompt], logits_processor=[Fail()], **settings)
+            generated(backbone.model, [prompt], logits_processor=[fail], **settings)
         assert torch.equal(logits_of(backbone.model, TEXT), base)
         assert generated(backbone.model, [prompt]) == expected
     assert_untouched(backbone, before)

@@ -143,6 +143,8 @@ def test_a_file_cut_short_or_long_is_refused(kept: Path, tmp_path: Path) -> None
         lambda tensors, _: tensors.update({"more": torch.zeros(3)}),
         lambda tensors, _: tensors.update({k: v.half() for k, v in tensors.items()}),
         lambda tensors, _: tensors.clear(),
+        lambda tensors, _: tensors.pop(next(iter(tensors))),
+        lambda tensors, _: tensors.update({k: v.T.contiguous() for k, v in tensors.items()}),
         lambda _, stated: stated.update(text="Another text."),
         lambda _, stated: stated.update(more="x"),
         lambda _, stated: stated.pop("digest"),
