@@ -32,6 +32,7 @@ _EXPORTS = {
     "answer": "fastmem_pl.decoding.answer",
     "encode_prompt": "fastmem_pl.decoding.answer",
     "generator": "fastmem_pl.decoding.generate",
+    "memorize_document": "fastmem_pl.memory",
     "stream_answer": "fastmem_pl.decoding.answer",
 }
 

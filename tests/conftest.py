@@ -16,6 +16,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # isort: split
+from memories import (  # noqa: F401 (fixtures)
+    batch,
+    fastmem,
+    kept,
+    loaded_tiny,
+    memory,
+    notes,
+    refused_command,
+    stranger,
+)
 from real_runs import options, pages, real, refused, refused_run, run, say  # noqa: F401 (fixtures)
 from report_runs import hostile, make_run, only, record, two_methods  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -57,9 +57,9 @@ def options(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     given = {
         "model.backbone": tiny_folder,
         "model.methods": "[zero-shot, fastmem, dola]",
-        "model.steps": 3,
-        "model.learning_rate": 0.01,
-        "model.max_new_tokens": 6,
+        "model.memorize.steps": 3,
+        "model.memorize.learning_rate": 0.01,
+        "model.decode.max_new_tokens": 6,
         "data.task": "nqswap",
         "data.path": data,
         "data.batch_size": 2,

@@ -651,29 +651,29 @@ def test_fit_then_predict_is_fit_predict(run) -> None:
 
 # option, value, and what the line says beside the option
 BAD = """
-model.temperature | -0.5 | -0.5 | 0 or above
-model.temperature | .nan | nan | 0 or above
-model.temperature | warm | 'warm' | float
-model.top_p | 0 | 0.0 | above 0
-model.top_p | 1.1 | 1.1 | at most 1
-model.top_k | -3 | -3 | 0 (all) or above
-model.top_k | 2.5 | 2.5 | int
-model.relative_top | 0 | 0.0 | above 0
-model.relative_top | 1.5 | 1.5 | at most 1
-model.repetition_penalty | 0 | 0.0 | above 0
-model.alpha | -1 | -1 | 0 or above
-model.seed | -1 | -1 | 0 or above
-model.dola_layers | hihg | 'hihg' | auto | low | did you mean 'high'
-model.dola_layers | [1,3] | 3 is no layer | 0 to 2
-model.dola_layers | [-1] | -1 | 0 to 2
-model.dola_layers | [] | empty | auto
-model.stop | [''] | '' | none empty
-model.stop | word | 'word' | list
+model.decode.temperature | -0.5 | -0.5 | 0 or above
+model.decode.temperature | .nan | nan | 0 or above
+model.decode.temperature | warm | 'warm' | float
+model.decode.top_p | 0 | 0.0 | above 0
+model.decode.top_p | 1.1 | 1.1 | at most 1
+model.decode.top_k | -3 | -3 | 0 (all) or above
+model.decode.top_k | 2.5 | 2.5 | int
+model.decode.relative_top | 0 | 0.0 | above 0
+model.decode.relative_top | 1.5 | 1.5 | at most 1
+model.decode.repetition_penalty | 0 | 0.0 | above 0
+model.decode.alpha | -1 | -1 | 0 or above
+model.decode.seed | -1 | -1 | 0 or above
+model.decode.dola_layers | hihg | 'hihg' | auto | low | did you mean 'high'
+model.decode.dola_layers | [1,3] | 3 is no layer | 0 to 2
+model.decode.dola_layers | [-1] | -1 | 0 to 2
+model.decode.dola_layers | [] | empty | auto
+model.decode.stop | [''] | '' | none empty
+model.decode.stop | word | 'word' | list
 model.methods | [fastmem+dloa] | 'fastmem+dloa' | zero-shot | did you mean 'fastmem+dola'
 model.methods | [oneshot] | 'oneshot' | fastmem+cad | did you mean 'one-shot'
 model.published_quirks | [round-weight] | 'round-weight' | dola-unlimited | did you mean 'round-weights'
-model.kl_target | 0 | 0.0 | above 0
-model.num_layers | 4 | 4 | 3
+model.memorize.kl_target | 0 | 0.0 | above 0
+model.memorize.num_layers | 4 | 4 | 3
 data.task | xsumm | 'xsumm' | wikihow | did you mean 'xsum'
 config | nqswp | nqswp | all-methods | did you mean 'nqswap'
 config | base,lama3-8b,xsum | lama3-8b | did you mean 'llama3-8b'

@@ -1,28 +1,25 @@
-"""Memories inside the ``generate`` of transformers.
+"""FastMem's decoders inside the ``generate`` of transformers.
 
-Two ways: :func:`attached` lets the model's own forward pass use a memory, with all that ``generate`` can do
-(beams, assistants, processors); :func:`generator` is a ``custom_generate`` that decodes with FastMem's
-decoders, which look at more than the memorized model.
+:func:`generator` is a ``custom_generate`` that decodes with FastMem's decoders, which look at more than the
+memorized model. With :meth:`fastmem_pl.Memory.attached`, the model's own forward pass uses a memory, with all
+that ``generate`` can do (beams, assistants, processors).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
-from fastmem_pl.backbone import FFN, Backbone, find_anatomy, fingerprint_of
+from fastmem_pl.backbone import Backbone
 from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.decoding import DECODERS, DecodingSettings, Prefill
 from fastmem_pl.decoding.state import DecodeState, Views
 from fastmem_pl.memory import Memory
-from fastmem_pl.memory.files import other_model
-from fastmem_pl.memory.memory import check_shapes, spread
 
 # Options of generate that the loop of generator() does not know.
 _UNSUPPORTED = {
@@ -37,77 +34,6 @@ _PREPARED = {
     *("attention_mask", "past_key_values", "position_ids", "cache_position"),
     *("use_cache", "logits_to_keep", "token_type_ids"),
 }
-
-
-@contextmanager
-def attached(model: Any, memory: Memory) -> Iterator[None]:
-    """Let a transformers model use a memory: its forward pass, and with it ``generate``.
-
-    Hooks on the trained feed-forward networks add the memory's change to their output; no weight is
-    written to, and the hooks go when the context ends. A trained last block feeds no attention, so a memory
-    may come and go in the middle of a ``generate`` call: the KV cache is the same with and without it. With
-    several trained layers it is not, and a backbone of the same model must not be asked meanwhile.
-
-    Args:
-        model: a transformers model, or a :class:`~fastmem_pl.Backbone`, whose model is meant.
-        memory: of one row, which serves all sequences, or of ``B`` rows for ``B`` sequences; with beams or
-            several returned sequences each row serves those of its prompt.
-
-    Raises:
-        FastMemError: when the memory is of another model, or one is attached already; inside, when the rows
-            do not fit the batch.
-    """
-    backbone = model if isinstance(model, Backbone) else None
-    model = backbone.model if backbone else model
-    fingerprint = backbone.fingerprint() if backbone else fingerprint_of(model)
-    if memory.fingerprint != fingerprint:
-        raise other_model("the memory", memory.backbone, memory.fingerprint, fingerprint)
-    anatomy = find_anatomy(model)
-    check_shapes(memory.shapes, anatomy)
-    dtype = backbone.compute_dtype if backbone else anatomy.head.weight.dtype
-    numbers = range(len(anatomy.blocks) - memory.num_layers, len(anatomy.blocks))
-    trained = [anatomy.blocks[number].mlp for number in numbers]
-    if any(isinstance(hook, _Hook) for ffn in trained for hook in ffn._forward_hooks.values()):
-        raise FastMemError("a memory is attached to this model already; stack memories to serve several")
-    handles = []
-    try:
-        for number, module, deltas in zip(numbers, trained, memory.deltas, strict=True):
-            ffn = FFN(anatomy.projections(number), anatomy.activation(number), dtype)
-            device = ffn.base_weights["down"].device
-            placed = {name: delta.to(device, dtype) for name, delta in deltas.items()}
-            handles.append(module.register_forward_hook(_Hook(ffn, placed)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Hook:
-    """Adds the memory's change to an FFN's output."""
-
-    def __init__(self, ffn: FFN, deltas: dict[str, Tensor]) -> None:
-        self._ffn, self._deltas = ffn, deltas
-        # Of the last number of sequences: copies of deltas are large, and made once a generate call.
-        self._served = deltas
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        (ffn_input,) = args
-        deltas = self._for(len(ffn_input))
-        with torch.autocast(ffn_input.device.type, enabled=False):
-            base = self._ffn.base(ffn_input)
-            change = self._ffn.memorized(ffn_input, deltas, base) - base.output
-            return (output.float() + change).to(output.dtype)
-
-    def _for(self, sequences: int) -> dict[str, Tensor]:
-        """The deltas, one row a sequence."""
-        rows = len(next(iter(self._deltas.values())))
-        if sequences % rows:
-            raise FastMemError(
-                f"the memory has {rows} rows for {sequences} sequences; give one row, or one for each prompt"
-            )
-        if len(next(iter(self._served.values()))) != sequences:
-            self._served = {name: spread(delta, sequences) for name, delta in self._deltas.items()}
-        return self._served
 
 
 def generator(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from fastmem_pl.backbone import Backbone, EncodedContext
 from fastmem_pl.backbone.quantization import quantized_method
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.base.files import check_target, new_folder, size_of
+from fastmem_pl.base.files import check_target, new_folder
 from fastmem_pl.export.deviation import Deviation, ExportReport, as_matrix
 from fastmem_pl.export.lora import DTYPES
 from fastmem_pl.memory import Memory
@@ -32,14 +30,8 @@ def to_checkpoint(
 ) -> ExportReport:
     """Write the model with the memory added to its weights; the model in memory stays as it is.
 
-    Args:
-        memory: of one row.
-        backbone: its model.
-        out: folder to write.
-        dtype: of all weights; that of the model as it is loaded by default. What rounding to bfloat16 loses
-            is in the report: its KL is that of a forward pass with the weights as they are written.
-        context: what was memorized, where the memory does not hold it.
-        force: replace what exists.
+    Arguments are those of :func:`.to_lora`. The ``dtype`` is that of all weights, by default as the model is
+    loaded; the report's KL is of a forward pass with the weights as written, so it includes their rounding.
 
     Raises:
         FastMemError: when ``out`` exists or cannot be written, the memory is of another model, or the model
@@ -65,14 +57,14 @@ def to_checkpoint(
     for layer, deltas in zip(backbone.tail(memory.num_layers).layers, memory.deltas, strict=True):
         kept.append({})
         for parts, module in backbone.anatomy.ffn_modules(layer):
-            delta = as_matrix(parts, deltas).to(module.weight.device)
-            # GPT-2's Conv1D stores its weight as (in, out).
             base = module.weight.detach().float()
-            weight = (base + (delta.T if isinstance(module, Conv1D) else delta)).to(kind)
+            delta = as_matrix(parts, deltas).to(base.device)
+            # GPT-2's Conv1D stores its weight as (in, out).
+            turned = isinstance(module, Conv1D)
+            weight = (base + (delta.T if turned else delta)).to(kind)
             merged[f"{names[module]}.weight"] = weight
             change = weight.float() - base
-            change = change.T if isinstance(module, Conv1D) else change
-            pieces = change.chunk(len(parts))
+            pieces = (change.T if turned else change).chunk(len(parts))
             kept[-1] |= {part: piece[None] for part, piece in zip(parts, pieces, strict=True)}
     state = _converted(model.state_dict(), kind)
     unknown_names = merged.keys() - state.keys()
@@ -87,18 +79,7 @@ def to_checkpoint(
         # save_pretrained states the type of the model in memory.
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
-        report = ExportReport(
-            "checkpoint",
-            out,
-            dtype,
-            size_of(folder),
-            deviation.relative_error(kept),
-            kl,
-            deviation.kl_base,
-            replace(memory, deltas=kept),
-        )
-        report.write(folder)
-    return report
+        return deviation.report("checkpoint", out, dtype, kept, folder, kl=kl)
 
 
 @torch.no_grad()
@@ -107,26 +88,22 @@ def _kl_of_weights(
 ) -> float:
     """KL from the memory to the model with other weights, on the memorized text, by the model's own code."""
 
-    def rewritten(**kwargs: Any) -> Any:
-        return functional_call(backbone.model, state, (), kwargs)
-
     total, count = 0.0, 0
     # Window by window: the probabilities of a whole vocabulary are large.
     for part in encoded:
+        given = {"input_ids": torch.tensor([part.input_ids], device=backbone.device), "use_cache": False}
         with backbone.numerics(), backbone.autocast(), memory.attached(backbone):
-            exact = _log_probs(backbone.model, part, backbone.device)
+            memorized = backbone.model(**given).logits
         with backbone.numerics():
-            other = _log_probs(rewritten, part, backbone.device)
+            rewritten = functional_call(backbone.model, state, (), given).logits
+        # (N, V) each, at the positions that have a label.
+        exact, other = (
+            logits[0, part.header_length - 1 : -1].float().log_softmax(-1)
+            for logits in (memorized, rewritten)
+        )
         total += (exact.exp() * (exact - other)).sum().item()
         count += len(exact)
     return max(total, 0.0) / count
-
-
-def _log_probs(model: Callable[..., Any], part: EncodedContext, device: torch.device) -> Tensor:
-    """Of the next token at every position that has a label, ``(N, V)`` float32."""
-    ids = torch.tensor([part.input_ids], device=device)
-    logits = model(input_ids=ids, use_cache=False).logits
-    return logits[0, part.header_length - 1 : -1].float().log_softmax(-1)
 
 
 def _converted(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

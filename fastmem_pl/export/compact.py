@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,15 +29,10 @@ def to_memory(
 ) -> ExportReport:
     """Write the memory in another form.
 
+    Other arguments are those of :func:`.to_lora`; ``out`` is a file.
+
     Args:
-        memory: of one row.
-        backbone: its model.
-        out: file to write.
         form: ``float32``, ``bfloat16``, ``int8``, or ``low-rank`` (factors in bfloat16).
-        rank: of ``low-rank``; ``auto`` takes the smallest whose KL is at most ``max_kl``.
-        max_kl: ``KL(memory || file)`` on the memorized text, nats a token.
-        context: what was memorized, where the memory does not hold it.
-        force: replace what exists.
         text: keep the memorized text, where it is known, in the file.
 
     Raises:
@@ -55,16 +49,5 @@ def to_memory(
         chosen, tried = low_rank.choose(deviation, rank, max_kl)
         factors = low_rank.factors(chosen)
     memory.save(out, form=form, text=text, factors=factors)
-    kept = replace(memory, deltas=Memory.load(out, backbone, backbone.device).deltas)
-    return ExportReport(
-        "memory",
-        out,
-        form,
-        out.stat().st_size,
-        deviation.relative_error(kept.deltas),
-        deviation.kl(kept.deltas),
-        deviation.kl_base,
-        kept,
-        chosen,
-        tried,
-    )
+    kept = Memory.load(out, backbone, backbone.device)
+    return deviation.report("memory", out, form, kept.deltas, rank=chosen, tried=tried)

@@ -1,11 +1,11 @@
-"""What an export states of itself, and the measure of what it loses."""
+"""What an export states about itself, and the measure of what it loses."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from torch import Tensor
 
 from fastmem_pl.backbone import Backbone, Delta, EncodedContext
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.base.files import MANIFEST
-from fastmem_pl.memory import ContextProbe, Memorizer, Memory, encoded_text
+from fastmem_pl.base.files import MANIFEST, size_of
+from fastmem_pl.memory import Memorizer, Memory, encoded_text
+from fastmem_pl.memory.attach import spread
+from fastmem_pl.memory.loss import predict
 
 _PACKAGES = ("fastmem-pl", "torch", "transformers", "peft", "safetensors")
+# Label tokens whose logits are formed together.
+_LABELS = 512
 
 
 @dataclass
@@ -26,16 +30,16 @@ class ExportReport:
 
     Attributes:
         to: ``lora``, ``checkpoint`` or ``memory``.
-        path: of what was written.
+        path: file or folder that was written.
         form: of the numbers in it.
         bytes: on disk.
         relative_error: norm of what the deltas lose, relative to theirs.
         kl: ``KL(exact memory || export)`` on the memorized text, nats a token; ``None`` where the text is
             not known.
         kl_base: the same for the base model, which holds nothing of the memory.
+        memory: what the export holds, to answer with.
         rank: of low-rank forms.
         tried: ranks that ``auto`` looked at, with their KL.
-        memory: what the export holds, to answer with.
     """
 
     to: str
@@ -51,22 +55,14 @@ class ExportReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for export.json."""
-        stated = {
-            n: getattr(self, n) for n in ("to", "form", "rank", "bytes", "relative_error", "kl", "kl_base")
-        }
+        stated = ("to", "form", "rank", "bytes", "relative_error", "kl", "kl_base")
+        memory = self.memory
         return {
-            **stated,
+            **{name: getattr(self, name) for name in stated},
             **({"tried": self.tried} if self.tried else {}),
-            "model": self.memory.backbone,
-            "fingerprint": self.memory.fingerprint,
-            "settings": self.memory.settings,
+            **{"model": memory.backbone, "fingerprint": memory.fingerprint, "settings": memory.settings},
             "packages": {name: _version(name) for name in _PACKAGES},
         }
-
-    def write(self, folder: Path) -> None:
-        """Leave it as ``export.json``, with the names of the files that are the export."""
-        stated = {**self.as_dict(), "files": sorted(path.name for path in folder.iterdir())}
-        (folder / MANIFEST).write_text(json.dumps(stated, indent=2) + "\n")
 
     def lines(self) -> list[str]:
         """The same in words."""
@@ -86,13 +82,11 @@ class ExportReport:
 class Deviation:
     """Measures how far an approximation of a memory of one row is from it.
 
-    Args:
-        memory: the exact one.
-        backbone: its model.
-        context: what was memorized, where the memory does not hold it.
+    The memorized text is ``context`` where the memory does not hold it.
 
     Attributes:
         encoded: the windows of the memorized text; empty where it is not known.
+        kl_base: :meth:`kl` of the base model.
 
     Raises:
         FastMemError: when the memory is of another model, holds nothing, or the text is another.
@@ -104,28 +98,78 @@ class Deviation:
         memory.check(backbone)
         if memory.status[0] != "ok":
             raise FastMemError(f"export: memorizing it {memory.status[0].split(';')[0]}; memorize it again")
-        self.memory = memory
+        self._memory, self._backbone = memory, backbone
+        self._tail = backbone.tail(memory.num_layers)
         self.encoded: list[EncodedContext] = []
-        self._probe: ContextProbe | None = None
         if context is not None or memory.texts[0] is not None:
-            limit = memory.settings.get("max_context_tokens", 7500)
+            limit = memory.settings["max_context_tokens"]
             memorizer = Memorizer(backbone, num_layers=memory.num_layers, max_context_tokens=limit)
             self.encoded = encoded_text(memory, memorizer, context)
-            self._probe = ContextProbe(memorizer, memory, self.encoded)
+            with backbone.numerics():
+                read = list(memorizer.read_windows(self.encoded))
+                self._groups = [(inputs, self._tail.base(inputs), mask) for inputs, _, mask in read]
+                self._labels = torch.cat([labels[mask] for _, labels, mask in read])
+                self._exact = self._hidden(memory.deltas)
         self.kl_base = self.kl(None)
 
-    @property
-    def text_known(self) -> bool:
-        """Whether KL can be measured."""
-        return self._probe is not None
+    def kl(self, deltas: Sequence[Delta] | None) -> float | None:
+        """``KL(p_memory || p_other)``, nats a token, averaged over the label tokens of the memorized text.
 
-    def kl(self, deltas: list[Delta] | None) -> float | None:
-        """KL from the exact memory on its text."""
-        return None if self._probe is None else self._probe.kl(deltas)
+        The other's ``deltas`` are ``(1, out, in)`` each, by layer; ``None`` stands for the base model. The
+        result is ``None`` where the text is not known.
+        """
+        if not self.encoded:
+            return None
+        tail, total = self._tail, 0.0
+        with self._backbone.numerics():
+            changes = self._hidden(deltas) - self._exact
+            for start in range(0, len(changes), _LABELS):
+                place = slice(start, start + _LABELS)
+                hidden = self._exact[place]
+                ones = hidden.new_ones(len(hidden))
+                out = tail.head_weight.new_empty(len(hidden), tail.head_weight.shape[0])
+                _, kl = predict(tail, hidden, self._labels[place]).loss(tail, changes[place], ones, ones, out)
+                total += kl.sum().item()
+        # Rounding may leave a tiny negative sum where nothing differs.
+        return max(total, 0.0) / len(changes)
 
-    def relative_error(self, deltas: Sequence[Delta]) -> float:
-        """Norm of the difference of the deltas, relative to theirs."""
-        return relative_error(self.memory.deltas, deltas)
+    def _hidden(self, deltas: Sequence[Delta] | None) -> Tensor:
+        """The head's input at all label tokens, ``(N, D)``."""
+        backbone, parts = self._backbone, []
+        # Cast once: a copy for every row would be made of what is cast after it is expanded.
+        cast = deltas and [
+            {n: t.to(backbone.device, backbone.compute_dtype) for n, t in layer.items()} for layer in deltas
+        ]
+        for inputs, base, mask in self._groups:
+            served = cast and [spread(layer, len(mask)) for layer in cast]
+            parts.append(self._tail.hidden(inputs, base, served)[mask])
+        return torch.cat(parts)
+
+    def report(
+        self, to: str, out: Path, form: str, deltas: list[Delta], written: Path | None = None, **further: Any
+    ) -> ExportReport:
+        """What an export states that holds these deltas.
+
+        ``written`` is the folder that takes the place of ``out``; it gets the statement as ``export.json``.
+        ``further`` are ``kl``, where it is not that of the deltas, ``rank`` and ``tried``.
+        """
+        if "kl" not in further:
+            further["kl"] = self.kl(deltas)
+        report = ExportReport(
+            to=to,
+            path=out,
+            form=form,
+            bytes=size_of(written or out),
+            relative_error=relative_error(self._memory.deltas, deltas),
+            kl_base=self.kl_base,
+            memory=replace(self._memory, deltas=deltas),
+            **further,
+        )
+        if written is not None:
+            # With the names of the files that are the export, so that it can be replaced.
+            stated = {**report.as_dict(), "files": sorted(path.name for path in written.iterdir())}
+            (written / MANIFEST).write_text(json.dumps(stated, indent=2) + "\n")
+        return report
 
 
 def relative_error(exact: Sequence[Delta], other: Sequence[Delta]) -> float:

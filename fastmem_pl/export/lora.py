@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.base.files import check_target, new_folder, size_of
+from fastmem_pl.base.files import check_target, new_folder
 from fastmem_pl.export.deviation import Deviation, ExportReport
 from fastmem_pl.export.low_rank import LowRank
 from fastmem_pl.memory import Memory
@@ -37,7 +37,7 @@ def to_lora(
         memory: of one row.
         backbone: its model.
         out: folder to write.
-        rank: of every matrix; ``auto`` takes the smallest whose KL is at most ``max_kl``.
+        rank: that of every matrix; ``auto`` takes the smallest whose KL is at most ``max_kl``.
         max_kl: ``KL(memory || adapter)`` on the memorized text, nats a token.
         dtype: of the adapter's weights.
         context: what was memorized, where the memory does not hold it.
@@ -54,7 +54,6 @@ def to_lora(
     deviation = Deviation(memory, backbone, context)
     low_rank = LowRank(memory, backbone, getattr(torch, dtype))
     rank, tried = low_rank.choose(deviation, rank, max_kl)
-    exported = low_rank.memory(rank)
     names = {module: name for name, module in backbone.model.named_modules()}
     weights, targets, transposed = {}, [], False
     for layer, factors in zip(backbone.tail(memory.num_layers).layers, low_rank.modules(rank), strict=True):
@@ -76,20 +75,9 @@ def to_lora(
     )
     with new_folder(out, sum(tensor.nbytes for tensor in weights.values()) + (1 << 20)) as folder:
         _save(weights, config, folder)
-        report = ExportReport(
-            "lora",
-            out,
-            dtype,
-            size_of(folder),
-            deviation.relative_error(exported.deltas),
-            deviation.kl(exported.deltas),
-            deviation.kl_base,
-            exported,
-            rank,
-            tried,
+        return deviation.report(
+            "lora", out, dtype, low_rank.memory(rank).deltas, folder, rank=rank, tried=tried
         )
-        report.write(folder)
-    return report
 
 
 def _save(weights: dict[str, torch.Tensor], config: object, folder: Path) -> None:

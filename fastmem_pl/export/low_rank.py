@@ -26,8 +26,11 @@ class LowRank:
 
     Args:
         memory: of one row.
-        backbone: its model, which says what modules there are.
-        dtype: of the factors.
+        backbone: its model.
+        dtype: type of the factors.
+
+    Attributes:
+        max_rank: the highest that every module's delta has.
     """
 
     def __init__(self, memory: Memory, backbone: Backbone, dtype: torch.dtype = torch.float32) -> None:
@@ -41,13 +44,9 @@ class LowRank:
         self.max_rank = min(min(inner.shape) for layer in self._whole for _, inner in layer)
 
     def modules(self, rank: int) -> list[list[Factors]]:
-        """Factors by layer and module.
-
-        Raises:
-            FastMemError: when the rank is out of range.
-        """
+        """Factors by layer and module; a FastMemError when the rank is out of range."""
         if not 1 <= rank <= self.max_rank:
-            raise FastMemError(f"rank: {rank} is out of range; allowed: 1 to {self.max_rank}, or auto")
+            raise self._out_of_range(rank)
         return [
             [
                 (outer[:, :rank].to(self._dtype).contiguous(), inner[:rank].to(self._dtype).contiguous())
@@ -76,21 +75,26 @@ class LowRank:
         ]
         return replace(self._memory, deltas=deltas)
 
-    def rank_within(self, deviation: Deviation, max_kl: float) -> tuple[int, list[dict[str, float]]]:
-        """The smallest rank whose KL from the memory on its text is at most ``max_kl``, by bisection.
+    def choose(
+        self, deviation: Deviation, rank: int | Literal["auto"], max_kl: float
+    ) -> tuple[int, list[dict[str, float]]]:
+        """The rank that was asked for, or the smallest whose KL from the memory is at most ``max_kl``.
 
-        That takes KL to fall with the rank, which best approximations of ever higher rank make it do but for
-        rounding.
+        The latter by bisection: KL falls with the rank, but for rounding, as approximations get better.
 
         Returns:
-            the rank, and the ranks that were looked at with their KL.
+            the rank, and the ranks that were looked at with their KL, nats a token.
 
         Raises:
-            FastMemError: when the text is not known, or no rank is that close.
+            FastMemError: when the rank is out of range, the text is not known, or no rank is that close.
         """
+        if rank != "auto":
+            if not isinstance(rank, int):
+                raise self._out_of_range(rank)
+            return rank, []
         if not max_kl > 0:
             raise FastMemError(f"max_kl: {max_kl} is out of range; allowed: above 0")
-        if not deviation.text_known:
+        if not deviation.encoded:
             raise FastMemError(
                 "rank: auto measures on the memorized text, which is not known; give it (--context FILE)"
             )
@@ -114,15 +118,8 @@ class LowRank:
             low, high = (low, middle) if fits(middle) else (middle, high)
         return high, [{"rank": rank, "kl": tried[rank]} for rank in sorted(tried)]
 
-    def choose(
-        self, deviation: Deviation, rank: int | Literal["auto"], max_kl: float
-    ) -> tuple[int, list[dict[str, float]]]:
-        """The rank that was asked for, or the one found by :meth:`rank_within`."""
-        if rank == "auto":
-            return self.rank_within(deviation, max_kl)
-        if not isinstance(rank, int):
-            raise FastMemError(f"rank: {rank!r} is out of range; allowed: 1 to {self.max_rank}, or auto")
-        return rank, []
+    def _out_of_range(self, rank: object) -> FastMemError:
+        return FastMemError(f"rank: {rank!r} is out of range; allowed: 1 to {self.max_rank}, or auto")
 
 
 def _decomposed(delta: Tensor) -> Factors:

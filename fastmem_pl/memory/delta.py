@@ -15,7 +15,7 @@ from fastmem_pl.base.errors import FastMemError
 _WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-class FFNDelta(nn.Module):
+class FFNDelta(nn.ParameterDict):
     """Weight changes of one FFN for ``B`` samples: ``gate``, ``up`` ``(B, F, D)``, ``down`` ``(B, D, F)``.
 
     They keep their type whatever precision plugin converts the surrounding module.
@@ -23,10 +23,10 @@ class FFNDelta(nn.Module):
     Args:
         shapes: ``(out, in)`` by projection.
         num_samples: ``B``.
-        device: of the deltas.
-        dtype: of the deltas.
-        factored: leave gradients as the factors they are products of (:class:`GradientFactors`), for the
-            kernel that updates a delta without storing its gradient.
+        device: where they lie.
+        dtype: their type.
+        factored: leave gradients as the factors they are products of (GradientFactors), for the kernel
+            that updates a delta without storing its gradient.
         start: deltas to go on from; zero otherwise.
     """
 
@@ -39,28 +39,19 @@ class FFNDelta(nn.Module):
         factored: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__()
+        zeros = {n: torch.zeros(num_samples, *s, device=device, dtype=dtype) for n, s in shapes.items()}
+        super().__init__({name: nn.Parameter(tensor) for name, tensor in zeros.items()})
         self._dtype = dtype
-        self.weights = nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.zeros(num_samples, *shape, device=device, dtype=dtype))
-                for name, shape in shapes.items()
-            }
-        )
         for name, values in (start or {}).items():
-            self.weights[name].data.copy_(values)
-        for parameter in self.weights.values() if factored else ():
+            self[name].data.copy_(values)
+        for parameter in self.values() if factored else ():
             parameter.factors = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFNDelta:
         super()._apply(fn, recurse)
-        for parameter in self.weights.values():
+        for parameter in self.values():
             parameter.data = parameter.data.to(self._dtype)
         return self
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The deltas by projection name."""
-        return dict(self.weights.items())
 
 
 class DeltaAdamW(torch.optim.AdamW):
@@ -95,16 +86,11 @@ class DeltaAdamW(torch.optim.AdamW):
         from_zero: bool = False,
     ) -> None:
         self._last_step, self._from_zero, self._steps = last_step, from_zero, 0
-        self._pairs = list(pairs)
-        self._round_weights = round_weights
+        self._pairs, self._round_weights = list(pairs), round_weights
         deltas = [delta for delta, _ in self._pairs]
-        fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas)
-        num_samples = len(deltas[0])
-        self._lrs = [float(lr)] * num_samples if isinstance(lr, int | float) else list(lr)
-        first = self._lrs[0]
-        super().__init__(
-            deltas, lr=first, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused or None
-        )
+        fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas) or None
+        self._lrs = [float(lr)] * len(deltas[0]) if isinstance(lr, int | float) else list(lr)
+        super().__init__(deltas, self._lrs[0], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
         exact = torch.tensor(self._lrs, dtype=torch.float64, device=deltas[0].device)
         self._lr = exact.float()
         # Share of weight and delta that a step takes away, and what it leaves, by sample.
@@ -120,17 +106,13 @@ class DeltaAdamW(torch.optim.AdamW):
         Factored gradients are scaled when the step forms them.
         """
         deltas = [delta for delta, _ in self._pairs]
-        squares = [
-            squared_norm(delta.factors)
-            if delta.grad is None
-            else torch.linalg.vector_norm(delta.grad.flatten(1), dim=1).square()
-            for delta in deltas
-        ]
+        grads = [delta.grad for delta in deltas if delta.grad is not None]
+        squares = [squared_norm(delta.factors) for delta in deltas if delta.grad is None]
+        squares += [torch.linalg.vector_norm(grad.flatten(1), dim=1).square() for grad in grads]
         norms = torch.stack(squares).sum(0).sqrt()
         self._scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        for delta in deltas:
-            if delta.grad is not None:
-                delta.grad.mul_(self._scale[:, None, None])
+        for grad in grads:
+            grad.mul_(self._scale[:, None, None])
         return norms
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -140,7 +122,9 @@ class DeltaAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         if self._steps == self._last_step:
-            raise FastMemError(f"memorizing ends after its {self._last_step} steps; set model.steps higher")
+            raise FastMemError(
+                f"memorizing ends after its {self._last_step} steps; set model.memorize.steps higher"
+            )
         self._steps += 1
         plain = [pair for pair in self._pairs if getattr(pair[0], "factors", None) is None]
         with torch.no_grad():
@@ -178,24 +162,15 @@ class DeltaAdamW(torch.optim.AdamW):
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(delta), torch.zeros_like(delta)
             state["step"] = torch.zeros((), device=delta.device if group["fused"] else None)
+        tensors = (delta.detach(), delta.grad, state["exp_avg"], state["exp_avg_sq"])
+        beta1, beta2 = group["betas"]
+        common = {"fused": group["fused"], "amsgrad": False, "maximize": False, "weight_decay": 0.0}
+        common |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
         for lr in dict.fromkeys(self._lrs):
             rows = [row for row, own in enumerate(self._lrs) if own == lr]
-            adamw(
-                *([tensor[row] for row in rows] for tensor in (delta.detach(), delta.grad)),
-                [state["exp_avg"][row] for row in rows],
-                [state["exp_avg_sq"][row] for row in rows],
-                [],
-                # Counted up in place, in as many tensors.
-                [state["step"].clone() for _ in rows],
-                fused=group["fused"],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=lr,
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
+            # Counted up in place, in as many tensors.
+            counts = [state["step"].clone() for _ in rows]
+            adamw(*([tensor[row] for row in rows] for tensor in tensors), [], counts, lr=lr, **common)
         state["step"] += 1
 
     def _factored_step(self, delta: Tensor, base: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Memory files: safetensors with a header, a digest over both, and several forms of the deltas.
 
 Nothing in a file is executed. What it holds is checked before it is used: names, shapes, types, values,
-and a SHA-256 over header and tensors, which tells damage and alteration (it is no signature: who rewrites
+and a SHA-256 over header and tensors, which shows damage and alteration (it is no signature: who rewrites
 the whole file can rewrite the digest).
 """
 
@@ -10,34 +10,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.base.files import write_whole
-from fastmem_pl.memory.header import checked
+from fastmem_pl.memory.attach import check_shapes
+from fastmem_pl.memory.settings import POLICIES, MemorizationSettings
 
 FORMAT_VERSION = "3"
-FORMS = ("float32", "bfloat16", "int8", "low-rank")
-_SUFFIXES = {"float32": ("",), "bfloat16": ("",), "int8": ("", ".scale"), "low-rank": (".outer", ".inner")}
-# Types of the tensors of each form, as safetensors calls them.
-_STORED = {
-    "float32": {("F32",)},
-    "bfloat16": {("BF16",)},
-    "int8": {("I8", "F32")},
-    "low-rank": {("F32", "F32"), ("BF16", "BF16")},
+# By form: what the names of a delta's tensors end in, and their types, as safetensors calls them.
+_LAYOUTS = {
+    "float32": (("",), {("F32",)}),
+    "bfloat16": (("",), {("BF16",)}),
+    "int8": (("", ".scale"), {("I8", "F32")}),
+    "low-rank": ((".outer", ".inner"), {("F32", "F32"), ("BF16", "BF16")}),
 }
-_PARTS = ("gate", "up", "down")
+FORMS = tuple(_LAYOUTS)
+_CURVE = {"cross_entropy", "kl", "grad_norm"}
+_MOST_SHOWN = 300
 # Of all deltas: three times what one layer of a 70B model has.
 _MOST_NUMBERS = 1 << 31
-
-Deltas = list[dict[str, Tensor]]
-Shapes = dict[str, tuple[int, ...]]
 
 
 def pack(
@@ -45,13 +47,11 @@ def pack(
 ) -> dict[str, Tensor]:
     """Tensors that stand for one delta ``(out, in)`` in a file.
 
-    Args:
-        name: of the delta.
-        form: one of :data:`FORMS`. ``int8`` keeps a scale for each output row, in float32.
-        low_rank: factors ``(out, r)`` and ``(r, in)``, for ``low-rank``; kept in their own type.
+    ``int8`` keeps a float32 scale for each output row; ``low-rank`` takes factors ``(out, r)`` and
+    ``(r, in)``, kept in their own type.
 
     Raises:
-        FastMemError: for an unknown form.
+        FastMemError: for an unknown form, or one without its factors.
     """
     if form not in FORMS:
         raise unknown("form", form, FORMS)
@@ -65,15 +65,13 @@ def pack(
         tensors = ((delta / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8), scale)
     else:
         tensors = (delta.to(getattr(torch, form)),)
-    return {
-        name + suffix: tensor.detach().to("cpu").contiguous()
-        for suffix, tensor in zip(_SUFFIXES[form], tensors, strict=True)
-    }
+    names = (name + suffix for suffix in _LAYOUTS[form][0])
+    return {n: t.detach().to("cpu").contiguous() for n, t in zip(names, tensors, strict=True)}
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], form: str) -> Tensor:
     """Inverse of :func:`pack`, up to what the form loses."""
-    parts = [tensors[name + suffix] for suffix in _SUFFIXES[form]]
+    parts = [tensors[name + suffix] for suffix in _LAYOUTS[form][0]]
     if form == "low-rank":
         return parts[0].float() @ parts[1].float()
     return parts[0].float() * parts[1] if form == "int8" else parts[0]
@@ -94,13 +92,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file down to the disk, with the permissions of any new file.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
-    from safetensors.torch import save
-
+    """Write a safetensors file down to the disk, with the permissions of any new file."""
     with open(path, "wb") as file:
         file.write(save(dict(tensors), metadata=dict(metadata)))
         file.flush()
@@ -120,99 +112,39 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 
 def read(
-    path: str | Path,
-    fingerprint: str | None = None,
-    check_shapes: Callable[[list[Shapes]], None] | None = None,
-) -> tuple[dict[str, Any], Deltas]:
-    """Read header and deltas ``(out, in)`` by layer, lowest first, and part.
+    path: str | Path, fingerprint: str | None = None, anatomy: Anatomy | None = None
+) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """The header's values (:func:`checked`), and deltas ``(out, in)`` by layer and part.
 
-    Args:
-        path: of the file.
-        fingerprint: refuse a memory of another backbone.
-        check_shapes: refuses, by an error, shapes that do not fit; called before any tensor is read.
-
-    Returns:
-        the values of the header (:func:`~fastmem_pl.memory.header.checked`), and the deltas.
+    A memory of another ``fingerprint``, or of other shapes than those of a model's ``anatomy``, is refused
+    before any tensor is read.
 
     Raises:
         FastMemError: when the file is missing, damaged, altered, or belongs to another model.
     """
-    try:
-        with _opened(path, fingerprint) as (file, values):
-            form = values["form"]
-            stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = _layout({n: (t.get_dtype(), tuple(t.get_shape())) for n, t in stored.items()}, form)
-            if check_shapes:
-                check_shapes(shapes)
-            tensors = {name: file.get_tensor(name) for name in stored}
-            if digest(tensors, file.metadata()) != file.metadata().get("digest"):
-                raise ValueError("its digest is not that of its content")
-        deltas = [
-            {part: unpack(f"{layer}.{part}", tensors, form) for part in parts}
-            for layer, parts in enumerate(shapes)
-        ]
+    with _opened(path, fingerprint) as (file, values):
+        form = values["form"]
+        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = _shapes({n: (t.get_dtype(), tuple(t.get_shape())) for n, t in stored.items()}, form)
+        if anatomy is not None:
+            check_shapes(shapes, anatomy)
+        tensors = {name: file.get_tensor(name) for name in stored}
+        if digest(tensors, file.metadata()) != file.metadata().get("digest"):
+            raise ValueError("its digest is not that of its content")
+        deltas = [{p: unpack(f"{i}.{p}", tensors, form) for p in parts} for i, parts in enumerate(shapes)]
         if not all(delta.isfinite().all() for parts in deltas for delta in parts.values()):
             raise ValueError("it holds values that are not finite")
-    except FastMemError:
-        raise
-    except ValueError as error:
-        raise damaged(path, error) from error
     return values, deltas
 
 
-def _layout(stored: Mapping[str, tuple[str, tuple[int, ...]]], form: str) -> list[Shapes]:
-    """Shapes of the deltas by layer and part, from types and shapes of the tensors that are stored.
-
-    Raises:
-        ValueError: when they are not those of a memory in this form.
-    """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}")
-    layers: list[Shapes] = []
-    left = set(stored)
-    while left:
-        layer = len(layers)
-        layers.append({})
-        for part in _PARTS:
-            names = [f"{layer}.{part}{suffix}" for suffix in _SUFFIXES[form]]
-            if part == "gate" and left.isdisjoint(names):
-                continue
-            if not left.issuperset(names):
-                raise ValueError(f"it lacks {names[0]}, or holds other tensors than a memory's")
-            left.difference_update(names)
-            dtypes, shapes = zip(*(stored[name] for name in names), strict=True)
-            if dtypes not in _STORED[form] or not all(len(shape) == 2 and all(shape) for shape in shapes):
-                raise ValueError(f"{names[0]} is no matrix of {form} numbers")
-            if form == "low-rank":
-                fits, shape = shapes[0][1] == shapes[1][0], (shapes[0][0], shapes[1][1])
-            else:
-                fits, shape = form != "int8" or shapes[1] == (shapes[0][0], 1), shapes[0]
-            if not fits:
-                raise ValueError(f"{names[0]} does not fit its scale or factor")
-            layers[layer][part] = shape
-    # Factors are small and what they stand for is not.
-    if not layers or sum(out * width for parts in layers for out, width in parts.values()) > _MOST_NUMBERS:
-        raise ValueError("it holds no deltas, or more than any model has")
-    return layers
-
-
 def read_header(path: str | Path, fingerprint: str | None = None) -> dict[str, str]:
-    """Read the header of a memory file, not its tensors.
-
-    Args:
-        path: of the file.
-        fingerprint: refuse a memory of another backbone.
+    """The header of a memory file, read without its tensors.
 
     Raises:
-        FastMemError: when the file is missing, damaged, or belongs to another model.
+        FastMemError: when the file is missing, damaged, or belongs to another model than ``fingerprint``'s.
     """
     with _opened(path, fingerprint) as (file, _):
         return file.metadata()
-
-
-def damaged(path: str | Path, why: object) -> FastMemError:
-    """The error for a file whose content cannot be a memory's."""
-    return FastMemError(f"memory {path} is damaged ({why}); memorize it again")
 
 
 def other_model(what: str, made_with: str, fingerprint: str, other: str) -> FastMemError:
@@ -226,9 +158,7 @@ def other_model(what: str, made_with: str, fingerprint: str, other: str) -> Fast
 
 @contextmanager
 def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The file, and the values of its header."""
-    from safetensors import SafetensorError, safe_open
-
+    """The file and the values of its header; a ``ValueError`` while it is open counts as damage to it."""
     try:
         if not Path(path).is_file():
             raise FastMemError(f"no such memory: {path}")
@@ -246,16 +176,122 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, di
                     f"memory {path} has format version {header.get('version')!r:.20}, this program reads "
                     f"{FORMAT_VERSION}; memorize it again"
                 )
-            try:
-                values = checked(header)
-            except ValueError as error:
-                raise damaged(path, error) from error
+            values = checked(header)
             if fingerprint is not None and values["fingerprint"] != fingerprint:
                 raise other_model(f"memory {path}", values["backbone"], values["fingerprint"], fingerprint)
             yield file, values
-    except (SafetensorError, OSError) as error:
+    except FastMemError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FastMemError(
             f"memory {path} is damaged ({reason}), or no memory at all; give what fastmem memorize wrote, or "
             "memorize it again"
         ) from error
+
+
+def _shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]], form: str) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the deltas by layer and part, from types and shapes of the tensors that are stored.
+
+    Raises:
+        ValueError: when they are not those of a memory in this form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}")
+    suffixes, allowed = _LAYOUTS[form]
+    layers: list[dict[str, tuple[int, ...]]] = []
+    left = set(stored)
+    while left:
+        layers.append({})
+        for part in ("gate", "up", "down"):
+            names = [f"{len(layers) - 1}.{part}{suffix}" for suffix in suffixes]
+            if part == "gate" and left.isdisjoint(names):
+                continue
+            if not left.issuperset(names):
+                raise ValueError(f"it lacks {names[0]}, or holds other tensors than a memory's")
+            left.difference_update(names)
+            dtypes, shapes = zip(*(stored[name] for name in names), strict=True)
+            if dtypes not in allowed or not all(len(shape) == 2 and all(shape) for shape in shapes):
+                raise ValueError(f"{names[0]} is no matrix of {form} numbers")
+            (out, inner), last = shapes[0], shapes[-1]
+            if (form == "low-rank" and last[0] != inner) or (form == "int8" and last != (out, 1)):
+                raise ValueError(f"{names[0]} does not fit its scale or factor")
+            layers[-1][part] = (out, last[1]) if form == "low-rank" else (out, inner)
+    # Factors are small and what they stand for is not.
+    if not layers or sum(out * width for parts in layers for out, width in parts.values()) > _MOST_NUMBERS:
+        raise ValueError("it holds no deltas, or more than any model has")
+    return layers
+
+
+def checked(header: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a header; ``None`` for ``windows``, ``text`` and ``context_hash`` where it lacks them.
+
+    Raises:
+        ValueError: naming what no memory's header holds.
+    """
+    for name in ("fingerprint", "form", "settings", "curve", "status", "backbone"):
+        if name not in header:
+            raise ValueError(f"its header lacks {name!r}")
+    if not re.fullmatch(r"[0-9a-f]{8,64}", header["fingerprint"]):
+        raise ValueError("its fingerprint is none")
+    for name in ("form", "status", "backbone"):
+        # These are shown to people: one line, and nothing that a terminal would act on.
+        if not (header[name].isprintable() and len(header[name]) <= _MOST_SHOWN):
+            raise ValueError(f"its {name} is no short line of text")
+    return {
+        **{name: header[name] for name in ("fingerprint", "form", "status", "backbone")},
+        **{name: header.get(name) for name in ("text", "context_hash")},
+        "settings": _settings(_parsed(header, "settings")),
+        "curve": _curve(_parsed(header, "curve")),
+        "windows": _windows(_parsed(header, "windows")) if "windows" in header else None,
+    }
+
+
+def trained_layers(header: Mapping[str, str]) -> int:
+    """Number of layers that a checked header's memory was trained with."""
+    return checked(header)["settings"]["num_layers"]
+
+
+def _parsed(header: Mapping[str, str], name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(header[name])
+    except (ValueError, RecursionError):
+        raise ValueError(f"its {name} are no JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"its {name} are no mapping")
+    return value
+
+
+def _settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that :class:`MemorizationSettings` takes, each of its default's type."""
+    defaults = MemorizationSettings().as_dict()
+    for name, value in settings.items():
+        like = type(defaults.get(name))
+        if type(value) not in ({like} if like in (bool, int, str) else {int, float, like}):
+            raise ValueError(f"its setting {name!r} does not fit")
+    try:
+        MemorizationSettings(**settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"its settings do not fit, {error}") from None
+    if missing := defaults.keys() - settings.keys():
+        raise ValueError(f"its settings lack {min(missing)!r}")
+    return settings
+
+
+def _curve(curve: dict[str, Any]) -> dict[str, list[float | None]]:
+    numbers = all(
+        isinstance(values, list) and all(type(value) in (float, int, type(None)) for value in values)
+        for values in curve.values()
+    )
+    if not numbers or not _CURVE <= curve.keys() <= {*_CURVE, "kl_coeff"}:
+        raise ValueError("its curve is none")
+    return curve
+
+
+def _windows(windows: dict[str, Any]) -> dict[str, Any]:
+    lengths = windows.get("lengths")
+    counts = [windows.get(name) for name in ("window", "overlap", "count", "tokens", "updates", "planned")]
+    fits = isinstance(lengths, list) and windows.get("policy") in POLICIES
+    if not fits or not all(type(n) is int and n >= 0 for n in [*lengths, *counts]):
+        raise ValueError("its windows are none")
+    return windows

@@ -13,9 +13,8 @@ where the change is small, and in bfloat16 the curve follows the float32 one. Wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,37 +29,10 @@ _CHUNK_BYTES = {"cpu": 96 << 20, "other": 384 << 20}
 _BLOCK_BYTES = 4 << 20
 
 
-class Prediction(Protocol):
-    """The model's own prediction at step 0 for ``n`` label tokens, and the loss against it."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that keeping it takes."""
-
-    def loss(
-        self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of the tokens and its gradient.
-
-        Args:
-            tail: whose head turns hidden states into logits.
-            change: of the head's input since step 0, ``(n, D)``; ``None`` for none at all.
-            kl_coeff: ``(n,)``.
-            weights: ``(n,)``.
-            out: receives the weighted gradient in the head's product, ``(n, V)`` in the product's type.
-
-        Returns:
-            cross-entropy and KL, ``(n,)`` each.
-        """
-
-
 class PlainPrediction:
-    """A prediction as probabilities, in plain PyTorch, for every model and device.
+    """The model's own prediction at step 0 for ``n`` label tokens, as probabilities, in plain PyTorch.
 
-    Args:
-        tail: of the model.
-        hidden: the head's input at step 0, ``(n, D)``.
-        labels: ``(n,)``.
+    It is made from the head's input at step 0, ``hidden`` ``(n, D)``; keeping it takes ``nbytes``.
     """
 
     def __init__(self, tail: Tail, hidden: Tensor, labels: Tensor) -> None:
@@ -75,26 +47,27 @@ class PlainPrediction:
         self._probs = logits.sub_(log_total).exp_() if self._raw is None else logits.softmax(-1)
         # One but for rounding; kept so that nothing has changed where no logit has.
         self._total = self._probs.sum(-1, keepdim=True)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that keeping it takes."""
-        return self._probs.nbytes * (1 if self._raw is None else 2)
+        self.nbytes = self._probs.nbytes * (1 if self._raw is None else 2)
 
     def loss(
         self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`Prediction.loss`."""
+        """Cross-entropy and KL of the tokens, ``(n,)`` each, as ``kl_coeff`` and ``weights`` are.
+
+        Args:
+            tail: whose head turns hidden states into logits.
+            change: of the head's input since step 0, ``(n, D)``; ``None`` for none at all.
+            out: receives the weighted gradient in the head's product, ``(n, V)`` in the product's type.
+        """
         if change is not None:
             tail.head_product(change, out=out)
         tokens, vocabulary = out.shape
         block = max(1, _BLOCK_BYTES // (4 * vocabulary)) if out.device.type == "cpu" else tokens
-        losses = [
-            self._block_loss(
-                tail, change is not None, kl_coeff[part, None], weights[part, None], part, out[part]
-            )
-            for part in (slice(start, start + block) for start in range(0, tokens, block))
-        ]
+        moved, losses = change is not None, []
+        for start in range(0, tokens, block):
+            part = slice(start, start + block)
+            coeffs = kl_coeff[part, None], weights[part, None]
+            losses.append(self._block_loss(tail, moved, *coeffs, part, out[part]))
         cross_entropy, kl = (torch.cat(values).squeeze(1) for values in zip(*losses, strict=True))
         return cross_entropy, kl
 
@@ -132,13 +105,7 @@ class PlainPrediction:
 
 
 class KernelPrediction:
-    """A prediction as logits in the head's own type, for :mod:`fastmem_pl.kernels.loss`.
-
-    Args:
-        tail: of the model.
-        hidden: the head's input at step 0, ``(n, D)``.
-        labels: ``(n,)``.
-    """
+    """The same as logits in the head's own type, for :mod:`fastmem_pl.kernels.loss`."""
 
     def __init__(self, tail: Tail, hidden: Tensor, labels: Tensor) -> None:
         from fastmem_pl.kernels.loss import reference_normalizers
@@ -146,25 +113,23 @@ class KernelPrediction:
         self._labels = labels
         self._raw = tail.head_product(hidden)
         self._normalizer, self._rest = reference_normalizers(self._raw)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that keeping it takes."""
-        return self._raw.nbytes
+        self.nbytes = self._raw.nbytes
 
     def loss(
         self, tail: Tail, change: Tensor | None, kl_coeff: Tensor, weights: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`Prediction.loss`."""
+        """See :meth:`PlainPrediction.loss`."""
         from fastmem_pl.kernels.loss import soft_target_loss_
 
         if change is None:
             out.zero_()
         else:
             tail.head_product(change, out=out)
-        return soft_target_loss_(
-            out, self._raw, self._normalizer, self._rest, self._labels, kl_coeff, weights
-        )
+        before = self._raw, self._normalizer, self._rest
+        return soft_target_loss_(out, *before, self._labels, kl_coeff, weights)
+
+
+Prediction = PlainPrediction | KernelPrediction
 
 
 def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> Prediction:
@@ -174,20 +139,6 @@ def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> Prediction:
 
 def _kernel_fits(tail: Tail) -> bool:
     return tail.plain_head and kernels.usable(tail.head_weight.device, tail.head_weight.dtype)
-
-
-@dataclass
-class Reference:
-    """The model's own prediction at step 0 for ``N`` label tokens.
-
-    Attributes:
-        hidden: the head's input, ``(N, D)`` float32.
-        chunks: predictions by token chunk; ``None`` for those that did not fit the memory budget, which
-            are made anew at every step.
-    """
-
-    hidden: Tensor
-    chunks: list[Prediction | None]
 
 
 class MemorizationBatch(SimpleNamespace):
@@ -202,7 +153,9 @@ class MemorizationBatch(SimpleNamespace):
         labels: the ``N`` tokens predicted there.
         rows: sample of each, ``(N,)``.
         weights: ``1 / label tokens of that sample``, ``(N,)``.
-        reference: step-0 predictions.
+        hidden: the head's input at step 0, ``(N, D)`` float32.
+        predictions: the model's own at step 0 by token chunk; ``None`` for those that did not fit the memory
+            budget, which are made anew at every step.
         scratch: room for the head's products of one chunk, ``(n, V)``; fresh memory would have to be
             handed out by the system at every step.
     """
@@ -213,55 +166,38 @@ class MemorizationBatch(SimpleNamespace):
     labels: Tensor
     rows: Tensor
     weights: Tensor
-    reference: Reference
+    hidden: Tensor
+    predictions: list[Prediction | None]
     scratch: Tensor
-
-    @property
-    def num_samples(self) -> int:
-        """Number of contexts, ``B``."""
-        return self.inputs.residual.shape[0]
-
-    def loss(self, tail: Tail, hidden: Tensor, kl_coeff: Tensor, moved: bool = True) -> Losses:
-        """Loss of every sample; arguments as of :func:`memorization_loss`."""
-        return memorization_loss(tail, hidden, self, kl_coeff, moved)
 
 
 def prepare(
-    tail: Tail,
-    inputs: TailInputs,
-    labels: Tensor,
-    label_mask: Tensor,
-    reference_budget: float = 2 << 30,
+    tail: Tail, inputs: TailInputs, labels: Tensor, label_mask: Tensor, reference_budget: float = 2 << 30
 ) -> MemorizationBatch:
-    """Compute what stays constant over the steps.
+    """Compute what stays constant over the steps, from what :meth:`.Memorizer.read` returns.
 
-    Args:
-        tail: that will be trained.
-        inputs: of the trunk, ``(B, T, D)``.
-        labels: token that position ``t`` predicts, ``(B, T)``.
-        label_mask: true where it counts, ``(B, T)``; at least one a row.
-        reference_budget: bytes up to which step-0 predictions are kept rather than recomputed.
+    Step-0 predictions are kept, rather than recomputed, up to ``reference_budget`` bytes.
     """
     base = tail.base(inputs)
     positions = label_mask.flatten().nonzero().squeeze(1)
-    counts = label_mask.sum(1)
     rows = positions // labels.shape[1]
     labels = labels.flatten()[positions]
     hidden = tail.hidden(inputs, base).flatten(0, 1)[positions]
-    chunks: list[Prediction | None] = []
+    predictions: list[Prediction | None] = []
     parts = _parts(tail, hidden)
     for part in parts:
         prediction = predict(tail, hidden[part], labels[part]) if reference_budget > 0 else None
         reference_budget -= prediction.nbytes if prediction else 0
-        chunks.append(prediction if reference_budget >= 0 else None)
+        predictions.append(prediction if reference_budget >= 0 else None)
     return MemorizationBatch(
         inputs=inputs,
         base=base,
         positions=positions,
         labels=labels,
         rows=rows,
-        weights=(1.0 / counts.float())[rows],
-        reference=Reference(hidden, chunks),
+        weights=(1.0 / label_mask.sum(1).float())[rows],
+        hidden=hidden,
+        predictions=predictions,
         scratch=tail.head_weight.new_empty(parts[0].stop, tail.head_weight.shape[0]),
     )
 
@@ -275,8 +211,7 @@ def footprint_of(backbone: Backbone, settings: MemorizationSettings) -> Footprin
     return backbone.footprint(settings.num_layers, tail.head_weight.shape[0] * kept, float32_state)
 
 
-@dataclass
-class Losses:
+class Losses(NamedTuple):
     """Per-sample values ``(B,)``: ``total`` carries the gradient, the other two do not."""
 
     total: Tensor
@@ -292,13 +227,12 @@ def memorization_loss(
     Args:
         tail: whose head turns hidden states into logits.
         hidden: the head's input with the current deltas, ``(B, T, D)``.
-        batch: the constants, reference included.
+        batch: what stays constant.
         kl_coeff: weight of the KL term by sample, ``(B,)``.
         moved: false where the deltas are still zero, which saves the head's product.
     """
     selected = hidden.flatten(0, 1)[batch.positions]
-    total, cross_entropy, kl = _SoftTargetLoss.apply(selected, tail, batch, kl_coeff, moved)
-    return Losses(total, cross_entropy, kl)
+    return Losses(*_SoftTargetLoss.apply(selected, tail, batch, kl_coeff, moved))
 
 
 class _SoftTargetLoss(torch.autograd.Function):
@@ -310,16 +244,16 @@ class _SoftTargetLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden)
         ce_tokens, kl_tokens = hidden.new_empty(tokens), hidden.new_empty(tokens)
         coeffs = kl_coeff[batch.rows]
-        for part, kept in zip(_parts(tail, hidden), batch.reference.chunks, strict=True):
-            reference = kept or predict(tail, batch.reference.hidden[part], batch.labels[part])
-            change = hidden[part] - batch.reference.hidden[part] if moved else None
+        for part, kept in zip(_parts(tail, hidden), batch.predictions, strict=True):
+            prediction = kept or predict(tail, batch.hidden[part], batch.labels[part])
+            change = hidden[part] - batch.hidden[part] if moved else None
             logits_grad = batch.scratch[: len(coeffs[part])]
-            ce_tokens[part], kl_tokens[part] = reference.loss(
+            ce_tokens[part], kl_tokens[part] = prediction.loss(
                 tail, change, coeffs[part], batch.weights[part], logits_grad
             )
             grad[part] = logits_grad @ tail.head_weight
         ctx.save_for_backward(grad, batch.rows)
-        zeros = hidden.new_zeros(batch.num_samples)
+        zeros = hidden.new_zeros(len(kl_coeff))
         cross_entropy = zeros.index_add(0, batch.rows, ce_tokens * batch.weights)
         kl = zeros.index_add(0, batch.rows, kl_tokens * batch.weights)
         ctx.mark_non_differentiable(cross_entropy, kl)

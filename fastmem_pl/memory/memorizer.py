@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,28 +20,15 @@ from fastmem_pl.memory.fabric import check_fabric
 from fastmem_pl.memory.loss import MemorizationBatch, prepare
 from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.module import MemorizationModule
-from fastmem_pl.memory.settings import MemorizationSettings, WindowSettings
+from fastmem_pl.memory.settings import MemorizationSettings
 
 # Bound of the step-0 predictions that are kept, alone and as a share of the memory at hand; the others are
 # made anew at every step, for another product with the head.
 _REFERENCE_BYTES, _REFERENCE_SHARE = 2 << 30, 0.2
+# Tokens of one trunk pass over windows of a long text.
+_TOKENS_AT_ONCE = 8192
 # Room beside the context for bos, header and end of turn.
 _AROUND_CONTEXT = 32
-
-
-@dataclass(frozen=True)
-class ReadContexts:
-    """What the trunk makes of ``B`` contexts.
-
-    Attributes:
-        inputs: of the tail, ``(B, T, D)``.
-        labels: token that each position predicts, ``(B, T)``.
-        label_mask: true where it counts, ``(B, T)``.
-    """
-
-    inputs: TailInputs
-    labels: Tensor
-    label_mask: Tensor
 
 
 def context_hash(encoded: Sequence[EncodedContext]) -> str:
@@ -53,12 +41,12 @@ class Memorizer:
     """Turns contexts into a :class:`Memory`, driving :class:`MemorizationModule` through Fabric.
 
     Args:
-        backbone: the frozen model.
-        settings: of memorizing; keyword arguments of :class:`MemorizationSettings` do as well.
-        fabric: to drive the fit with; by default one for the backbone's device.
+        backbone: frozen model.
+        settings: keyword arguments of :class:`MemorizationSettings` do as well.
+        fabric: drives the fit; by default one for the backbone's device.
 
     Attributes:
-        meter: of the trunk's passes, which a profile tells from the steps; by default it measures nothing.
+        meter: of the trunk's passes, which a profile lists apart; by default it measures nothing.
 
     Raises:
         FastMemError: when the Fabric is for another device or precision than the backbone's, or for several
@@ -106,33 +94,6 @@ class Memorizer:
         memory.context_hashes = [context_hash([part]) for part in encoded]
         return memory
 
-    def memorize_document(
-        self,
-        texts: str | Sequence[str],
-        windows: WindowSettings | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Memory:
-        """Memorize a text of any length, or several, as one memory.
-
-        Args:
-            texts: what to memorize; each text begins a window of its own.
-            windows: how they are cut (:class:`~fastmem_pl.memory.document.WindowSettings`).
-            progress: called with the number of updates done and of all, after each.
-
-        Returns:
-            a memory of one row. Of a text that fits one window, the same as that of a call with it.
-
-        Raises:
-            FastMemError: when there is nothing to memorize, or the policy does not fit the settings.
-        """
-        from fastmem_pl.memory.document import DocumentFit
-
-        fit = DocumentFit(self, texts, windows)
-        for done in fit.run():
-            if progress:
-                progress(done, fit.num_updates)
-        return fit.memory()
-
     @property
     def context_limit(self) -> int:
         """Most context tokens that the settings and the model allow."""
@@ -142,59 +103,113 @@ class Memorizer:
         """Token ids of the memorization sequence, cut to what the settings and the model allow."""
         return self.backbone.chat.context(context, self.context_limit)
 
-    def prepare(self, encoded: Sequence[EncodedContext]) -> MemorizationBatch:
-        """Run the trunk once and compute all that stays constant over the steps."""
-        read = self.read(encoded)
-        with self.backbone.numerics():
-            tail = self.backbone.tail(self.settings.num_layers)
-            return prepare(tail, read.inputs, read.labels, read.label_mask, self.reference_budget())
+    def read(self, encoded: Sequence[EncodedContext]) -> tuple[TailInputs, Tensor, Tensor]:
+        """Run the trunk on encoded contexts.
 
-    def reference_budget(self) -> float:
-        """Bytes up to which step-0 predictions are kept."""
-        return min(_REFERENCE_BYTES, _REFERENCE_SHARE * usable_bytes(self.backbone.device))
-
-    def read(self, encoded: Sequence[EncodedContext]) -> ReadContexts:
-        """Run the trunk on encoded contexts."""
+        Returns:
+            inputs of the tail, ``(B, T, D)``; the token that each position predicts, ``(B, T)``; and a mask
+            that is true where it counts, ``(B, T)``.
+        """
         backbone = self.backbone
         tokens = sum(item.context_tokens for item in encoded)
-        with self.meter.detail("trunk", samples=len(encoded), tokens=tokens):
-            ids, mask = pad([e.input_ids for e in encoded], backbone.pad_id, "right", backbone.device)
-            inputs = backbone.run_trunk(self.settings.num_layers, ids)
-        # Position t predicts token t + 1; the last one predicts nothing.
-        label_mask = torch.zeros_like(mask, dtype=torch.bool)
-        for row, item in enumerate(encoded):
-            label_mask[row, max(item.header_length, 1) - 1 : len(item.input_ids) - 1] = True
-        return ReadContexts(inputs, ids.roll(-1, dims=1), label_mask)
+        with backbone.numerics():
+            with self.meter.detail("trunk", samples=len(encoded), tokens=tokens):
+                ids, mask = pad([e.input_ids for e in encoded], backbone.pad_id, "right", backbone.device)
+                inputs = backbone.run_trunk(self.settings.num_layers, ids)
+            # Position t predicts token t + 1; the last one predicts nothing.
+            label_mask = torch.zeros_like(mask, dtype=torch.bool)
+            for row, item in enumerate(encoded):
+                label_mask[row, max(item.header_length, 1) - 1 : len(item.input_ids) - 1] = True
+            return inputs, ids.roll(-1, dims=1), label_mask
+
+    def read_windows(self, encoded: Sequence[EncodedContext]) -> Iterator[tuple[TailInputs, Tensor, Tensor]]:
+        """As :meth:`read`, of as many contexts at a time as one pass takes.
+
+        With one trained layer, the positions that have a label become one row, and others are left out: above
+        the trunk there is no attention then.
+        """
+        count = max(1, _TOKENS_AT_ONCE // max(len(part.input_ids) for part in encoded))
+        for start in range(0, len(encoded), count):
+            inputs, labels, mask = self.read(encoded[start : start + count])
+            if self.settings.num_layers == 1:
+                with self.backbone.numerics():
+                    inputs = TailInputs(inputs.residual[mask][None], inputs.ffn_input[mask][None])
+                    labels = labels[mask][None]
+                    mask = torch.ones_like(labels, dtype=torch.bool)
+            yield inputs, labels, mask
+
+    def prepare(self, encoded: Sequence[EncodedContext]) -> MemorizationBatch:
+        """Run the trunk once and compute all that stays constant over the steps."""
+        return self.prepare_read(*self.read(encoded))
+
+    def prepare_read(
+        self, inputs: TailInputs, labels: Tensor, label_mask: Tensor, kept_bytes: int = 0
+    ) -> MemorizationBatch:
+        """Compute all that stays constant over the steps from what :meth:`read` returns.
+
+        ``kept_bytes`` are those of the step-0 predictions that other batches of the same fit keep.
+        """
+        budget = min(_REFERENCE_BYTES, _REFERENCE_SHARE * usable_bytes(self.backbone.device)) - kept_bytes
+        with self.backbone.numerics():
+            return prepare(self.backbone.tail(self.settings.num_layers), inputs, labels, label_mask, budget)
 
     def fit(self, encoded: Sequence[EncodedContext]) -> Memory:
         """Memorize encoded contexts. The base weights are not touched, whatever happens."""
-        with self.backbone.numerics(grad=True):
-            module = MemorizationModule(self.backbone, len(encoded), self.settings)
-            if self.settings.steps:
-                batch = self.prepare(encoded)
-                for _ in self.run(module, [batch], self.settings.steps):
-                    pass
-            return module.memory()
+        module = MemorizationModule(self.backbone, len(encoded), self.settings)
+        for _ in self.run(module, [self.prepare(encoded)] if self.settings.steps else []):
+            pass
+        return module.memory()
 
-    def run(
-        self, module: MemorizationModule, parts: Sequence[MemorizationBatch], steps: int
-    ) -> Iterator[int]:
-        """Fit a module step by step.
+    def run(self, module: MemorizationModule, parts: Sequence[MemorizationBatch]) -> Iterator[int]:
+        """Fit a module step by step, as many as its settings say; yields the number of steps taken so far.
+
+        The losses of the ``parts`` add up to that of one step; usually there is one.
+        """
+        numerics = partial(self.backbone.numerics, grad=True)
+        with numerics():
+            plain = module.configure_optimizers()
+            optimizer = self._fabric.setup_optimizers(plain)
+        for step in range(module.settings.steps):
+            # Not around the loop: who gets the numbers runs in between.
+            with numerics():
+                for part in parts:
+                    self._fabric.backward(module.training_step(part, step))
+                module.configure_gradient_clipping(plain)
+                optimizer.step()
+                optimizer.zero_grad()
+            yield step + 1
+
+
+class ContextReader:
+    """The trunk's pass over one context, from which it is memorized under many settings."""
+
+    def __init__(self, memorizer: Memorizer, encoded: EncodedContext) -> None:
+        self._memorizer, self._read = memorizer, memorizer.read([encoded])
+
+    def snapshots(
+        self, rows: Sequence[MemorizationSettings], stops: Sequence[int]
+    ) -> Iterator[tuple[int, Memory]]:
+        """Memorize under the settings of each row, which may differ in learning rate and kl_coeff.
+
+        With a constant learning rate, fewer steps are the beginning of more (paper, section 4.1).
 
         Args:
-            module: to fit.
-            parts: batches whose losses add up to that of one step; usually one.
-            steps: to take.
+            rows: settings, one a row; all others are the memorizer's.
+            stops: numbers of steps to stop at, ascending; 0 for the base model.
 
         Yields:
-            the number of steps taken so far.
+            number of steps, and the memory of all rows then. Its deltas go on being trained: use or copy
+            them before the next.
         """
-        plain = module.configure_optimizers()
-        optimizer = self._fabric.setup_optimizers(plain)
-        for step in range(steps):
-            for part in parts:
-                self._fabric.backward(module.training_step(part, step))
-            module.configure_gradient_clipping(plain)
-            optimizer.step()
-            optimizer.zero_grad()
-            yield step + 1
+        memorizer, count = self._memorizer, len(rows)
+        settings = replace(memorizer.settings, steps=max(stops))
+        module = MemorizationModule(memorizer.backbone, count, settings, rows)
+        inputs, labels, mask = self._read
+        # One context as that many rows, in the same memory.
+        expanded = inputs.expand(count), labels.expand(count, -1), mask.expand(count, -1)
+        parts = [memorizer.prepare_read(*expanded)] if settings.steps else []
+        steps, taken = memorizer.run(module, parts), 0
+        for stop in stops:
+            while taken < stop:
+                taken = next(steps)
+            yield stop, module.memory()

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastmem_pl.backbone import Backbone, find_anatomy, fingerprint_of
+from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.memory import files
+from fastmem_pl.memory.attach import attached, check_shapes, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from fastmem_pl.backbone import Backbone
-    from fastmem_pl.backbone.families import Anatomy
 
 # Attributes of a memory that hold a value for each row.
 _BY_ROW = ("curves", "status", "texts", "context_hashes")
@@ -51,6 +51,11 @@ class Curve:
         """Inverse of :meth:`as_dict`."""
         return cls(**{n: [math.nan if v is None else v for v in values[n]] for n in values})
 
+    @classmethod
+    def joined(cls, curves: Sequence[Curve]) -> Curve:
+        """Curves of fits that went on from each other, as one."""
+        return cls(*([v for c in curves for v in getattr(c, field.name)] for field in fields(cls)))
+
 
 @dataclass(repr=False)
 class Memory:
@@ -60,11 +65,11 @@ class Memory:
         deltas: per trained layer (lowest first) ``{"gate": (B, F, D), "up": (B, F, D), "down": (B, D, F)}``.
         curves: one a row.
         status: ``"ok"`` or what failed, one a row; a failed row holds zero deltas (the base model).
-        settings: those of memorizing.
-        fingerprint: of the backbone that the deltas belong to.
+        settings: those of memorizing; a list where rows differ.
+        fingerprint: identifies the backbone that the deltas belong to.
         texts: what was memorized, one a row, where it is known.
-        context_hashes: of the memorized token ids, one a row, where they are known.
-        backbone: what the model was called.
+        context_hashes: hashes of the memorized token ids, one a row, where they are known.
+        backbone: name of the model.
         windows: how a long text was cut, on the memory of a document.
     """
 
@@ -96,41 +101,25 @@ class Memory:
 
     @property
     def num_layers(self) -> int:
-        """Trained layers."""
+        """Number of trained layers."""
         return len(self.deltas)
 
     @property
-    def shapes(self) -> list[dict[str, tuple[int, ...]]]:
-        """Shapes of one row's deltas by layer."""
-        return [{name: tuple(t.shape[1:]) for name, t in layer.items()} for layer in self.deltas]
-
-    @property
     def curve(self) -> Curve:
-        """The curve of a memory of one row.
-
-        Raises:
-            FastMemError: when there are several.
-        """
+        """The curve of a memory of one row; FastMemError when there are several."""
         if len(self) != 1:
             raise FastMemError(f"memory.curve: there are {len(self)}; take one of memory.curves")
         return self.curves[0]
 
-    @property
-    def context_hash(self) -> str | None:
-        """Hash of the token ids that a memory of one row was made from, where it is known."""
-        return self.context_hashes[0] if len(self) == 1 else None
-
     def plot(self) -> Figure:
         """Cross-entropy and KL (nats a token) over the steps, a line a row."""
-        from fastmem_pl.memory.chart import Chart
+        from matplotlib import pyplot
 
-        figure = Chart(figsize=(7, 2.6), layout="constrained")
-        for axes, name, title in zip(
-            figure.subplots(1, 2),
-            ("cross_entropy", "kl"),
-            ("cross-entropy of the context", "KL from the base model"),
-            strict=True,
-        ):
+        figure, panels = pyplot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
+        # Notebooks show what is returned, and what pyplot keeps once more.
+        pyplot.close(figure)
+        titles = {"cross_entropy": "cross-entropy of the context", "kl": "KL from the base model"}
+        for axes, (name, title) in zip(panels, titles.items(), strict=True):
             for row, curve in enumerate(self.curves):
                 axes.plot(getattr(curve, name), marker=".", label=f"row {row}")
             axes.set(title=title, xlabel="step", ylabel="nats a token")
@@ -144,7 +133,7 @@ class Memory:
         return replace(
             self,
             deltas=[{n: t.index_select(0, index) for n, t in layer.items()} for layer in self.deltas],
-            settings=_by_row(self.settings, indices),
+            settings=joined_settings([self._settings_of(i) for i in indices]),
             **{name: [getattr(self, name)[i] for i in indices] for name in _BY_ROW},
         )
 
@@ -179,46 +168,44 @@ class Memory:
             {name: torch.cat([m.deltas[layer][name] for m in memories]) for name in first.deltas[layer]}
             for layer in range(first.num_layers)
         ]
+        settings = joined_settings([m._settings_of(row) for m in memories for row in range(len(m))])
         joined = {name: [value for memory in memories for value in getattr(memory, name)] for name in _BY_ROW}
-        return replace(first, deltas=deltas, settings=_joined_settings(memories), windows=None, **joined)
+        return replace(first, deltas=deltas, settings=settings, windows=None, **joined)
 
     def check(self, backbone: Backbone) -> None:
-        """Refuse to serve another model.
-
-        Raises:
-            FastMemError: with both fingerprints, or with the shapes that differ.
-        """
-        if self.fingerprint != backbone.fingerprint():
-            raise files.other_model("the memory", self.backbone, self.fingerprint, backbone.fingerprint())
-        check_shapes(self.shapes, backbone.anatomy)
+        """Refuse another model, by a FastMemError with both fingerprints or the shapes that differ."""
+        self._check(backbone.fingerprint(), backbone.anatomy)
 
     def serving(self, backbone: Backbone, count: int) -> list[dict[str, Tensor]]:
-        """The deltas for ``count`` sequences, in the type of the backbone's products.
-
-        One row serves all of them without copies; each of several rows serves as many, side by side.
-
-        Args:
-            backbone: the model.
-            count: a multiple of the number of rows.
+        """The deltas for ``count`` sequences, a multiple of the rows, in the type of the backbone's products.
 
         Raises:
             FastMemError: when the memory is of another model, or the rows do not share out evenly.
         """
         self.check(backbone)
-        if count % len(self):
-            raise FastMemError(
-                f"the memory has {len(self)} rows for {count} sequences; give one row, or one for each prompt"
-            )
-        return [
-            {name: spread(t.to(backbone.device, backbone.compute_dtype), count) for name, t in layer.items()}
-            for layer in self.deltas
-        ]
+        placed = self.to(backbone.compute_dtype, backbone.device)
+        return [spread(layer, count) for layer in placed.deltas]
 
     def attached(self, model: Any) -> AbstractContextManager[None]:
-        """Let a transformers model use this memory; see :func:`fastmem_pl.decoding.generate.attached`."""
-        from fastmem_pl.decoding.generate import attached
+        """Let a transformers model use this memory: its forward pass, and with it ``generate``.
 
-        return attached(model, self)
+        A trained last block feeds no attention, so a memory may come and go in the middle of a ``generate``
+        call: the KV cache is the same with and without it. With several trained layers it is not, and a
+        backbone of the same model must not be asked meanwhile.
+
+        One row serves all sequences; of ``B`` rows, each serves one of ``B`` sequences, or all beams and
+        returned sequences of its prompt. The model may be given as a :class:`~fastmem_pl.Backbone`.
+
+        Raises:
+            FastMemError: when the memory is of another model, or one is attached already; inside, when the
+                rows do not fit the batch.
+        """
+        if isinstance(model, Backbone):
+            self.check(model)
+            return attached(model.anatomy, self.deltas, model.compute_dtype)
+        anatomy = find_anatomy(model)
+        self._check(fingerprint_of(model), anatomy)
+        return attached(anatomy, self.deltas)
 
     def save(
         self,
@@ -232,8 +219,8 @@ class Memory:
         """Write one row as a safetensors file; a reader sees the whole file or none.
 
         Args:
-            path: of the file.
-            row: which sample.
+            path: file to write.
+            row: number of the sample.
             form: ``float32``; ``bfloat16`` (half the size; products with a memory run in the backbone's
                 compute type, so for a bfloat16 model nothing is lost); ``int8`` (a quarter); ``low-rank``. A
                 type of PyTorch does as well.
@@ -253,16 +240,16 @@ class Memory:
         header = {
             "fingerprint": self.fingerprint,
             "form": form,
-            "settings": json.dumps(_by_row(self.settings, [row])),
+            "settings": json.dumps(self._settings_of(row)),
             "curve": json.dumps(self.curves[row].as_dict()),
             "status": self.status[row],
             "backbone": self.backbone,
-            **({"windows": json.dumps(self.windows)} if self.windows else {}),
-            **({"text": self.texts[row]} if text and self.texts[row] is not None else {}),
-            **({"context_hash": self.context_hashes[row]} if self.context_hashes[row] else {}),
+            "windows": json.dumps(self.windows) if self.windows else None,
+            "text": self.texts[row] if text else None,
+            "context_hash": self.context_hashes[row],
             **extra,
         }
-        files.write(Path(path), tensors, header)
+        files.write(Path(path), tensors, {n: value for n, value in header.items() if value is not None})
 
     @classmethod
     def load(
@@ -271,78 +258,41 @@ class Memory:
         fingerprint: str | Backbone | None = None,
         device: str | torch.device = "cpu",
     ) -> Memory:
-        """Read one memory (nothing in the file is executed).
+        """Read one memory (nothing in the file is executed); its deltas go to ``device``.
 
-        Args:
-            path: of the file.
-            fingerprint: refuse a memory of another backbone; given a backbone itself, also one of other
-                shapes.
-            device: where to put the deltas.
+        With a ``fingerprint``, a memory of another backbone is refused; with a backbone, also other shapes.
 
         Raises:
             FastMemError: when the file is missing, damaged, altered, or belongs to another model.
         """
-        backbone = None if fingerprint is None or isinstance(fingerprint, str) else fingerprint
-        values, deltas = files.read(
-            path,
-            backbone.fingerprint() if backbone else fingerprint,
-            (lambda shapes: check_shapes(shapes, backbone.anatomy)) if backbone else None,
-        )
+        anatomy = None
+        if isinstance(fingerprint, Backbone):
+            fingerprint, anatomy = fingerprint.fingerprint(), fingerprint.anatomy
+        values, deltas = files.read(path, fingerprint, anatomy)
         return cls(
             [{name: t.to(device)[None] for name, t in layer.items()} for layer in deltas],
             [Curve.from_dict(values["curve"])],
             [values["status"]],
-            values["settings"],
-            values["fingerprint"],
-            [values["text"]],
-            [values["context_hash"]],
-            values["backbone"],
-            values["windows"],
+            texts=[values["text"]],
+            context_hashes=[values["context_hash"]],
+            **{name: values[name] for name in ("settings", "fingerprint", "backbone", "windows")},
         )
 
+    def _check(self, fingerprint: str, anatomy: Anatomy) -> None:
+        if self.fingerprint != fingerprint:
+            raise files.other_model("the memory", self.backbone, self.fingerprint, fingerprint)
+        shapes = [{name: tuple(t.shape[1:]) for name, t in layer.items()} for layer in self.deltas]
+        check_shapes(shapes, anatomy)
 
-def spread(delta: Tensor, count: int) -> Tensor:
-    """Rows of a delta for ``count`` sequences, a multiple of its rows."""
-    if len(delta) == 1:
-        return delta.expand(count, -1, -1)
-    return delta if len(delta) == count else delta.repeat_interleave(count // len(delta), 0)
+    def _settings_of(self, row: int) -> dict[str, Any]:
+        return {name: v[row] if isinstance(v, list) else v for name, v in self.settings.items()}
 
 
-def check_shapes(shapes: Sequence[Mapping[str, tuple[int, ...]]], anatomy: Anatomy) -> None:
-    """Refuse deltas ``(out, in)`` by layer that are not those of the model's last feed-forward networks.
+def joined_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of several rows as one mapping: a list where they differ.
 
-    Raises:
-        FastMemError: naming what does not fit.
+    >>> joined_settings([{"steps": 10, "kl_coeff": 0.1}, {"steps": 10, "kl_coeff": 1.0}])
+    {'steps': 10, 'kl_coeff': [0.1, 1.0]}
     """
-    total = len(anatomy.blocks)
-    if not 1 <= len(shapes) <= total:
-        raise FastMemError(f"the memory is of {len(shapes)} layers, this model has {total}")
-    for layer, found in enumerate(shapes, total - len(shapes)):
-        expected = {name: tuple(p.weight.shape) for name, p in anatomy.projections(layer).items()}
-        if dict(found) != expected:
-            raise FastMemError(
-                f"the memory does not fit this model: its deltas are {dict(found)}, the weights of block "
-                f"{layer} are {expected}"
-            )
-
-
-def _by_row(settings: Mapping[str, Any], index: Sequence[int]) -> dict[str, Any]:
-    """Settings of some rows: a list where rows differed, one value where these agree."""
-    chosen = {}
-    for name, value in settings.items():
-        values = [value[i] for i in index] if isinstance(value, list) else [value]
-        chosen[name] = values[0] if all(one == values[0] for one in values) else values
-    return chosen
-
-
-def _joined_settings(memories: Sequence[Memory]) -> dict[str, Any]:
-    """Settings of the rows of several memories."""
-    every = {
-        name: [
-            value[row] if isinstance(value := memory.settings.get(name), list) else value
-            for memory in memories
-            for row in range(len(memory))
-        ]
-        for name in memories[0].settings
-    }
-    return _by_row(every, range(sum(map(len, memories))))
+    joined = {name: [settings.get(name) for settings in rows] for name in rows[0]}
+    return {n: values[0] if all(v == values[0] for v in values) else values for n, values in joined.items()}

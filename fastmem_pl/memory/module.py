@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from fastmem_pl import kernels
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
-from fastmem_pl.memory.loss import Losses, MemorizationBatch
-from fastmem_pl.memory.memory import Curve, Memory
+from fastmem_pl.memory.loss import Losses, MemorizationBatch, memorization_loss
+from fastmem_pl.memory.memory import Curve, Memory, joined_settings
 from fastmem_pl.memory.settings import MemorizationSettings
 
 
@@ -44,23 +45,21 @@ class MemorizationModule(LightningModule):
     ) -> None:
         super().__init__()
         self._rows = [settings] * num_samples if rows is None else list(rows)
-        self._backbone = backbone
+        self._backbone, self.settings = backbone, settings
         self._tail = backbone.tail(settings.num_layers)
-        self._settings = settings
         factored = kernels.usable(backbone.device, backbone.compute_dtype)
         factored = factored and not (settings.round_weights or dense_gradients)
         compact = factored and settings.optimizer_state == "auto"
         dtype = torch.bfloat16 if compact else torch.float32
         self._moved = start is not None
         started = start.deltas if start else [None] * len(self._tail.ffns)
-        self.deltas = nn.ModuleList(
-            FFNDelta(ffn.shapes, num_samples, backbone.device, dtype, factored, values)
-            for ffn, values in zip(self._tail.ffns, started, strict=True)
-        )
-        # Not a buffer: precision plugins would round it.
-        self.kl_coeff = torch.tensor(
-            [row.kl_coeff for row in self._rows], device=backbone.device, dtype=torch.float32
-        )
+        with backbone.numerics(grad=True):
+            self.deltas = nn.ModuleList(
+                FFNDelta(ffn.shapes, num_samples, backbone.device, dtype, factored, values)
+                for ffn, values in zip(self._tail.ffns, started, strict=True)
+            )
+            # Not a buffer: precision plugins would round it.
+            self.kl_coeff = torch.tensor([row.kl_coeff for row in self._rows], device=backbone.device)
         self._history: list[tuple[Tensor, Tensor, Tensor]] = []
         self._untouched = self._versions()
         # Losses of the step in progress; of several, where a text is too long for one batch.
@@ -74,16 +73,15 @@ class MemorizationModule(LightningModule):
     def losses(self, batch: MemorizationBatch) -> Losses:
         """Loss of every sample, ``(B,)``, for a loop or a loss of one's own.
 
-        A step ends with :meth:`configure_gradient_clipping`, which also records it in the curve. Tokens count
-        by ``batch.weights``, there too.
+        A step ends with :meth:`configure_gradient_clipping`, which also records it in the curve.
         """
         moved = self._moved or bool(self._history) or self._versions() != self._untouched
         with self._backbone.numerics(grad=True):
-            deltas = [delta.tensors() for delta in self.deltas]
-            norm_every_layer = self._settings.norm_every_layer and moved
-            states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=norm_every_layer)
+            normed = self.settings.norm_every_layer and moved
+            deltas = [dict(delta.items()) for delta in self.deltas]
+            states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=normed)
             hidden = self._tail.final_norm(states[-1])
-            losses = batch.loss(self._tail, hidden, self.kl_coeff, moved=moved)
+            losses = memorization_loss(self._tail, hidden, batch, self.kl_coeff, moved)
         self._pending.append((losses.cross_entropy, losses.kl))
         return losses
 
@@ -93,40 +91,25 @@ class MemorizationModule(LightningModule):
 
     def configure_optimizers(self) -> DeltaAdamW:
         """AdamW on the deltas that decays the weights they belong to."""
-        pairs = [
-            (delta.weights[name], ffn.base_weights[name])
-            for delta, ffn in zip(self.deltas, self._tail.ffns, strict=True)
-            for name in delta.weights
-        ]
-        settings = self._settings
-        return DeltaAdamW(
-            pairs,
-            [row.learning_rate for row in self._rows],
-            settings.weight_decay,
-            settings.round_weights,
-            last_step=settings.steps,
-            from_zero=not self._moved,
-        )
+        layers = zip(self.deltas, self._tail.ffns, strict=True)
+        pairs = [(delta[n], ffn.base_weights[n]) for delta, ffn in layers for n in delta]
+        rates, settings = [row.learning_rate for row in self._rows], self.settings
+        moments = {"last_step": settings.steps, "from_zero": not self._moved}
+        return DeltaAdamW(pairs, rates, settings.weight_decay, settings.round_weights, **moments)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``.
+        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``; ends the step.
 
-        Args:
-            optimizer: of :meth:`configure_optimizers`, as it is or set up by Fabric.
-            args: as Lightning gives them.
-            kwargs: as Lightning gives them.
+        The ``optimizer`` is that of :meth:`configure_optimizers`, as it is or set up by Fabric.
         """
         plain = optimizer if isinstance(optimizer, DeltaAdamW) else optimizer.optimizer
-        self._norms.append(plain.clip(self._settings.max_grad_norm))
-        cross_entropy, kl = self._pending[0]
-        for more in self._pending[1:]:
-            cross_entropy, kl = cross_entropy + more[0], kl + more[1]
+        self._norms.append(plain.clip(self.settings.max_grad_norm))
+        cross_entropy, kl = (sum(values[1:], values[0]) for values in zip(*self._pending, strict=True))
         self._pending.clear()
         self._history.append((cross_entropy, kl, self.kl_coeff))
-        if self._settings.kl_target is not None:
-            self.kl_coeff = adapted_kl_coeff(
-                self.kl_coeff, kl, self._settings.kl_target, self._settings.kl_gain
-            )
+        if self.settings.kl_target is not None:
+            settings = self.settings
+            self.kl_coeff = adapted_kl_coeff(self.kl_coeff, kl, settings.kl_target, settings.kl_gain)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch where the backbone made it."""
@@ -134,12 +117,26 @@ class MemorizationModule(LightningModule):
 
     def memory(self) -> Memory:
         """The deltas so far with their curves; rows that met a non-finite value get zero deltas."""
-        deltas = [{n: t.detach() for n, t in delta.tensors().items()} for delta in self.deltas]
-        num_samples = self.kl_coeff.shape[0]
-        if not self._history:
-            return self._pack(deltas, [Curve() for _ in range(num_samples)], ["ok"] * num_samples)
+        settings, backbone = self.settings, self._backbone
+        deltas = [{n: t.detach() for n, t in delta.items()} for delta in self.deltas]
+        curves, status = [Curve() for _ in self._rows], ["ok"] * len(self._rows)
+        if self._history:
+            with backbone.numerics():
+                deltas = self._judge(deltas, curves, status)
+        rows = [replace(settings, learning_rate=r.learning_rate, kl_coeff=r.kl_coeff) for r in self._rows]
+        stated = joined_settings([row.as_dict() for row in rows])
+        fingerprint, name = backbone.fingerprint(), backbone.public_name
+        return Memory(deltas, curves, status, stated, fingerprint, backbone=name)
+
+    def _judge(
+        self, deltas: list[dict[str, Tensor]], curves: list[Curve], status: list[str]
+    ) -> list[dict[str, Tensor]]:
+        """Fill in curves and status of all rows; returns the deltas, zero where a row failed."""
         cross_entropy, kl, kl_coeff = (torch.stack(values) for values in zip(*self._history, strict=True))
         norms = torch.stack(self._norms)
+        adaptive = [kl_coeff] if self.settings.kl_target is not None else []
+        by_row = (values.T.tolist() for values in (cross_entropy, kl, norms, *adaptive))
+        curves[:] = [Curve(*values) for values in zip(*by_row, strict=True)]
         finite_steps = cross_entropy.isfinite() & kl.isfinite() & norms.isfinite()
         # A norm is finite only where all is; it takes one pass and no copy.
         delta_norms = [
@@ -148,29 +145,15 @@ class MemorizationModule(LightningModule):
             for t in layer.values()
         ]
         failed = ~(finite_steps.all(0) & torch.stack(delta_norms).isfinite().all(0))
-        failed_rows = failed.nonzero().flatten().tolist()
-        if failed_rows:
-            # Copies: who goes on training must not start anew from zero.
-            deltas = [{n: t.masked_fill(failed[:, None, None], 0.0) for n, t in d.items()} for d in deltas]
-        adaptive = [kl_coeff] if self._settings.kl_target is not None else []
-        by_row = (values.T.tolist() for values in (cross_entropy, kl, norms, *adaptive))
-        curves = [Curve(*values) for values in zip(*by_row, strict=True)]
-        status = ["ok"] * num_samples
-        for row in failed_rows:
-            bad = (~finite_steps[:, row]).nonzero().flatten()
-            step = int(bad[0]) if len(bad) else len(self._history)
+        for row in failed.nonzero().flatten().tolist():
+            step = ([*finite_steps[:, row].tolist(), False]).index(False)
             status[row] = (
                 f"failed: the memorization loss is not finite at step {step}; answered by the base model"
             )
-        return self._pack(deltas, curves, status)
-
-    def _pack(self, deltas: list[dict[str, Tensor]], curves: list[Curve], status: list[str]) -> Memory:
-        settings = self._settings.as_dict()
-        for name in ("learning_rate", "kl_coeff"):
-            values = [getattr(row, name) for row in self._rows]
-            settings[name] = values[0] if len(set(values)) == 1 else values
-        backbone = self._backbone
-        return Memory(deltas, curves, status, settings, backbone.fingerprint(), backbone=backbone.public_name)
+        if not failed.any():
+            return deltas
+        # Copies: who goes on training must not start anew from zero.
+        return [{n: t.masked_fill(failed[:, None, None], 0.0) for n, t in d.items()} for d in deltas]
 
 
 def adapted_kl_coeff(kl_coeff: Tensor, kl: Tensor, target: float, gain: float) -> Tensor:

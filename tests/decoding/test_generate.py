@@ -1,84 +1,164 @@
-"""Memories inside transformers: gradients, nesting, and what a backbone's own answers see of it."""
+"""FastMem's decoders inside the generate of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import assert_untouched, snapshot
+from memories import OTHER, QUESTIONS, STRONG, TEXT, cut_at_end, generated, merged
+from transformers import TextIteratorStreamer
+from transformers.generation.streamers import BaseStreamer
 
-from fastmem_pl import FastMemError, Memorizer, answer, stream_answer
+from fastmem_pl import Backbone, FastMemError, Memorizer, Memory, answer, generator, stream_answer
 from fastmem_pl.decoding import PromptCache
-from fastmem_pl.export import to_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-STRONG = {"steps": 4, "learning_rate": 2e-2}
-TEXT = "The tower of Velm was built in 1312."
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3"])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_gradients_of_the_input_are_those_of_the_merged_model(make_tiny, tmp_path, family, num_layers):
-    from transformers import AutoModelForCausalLM
-
-    backbone = make_tiny(family)
-    memory = Memorizer(backbone, num_layers=num_layers, **STRONG)(TEXT)
-    to_checkpoint(memory, backbone, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").requires_grad_(False)
-    ids = torch.tensor([backbone.chat.prompt("Who?")])
-
-    def gradient(model):
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        model(inputs_embeds=embedded).logits.logsumexp(-1).sum().backward()
-        return embedded.grad
-
-    with memory.attached(backbone.model):
-        found = gradient(backbone.model)
-    expected = gradient(merged)
-    assert (found - expected).norm() < 1e-3 * expected.norm()
-    assert (gradient(backbone.model) - expected).norm() > 0.01 * expected.norm()
+@torch.no_grad()
+def contrasted(backbone, tuned, prompt: list[int], tokens: int, alpha: float = 0.5) -> list[int]:
+    ids: list[int] = []
+    while len(ids) < tokens and (not ids or ids[-1] not in backbone.stop_ids):
+        inputs = torch.tensor([prompt + ids])
+        base = backbone.model(input_ids=inputs).logits
+        ids.append(int(((1 + alpha) * tuned(input_ids=inputs).logits - alpha * base)[0, -1].argmax()))
+    return ids
 
 
-def test_a_second_memory_is_refused_and_the_first_goes_on(tiny):
-    first, second = (Memorizer(tiny, **STRONG)(text) for text in (TEXT, "Water is blue."))
-    before = snapshot(tiny)
-    ids = torch.tensor([tiny.chat.prompt("Who?")])
-    with torch.no_grad(), first.attached(tiny):
-        expected = tiny.model(ids).logits
-        with (
-            pytest.raises(FastMemError, match="a memory is attached to this model already"),
-            second.attached(tiny),
-        ):
-            pass
-        assert torch.equal(tiny.model(ids).logits, expected)
-        # What the backbone answers by itself looks at no hook.
-        inside = answer(tiny, "Who?", memory=second, max_new_tokens=6)
-    assert inside == answer(tiny, "Who?", memory=second, max_new_tokens=6)
-    assert_untouched(tiny, before)
+@pytest.mark.parametrize("decoder", ["greedy", "cd"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_custom_generate_decodes_as_fastmem_does(backbone, decoder: str, layers: int) -> None:
+    memory = Memorizer(backbone, **STRONG, num_layers=layers)([TEXT, OTHER, "Bob."])
+    prompts = [backbone.chat.prompt(question) for question in QUESTIONS]
+    found = generated(backbone.model, prompts, custom_generate=generator(backbone, memory, decoder))
+    ends = backbone.stop_ids
+    for row, prompt in enumerate(prompts):
+        tuned = merged(backbone, memory, row)
+        alpha = 0.5 if decoder == "cd" else 0.0
+        assert cut_at_end([found[row]], ends) == [contrasted(backbone, tuned, prompt, 10, alpha)]
+    texts = [backbone.tokenizer.decode(row, skip_special_tokens=True) for row in cut_at_end(found, ends)]
+    expected = answer(backbone, QUESTIONS, None, memory, decoder, max_new_tokens=10)
+    assert [text.strip() for text in texts] == [text.strip() for text in expected]
+    assert found != generated(backbone.model, prompts)
 
 
-def test_other_hooks_keep_their_effect(tiny):
-    memory = Memorizer(tiny, **STRONG)(TEXT)
-    ids = torch.tensor([tiny.chat.prompt("Who?")])
-    handle = tiny.anatomy.blocks[-1].mlp.register_forward_hook(lambda module, args, output: output + 1.0)
-    try:
-        with torch.no_grad():
-            moved = tiny.model(ids).logits
-            with memory.attached(tiny):
-                both = tiny.model(ids).logits
-    finally:
-        handle.remove()
-    with torch.no_grad(), memory.attached(tiny):
-        alone = tiny.model(ids).logits
-    assert not torch.allclose(both, alone)
-    assert not torch.allclose(both, moved)
+def test_custom_generate_takes_dola_and_its_settings(backbone, memory: Memory) -> None:
+    prompt = backbone.chat.prompt(QUESTIONS[0])
+    # FastMem's dola has this penalty of its own accord; in a generate call it is generate's to say.
+    custom = generator(backbone, memory, "dola")
+    (found,) = generated(backbone.model, [prompt], custom_generate=custom, repetition_penalty=1.2)
+    (expected,) = answer(backbone, QUESTIONS[0], None, memory, "dola", max_new_tokens=10)
+    (row,) = cut_at_end([found], backbone.stop_ids)
+    assert backbone.tokenizer.decode(row, skip_special_tokens=True).strip() == expected.strip()
+    strong = generator(backbone, memory, "cd", alpha=3.0)
+    (found,) = generated(backbone.model, [prompt], custom_generate=strong)
+    expected = contrasted(backbone, merged(backbone, memory), prompt, 10, 3.0)
+    assert cut_at_end([found], backbone.stop_ids) == [expected]
 
 
-def test_a_memory_of_more_layers_than_there_are(tiny):
-    memory = Memorizer(tiny, **STRONG)(TEXT)
-    memory.deltas = memory.deltas * 5
-    with (
-        pytest.raises(FastMemError, match="the memory is of 5 layers, this model has 3"),
-        memory.attached(tiny),
-    ):
-        pass
+class Tokens(BaseStreamer):
+    def __init__(self) -> None:
+        self.seen, self.ended = [], False
+
+    def put(self, value) -> None:
+        self.seen.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("decoder", ["greedy", "cd"])
+def test_custom_generate_streams(backbone, memory: Memory, decoder: str) -> None:
+    # Given to generate itself it would see the prompt only: transformers hands it to no callable.
+    prompt, streamer = backbone.chat.prompt(QUESTIONS[0]), Tokens()
+    custom = generator(backbone, memory, decoder, streamer=streamer)
+    (found,) = generated(backbone.model, [prompt], custom_generate=custom)
+    assert streamer.seen == [prompt, *([token] for token in found)]
+    assert streamer.ended
+    text = TextIteratorStreamer(backbone.tokenizer, skip_prompt=True, timeout=5)
+    custom = generator(backbone, memory, decoder, streamer=text)
+    assert generated(backbone.model, [prompt], custom_generate=custom) == [found]
+    assert "".join(text) == backbone.tokenizer.decode(found)
+
+
+@pytest.mark.parametrize("decoder", ["greedy", "cd", "dola"])
+def test_custom_generate_honours_criteria_and_processors(backbone, memory: Memory, decoder: str) -> None:
+    prompt, custom = backbone.chat.prompt(QUESTIONS[0]), generator(backbone, memory, decoder)
+    (free,) = generated(backbone.model, [prompt], custom_generate=custom)
+    assert len(free) >= 5
+
+    def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(ids),), ids.shape[1] >= len(prompt) + 3)
+
+    def ban(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Forbids what would have been said."""
+        return scores.index_fill(1, torch.tensor(free), -torch.inf)
+
+    (stopped,) = generated(backbone.model, [prompt], custom_generate=custom, stopping_criteria=[stop])
+    assert stopped == free[:3]
+    (short,) = generated(backbone.model, [prompt], custom_generate=custom, max_new_tokens=2)
+    assert short == free[:2]
+    (banned,) = generated(backbone.model, [prompt], custom_generate=custom, logits_processor=[ban])
+    assert banned
+    assert set(banned).isdisjoint(free)
+    (suppressed,) = generated(backbone.model, [prompt], custom_generate=custom, suppress_tokens=free)
+    assert suppressed == banned
+    (ended,) = generated(backbone.model, [prompt], custom_generate=custom, eos_token_id=free[1])
+    assert ended == free[: free.index(free[1]) + 1]
+
+
+def test_custom_generate_samples(backbone, memory: Memory) -> None:
+    prompt, custom = backbone.chat.prompt(QUESTIONS[0]), generator(backbone, memory)
+
+    def draw(seed: int, **settings: Any) -> list[int]:
+        torch.manual_seed(seed)
+        settings = {"do_sample": True, "temperature": 1.5, "top_k": 0, **settings}
+        return generated(backbone.model, [prompt], custom_generate=custom, **settings)[0]
+
+    assert draw(1) == draw(1)
+    assert len({tuple(draw(seed)) for seed in range(6)}) > 2
+    (greedy,) = generated(backbone.model, [prompt], custom_generate=custom)
+    assert draw(3, top_k=1) == greedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_beams": 2}, "beam"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores|return_dict"),
+        ({"output_logits": True, "return_dict_in_generate": True}, "output_logits|return_dict"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup|assist"),
+        ({"guidance_scale": 2.0}, "guidance"),
+    ],
+    ids=str,
+)
+def test_custom_generate_refuses_by_name(backbone, memory: Memory, settings: dict, words: str) -> None:
+    prompt = backbone.chat.prompt(QUESTIONS[0])
+    with pytest.raises(FastMemError, match=words):
+        generated(backbone.model, [prompt], custom_generate=generator(backbone, memory), **settings)
+
+
+def test_generator_refuses_what_it_cannot_use(backbone, memory: Memory, batch, stranger: Path) -> None:
+    with pytest.raises(FastMemError):
+        generator(Backbone.load(str(stranger)), memory)
+    for decoder in ("cad", "beam"):
+        with pytest.raises(FastMemError, match=decoder):
+            generator(backbone, memory, decoder)
+    with pytest.raises(FastMemError, match="alfa"):
+        generator(backbone, memory, "cd", alfa=1)
+    prompts = [backbone.chat.prompt(question) for question in QUESTIONS[:2]]
+    with pytest.raises(FastMemError, match="3"):
+        generated(backbone.model, prompts, custom_generate=generator(backbone, batch))
+
+
+def test_one_row_serves_a_batch_of_prompts(backbone, memory: Memory) -> None:
+    prompts = [backbone.chat.prompt(question) for question in QUESTIONS]
+    custom = generator(backbone, memory)
+    together = cut_at_end(generated(backbone.model, prompts, custom_generate=custom), backbone.stop_ids)
+    alone = [generated(backbone.model, [prompt], custom_generate=custom)[0] for prompt in prompts]
+    assert together == cut_at_end(alone, backbone.stop_ids)
 
 
 def test_prompts_of_another_model_are_read_anew(make_tiny):

@@ -18,6 +18,7 @@ from fastmem_pl import (
     answer,
     generator,
     kernels,
+    memorize_document,
 )
 from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, graphs
 from fastmem_pl.export import to_checkpoint, to_lora
@@ -250,11 +251,11 @@ def test_documents_are_those_of_the_cpu(tiny, monkeypatch, precision, policy):
     )
     policy, _, parts = policy.partition(" in ")
     windows = WindowSettings(policy, window=64, overlap=16)
-    expected = Memorizer(tiny, **STRONG).memorize_document(text, windows).curve.cross_entropy
+    expected = memorize_document(Memorizer(tiny, **STRONG), text, windows).curve.cross_entropy
     if parts:
         monkeypatch.setattr(document, "_TOKENS_AT_ONCE", 100)
     backbone = on_gpu(precision)
-    found = Memorizer(backbone, **STRONG).memorize_document(text, windows).curve.cross_entropy
+    found = memorize_document(Memorizer(backbone, **STRONG), text, windows).curve.cross_entropy
     # Adam's noise and bfloat16's rounding, relative to what the loss falls by.
     fall = max(expected) - min(expected)
     tolerance = 1e-4 * expected[0] if precision == "32-true" else 0.03 * fall

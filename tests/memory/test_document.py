@@ -1,14 +1,13 @@
 """Texts longer than a window: the policies against plain loops over the model's own weights."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
+from memories import assert_deltas, loss_of, plain_fit, prose
 
-from fastmem_pl import FastMemError, Memorizer, WindowSettings
+from fastmem_pl import FastMemError, Memorizer, WindowSettings, memorize_document
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.memory import DocumentFit, document
 
@@ -21,67 +20,35 @@ STRONG = {"steps": 4, "learning_rate": 2e-3, "kl_coeff": 0.3}
 SMALL = WindowSettings("joint", window=48, overlap=16)
 
 
-def edited(backbone, windows, steps, learning_rate, kl_coeff):
-    """Plain autograd on a copy of the model: the loss of all windows together, weighted by token."""
-    model = copy.deepcopy(backbone.model)
-    block = backbone.anatomy.layers_name and getattr(model.base_model, backbone.anatomy.layers_name)[-1]
-    trained = list(block.mlp.parameters())
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    # Biases are not trained by FastMem.
-    trained = [p for p in trained if p.ndim == 2]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
-    curve, references = [], None
-    for _ in range(steps):
-        log_ps, labels = [], []
-        for part in windows:
-            logits = model(input_ids=torch.tensor([part.input_ids])).logits[0]
-            log_ps.append(logits[part.header_length - 1 : -1].log_softmax(-1))
-            labels.append(torch.tensor(part.input_ids[part.header_length :]))
-        log_p, label = torch.cat(log_ps), torch.cat(labels)
-        references = log_p.detach() if references is None else references
-        cross_entropy = F.nll_loss(log_p, label)
-        kl = F.kl_div(log_p, references, reduction="batchmean", log_target=True)
-        optimizer.zero_grad()
-        (cross_entropy + kl_coeff * kl).backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        curve.append((cross_entropy.item(), kl.item(), norm.item()))
-    return torch.tensor(curve)
-
-
 def curve_of(memory):
     return torch.tensor([memory.curve.cross_entropy, memory.curve.kl, memory.curve.grad_norm]).T
 
 
-def same_deltas(one, other):
-    for a, b in zip(one.deltas, other.deltas, strict=True):
-        for name in a:
-            assert (a[name] - b[name]).norm() < 1e-3 * b[name].norm(), name
-
-
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_joint_is_one_loss_over_all_windows(make_tiny, family):
+@pytest.mark.parametrize(
+    ("family", "texts", "windows"),
+    [*((family, TEXT, 6) for family in FAMILY_CONFIGS), ("llama", [TEXT[:90], "Bob.", TEXT[90:]], 7)],
+)
+def test_joint_is_one_loss_over_all_windows(make_tiny, family, texts, windows):
     backbone = make_tiny(family)
     before = snapshot(backbone)
-    fit = DocumentFit(Memorizer(backbone, **STRONG), TEXT, SMALL)
-    assert len(fit.encoded) == 6
+    fit = DocumentFit(Memorizer(backbone, **STRONG), texts, SMALL)
+    assert len(fit.encoded) == windows
     assert list(fit.run()) == [1, 2, 3, 4]
     found = curve_of(fit.memory())
-    torch.testing.assert_close(found, edited(backbone, fit.encoded, **STRONG), rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(found, plain_fit(backbone, [fit.encoded], **STRONG)[0], rtol=2e-3, atol=1e-5)
     assert found[-1, 0] < found[0, 0]
     assert_untouched(backbone, before)
 
 
 def test_parts_of_a_document_add_up(tiny, monkeypatch):
     memorizer = Memorizer(tiny, **STRONG)
-    whole = memorizer.memorize_document(TEXT, SMALL)
+    whole = memorize_document(memorizer, TEXT, SMALL)
     monkeypatch.setattr(document, "_TOKENS_AT_ONCE", 30)
     parts = DocumentFit(memorizer, TEXT, SMALL)
     assert len(parts._parts(parts.encoded)) > 3
     list(parts.run())
     torch.testing.assert_close(curve_of(parts.memory()), curve_of(whole), rtol=1e-4, atol=1e-6)
-    same_deltas(parts.memory(), whole)
+    assert_deltas(parts.memory(), whole, 1e-3)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -92,29 +59,9 @@ def test_sequential_goes_on_from_window_to_window(make_tiny, num_layers):
     assert fit.num_updates == 4 * len(fit.encoded)
     assert list(fit.run()) == list(range(1, fit.num_updates + 1))
     memory = fit.memory()
-    # By hand: a copy of the model whose weights are edited in window after window.
-    model = copy.deepcopy(backbone.model)
-    blocks = model.model.layers[-num_layers:]
-    trained = [p for block in blocks for p in block.mlp.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    curve = []
-    for part in fit.encoded:
-        ids, place = torch.tensor([part.input_ids]), slice(part.header_length - 1, -1)
-        label = ids[0, part.header_length :]
-        with torch.no_grad():
-            reference = backbone.model(input_ids=ids).logits[0, place].log_softmax(-1)
-        optimizer = torch.optim.AdamW(trained, lr=STRONG["learning_rate"], weight_decay=0.01)
-        for _ in range(4):
-            log_p = model(input_ids=ids).logits[0, place].log_softmax(-1)
-            cross_entropy = F.nll_loss(log_p, label)
-            kl = F.kl_div(log_p, reference, reduction="batchmean", log_target=True)
-            optimizer.zero_grad()
-            (cross_entropy + STRONG["kl_coeff"] * kl).backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            curve.append((cross_entropy.item(), kl.item(), norm.item()))
-    torch.testing.assert_close(curve_of(memory), torch.tensor(curve), rtol=5e-3, atol=1e-4)
+    groups = [[part] for part in fit.encoded]
+    expected, _ = plain_fit(backbone, groups, num_layers=num_layers, **STRONG)
+    torch.testing.assert_close(curve_of(memory), expected, rtol=5e-3, atol=1e-4)
 
 
 def test_windows_give_every_token_one_loss(tiny):
@@ -138,7 +85,7 @@ def test_a_fit_that_is_left_early_is_one_of_fewer_steps(tiny):
     for done in fit.run():
         if done == 2:
             break
-    early, short = fit.memory(), Memorizer(tiny, **{**STRONG, "steps": 2}).memorize_document(TEXT, SMALL)
+    early, short = fit.memory(), memorize_document(Memorizer(tiny, **{**STRONG, "steps": 2}), TEXT, SMALL)
     assert early.settings["steps"] == 2
     assert early.curve == short.curve
     for name, delta in early.deltas[0].items():
@@ -148,9 +95,9 @@ def test_a_fit_that_is_left_early_is_one_of_fewer_steps(tiny):
 def test_joint_refuses_upper_layers_and_names_the_way_out(tiny):
     memorizer = Memorizer(tiny, num_layers=2, **STRONG)
     with pytest.raises(FastMemError, match=r"joint trains one layer, not num_layers 2, .* use sequential"):
-        memorizer.memorize_document(TEXT, SMALL)
+        memorize_document(memorizer, TEXT, SMALL)
     # One window has no need of it.
-    assert memorizer.memorize_document(TEXT[:40], SMALL).num_layers == 2
+    assert memorize_document(memorizer, TEXT[:40], SMALL).num_layers == 2
 
 
 def test_several_texts_are_found_again_in_the_one_that_is_kept(tiny):
@@ -198,4 +145,60 @@ def test_a_sequential_fit_that_is_left_early_says_so(tiny):
 def test_a_text_whose_activations_have_no_room_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(document, "usable_bytes", lambda device: 1e4)
     with pytest.raises(OutOfMemoryError, match=r"windows: joint needs .* use --windows sequential"):
-        Memorizer(tiny, **STRONG).memorize_document(TEXT, SMALL)
+        memorize_document(Memorizer(tiny, **STRONG), TEXT, SMALL)
+
+
+@pytest.mark.parametrize("policy", ["joint", "sequential", "cut"])
+def test_a_text_that_fits_is_memorized_as_ever(tiny, policy: str) -> None:
+    memorizer = Memorizer(tiny, **STRONG)
+    for size in (None, len(TEXT.encode()), 1500):
+        found = memorize_document(memorizer, TEXT, WindowSettings(policy=policy, window=size))
+        assert_deltas(found, memorizer([TEXT]))
+        assert found.curve == memorizer(TEXT).curve
+
+
+def test_default_overlap_is_an_eighth() -> None:
+    assert WindowSettings("joint", 64).resolved(100) == (64, 8)
+    assert WindowSettings().resolved(100) == (100, 12)
+
+
+@pytest.mark.parametrize("policy", ["joint", "sequential", "cut"])
+def test_only_cut_forgets_the_end(tiny, policy: str) -> None:
+    memorizer = Memorizer(tiny, **STRONG)
+    one, other = (prose(120) + end for end in ("xyz", "abc"))
+    windows = WindowSettings(policy, 64, 16)
+    found, changed = (memorize_document(memorizer, text, windows) for text in (one, other))
+    same = torch.equal(found.deltas[0]["down"], changed.deltas[0]["down"])
+    assert same == (policy == "cut")
+    if same:
+        assert_deltas(found, memorizer([one[:64]]), 1e-6)
+
+
+@pytest.mark.parametrize("policy", ["joint", "sequential"])
+def test_all_parts_of_a_text_become_likelier(tiny, policy: str) -> None:
+    fit = DocumentFit(Memorizer(tiny, steps=4, learning_rate=2e-2), prose(250), WindowSettings(policy, 64, 8))
+    list(fit.run())
+    for window in fit.encoded:
+        before = loss_of(tiny.model, window)
+        with fit.memory().attached(tiny):
+            assert loss_of(tiny.model, window) < before - 0.2
+
+
+def test_max_context_tokens_bounds_windows(tiny) -> None:
+    memorizer = Memorizer(tiny, **STRONG, max_context_tokens=64)
+    given = memorize_document(Memorizer(tiny, **STRONG), prose(150), WindowSettings("joint", 64, 8))
+    assert_deltas(memorize_document(memorizer, prose(150)), given, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "windows"),
+    [
+        *(("", {}), (" \n", {}), ([], {}), (["Bob.", " "], {}), ("Bob.", {"policy": "some"})),
+        *(("Bob.", {"window": size}) for size in (0, 2.5, float("nan"))),
+        *(("Bob.", {"window": 8, "overlap": overlap}) for overlap in (8, -1)),
+    ],
+    ids=str,
+)
+def test_a_document_that_is_none_is_refused(tiny, texts, windows: dict) -> None:
+    with pytest.raises(FastMemError):
+        memorize_document(Memorizer(tiny, **STRONG), texts, WindowSettings(**windows))

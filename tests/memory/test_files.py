@@ -1,32 +1,168 @@
 """Memory files: what they may hold, and that what they say is checked before anything believes it."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from memories import STRONG, TEXT, TEXTS, assert_deltas
+from memories import files as files_in
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastmem_pl import FastMemError, Memorizer, Memory
 from fastmem_pl.memory import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TEXT = "The tower of Velm was built in 1312."
+FORMS = ["float32", "bfloat16", "int8"]
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
 
 
 @pytest.fixture
-def kept(tiny, tmp_path):
-    path = tmp_path / "m.fastmem"
-    Memorizer(tiny, steps=2, learning_rate=1e-2).memorize_document(TEXT).save(path)
-    return path
-
-
-def rewritten(path, header=None, tensors=None):
+def rewritten(kept, tmp_path):
     """The file again, valid but for what is changed; its digest included."""
-    with safe_open(path, framework="pt") as file:
-        stated, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    del stated["digest"]
-    files.write(path, {**held, **(tensors or {})} if tensors != {} else {}, {**stated, **(header or {})})
-    return path
+
+    def write(header=None, tensors=None, source=kept):
+        stated, held = metadata(source), load_file(source)
+        del stated["digest"]
+        files.write(
+            tmp_path / "m.fastmem",
+            {**held, **(tensors or {})} if tensors != {} else {},
+            {**stated, **(header or {})},
+        )
+        return tmp_path / "m.fastmem"
+
+    return write
+
+
+def assert_refused(path: Path, words: str = "") -> None:
+    with pytest.raises(FastMemError, match=re.escape(path.name)) as caught:
+        Memory.load(path)
+    assert str(caught.value).isprintable()
+    assert re.search(words, str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize(("form", "lost"), zip(FORMS, (0.0, 4e-3, 2e-2), strict=True))
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_saved_row_comes_back(batch: Memory, backbone, tmp_path, form: str, lost: float, row: int) -> None:
+    batch.save(tmp_path / "m", row=row, form=form, id="seven")
+    found = Memory.load(tmp_path / "m", backbone)
+    assert_deltas(found, batch.rows([row]), lost)
+    if form == "bfloat16":
+        for name, delta in batch.deltas[0].items():
+            assert torch.equal(found.deltas[0][name][0], delta[row].bfloat16())
+    assert found.curves == [batch.curves[row]]
+    assert found.texts == [TEXTS[row]]
+    assert found.settings == batch.settings
+    assert found.fingerprint == backbone.fingerprint()
+    assert (metadata(tmp_path / "m")["id"], json.loads(metadata(tmp_path / "m")["curve"])["kl"][0]) == (
+        "seven",
+        0.0,
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_forms_take_the_bytes_of_their_numbers(memory: Memory, tmp_path: Path) -> None:
+    sizes = {}
+    for form in FORMS:
+        memory.save(tmp_path / form, form=form)
+        sizes[form] = (tmp_path / form).stat().st_size
+    # Three matrices of 32 x 64 in a block.
+    headers = [sizes[form] - 3 * 32 * 64 * each for form, each in zip(FORMS, (4, 2, 1), strict=True)]
+    assert 0 < headers[0] < 8000
+    assert headers[1] == pytest.approx(headers[0], abs=300)
+    # int8 needs scales beside its numbers: a float a row at most.
+    assert -300 < headers[2] - headers[0] < 160 * 4 + 800
+
+
+def test_two_layers_come_back(backbone, tmp_path: Path) -> None:
+    memory = Memorizer(backbone, **STRONG, num_layers=2)([TEXT])
+    memory.save(tmp_path / "m")
+    assert_deltas(Memory.load(tmp_path / "m", backbone.fingerprint()), memory)
+
+
+def test_a_failed_save_leaves_the_old_file(memory: Memory, tmp_path: Path) -> None:
+    memory.save(tmp_path / "m.fastmem")
+    before = files_in(tmp_path)
+    with pytest.raises(FastMemError, match="float64"):
+        memory.save(tmp_path / "m.fastmem", form="float64")
+    with pytest.raises(FastMemError, match=r"cannot write the memory .*No such file or directory"):
+        memory.save(tmp_path / "gone" / "m.fastmem")
+    for row in (1, -2):
+        with pytest.raises((FastMemError, IndexError)):
+            memory.save(tmp_path / "m.fastmem", row=row)
+    assert files_in(tmp_path) == before
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert_refused(tmp_path / "x.safetensors", "is not a FastMem memory")
+    assert_refused(tmp_path / "y.safetensors", "no such memory")
+
+
+def header_end(content: bytes) -> int:
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_changed_byte_is_refused(memory: Memory, tmp_path: Path, form: str) -> None:
+    path = tmp_path / "m.fastmem"
+    memory.save(path, form=form)
+    content = path.read_bytes()
+    end = header_end(content)
+    places = [*range(10), *range(10, end, end // 60), end - 1, end, end + 1]
+    places += [*range(end, len(content), (len(content) - end) // 40), len(content) - 1]
+    for place in places:
+        for bit in (1, 128):
+            changed = bytearray(content)
+            changed[place] ^= bit
+            path.write_bytes(changed)
+            assert_refused(path)
+
+
+def test_a_file_cut_short_or_long_is_refused(kept: Path, tmp_path: Path) -> None:
+    content, path = kept.read_bytes(), tmp_path / "m.fastmem"
+    end, size = header_end(content), len(content)
+    for length in (0, 1, 7, 8, 9, 100, end - 1, end, end + 1, size // 2, size - 4, size - 1):
+        path.write_bytes(content[:length])
+        assert_refused(path, r"is damaged .* memorize it again")
+    for more in (b"\0", b"\0" * 64, content):
+        path.write_bytes(content + more)
+        assert_refused(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, _: next(iter(tensors.values())).mul_(1.01),
+        lambda tensors, _: tensors.update({"more": torch.zeros(3)}),
+        lambda tensors, _: tensors.update({k: v.half() for k, v in tensors.items()}),
+        lambda tensors, _: tensors.clear(),
+        lambda tensors, _: tensors.pop(next(iter(tensors))),
+        lambda tensors, _: tensors.update({k: v.T.contiguous() for k, v in tensors.items()}),
+        lambda _, stated: stated.update(text="Another text."),
+        lambda _, stated: stated.update(more="x"),
+        lambda _, stated: stated.pop("digest"),
+    ],
+)
+def test_a_file_without_its_digest_is_refused(kept: Path, tmp_path: Path, change) -> None:
+    tensors, stated = load_file(kept), metadata(kept)
+    change(tensors, stated)
+    save_file(tensors, tmp_path / "m.fastmem", stated)
+    assert (tmp_path / "m.fastmem").read_bytes() != kept.read_bytes()
+    assert_refused(tmp_path / "m.fastmem")
+
+
+@pytest.mark.parametrize("version", ["0", "1", "2", "4"])
+def test_another_version_is_refused(kept: Path, tmp_path: Path, version: str) -> None:
+    changed = re.sub(rb'"version":"."', b'"version":"%s"' % version.encode(), kept.read_bytes())
+    (tmp_path / "m.fastmem").write_bytes(changed)
+    assert_refused(tmp_path / "m.fastmem", f"has format version '{version}', this program reads 3")
 
 
 @pytest.mark.parametrize(
@@ -41,16 +177,21 @@ def rewritten(path, header=None, tensors=None):
         ({"settings": "{"}, "its settings are no JSON"),
         ({"settings": "[" * 100_000}, "its settings are no JSON"),
         ({"settings": '{"max_context_tokens": "a"}'}, "its setting 'max_context_tokens' does not fit"),
-        ({"settings": '{"learning_rate": NaN}'}, "its setting 'learning_rate' does not fit"),
+        (
+            {"settings": '{"learning_rate": NaN}'},
+            "its settings do not fit, model.memorize.learning_rate: nan is out of",
+        ),
+        ({"settings": '{"learning_rate": true}'}, "its setting 'learning_rate' does not fit"),
+        ({"settings": '{"kl_target": 1%s}' % (400 * "0")}, "its settings do not fit"),
+        ({"settings": '{"setting_of_another_program": 1}'}, "setting_of_another_program"),
+        ({"settings": '{"steps": 1}'}, "its settings lack"),
         ({"curve": '{"cross_entropy": ["x"], "kl": [], "grad_norm": []}'}, "its curve is none"),
         ({"curve": "{}"}, "its curve is none"),
         ({"windows": '{"policy": "joint", "lengths": "abc"}'}, "its windows are none"),
     ],
 )
-def test_a_header_that_no_memory_has(kept, header, words):
-    with pytest.raises(FastMemError, match=words) as refused:
-        Memory.load(rewritten(kept, header))
-    assert str(refused.value).isprintable()
+def test_a_header_that_no_memory_has(rewritten, header, words):
+    assert_refused(rewritten(header), words)
 
 
 @pytest.mark.parametrize(
@@ -73,31 +214,29 @@ def test_a_header_that_no_memory_has(kept, header, words):
         ("low-rank", {"0.up.inner": torch.zeros(5, 32)}, "does not fit its scale or factor"),
     ],
 )
-def test_tensors_that_no_memory_has(tiny, kept, form, tensors, words):
+def test_tensors_that_no_memory_has(rewritten, kept, tmp_path, form, tensors, words):
     if form != "float32":
-        memory = Memory.load(kept)
+        memory, kept = Memory.load(kept), tmp_path / "other.fastmem"
         factors = [
             {name: (torch.zeros(d.shape[1], 2), torch.zeros(2, d.shape[2])) for name, d in layer.items()}
             for layer in memory.deltas
         ]
         memory.save(kept, form=form, factors=factors)
-    with pytest.raises(FastMemError, match=words):
-        Memory.load(rewritten(kept, tensors=tensors))
+    assert_refused(rewritten(tensors=tensors, source=kept), words)
 
 
-def test_shapes_of_another_model_are_refused_before_a_tensor_is_read(tiny, make_tiny, kept, monkeypatch):
+def test_shapes_of_another_model_are_refused_before_a_tensor_is_read(make_tiny, rewritten, monkeypatch):
     wide = make_tiny("llama", intermediate_size=96)
-    rewritten(kept, {"fingerprint": wide.fingerprint()})
+    path = rewritten({"fingerprint": wide.fingerprint()})
     monkeypatch.setattr(files, "unpack", None)
     with pytest.raises(
         FastMemError, match=r"does not fit this model: its deltas are .*\(64, 32\).*\(96, 32\)"
     ):
-        Memory.load(kept, wide)
+        Memory.load(path, wide)
 
 
 def test_the_digest_is_of_everything(kept):
-    with safe_open(kept, framework="pt") as file:
-        stated, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stated, held = metadata(kept), load_file(kept)
     right = stated["digest"]
     assert files.digest(held, stated) == right
     for name in stated:
@@ -127,9 +266,3 @@ def test_a_row_keeps_its_own_settings_text_and_hash(tiny, tmp_path):
     assert both.rows([1, 1]).settings["learning_rate"] == rates[1]
     assert both.rows([1, 0]).settings["learning_rate"] == [rates[1], rates[0]]
     assert json.loads(files.read_header(tmp_path / "second.fastmem")["settings"])["learning_rate"] == rates[1]
-
-
-def test_a_plot_shows_itself(tiny):
-    figure = Memorizer(tiny, steps=3)(TEXT).plot()
-    assert figure._repr_png_().startswith(b"\x89PNG")
-    assert [len(line.get_ydata()) for axes in figure.axes for line in axes.lines] == [3, 3]

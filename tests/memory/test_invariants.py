@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_untouched, snapshot
 from lightning.pytorch import Trainer
+from memories import plain_fit
 from torch.utils.data import DataLoader
 
 from fastmem_pl import MemorizationModule, MemorizationSettings, Memorizer
@@ -30,37 +31,12 @@ def assert_same(one, other, rtol=1e-4):
             assert error < 1e-3, name
 
 
-def plain_loop(backbone, encoded, steps, learning_rate, kl_coeff, num_layers=1, dtype=torch.float32):
-    """The published algorithm: edit a copy of the model's own weights, one sample at a time."""
-    model = copy.deepcopy(backbone.model).to(dtype)
-    trained = [p for block in model.model.layers[-num_layers:] for p in block.mlp.parameters()]
-    originals = [p.detach().clone() for p in trained]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
-    ids = torch.tensor([encoded.input_ids])
-    labels = ids[0, encoded.header_length :]
-    curve, reference = [], None
-    for _ in range(steps):
-        logits = model(input_ids=ids).logits[0, encoded.header_length - 1 : -1]
-        log_p = logits.log_softmax(-1)
-        reference = log_p.detach() if reference is None else reference
-        cross_entropy = F.nll_loss(log_p, labels)
-        kl = F.kl_div(log_p, reference, reduction="batchmean", log_target=True)
-        optimizer.zero_grad()
-        (cross_entropy + kl_coeff * kl).backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        curve.append((cross_entropy.item(), kl.item(), norm.item()))
-    return torch.tensor(curve), [p.detach() - o for p, o in zip(trained, originals, strict=True)]
-
-
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_equals_the_published_algorithm(tiny, contexts, num_layers):
     memorizer = Memorizer(tiny, num_layers=num_layers, **STRONG)
     memory = memorizer(contexts)
     for row, context in enumerate(contexts):
-        expected, deltas = plain_loop(tiny, memorizer.encode(context), num_layers=num_layers, **STRONG)
+        expected, deltas = plain_fit(tiny, [[memorizer.encode(context)]], num_layers=num_layers, **STRONG)
         curve = memory.curves[row]
         found = torch.tensor([curve.cross_entropy, curve.kl, curve.grad_norm]).T
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
@@ -74,14 +50,14 @@ def test_deltas_are_nearer_to_float64_than_edited_float32_weights(tiny, contexts
     settings = {"steps": 10, "learning_rate": 1e-5, "kl_coeff": 0.1}
     memorizer = Memorizer(tiny, **settings)
     encoded = memorizer.encode(contexts[1])
-    _, exact = plain_loop(tiny, encoded, **settings, dtype=torch.float64)
-    _, edited = plain_loop(tiny, encoded, **settings)
+    _, exact = plain_fit(tiny, [[encoded]], **settings, dtype=torch.float64)
+    _, edited = plain_fit(tiny, [[encoded]], **settings)
     (ours,) = memorizer.fit([encoded]).deltas
     for name, wanted, rounded in zip(("gate", "up", "down"), exact, edited, strict=True):
         error = (ours[name][0] - wanted).norm() / wanted.norm()
         assert error < 2e-3
         assert error < (rounded - wanted).norm() / wanted.norm()
-        assert ours[name][0].norm().item() == pytest.approx(wanted.norm().item(), rel=2e-6)
+        assert ours[name][0].norm().item() == pytest.approx(wanted.norm().item(), rel=3e-6)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -113,13 +89,13 @@ def test_chunked_is_unchunked_and_kept_is_recomputed(tiny, contexts, monkeypatch
     whole = memorizer(contexts)
     monkeypatch.setattr(objective, "_CHUNK_BYTES", {"cpu": 1, "other": 1})
     encoded = [memorizer.encode(context) for context in contexts]
-    assert len(memorizer.prepare(encoded).reference.chunks) > 1
+    assert len(memorizer.prepare(encoded).predictions) > 1
     assert_same(whole, memorizer(contexts), rtol=1e-5)
     prepare = objective.prepare
     monkeypatch.setattr(
         "fastmem_pl.memory.memorizer.prepare", lambda *args: prepare(*args[:4], reference_budget=0)
     )
-    assert not any(memorizer.prepare(encoded).reference.chunks)
+    assert not any(memorizer.prepare(encoded).predictions)
     assert_same(whole, memorizer(contexts), rtol=1e-5)
 
 
@@ -145,7 +121,7 @@ def test_soft_cap_gradient(make_tiny, contexts):
     batch = memorizer.prepare([memorizer.encode(context) for context in contexts])
     tail = memorizer.backbone.tail()
     torch.manual_seed(0)
-    reference = batch.reference.hidden
+    reference = batch.hidden
     hidden = (reference + 0.1 * torch.randn_like(reference)).requires_grad_(True)
     kl_coeff = torch.full((len(contexts),), 0.3)
     total, _, _ = objective._SoftTargetLoss.apply(hidden, tail, batch, kl_coeff, True)
@@ -270,7 +246,7 @@ def test_rounded_weights_are_those_of_edited_float32_weights(tiny, contexts):
     settings = {"steps": 10, "learning_rate": 1e-5, "kl_coeff": 0.1}
     rounding = Memorizer(tiny, round_weights=True, **settings)
     encoded = rounding.encode(contexts[1])
-    _, edited = plain_loop(tiny, encoded, **settings)
+    _, edited = plain_fit(tiny, [[encoded]], **settings)
     (rounded,) = rounding.fit([encoded]).deltas
     (exact,) = Memorizer(tiny, **settings).fit([encoded]).deltas
     for name, wanted in zip(("gate", "up", "down"), edited, strict=True):

@@ -1,68 +1,114 @@
-"""Saving, loading and arranging memories; settings out of range."""
+"""Memories in process: rows and stacks, the model they belong to, curves and what is shown of them."""
 
-import json
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from matplotlib.figure import Figure
+from memories import QUESTIONS, STRONG, TEXT, TEXTS
 
-from fastmem_pl import FastMemError, MemorizationSettings, Memorizer, Memory
+from fastmem_pl import Backbone, FastMemError, MemorizationSettings, Memorizer, Memory, answer
 
-
-@pytest.fixture
-def memory(tiny, contexts):
-    return Memorizer(tiny, steps=3, learning_rate=1e-3)(contexts)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_save_and_load(memory, tiny, tmp_path):
-    path = tmp_path / "one.safetensors"
-    memory.save(path, row=1, id="seven")
-    loaded = Memory.load(path, tiny.fingerprint())
-    assert loaded.curves == [memory.curves[1]]
-    assert loaded.settings["learning_rate"] == 1e-3
-    for found, expected in zip(loaded.deltas, memory.deltas, strict=True):
-        for name in expected:
-            assert torch.equal(found[name][0], expected[name][1])
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-    assert header["id"] == "seven"
-    assert json.loads(header["curve"])["kl"][0] == 0.0
-    assert list(tmp_path.iterdir()) == [path]
+def test_rows_and_stack_are_inverse(backbone, batch: Memory, kept: Path) -> None:
+    again = Memory.stack([batch.rows([i]) for i in (2, 0, 1)]).rows([1, 2, 0])
+    assert (again.curves, again.texts, again.context_hashes) == (batch.curves, TEXTS, batch.context_hashes)
+    assert again.settings == batch.settings
+    assert all(torch.equal(again.deltas[0][n], batch.deltas[0][n]) for n in batch.deltas[0])
+    joined = Memory.stack([batch, Memory.load(kept)])
+    assert len(joined) == 4
+    torch.testing.assert_close(joined.deltas[0]["up"][0], joined.deltas[0]["up"][3], rtol=1e-3, atol=1e-6)
 
 
-def test_other_model_is_refused_with_both_fingerprints(memory, tmp_path):
-    memory.save(tmp_path / "m.safetensors")
-    with pytest.raises(FastMemError, match=rf"fingerprint is {memory.fingerprint}, this model's 0123"):
-        Memory.load(tmp_path / "m.safetensors", "0123")
+def test_stack_refuses_what_does_not_belong_together(backbone, memory: Memory, stranger: Path) -> None:
+    other = Memorizer(Backbone.load(str(stranger)), **STRONG)([TEXT])
+    deep = Memorizer(backbone, **STRONG, num_layers=2)([TEXT])
+    for wrong, words in (
+        ([memory, other], "two models"),
+        ([memory, deep], "of 1 and of 2"),
+        ([], "give one"),
+    ):
+        with pytest.raises(FastMemError, match=words):
+            Memory.stack(wrong)
 
 
-def test_truncated_file_is_refused(memory, tmp_path):
-    path = tmp_path / "m.safetensors"
-    memory.save(path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FastMemError, match=r"m\.safetensors is damaged .* memorize it again"):
-        Memory.load(path)
+def test_memories_are_served_in_one_batch(backbone, batch: Memory) -> None:
+    together = answer(backbone, QUESTIONS, None, batch, max_new_tokens=10)
+    for row, question in enumerate(QUESTIONS):
+        alone = answer(backbone, question, None, batch.rows([row]), max_new_tokens=10)
+        assert alone == [together[row]]
+    turned = [QUESTIONS[i] for i in (2, 0, 1)]
+    found = answer(backbone, turned, None, batch.rows([2, 0, 1]), max_new_tokens=10)
+    assert found == [together[i] for i in (2, 0, 1)]
+    assert together != answer(backbone, QUESTIONS, max_new_tokens=10)
 
 
-def test_foreign_and_missing_files_are_refused(tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(FastMemError, match="is not a FastMem memory"):
-        Memory.load(tmp_path / "x.safetensors")
-    with pytest.raises(FastMemError, match="no such memory"):
-        Memory.load(tmp_path / "y.safetensors")
+def test_another_model_is_refused_with_both_fingerprints(
+    memory: Memory, kept: Path, stranger: Path, backbone
+):
+    other = Backbone.load(str(stranger))
+    memory.check(backbone)
+    for use in (
+        lambda: memory.check(other),
+        lambda: Memory.load(kept, other),
+        lambda: Memory.load(kept, other.fingerprint()),
+        lambda: answer(other, "Who?", None, memory),
+        lambda: memory.attached(other).__enter__(),
+    ):
+        with pytest.raises(FastMemError, match=rf"{memory.fingerprint}.*{other.fingerprint()}"):
+            use()
 
 
-def test_unwritable_folder(memory, tmp_path):
-    with pytest.raises(FastMemError, match=r"cannot write the memory .*No such file or directory"):
-        memory.save(tmp_path / "gone" / "m.safetensors")
+def test_other_shapes_are_refused(memory: Memory, backbone) -> None:
+    (deltas,) = memory.deltas
+    for wrong, words in (
+        ([{n: d[..., :16] for n, d in deltas.items()}], "does not fit this model"),
+        ([{n: d.mT for n, d in deltas.items()}], "does not fit this model"),
+        ([deltas] * 4, "the memory is of 4 layers, this model has 3"),
+    ):
+        for use in (
+            replace(memory, deltas=wrong).check,
+            lambda b, w=wrong: replace(memory, deltas=w).attached(b),
+        ):
+            with pytest.raises(FastMemError, match=words):
+                use(backbone)
 
 
-def test_rows_and_stack_are_inverse(memory):
-    parts = [memory.rows([i]) for i in range(len(memory))]
-    again = Memory.stack(parts)
-    assert again.curves == memory.curves
-    assert all(torch.equal(again.deltas[0][n], memory.deltas[0][n]) for n in memory.deltas[0])
+def test_curve_is_that_of_a_single_memory(memory: Memory, batch: Memory) -> None:
+    assert memory.curve == memory.curves[0]
+    assert len(memory.curve.cross_entropy) == STRONG["steps"]
+    with pytest.raises(FastMemError, match=r"there are 3; take one of memory\.curves"):
+        _ = batch.curve
+    assert len(batch) == len(batch.curves) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_plot_shows_the_curves(batch: Memory, tmp_path: Path, rows: int) -> None:
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    figure = batch.rows(list(range(rows))).plot()
+    assert isinstance(figure, Figure)
+    lines = [line.get_ydata() for axes in figure.axes for line in axes.lines]
+    for curve in batch.curves[:rows]:
+        for values in (curve.cross_entropy, curve.kl):
+            assert any(len(found) == 4 and list(found) == pytest.approx(values) for found in lines)
+    assert any(axes.get_xlabel() for axes in figure.axes)
+    figure.savefig(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+    # A notebook shows what is returned; a figure that pyplot keeps would be shown twice, and leak.
+    assert pyplot.get_fignums() == before
+
+
+def test_repr_is_short(memory: Memory, batch: Memory) -> None:
+    assert repr(memory).startswith("Memory(1 context, 4 steps, cross-entropy ")
+    assert repr(batch).startswith("Memory(3 contexts, 4 steps, cross-entropy ")
+    assert all("tensor" not in repr(one) and len(repr(one)) < 500 for one in (memory, batch))
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_a_run_leaves_a_whole_csv_file(run):
     header = (folder / "logs" / "metrics.csv").read_text().split("\n")[0].split(",")
     assert header[:5] == ["step", "sample", *CURVE]
     settings = yaml.safe_load((folder / "logs" / "hparams.yaml").read_text())
-    assert settings["model.steps"] == STEPS
+    assert settings["model.memorize.steps"] == STEPS
     assert settings["data.task"] == "qa"
 
 
@@ -361,7 +361,7 @@ def test_failed_fits_are_logged_as_they_are(tmp_path):
     assert math.isnan(kept.rows[1]["cross_entropy"])
     assert math.isnan(kept.rows[1]["kl"])
     assert kept.rows[1]["grad_norm"] == math.inf
-    assert kept.hyperparameters == [{"model.steps": 2}]
+    assert kept.hyperparameters == [{"model.memorize.steps": 2}]
 
 
 def test_a_damaged_curve_of_an_earlier_session_is_logged_as_far_as_it_goes(run):
@@ -464,8 +464,8 @@ def test_the_command_takes_lightnings_loggers(tmp_path, data_file, tiny, monkeyp
     monkeypatch.setattr("fastmem_pl.run.predict.Backbone.load", lambda *args, **kwargs: tiny)
     monkeypatch.chdir(tmp_path)
     own = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine", "--trainer.logger.name", "x"]
-    common = ["--data.path", str(data_file), "--model.steps", "2", "--trainer.accelerator", "cpu"]
-    common += ["--data.task", "qa", "--model.max_new_tokens", "3"]
+    common = ["--data.path", str(data_file), "--model.memorize.steps", "2", "--trainer.accelerator", "cpu"]
+    common += ["--data.task", "qa", "--model.decode.max_new_tokens", "3"]
     assert main(["fit-predict", *common, *own, "--run_dir", "r"]) == 0
     lines = Path("mine/x/version_0/metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + COUNT * 3 + 1
@@ -532,7 +532,7 @@ def test_mlflow_keeps_a_run_of_each_session(run):
     (experiment,) = [e for e in client.search_experiments() if e.name == "fastmem"]
     (found,) = client.search_runs([experiment.experiment_id])
     assert (found.info.run_name, found.info.status) == (folder.name, "FINISHED")
-    assert found.data.params["model.steps"] == str(STEPS)
+    assert found.data.params["model.memorize.steps"] == str(STEPS)
     history = client.get_metric_history(found.info.run_id, "cross_entropy")
     assert sorted(m.value for m in history) == sorted(
         row[0] for curve in expected_curves(folder).values() for row in curve

@@ -81,7 +81,14 @@ def test_loggers_that_are_not_installed(refused_run, name: str, way: str) -> Non
 
 
 def test_the_csv_is_complete_after_a_kill(run, options: list[str], tmp_path: Path, real: Path) -> None:
-    slow = ["--model.steps", "300", "--model.learning_rate", "1e-5", "--data.batch_size", "1"]
+    slow = [
+        "--model.memorize.steps",
+        "300",
+        "--model.memorize.learning_rate",
+        "1e-5",
+        "--data.batch_size",
+        "1",
+    ]
     arguments = ["fit-predict", *options, "--run_dir", "run", *slow]
     killed = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
     killed.start()

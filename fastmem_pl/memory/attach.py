@@ -1,0 +1,84 @@
+"""Deltas at work: shared out over sequences, and inside the forward pass of a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmem_pl.backbone import FFN, Delta
+from fastmem_pl.backbone.families import Anatomy
+from fastmem_pl.base.errors import FastMemError
+
+
+def check_shapes(shapes: Sequence[Mapping[str, tuple[int, ...]]], anatomy: Anatomy) -> None:
+    """Refuse, by a FastMemError, deltas ``(out, in)`` by layer that do not fit the model's last FFNs."""
+    total = len(anatomy.blocks)
+    if not 1 <= len(shapes) <= total:
+        raise FastMemError(f"the memory is of {len(shapes)} layers, this model has {total}")
+    for layer, found in enumerate(shapes, total - len(shapes)):
+        expected = {name: tuple(p.weight.shape) for name, p in anatomy.projections(layer).items()}
+        if dict(found) != expected:
+            raise FastMemError(
+                f"the memory does not fit this model: its deltas are {dict(found)}, the weights of block "
+                f"{layer} are {expected}"
+            )
+
+
+def spread(deltas: Delta, count: int) -> dict[str, Tensor]:
+    """Deltas of ``B`` rows for ``count`` sequences, a multiple; a FastMemError where it is none.
+
+    One row serves all of them without copies; each of several rows serves as many, side by side.
+    """
+    rows = len(next(iter(deltas.values())))
+    if count % rows:
+        raise FastMemError(
+            f"the memory has {rows} rows for {count} sequences; give one row, or one for each prompt"
+        )
+    if rows == 1:
+        return {name: delta.expand(count, -1, -1) for name, delta in deltas.items()}
+    if rows == count:
+        return dict(deltas)
+    return {name: delta.repeat_interleave(count // rows, 0) for name, delta in deltas.items()}
+
+
+@contextmanager
+def attached(anatomy: Anatomy, deltas: Sequence[Delta], dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Let a transformers model use deltas, given by layer, lowest first; see :meth:`.Memory.attached`.
+
+    Hooks on the trained feed-forward networks add the memory's change to their output, computed in ``dtype``,
+    by default that of the model's head. No weight is written to, and the hooks go when the context ends.
+    """
+    dtype = dtype or anatomy.head.weight.dtype
+    first = len(anatomy.blocks) - len(deltas)
+    trained = [block.mlp for block in list(anatomy.blocks)[first:]]
+    if any(isinstance(hook, _Hook) for ffn in trained for hook in ffn._forward_hooks.values()):
+        raise FastMemError("a memory is attached to this model already; stack memories to serve several")
+    with ExitStack() as hooks:
+        for number, (module, layer) in enumerate(zip(trained, deltas, strict=True), first):
+            ffn = FFN(anatomy.projections(number), anatomy.activation(number), dtype)
+            device = ffn.base_weights["down"].device
+            placed = {name: delta.to(device, dtype) for name, delta in layer.items()}
+            hooks.callback(module.register_forward_hook(_Hook(ffn, placed)).remove)
+        yield
+
+
+class _Hook:
+    """Adds the memory's change to an FFN's output."""
+
+    def __init__(self, ffn: FFN, deltas: dict[str, Tensor]) -> None:
+        self._ffn, self._deltas = ffn, deltas
+        # Of the last number of sequences: copies of deltas are large, and made once a generate call.
+        self._count, self._served = 0, deltas
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        (ffn_input,) = args
+        if self._count != len(ffn_input):
+            self._served, self._count = spread(self._deltas, len(ffn_input)), len(ffn_input)
+        with torch.autocast(ffn_input.device.type, enabled=False):
+            base = self._ffn.base(ffn_input)
+            change = self._ffn.memorized(ffn_input, self._served, base) - base.output
+            return (output.float() + change).to(output.dtype)
