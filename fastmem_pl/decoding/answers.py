@@ -31,9 +31,14 @@ class AnswerRows:
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.notes: list[list[int]] = [[] for _ in range(num_rows)]
 
-    def add(self, rows: Sequence[int], tokens: Sequence[int], notes: Sequence[int]) -> None:
-        """Take one more token of some rows; those that have ended keep what they have."""
-        for row, token, note in zip(rows, tokens, notes, strict=True):
+    def add(self, rows: Sequence[int], last: Sequence[Sequence[int]] | None) -> None:
+        """Take one more token of some rows and its note, if they have come; rows that ended stay as they are.
+
+        Args:
+            rows: places in the batch.
+            last: tokens and notes of these rows.
+        """
+        for row, token, note in zip(rows, *last, strict=True) if last else ():
             if not self._done[row]:
                 self.tokens[row].append(token)
                 self.notes[row].append(note)

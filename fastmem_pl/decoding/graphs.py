@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -77,16 +78,12 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@dataclass(eq=False)
 class Lease:
-    """A state and what steps it, for as long as the borrower holds it.
+    """A state and what takes its next step, for as long as the borrower holds it."""
 
-    Attributes:
-        state: to read results from.
-        step: takes one step.
-    """
-
-    def __init__(self, state: DecodeState, step: Callable[[], None]) -> None:
-        self.state, self.step = state, step
+    state: DecodeState
+    step: Callable[[], None]
 
 
 class GraphPool:

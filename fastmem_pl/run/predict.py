@@ -20,13 +20,12 @@ from fastmem_pl.decoding import (
     DECODERS,
     METHODS,
     Decoder,
-    Decoding,
     DecodingSettings,
     Generated,
     GraphPool,
     Method,
-    Prefill,
-    PrefillCache,
+    Prefills,
+    decode,
     select_methods,
 )
 from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
@@ -251,7 +250,7 @@ class FastMemModule(LightningModule):
         forms = {method.prompt for method in self.methods}
         if any(decoder.needs_without_context for decoder in decoders):
             forms.add("without_context")
-        limits = [decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders]
+        limits = [decoder.max_new_tokens for decoder in decoders]
         self.longest_answer = max(limits)
         self.encoder = SampleEncoder(self.memorizer, self.longest_answer, forms)
 
@@ -304,33 +303,29 @@ class FastMemModule(LightningModule):
             memory = memory.to(self.backbone.compute_dtype)
         records: dict[str, list[dict[str, Any]]] = {}
         num_layers = memory.num_layers if memory else self.settings.num_layers
-        prefills = PrefillCache(
-            lambda form: Prefill(
-                self.backbone, [s.prompts[form] for s in encoded], num_layers, self.early_layers(form)
-            ),
+        forms = list(encoded[0].prompts)
+        prefills = Prefills(
+            self.backbone,
+            {form: [sample.prompts[form] for sample in encoded] for form in forms},
+            num_layers,
+            {form: self.early_layers(form) for form in forms},
             self.meter,
         )
         for method in sorted(self.methods, key=lambda method: method.prompt):
             used = memory if method.memory else None
-            read = [method.prompt]
-            if self._decoders[method.name].needs_without_context:
-                read.append("without_context")
-            prompts, *without_context = (prefills.take(form) for form in read)
-            with self.meter.measure("decode", part=method.name, samples=len(samples)) as timing:
-                answers = Decoding(
-                    prompts,
-                    method.decoder,
-                    self.decoding,
-                    used and used.deltas,
-                    *without_context,
-                    keys=[sample.index for sample in samples],
-                    graphs=self.graphs,
-                ).run()
-                lengths = [len(answer.token_ids) for answer in answers]
-                timing.update(tokens=sum(lengths), steps=max(lengths))
+            answers, decode_seconds, prefill_seconds = decode(
+                prefills,
+                method.decoder,
+                self.decoding,
+                used and used.deltas,
+                method.prompt,
+                method.name,
+                keys=[sample.index for sample in samples],
+                graphs=self.graphs,
+            )
             seconds = {
                 "memorize": memorize_seconds / len(samples) if used else 0.0,
-                "decode": (sum(prefills.seconds[form] for form in read) + timing["seconds"]) / len(samples),
+                "decode": (prefill_seconds + decode_seconds) / len(samples),
             }
             records[method.name] = []
             with self.meter.detail("scoring", samples=len(samples)):

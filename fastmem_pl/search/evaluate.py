@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.data import ContextSample
-from fastmem_pl.decoding import BASELINE, METHODS, Decoding, Method, Prefill, PrefillCache, SharedPrefill
+from fastmem_pl.decoding import BASELINE, METHODS, Method, Prefills, decode
 from fastmem_pl.memory import ContextReader, Footprint, Memory, usable_bytes
 from fastmem_pl.run.encoding import EncodedSample
 from fastmem_pl.run.predict import FastMemModule
@@ -39,10 +39,11 @@ class SampleSearch:
         self._model, self._sample, self._method, self._exact = model, sample, method, exact
         self._encoded: EncodedSample = model.encoder(sample)
         settings = model.settings
-        self._prefills = PrefillCache(
-            lambda form: Prefill(
-                model.backbone, [self._encoded.prompts[form]], settings.num_layers, model.early_layers(form)
-            ),
+        self._prefills = Prefills(
+            model.backbone,
+            {form: [prompt] for form, prompt in self._encoded.prompts.items()},
+            settings.num_layers,
+            {form: model.early_layers(form) for form in self._encoded.prompts},
             model.meter,
         )
         self._reader: ContextReader | None = None
@@ -178,26 +179,18 @@ class SampleSearch:
     ) -> tuple[Sequence[Any], float]:
         """Answers of ``count`` rows to the one prompt, and the seconds that they took."""
         model = self._model
-        forms: Iterable[str] = [method.prompt]
-        if model.decoder_of(method).needs_without_context:
-            forms = [method.prompt, "without_context"]
-        prompts = [self._prefills.take(form) for form in forms]
-        with model.meter.measure("decode") as timing:
-            answers = Decoding(
-                *self._shared(prompts[:1], count),
-                method.decoder,
-                replace(model.decoding, **decoder_settings),
-                memory and memory.to(model.backbone.compute_dtype).deltas,
-                *self._shared(prompts[1:], count),
-                keys=[self._sample.index] * count,
-                # A pool holds graphs for one number of rows, and that of the points is the frequent one.
-                graphs=model.graphs if count > 1 else None,
-            ).run()
-        return answers, timing["seconds"]
-
-    @staticmethod
-    def _shared(prompts: Sequence[Prefill], count: int) -> list[Prefill | SharedPrefill]:
-        return [SharedPrefill(prompt, count) if count > 1 else prompt for prompt in prompts]
+        answers, seconds, _ = decode(
+            self._prefills,
+            method.decoder,
+            replace(model.decoding, **decoder_settings),
+            memory and memory.to(model.backbone.compute_dtype).deltas,
+            method.prompt,
+            rows=count,
+            keys=[self._sample.index] * count,
+            # A pool holds graphs for one number of rows, and that of the points is the frequent one.
+            graphs=model.graphs if count > 1 else None,
+        )
+        return answers, seconds
 
     def _record(
         self,

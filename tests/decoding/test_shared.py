@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastmem_pl import MemorizationSettings, Memorizer
-from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill, SharedPrefill
-from fastmem_pl.decoding.shared import SharedPath
+from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
+from fastmem_pl.decoding.prefill import SequenceState
 from fastmem_pl.memory import ContextReader
 
 RATES = (1e-5, 3e-3, 1e-2, 1e-2, 3e-2)
@@ -47,7 +47,7 @@ def test_shared_prompt_is_a_prompt_each(make_tiny, contexts, family, decoder, gi
 
     def prefills(tokens, count):
         one = Prefill(backbone, [tokens] * count, num_layers, early)
-        return one if count > 1 else SharedPrefill(one, len(RATES))
+        return one if count > 1 else one.expand(len(RATES))
 
     def run(count):
         without = prefills(bare, count) if decoder == "cad" else None
@@ -71,7 +71,7 @@ def test_the_trunk_runs_once_for_rows_that_agree(make_tiny, contexts, monkeypatc
         "run_trunk",
         lambda self, k, ids, *rest: batches.append(len(ids)) or run_trunk(self, k, ids, *rest),
     )
-    prefill = SharedPrefill(Prefill(tiny, [tiny.chat.prompt("Who did what, and where?")]), 5)
+    prefill = Prefill(tiny, [tiny.chat.prompt("Who did what, and where?")]).expand(5)
     answers = Decoding(prefill, "greedy", DecodingSettings(max_new_tokens=12), memory.deltas).run()
     assert len({tuple(a.token_ids) for a in answers}) == 2, "the memories do not differ"
     assert set(batches) == {1, 2}
@@ -83,16 +83,16 @@ def test_rows_that_end_leave_the_others_as_they_were(make_tiny, contexts, monkey
     prompt = backbone.chat.prompt("Who did what, and where?")
     settings = DecodingSettings(max_new_tokens=40)
     one = Prefill(backbone, [prompt])
-    first = Decoding(SharedPrefill(one, 5), "greedy", settings, memory.deltas).run()
+    first = Decoding(one.expand(5), "greedy", settings, memory.deltas).run()
     # Two texts that end most rows soon, and not all.
     ending = [answer.text[2:4] for answer in first if len(answer.text) > 6][:2]
     settings = DecodingSettings(max_new_tokens=40, stop=tuple(ending))
     dropped = []
-    rows = SharedPath.rows
+    rows = SequenceState.rows
     monkeypatch.setattr(
-        SharedPath, "rows", lambda self, index: dropped.append(len(index)) or rows(self, index)
+        SequenceState, "rows", lambda self, index: dropped.append(len(index)) or rows(self, index)
     )
-    found = Decoding(SharedPrefill(one, 5), "greedy", settings, memory.deltas).run()
+    found = Decoding(one.expand(5), "greedy", settings, memory.deltas).run()
     expected = Decoding(Prefill(backbone, [prompt] * 5), "greedy", settings, memory.deltas).run()
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     assert dropped, "no row left"
@@ -106,7 +106,7 @@ def test_the_prefill_stays_as_it_was(tiny, contexts):
         (layer.keys.clone(), layer.values.clone()) for layer in one.cache.layers if layer.is_initialized
     ]
     settings = DecodingSettings(max_new_tokens=6)
-    runs = [Decoding(SharedPrefill(one, 5), "greedy", settings, memory.deltas).run() for _ in range(2)]
+    runs = [Decoding(one.expand(5), "greedy", settings, memory.deltas).run() for _ in range(2)]
     after = [(layer.keys, layer.values) for layer in one.cache.layers if layer.is_initialized]
     assert before
     for pair, other in zip(before, after, strict=True):
