@@ -25,7 +25,7 @@ import torch
 import transformers
 import yaml
 from conftest import assert_untouched, make_model, make_tokenizer, snapshot
-from test_issue3_blackbox import ROUGE, SUMMARIES, save_roberta
+from method_runs import ROUGE, SUMMARIES, save_roberta
 from test_issue_blackbox import FASTMEM, NQ, files, read, write
 
 from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer

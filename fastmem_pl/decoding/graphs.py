@@ -28,9 +28,6 @@ class Recorded:
 
     The first runs as it is: libraries choose and load their kernels then, which nothing may do while a
     graph is recorded.
-
-    Args:
-        state: that steps work on.
     """
 
     def __init__(self, state: DecodeState) -> None:
@@ -102,9 +99,7 @@ class GraphPool:
     def take(self, key: Hashable, fresh: DecodeState) -> Lease:
         """Lend a recorded state with the values of ``fresh``; while one is lent, others run unrecorded.
 
-        Args:
-            key: all that steps depend on beside the values.
-            fresh: a state that nothing else uses; it may be kept.
+        ``key`` is all that steps depend on beside the values. Nothing else may use ``fresh``: it may be kept.
         """
         if self._lent() is not None:
             return Lease(fresh, fresh.step)

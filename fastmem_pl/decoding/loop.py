@@ -250,17 +250,10 @@ def decode(
     A trunk pass counts in full for each method that reads it, whichever came first.
 
     Args:
-        prefills: of the prompts by form.
-        decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`.
-        settings: of decoding.
-        deltas: one per trained layer with a row a prompt, or ``None`` for the base model.
+        decoder, settings, deltas: as :class:`Decoding` takes them.
         form: of the prompt that is answered.
         part: names the decode in the meter's entries, such as the method.
-        options: ``rows``, how many memories answer a single prompt; ``keys`` and ``graphs`` as
-            :class:`Decoding` takes them.
-
-    Raises:
-        FastMemError: when the decoder needs hidden states that the prefill does not keep.
+        options: ``rows``, how many memories answer a single prompt; ``keys`` and ``graphs`` of the decoding.
     """
     decoding = begin(prefills, decoder, settings, deltas, form, **options)
     with prefills.measure("decode", part) as timing:

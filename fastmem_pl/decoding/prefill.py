@@ -92,11 +92,8 @@ class Prefills:
     Of the forms with contexts only the last one used is kept, as their KV caches are large.
 
     Args:
-        backbone: the frozen model.
-        prompts: token ids of ``B`` prompts by form (:data:`~fastmem_pl.decoding.methods.PromptForm`).
-        num_layers: trained layers of the memories that will be used.
-        early_layers: numbers of the hidden states that decoders will look at, by form.
-        meter: measures how long each takes, as part of decoding.
+        backbone, num_layers: as :class:`Prefill` takes them; prompts and early_layers as well, by form.
+        meter: measures each pass, as part of decoding.
         cache: prefills of a single earlier prompt, which are used up.
 
     Attributes:
@@ -148,8 +145,8 @@ class SequenceState:
         mask: 1 on slots that hold a token, ``(B, room)``.
         position: slot of the next token, ``(1,)``.
         place: its position in the row's text, ``(B, 1)``.
-        branch: trunk row of each row, ``(R,)``, where rows of one prompt share those: the trunk depends on
-            no memory, so they part only where their tokens do, and ``B`` above counts the branches.
+        branch: trunk row of each row, ``(R,)``, where many memories answer one prompt: the trunk depends on
+            none, so rows share it until their tokens differ, and ``B`` above counts the branches.
     """
 
     def __init__(self, prefill: Prefill, max_new_tokens: int) -> None:

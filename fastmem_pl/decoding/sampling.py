@@ -25,10 +25,7 @@ class TokenChooser:
     does not depend on what else is in its batch, and no step waits for the host.
 
     Args:
-        settings: temperature, top_p, top_k and seed.
-        repetition_penalty: 1 for none.
-        ids: prompt tokens, ``(B, T)``.
-        mask: 1 on real tokens of ``ids``.
+        ids: prompt tokens, ``(B, T)``; ``mask`` is 1 on real ones.
         keys: one number a row, such as the sample's place in the data.
         max_new_tokens: most draws of a row.
         vocabulary: number of scores.

@@ -20,14 +20,7 @@ from fastmem_pl.decoding.sampling import TokenChooser
 
 
 class Views:
-    """The logits that one decoder looks at: with the memory, of the base model, of premature layers.
-
-    Args:
-        backbone: the frozen model.
-        num_layers: trained layers.
-        decoder: that looks.
-        deltas: one per trained layer with a row a prompt, or ``None`` for the base model.
-    """
+    """The logits that one decoder looks at: with the memory, of the base model, of premature layers."""
 
     def __init__(
         self, backbone: Backbone, num_layers: int, decoder: Decoder, deltas: Sequence[Delta] | None
