@@ -86,15 +86,8 @@ class Decoding:
         with backbone.on_device(), torch.inference_mode(False):
             self._reader = Reader(len(prefill), backbone.device.type == "cuda")
             self._views = Views(backbone, prefill.num_layers, self.decoder, deltas)
-            self._chooser = chooser or TokenChooser(
-                settings,
-                self.decoder.repetition_penalty,
-                prefill.ids,
-                prefill.mask,
-                prefill.keys if keys is None else keys,
-                self.decoder.max_new_tokens,
-                self._views.tail.head_weight.shape[0],
-            )
+            vocabulary = self._views.tail.head_weight.shape[0]
+            self._chooser = chooser or TokenChooser(self.decoder, prefill, keys, vocabulary)
         recordable = backbone.recordable and chooser is None
         self._graphs = (GraphPool() if graphs is None else graphs) if recordable else None
         self._name = decoder

@@ -150,11 +150,8 @@ class SequenceState:
     """
 
     def __init__(self, prefill: Prefill, max_new_tokens: int) -> None:
-        self.backbone, self.num_layers, self.early = (
-            prefill.backbone,
-            prefill.num_layers,
-            prefill.trunk_layers,
-        )
+        self.backbone, self.num_layers = prefill.backbone, prefill.num_layers
+        self.early = prefill.trunk_layers
         self.length = prefill.mask.shape[1]
         room, rows = room_for(self.length + max_new_tokens), len(prefill.next_position)
         self.position = torch.tensor([self.length], device=prefill.mask.device)
