@@ -139,7 +139,7 @@ def check_batch(
 
     batch = [make_sample(sample, settings) for sample in samples]
     encoded = [module.encoder(sample) for sample in batch]
-    with patch("fastmem_pl.run.predict.Decoding", Kept):
+    with patch("fastmem_pl.decoding.loop.Decoding", Kept):
         records = module.predict_step(batch)
     for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
         check_tokens(encoded[row], sample)

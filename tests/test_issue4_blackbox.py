@@ -22,7 +22,7 @@ import torch
 import transformers
 from conftest import assert_untouched, make_module, snapshot
 from lightning.pytorch.callbacks import Callback
-from test_issue3_blackbox import METHODS, plain_memorize
+from method_runs import METHODS, plain_memorize
 from test_issue_blackbox import files, read, write
 
 from fastmem_pl import (

@@ -24,11 +24,11 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import assert_untouched, make_model, make_module, make_tokenizer, snapshot
-from test_issue3_blackbox import ROUGE, SUMMARIES, save_roberta
+from conftest import assert_untouched, make_model, make_tokenizer, snapshot
+from method_runs import ROUGE, SUMMARIES, save_roberta
 from test_issue_blackbox import FASTMEM, NQ, files, read, write
 
-from fastmem_pl import Backbone, FastMemDataModule, FastMemTrainer
+from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer
 from fastmem_pl.cli import main
 from fastmem_pl.metrics.text import extract_answer, normalize_answer
 
@@ -238,7 +238,7 @@ class Commands:
             source = {name[6:]: value for name, value in given.items() if name.startswith("data__")}
             # Without the command line, which takes half of the time.
             trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False)
-            trainer.fit_predict(make_module(**model), FastMemDataModule(**source), run_dir=str(folder))
+            trainer.fit_predict(FastMemModule(**model), FastMemDataModule(**source), run_dir=str(folder))
             found: dict[str, dict[int, dict]] = {}
             for record in read(folder):
                 found.setdefault(record["method"], {})[record["index"]] = record

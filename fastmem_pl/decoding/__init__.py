@@ -10,10 +10,10 @@ from fastmem_pl.decoding.decoders import (
     StepLogits,
 )
 from fastmem_pl.decoding.graphs import GraphPool
-from fastmem_pl.decoding.loop import Decoding, Generated, Prefill, PrefillCache, PromptCache
+from fastmem_pl.decoding.loop import Decoded, Decoding, Generated, begin, decode
 from fastmem_pl.decoding.methods import BASELINE, METHODS, Method, select_methods
+from fastmem_pl.decoding.prefill import Prefill, Prefills, PromptCache
 from fastmem_pl.decoding.settings import DecodingSettings
-from fastmem_pl.decoding.shared import SharedPrefill
 
 __all__ = [
     "BASELINE",
@@ -21,6 +21,7 @@ __all__ = [
     "METHODS",
     "ContextAware",
     "Contrastive",
+    "Decoded",
     "Decoder",
     "Decoding",
     "DecodingSettings",
@@ -30,9 +31,10 @@ __all__ = [
     "Greedy",
     "Method",
     "Prefill",
-    "PrefillCache",
+    "Prefills",
     "PromptCache",
-    "SharedPrefill",
     "StepLogits",
+    "begin",
+    "decode",
     "select_methods",
 ]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastmem_pl.backbone import Backbone, Delta
+from fastmem_pl.backbone import Backbone
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import TASKS
-from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill, PromptCache
+from fastmem_pl.decoding.decoders import DECODERS
+from fastmem_pl.decoding.loop import Decoding, begin
+from fastmem_pl.decoding.prefill import Prefills, PromptCache
+from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.memory import Memory
 
 
@@ -45,8 +48,8 @@ def answer(
             what it contrasts, or the memory is of another model.
     """
     questions = [questions] if isinstance(questions, str) else list(questions)
-    made = _settings(max_new_tokens=max_new_tokens, alpha=alpha, **settings)
-    decoding = _decoding(backbone, questions, context, memory, decoder, made, answer_prefix)
+    settings |= {"max_new_tokens": max_new_tokens, "alpha": alpha}
+    decoding = _begin(backbone, questions, context, memory, decoder, settings, answer_prefix)
     return [answer_prefix + generated.text for generated in decoding.run()]
 
 
@@ -65,8 +68,7 @@ def stream_answer(
     Joined, the pieces are what :func:`answer` returns. Given the same ``prompts``, calls one after the other
     read what their prompts begin with, the context above all, only once.
     """
-    made = _settings(**settings)
-    decoding = _decoding(backbone, [question], context, memory, decoder, made, answer_prefix, prompts)
+    decoding = _begin(backbone, [question], context, memory, decoder, settings, answer_prefix, prompts)
     if answer_prefix:
         yield answer_prefix
     yield from decoding.texts()
@@ -80,35 +82,45 @@ def encode_prompt(
     return backbone.chat.prompt(text, answer_prefix)
 
 
-def _settings(**given: Any) -> DecodingSettings:
-    try:
-        return DecodingSettings(**given)
-    except TypeError as error:
-        raise FastMemError(f"answer: {str(error).split('() ', 1)[-1]}") from None
+def context_room(
+    backbone: Backbone, question: str, decoder: str, settings: DecodingSettings, answer_prefix: str = ""
+) -> int:
+    """Most tokens of a context that fit the model beside a question and its answer."""
+    bare = encode_prompt(backbone, question, "", answer_prefix)
+    # Tokens may merge otherwise where the context begins and ends.
+    return backbone.context_length - len(bare) - DECODERS[decoder](settings, backbone).max_new_tokens - 4
 
 
-def _decoding(
+def _begin(
     backbone: Backbone,
     questions: Sequence[str],
     context: str | Sequence[str] | None,
     memory: Memory | None,
     decoder: str,
-    settings: DecodingSettings,
+    given: dict[str, Any],
     answer_prefix: str,
-    seen: PromptCache | None = None,
+    cache: PromptCache | None = None,
 ) -> Decoding:
+    try:
+        settings = DecodingSettings(**given)
+    except TypeError as error:
+        raise FastMemError(f"answer: {str(error).split('() ', 1)[-1]}") from None
     contexts = [context] * len(questions) if context is None or isinstance(context, str) else list(context)
     if not questions:
         raise FastMemError("answer: no questions; give one or more")
     if len(contexts) != len(questions):
         raise FastMemError(f"answer: {len(questions)} questions but {len(contexts)} contexts")
-    deltas = _deltas_of_each(backbone, memory, len(questions))
-    prompts = [
-        encode_prompt(backbone, question, shown, answer_prefix)
-        for question, shown in zip(questions, contexts, strict=True)
-    ]
+    if memory is not None and len(memory) not in (1, len(questions)):
+        raise FastMemError(f"answer: {len(questions)} questions but {len(memory)} memories")
+    deltas = memory and memory.serving(backbone, len(questions))
+    prompts = {
+        "prompt": [
+            encode_prompt(backbone, question, shown, answer_prefix)
+            for question, shown in zip(questions, contexts, strict=True)
+        ]
+    }
     chosen = DECODERS[decoder](settings, backbone)
-    longest = max(map(len, prompts)) + (chosen.max_new_tokens or settings.max_new_tokens)
+    longest = max(map(len, prompts["prompt"])) + chosen.max_new_tokens
     if longest > backbone.context_length:
         raise FastMemError(
             f"answer: prompt and answer take {longest} tokens, allowed: {backbone.context_length}; "
@@ -118,36 +130,11 @@ def _decoding(
         raise FastMemError(
             f"answer: decoder {decoder!r} contrasts a memory with the base model; give a memory"
         )
-    num_layers = memory.num_layers if memory else 1
-    without_context = None
     if chosen.needs_without_context:
         if context is None:
             raise FastMemError(f"answer: decoder {decoder!r} contrasts with and without context; give one")
-        form = "without_context"
-        texts = [TASKS["qa"].prompt_text("", question, form) for question in questions]
-        bare = [backbone.chat.prompt(text, answer_prefix) for text in texts]
-        without_context = Prefill(backbone, bare, num_layers)
-    if seen is None:
-        prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
-    else:
-        prefill = seen.prefill(backbone, prompts[0], num_layers, chosen.early_layers)
-    return Decoding(prefill, decoder, settings, deltas, without_context)
-
-
-def context_room(
-    backbone: Backbone, question: str, decoder: str, settings: DecodingSettings, answer_prefix: str = ""
-) -> int:
-    """Most tokens of a context that fit the model beside a question and its answer."""
-    bare = encode_prompt(backbone, question, "", answer_prefix)
-    longest = DECODERS[decoder](settings, backbone).max_new_tokens or settings.max_new_tokens
-    # Tokens may merge otherwise where the context begins and ends.
-    return backbone.context_length - len(bare) - longest - 4
-
-
-def _deltas_of_each(backbone: Backbone, memory: Memory | None, count: int) -> list[Delta] | None:
-    """One row a question."""
-    if memory is None:
-        return None
-    if len(memory) not in (1, count):
-        raise FastMemError(f"answer: {count} questions but {len(memory)} memories")
-    return memory.serving(backbone, count)
+        bare = [TASKS["qa"].prompt_text("", question, "without_context") for question in questions]
+        prompts["without_context"] = [backbone.chat.prompt(text, answer_prefix) for text in bare]
+    num_layers, early_layers = memory.num_layers if memory else 1, {"prompt": chosen.early_layers}
+    prefills = Prefills(backbone, prompts, num_layers, early_layers, cache=cache)
+    return begin(prefills, decoder, settings, deltas)

@@ -21,7 +21,7 @@ class AnswerRows:
 
     def __init__(self, backbone: Backbone, stop: Sequence[str], num_rows: int) -> None:
         self._chat = backbone.chat
-        # A stop text that is a control token is not part of any text, but can be told by its id.
+        # A control token is not part of any text, but its id is known.
         controls = {t.content: i for i, t in backbone.tokenizer.added_tokens_decoder.items() if t.special}
         self.stop_texts = [text for text in stop if text not in controls]
         self._end_ids = {*backbone.stop_ids, *(controls[t] for t in stop if t in controls)}
@@ -31,9 +31,9 @@ class AnswerRows:
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.notes: list[list[int]] = [[] for _ in range(num_rows)]
 
-    def add(self, rows: Sequence[int], tokens: Sequence[int], notes: Sequence[int]) -> None:
-        """Take one more token of some rows; those that have ended keep what they have."""
-        for row, token, note in zip(rows, tokens, notes, strict=True):
+    def add(self, rows: Sequence[int], last: Sequence[Sequence[int]] | None) -> None:
+        """Take one more token and note of some rows, if they have come; rows that ended stay as they are."""
+        for row, token, note in zip(rows, *last, strict=True) if last else ():
             if not self._done[row]:
                 self.tokens[row].append(token)
                 self.notes[row].append(note)
@@ -66,7 +66,7 @@ class Reader:
     def __init__(self, num_rows: int, on_gpu: bool) -> None:
         self._slots = [torch.empty(2, num_rows, dtype=torch.long, pin_memory=True) for _ in range(2 * on_gpu)]
         self._events = [torch.cuda.Event() for _ in self._slots]
-        self._sent, self._received = 0, 0
+        self._sent = self._received = 0
 
     def swap(self, last: Tensor) -> list[list[int]] | None:
         """Send for the newest values, and return the next that have come."""
@@ -76,13 +76,12 @@ class Reader:
         self._slots[slot].copy_(last, non_blocking=True)
         self._events[slot].record()
         self._sent += 1
-        return self._receive() if self._sent - self._received > 1 else None
+        return self.last() if self._sent - self._received > 1 else None
 
     def last(self) -> list[list[int]] | None:
-        """Wait for values that were sent for and not returned yet."""
-        return self._receive() if self._sent > self._received else None
-
-    def _receive(self) -> list[list[int]]:
+        """Wait for the oldest values that were sent for and not returned yet."""
+        if self._received == self._sent:
+            return None
         slot = self._received % 2
         self._events[slot].synchronize()
         self._received += 1

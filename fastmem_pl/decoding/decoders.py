@@ -1,4 +1,24 @@
-"""Decoders: how one step's logits become next-token scores."""
+"""Decoders: how one step's logits become next-token scores.
+
+To add one, register a subclass of :class:`Decoder` in :data:`DECODERS`. It declares which logits it looks at
+and turns those of one step into scores; repetition penalty, drawing and stopping are the loop's. This one has
+a strength that differs from step to step and is kept beside the answer::
+
+    class Adaptive(Decoder):
+        needs_without_context = True
+
+        def scores(self, logits):
+            gap = logits.model - logits.without_context
+            self.note = gap.abs().mean(-1).clamp(max=self.settings.alpha)  # (B,)
+            return logits.model + self.note[:, None] * gap
+
+        def details(self, notes):
+            return {"strengths": list(notes)}
+
+    DECODERS.register("adaptive", Adaptive)
+
+``scores`` runs inside a CUDA graph where there are any: no branch on a tensor's value, no ``.item()``.
+"""
 
 from __future__ import annotations
 
@@ -41,23 +61,30 @@ class Decoder:
         needs_base: whether it looks at the base model beside the memory.
         needs_without_context: whether it looks at the prompt without the context.
         early_layers: numbers of the hidden states that it looks at.
-        max_new_tokens: its limit, where it is not that of the settings.
-        repetition_penalty: its own, where the settings leave it open.
-        note: a number a row to keep beside the token that the last scores lead to, ``(B,)``.
+        max_new_tokens: most tokens of an answer; the settings' unless it has its own limit.
+        repetition_penalty: 1 for none; its own where the settings leave it open.
+        note: ``(B,)``, whole numbers or floats to keep beside the tokens that the last scores lead to.
     """
 
     needs_base: bool = False
     needs_without_context: bool = False
     early_layers: Sequence[int] = ()
-    max_new_tokens: int | None = None
-    repetition_penalty: float = 1.0
     note: Tensor | None = None
+
+    def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
+        self.settings = settings
+        self.max_new_tokens = settings.max_new_tokens
+        self.repetition_penalty = 1.0 if settings.repetition_penalty is None else settings.repetition_penalty
+
+    def forms(self, form: str) -> list[str]:
+        """Forms of the prompt that it reads to answer one of them."""
+        return [form, "without_context"] if self.needs_without_context else [form]
 
     def scores(self, logits: StepLogits) -> Tensor:
         """Return ``(B, V)`` scores."""
         raise NotImplementedError
 
-    def details(self, notes: Sequence[int]) -> dict[str, Any]:
+    def details(self, notes: Sequence[float]) -> dict[str, Any]:
         """What to keep beside an answer, given its notes, one a token."""
         return {}
 
@@ -78,12 +105,9 @@ class Contrastive(Decoder):
 
     needs_base = True
 
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-
     def scores(self, logits: StepLogits) -> Tensor:
         """Return the contrasted logits ``(B, V)``."""
-        return logits.model + self.alpha * (logits.model - logits.base)
+        return logits.model + self.settings.alpha * (logits.model - logits.base)
 
 
 class ContextAware(Decoder):
@@ -95,58 +119,52 @@ class ContextAware(Decoder):
 
     needs_without_context = True
 
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-
     def scores(self, logits: StepLogits) -> Tensor:
         """Return the contrasted logits ``(B, V)``."""
-        return logits.model + self.alpha * (logits.model - logits.without_context)
+        return logits.model + self.settings.alpha * (logits.model - logits.without_context)
 
 
 class DoLa(Decoder):
     """Contrasts the last layer with the premature layer that differs most from it.
 
     Source: Chuang et al., arXiv 2309.03883, sections 2.2 and 2.3; the divergence as published with
-    FastMem, see :func:`contrast_layers`.
+    FastMem, see :func:`contrast_layers`. ``dola_unlimited`` is as published with FastMem: 399 tokens and no
+    repetition penalty; else the penalty is 1.2, as the paper advises.
 
-    Args:
-        early_layers: numbers of the hidden states to choose from.
-        relative_top: keep tokens of at least this share of the highest probability.
-        unlimited: as published, without token limit and repetition penalty.
+    Raises:
+        FastMemError: when the model lacks one of the layers, or a penalty is set with ``dola_unlimited``.
     """
 
-    def __init__(self, early_layers: Sequence[int], relative_top: float, unlimited: bool = False) -> None:
-        self.early_layers = early_layers
-        self.relative_top = relative_top
-        self.max_new_tokens = 399 if unlimited else None
-        self.repetition_penalty = 1.0 if unlimited else 1.2
+    def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
+        super().__init__(settings, backbone)
+        if settings.dola_unlimited:
+            self.max_new_tokens = 399
+        if settings.repetition_penalty is None:
+            self.repetition_penalty = 1.0 if settings.dola_unlimited else 1.2
+        elif settings.dola_unlimited:
+            raise FastMemError(
+                "model.decode.repetition_penalty: dola as published applies none; leave it out or drop "
+                "'dola-unlimited'"
+            )
+        tied = bool(getattr(backbone.model.config.get_text_config(), "tie_word_embeddings", False))
+        self.early_layers = candidate_layers(settings.dola_layers, backbone.num_blocks, tied)
 
     def scores(self, logits: StepLogits) -> Tensor:
         """Return the log-probability differences ``(B, V)``, ``-inf`` where a token is not plausible.
 
         The note is the chosen layer's place among ``early_layers``.
         """
-        scores, self.note = contrast_layers(logits.model, logits.early, self.relative_top)
+        scores, self.note = contrast_layers(logits.model, logits.early, self.settings.relative_top)
         return scores
 
-    def details(self, notes: Sequence[int]) -> dict[str, Any]:
+    def details(self, notes: Sequence[float]) -> dict[str, Any]:
         """How often each premature layer was chosen: ``{"dola_layers": {number: count}}``."""
         count = Counter(notes)
         return {"dola_layers": {str(layer): count[place] for place, layer in enumerate(self.early_layers)}}
 
 
-def _dola(settings: DecodingSettings, backbone: Backbone) -> DoLa:
-    if settings.dola_unlimited and settings.repetition_penalty is not None:
-        raise FastMemError(
-            "model.repetition_penalty: dola as published applies none; leave it out or drop 'dola-unlimited'"
-        )
-    tied = bool(getattr(backbone.model.config.get_text_config(), "tie_word_embeddings", False))
-    layers = candidate_layers(settings.dola_layers, backbone.num_blocks, tied)
-    return DoLa(layers, settings.relative_top, settings.dola_unlimited)
-
-
 DECODERS: Registry[Callable[[DecodingSettings, Backbone], Decoder]] = Registry("decoder")
-DECODERS.register("greedy", lambda settings, backbone: Greedy())
-DECODERS.register("cd", lambda settings, backbone: Contrastive(settings.alpha))
-DECODERS.register("cad", lambda settings, backbone: ContextAware(settings.alpha))
-DECODERS.register("dola", _dola)
+DECODERS.register("greedy", Greedy)
+DECODERS.register("cd", Contrastive)
+DECODERS.register("cad", ContextAware)
+DECODERS.register("dola", DoLa)

@@ -43,12 +43,13 @@ def candidate_layers(wanted: str | Sequence[float], num_blocks: int, tied: bool)
         number = min(round(value * num_blocks), num_blocks - 1) if 0 < value < 1 else value
         if not 0 <= number < num_blocks or number != int(number):
             raise FastMemError(
-                f"model.dola_layers: {value:g} is no layer; allowed: 0 to {num_blocks - 1}, fractions of the "
+                f"model.decode.dola_layers: {value:g} is no layer; allowed: 0 to {num_blocks - 1}, "
+                "fractions of the "
                 "depth below 1, or auto, low, high"
             )
         numbers.append(int(number))
     if not numbers:
-        raise FastMemError("model.dola_layers: empty; allowed: numbers of layers, or auto, low, high")
+        raise FastMemError("model.decode.dola_layers: empty; allowed: numbers of layers, or auto, low, high")
     return tuple(sorted(set(numbers)))
 
 

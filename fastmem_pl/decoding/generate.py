@@ -7,7 +7,7 @@ that ``generate`` can do (beams, assistants, processors).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,18 +17,14 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.decoding import DECODERS, DecodingSettings, Prefill
-from fastmem_pl.decoding.state import DecodeState, Views
+from fastmem_pl.decoding.decoders import DECODERS
+from fastmem_pl.decoding.loop import Decoding
+from fastmem_pl.decoding.prefill import Prefill
+from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.memory import Memory
 
-# Options of generate that the loop of generator() does not know.
-_UNSUPPORTED = {
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "guidance_scale": None,
-}
+# What generate can return beside tokens, and the loop of generator() cannot.
+_OUTPUTS = ("scores", "logits", "attentions", "hidden_states")
 # What generate prepares by itself, and what says nothing that the loop does not know.
 _PREPARED = {
     *("attention_mask", "past_key_values", "position_ids", "cache_position"),
@@ -83,29 +79,29 @@ def generator(
         generation_config: Any = None,
         **prepared: Any,
     ) -> Any:
-        _check_options(model, backbone, generation_config)
-        _check_prepared(prepared)
+        if model is not backbone.model:
+            raise FastMemError("generator: it was made for another model; call generate of backbone.model")
+        for refused in _refused(generation_config, prepared):
+            raise FastMemError(
+                f"generator: generate's {refused} cannot be honoured; leave it out or use "
+                "memory.attached(model) and the model's own generate"
+            )
         mask = prepared.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
         deltas = memory and memory.serving(backbone, len(prompts))
-        num_layers = memory.num_layers if memory else 1
-        chooser = _Chooser(input_ids, logits_processor, generation_config)
+        prefill = Prefill(backbone, prompts, memory.num_layers if memory else 1, chosen.early_layers)
         room = generation_config.max_length - input_ids.shape[1]
-        with backbone.on_device(), torch.inference_mode(False), torch.no_grad():
-            prefill = Prefill(backbone, prompts, num_layers, chosen.early_layers)
-            views = Views(backbone, num_layers, chosen, deltas)
-            state: DecodeState | None = None
+        chooser = _GenerateChooser(input_ids, logits_processor, generation_config)
+        limited = DecodingSettings(max_new_tokens=max(room, 1), **settings)
+        decoding = Decoding(prefill, decoder, limited, deltas, chooser=chooser)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        while bool(chooser.going.any()):
+            decoding.step()
             if streamer is not None:
-                streamer.put(input_ids.cpu())
-            while bool(chooser.going.any()):
-                if state is None:
-                    state = DecodeState.start([prefill], views, chooser, max(room, 1))
-                else:
-                    state.step()
-                if streamer is not None:
-                    streamer.put(chooser.ids[:, -1].cpu())
-                chooser.going &= ~stopping_criteria(chooser.ids, None)
+                streamer.put(chooser.ids[:, -1].cpu())
+            chooser.going = chooser.going & ~stopping_criteria(chooser.ids, None)
         if streamer is not None:
             streamer.end()
         if generation_config.return_dict_in_generate:
@@ -115,34 +111,24 @@ def generator(
     return generate
 
 
-def _check_options(model: Any, backbone: Backbone, config: Any) -> None:
-    if model is not backbone.model:
-        raise FastMemError("generator: it was made for another model; call generate of backbone.model")
+def _refused(config: Any, prepared: dict[str, Any]) -> Iterator[str]:
+    """Options and inputs of generate that the loop would not look at."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise FastMemError(
-            f"generator: generate's mode {str(mode.value).replace('_', ' ')} cannot be honoured; use "
-            "memory.attached(model) and the model's own generate"
-        )
-    for name, only in _UNSUPPORTED.items():
-        if getattr(config, name, None) not in (None, only):
-            raise FastMemError(
-                f"generator: generate's {name} = {getattr(config, name)} cannot be honoured; leave it out "
-                "or use memory.attached(model) and the model's own generate"
-            )
-
-
-def _check_prepared(prepared: dict[str, Any]) -> None:
-    """Refuse inputs that would not be looked at."""
+        yield f"mode {str(mode.value).replace('_', ' ')}"
+    for name in (*(f"output_{kind}" for kind in _OUTPUTS), "guidance_scale"):
+        value = getattr(config, name, None)
+        if value is not None and value is not False:
+            yield f"{name} = {value}"
     cache = prepared.get("past_key_values")
     if cache is not None and cache.get_seq_length():
-        raise FastMemError("generator: filled past_key_values cannot be gone on from; give the whole prompt")
+        yield "filled past_key_values"
     for name, value in prepared.items():
         if name not in _PREPARED and value is not None:
-            raise FastMemError(f"generator: generate's {name} cannot be honoured; leave it out")
+            yield name
 
 
-class _Chooser:
+class _GenerateChooser:
     """Chooses tokens as generate does: its processors, then the highest score or a draw.
 
     Attributes:

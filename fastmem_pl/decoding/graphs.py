@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -27,9 +28,6 @@ class Recorded:
 
     The first runs as it is: libraries choose and load their kernels then, which nothing may do while a
     graph is recorded.
-
-    Args:
-        state: that steps work on.
     """
 
     def __init__(self, state: DecodeState) -> None:
@@ -77,16 +75,12 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@dataclass(eq=False)
 class Lease:
-    """A state and what steps it, for as long as the borrower holds it.
+    """A state and what takes its next step, for as long as the borrower holds it."""
 
-    Attributes:
-        state: to read results from.
-        step: takes one step.
-    """
-
-    def __init__(self, state: DecodeState, step: Callable[[], None]) -> None:
-        self.state, self.step = state, step
+    state: DecodeState
+    step: Callable[[], None]
 
 
 class GraphPool:
@@ -105,9 +99,7 @@ class GraphPool:
     def take(self, key: Hashable, fresh: DecodeState) -> Lease:
         """Lend a recorded state with the values of ``fresh``; while one is lent, others run unrecorded.
 
-        Args:
-            key: all that steps depend on beside the values.
-            fresh: a state that nothing else uses; it may be kept.
+        ``key`` is all that steps depend on beside the values. Nothing else may use ``fresh``: it may be kept.
         """
         if self._lent() is not None:
             return Lease(fresh, fresh.step)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from torch import Tensor
 
-from fastmem_pl.backbone import Backbone, Delta, pad
+from fastmem_pl.backbone import Delta
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.base.phases import PhaseMeter
 from fastmem_pl.decoding.answers import AnswerRows, Reader
 from fastmem_pl.decoding.decoders import DECODERS
 from fastmem_pl.decoding.graphs import GraphPool, Lease
+from fastmem_pl.decoding.prefill import Prefill, Prefills
 from fastmem_pl.decoding.sampling import TokenChooser
 from fastmem_pl.decoding.settings import DecodingSettings
-from fastmem_pl.decoding.state import DecodeState, Path, Views
+from fastmem_pl.decoding.state import DecodeState, Views
 
 # Tokens still to come from which copying the unfinished half of a batch pays: on a GPU a step is recorded
 # anew for it (docs/LOG.md).
@@ -40,111 +40,6 @@ class Generated:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Prefill:
-    """The trunk's pass over a batch of prompts, from which several methods continue.
-
-    The trunk and its KV cache are the same with and without memories, so methods share them.
-
-    Args:
-        backbone: the frozen model.
-        prompts: token ids of ``B`` prompts.
-        num_layers: trained layers of the memories that will be used.
-        early_layers: numbers of the hidden states that decoders will look at.
-        earlier: prefill of a prompt that began alike, which is used up: its KV cache becomes this one's.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        prompts: Sequence[Sequence[int]],
-        num_layers: int = 1,
-        early_layers: Sequence[int] = (),
-        earlier: Prefill | None = None,
-    ) -> None:
-        self.backbone = backbone
-        self.num_layers = num_layers
-        # Those above the first trained block depend on the memory and come from the tail.
-        self.trunk_layers = [n for n in early_layers if n <= backbone.num_blocks - num_layers]
-        self.num_tokens = sum(map(len, prompts))
-        self.ids, self.mask = pad(prompts, backbone.pad_id, "left", backbone.device)
-        self.keys = [zlib.crc32(" ".join(map(str, prompt)).encode()) for prompt in prompts]
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.next_position = positions[:, -1:] + 1
-        self.cache, known = self._beginning(earlier)
-        # Filled by the blocks above the first trained FFN; empty for one trained layer.
-        self.inputs = backbone.run_trunk(
-            num_layers, self.ids[:, known:], self.mask, positions[:, known:], self.cache, self.trunk_layers
-        ).last()
-
-    def __len__(self) -> int:
-        return self.mask.shape[0]
-
-    def _beginning(self, earlier: Prefill | None) -> tuple[Cache, int]:
-        """A KV cache, and how many tokens of the prompt it holds already."""
-        # Blocks above a trained FFN need all of the prompt's hidden states, and windows slide on.
-        fits = earlier is not None and len(earlier) == len(self) == self.num_layers == 1
-        fits = fits and earlier.backbone is self.backbone
-        if not (fits and all(type(layer) is DynamicLayer for layer in earlier.cache.layers)):
-            return self.backbone.new_cache(), 0
-        width = min(self.ids.shape[1] - 1, earlier.ids.shape[1])
-        same = self.ids[0, :width] == earlier.ids[0, :width]
-        known = int(same.int().cumprod(0).sum())
-        cache, earlier.cache = earlier.cache, None
-        if known < cache.get_seq_length():
-            # A positive number has other meanings in other versions.
-            cache.crop(known - cache.get_seq_length())
-        return cache, known
-
-    def path(self, max_new_tokens: int) -> Path:
-        """Go on from the prompts; the prefill stays as it is."""
-        return Path.of(self, max_new_tokens)
-
-
-class PromptCache:
-    """Keeps the last prompt's prefill, so that the next prompt's pass begins where the two differ.
-
-    Questions about one text share all that comes before the question.
-    """
-
-    def __init__(self) -> None:
-        self._last: Prefill | None = None
-
-    def prefill(
-        self, backbone: Backbone, prompt: Sequence[int], num_layers: int, early_layers: Sequence[int]
-    ) -> Prefill:
-        """The prefill of one prompt; the one before must not be used any more."""
-        last, self._last = self._last, None
-        self._last = Prefill(backbone, [prompt], num_layers, early_layers, last)
-        return self._last
-
-
-class PrefillCache:
-    """Prefills of a batch by form of the prompt, made when they are first needed.
-
-    Of the forms with contexts only the last one used is kept, as their KV caches are large.
-
-    Args:
-        make: makes the prefill of a form.
-        meter: measures how long each takes, as part of decoding.
-    """
-
-    def __init__(self, make: Callable[[str], Prefill], meter: PhaseMeter) -> None:
-        self._make, self._meter = make, meter
-        self._kept: dict[str, Prefill] = {}
-        self.seconds: dict[str, float] = {}
-
-    def take(self, form: str) -> Prefill:
-        """The prefill of one form."""
-        if form not in self._kept:
-            if form != "without_context":
-                self._kept = {name: p for name, p in self._kept.items() if name == "without_context"}
-            with self._meter.measure("decode", name="prefill", part=form) as timing:
-                prefill = self._kept[form] = self._make(form)
-                timing.update(samples=len(prefill), tokens=prefill.num_tokens)
-            self.seconds[form] = timing["seconds"]
-        return self._kept[form]
-
-
 class Decoding:
     """One decode of ``B`` prompts in progress.
 
@@ -158,6 +53,7 @@ class Decoding:
         without_context: prefill of the prompts without their contexts, for decoders that look at it.
         keys: one number a row that its draws depend on; by default a hash of its prompt.
         graphs: recorded steps of earlier decodes with this backbone, to use again on a GPU.
+        chooser: takes scores ``(B, V)`` to tokens ``(B,)`` in place of what the settings say.
 
     Raises:
         FastMemError: when the decoder needs a prefill that is not given.
@@ -172,6 +68,7 @@ class Decoding:
         without_context: Prefill | None = None,
         keys: Sequence[int] | None = None,
         graphs: GraphPool | None = None,
+        chooser: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         backbone = prefill.backbone
         self.settings = settings
@@ -183,28 +80,20 @@ class Decoding:
         needed = [n for n in self.decoder.early_layers if n <= backbone.num_blocks - prefill.num_layers]
         if not set(needed) <= set(prefill.trunk_layers):
             raise FastMemError(f"decoder {decoder!r} looks at layers {needed}; give them to the prefill")
-        self.max_new_tokens = self.decoder.max_new_tokens or settings.max_new_tokens
         self._backbone = backbone
         self._prefills = [prefill] + ([without_context] if self.decoder.needs_without_context else [])
-        penalty = settings.repetition_penalty
         # What steps write to must not be made under a surrounding inference_mode: graphs outlive it.
-        on_gpu = backbone.device.type == "cuda"
         with backbone.on_device(), torch.inference_mode(False):
-            self._reader = Reader(len(prefill), on_gpu)
+            self._reader = Reader(len(prefill), backbone.device.type == "cuda")
             self._views = Views(backbone, prefill.num_layers, self.decoder, deltas)
-            self._chooser = TokenChooser(
-                settings,
-                self.decoder.repetition_penalty if penalty is None else penalty,
-                prefill.ids,
-                prefill.mask,
-                prefill.keys if keys is None else keys,
-                self.max_new_tokens,
-                self._views.tail.head_weight.shape[0],
-            )
-        self._graphs = (GraphPool() if graphs is None else graphs) if backbone.recordable else None
+            vocabulary = self._views.tail.head_weight.shape[0]
+            self._chooser = chooser or TokenChooser(self.decoder, prefill, keys, vocabulary)
+        recordable = backbone.recordable and chooser is None
+        self._graphs = (GraphPool() if graphs is None else graphs) if recordable else None
         self._name = decoder
         self._lease: Lease | None = None
-        self._count = 0
+        # Tokens that are still to be chosen.
+        self._left = self.decoder.max_new_tokens
         self._answers = AnswerRows(backbone, settings.stop, len(prefill))
         # Rows of the batch that are still being decoded.
         self._live = list(range(len(prefill)))
@@ -215,24 +104,23 @@ class Decoding:
         Raises:
             FastMemError: after the last of ``max_new_tokens``.
         """
-        if self._count >= self.max_new_tokens:
-            raise FastMemError(f"this decode has its {self.max_new_tokens} tokens; start another")
+        if not self._left:
+            limit = self.decoder.max_new_tokens
+            raise FastMemError(f"this decode has its {limit} tokens; start another")
         with self._backbone.on_device(), torch.inference_mode(False), torch.no_grad():
             if self._lease is None:
-                state = DecodeState.start(self._prefills, self._views, self._chooser, self.max_new_tokens)
+                state = DecodeState.start(self._prefills, self._views, self._chooser, self._left)
                 self._prefills = []
                 self._lease = self._borrow(state)
             else:
                 self._lease.step()
-            self._count += 1
-            read = self._reader.swap(self._lease.state.last)
-        if read is not None:
-            self._answers.add(self._live, *read)
+            self._left -= 1
+            self._answers.add(self._live, self._reader.swap(self._lease.state.last))
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do, as far as the host has seen."""
-        return self._count >= self.max_new_tokens or self._answers.ended(self._live)
+        return not self._left or self._answers.ended(self._live)
 
     def run(self) -> list[Generated]:
         """Decode to the end."""
@@ -241,7 +129,7 @@ class Decoding:
             self._drop_ended_rows()
         results = self.results()
         # Others may have the recorded steps.
-        self._lease, self._count = None, self.max_new_tokens
+        self._lease, self._left = None, 0
         return results
 
     def texts(self) -> Iterator[str]:
@@ -266,29 +154,25 @@ class Decoding:
 
     def results(self) -> list[Generated]:
         """The answers so far."""
-        read = self._reader.last()
-        if read is not None:
-            self._answers.add(self._live, *read)
-        rows = range(len(self._answers.tokens))
+        self._answers.add(self._live, self._reader.last())
         return [
-            Generated(
-                self._answers.tokens[row],
-                self._answers.text(row),
-                self.decoder.details(self._answers.notes[row]),
-            )
-            for row in rows
+            Generated(tokens, self._answers.text(row), self.decoder.details(notes))
+            for row, (tokens, notes) in enumerate(zip(self._answers.tokens, self.notes, strict=True))
         ]
 
     @property
-    def notes(self) -> list[list[int]]:
+    def notes(self) -> list[list[float]]:
         """The decoder's note to every token, by row."""
-        return self._answers.notes
+        note = self.decoder.note
+        if note is None or not note.is_floating_point():
+            return self._answers.notes
+        return [np.array(row, np.int64).view(np.float64).tolist() for row in self._answers.notes]
 
     def _borrow(self, state: DecodeState) -> Lease:
         if self._graphs is None:
             return Lease(state, state.step)
-        rooms = tuple(path.mask.shape[1] for path in state.paths)
-        early, without_memory = tuple(state.paths[0].early), self._views.deltas is None
+        rooms = tuple(sequences.mask.shape[1] for sequences in state.sequences)
+        early, without_memory = tuple(state.sequences[0].early), self._views.deltas is None
         # The tail is one of its backbone's, for one number of trained layers.
         key = (id(state.views.tail), self._name, self.settings, rooms, early, without_memory)
         return self._graphs.take(key, state)
@@ -296,13 +180,10 @@ class Decoding:
     def _drop_ended_rows(self) -> None:
         """Go on with the rows that have not ended, when they are so few that it pays."""
         live = [row for row in self._live if not self._answers.ended([row])]
-        shrinks = 2 * len(live) <= len(self._live)
-        left = self.max_new_tokens - self._count
-        if not (live and shrinks and left >= _PAYS_FROM["cpu" if self._graphs is None else "other"]):
+        pays = self._left >= _PAYS_FROM["cpu" if self._graphs is None else "other"]
+        if not (live and 2 * len(live) <= len(self._live) and pays):
             return
-        read = self._reader.last()
-        if read is not None:
-            self._answers.add(self._live, *read)
+        self._answers.add(self._live, self._reader.last())
         places = [self._live.index(row) for row in live]
         with self._backbone.on_device(), torch.inference_mode(False), torch.no_grad():
             state = self._lease.state.rows(torch.tensor(places, device=self._backbone.device))
@@ -312,3 +193,65 @@ class Decoding:
                 self._graphs = GraphPool()
             self._lease = self._borrow(state)
         self._live = live
+
+
+class Decoded(NamedTuple):
+    """Answers of a batch, and the seconds of the batch that they took."""
+
+    answers: list[Generated]
+    seconds: float
+    prefill_seconds: float
+
+
+def begin(
+    prefills: Prefills,
+    decoder: str,
+    settings: DecodingSettings,
+    deltas: Sequence[Delta] | None = None,
+    form: str = "prompt",
+    rows: int | None = None,
+    **options: Any,
+) -> Decoding:
+    """A decode to take step by step or as a stream; arguments as :func:`decode`."""
+    forms = DECODERS[decoder](settings, prefills.backbone).forms(form)
+    taken = [prefills.take(name) for name in forms]
+    if rows is not None:
+        taken = [prefill.expand(rows) for prefill in taken]
+    return Decoding(taken[0], decoder, settings, deltas, *taken[1:], **options)
+
+
+def decode(
+    prefills: Prefills,
+    decoder: str,
+    settings: DecodingSettings,
+    deltas: Sequence[Delta] | None = None,
+    form: str = "prompt",
+    part: str = "",
+    **options: Any,
+) -> Decoded:
+    """Answer a batch of prompts by one decoder: the way of all answers from token ids to texts.
+
+    Encode the prompts in every form that is read, share their :class:`Prefills` among the methods, and decode
+    by each::
+
+        prompts = {"prompt": [[1, 5, 7], [1, 9]], "without_context": [[1, 7], [1, 9]]}
+        prefills = Prefills(backbone, prompts, memory.num_layers, {"prompt": early_layers}, meter)
+        plain = decode(prefills, "greedy", settings)
+        tuned = decode(prefills, "cad", settings, memory.deltas)
+        seconds = (tuned.seconds + tuned.prefill_seconds) / len(tuned.answers)
+
+    A trunk pass counts in full for each method that reads it, whichever came first.
+
+    Args:
+        decoder, settings, deltas: as :class:`Decoding` takes them.
+        form: of the prompt that is answered.
+        part: names the decode in the meter's entries, such as the method.
+        options: ``rows``, how many memories answer a single prompt; ``keys`` and ``graphs`` of the decoding.
+    """
+    decoding = begin(prefills, decoder, settings, deltas, form, **options)
+    with prefills.measure("decode", part) as timing:
+        answers = decoding.run()
+        lengths = [len(answer.token_ids) for answer in answers]
+        timing.update(samples=len(answers), tokens=sum(lengths), steps=max(lengths))
+    prefill_seconds = sum(prefills.seconds[name] for name in decoding.decoder.forms(form))
+    return Decoded(answers, timing["seconds"], prefill_seconds)

@@ -19,10 +19,8 @@ class Method:
     """One way to answer.
 
     Attributes:
-        name: as in ``--model.methods``.
         memory: whether the context is memorized first.
         decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`.
-        description: one line for humans.
         prompt: which of the task's prompts it answers.
     """
 

@@ -15,7 +15,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from fastmem_pl.decoding.settings import DecodingSettings
+from fastmem_pl.decoding.decoders import Decoder
+from fastmem_pl.decoding.prefill import Prefill
 
 
 class TokenChooser:
@@ -25,37 +26,33 @@ class TokenChooser:
     does not depend on what else is in its batch, and no step waits for the host.
 
     Args:
-        settings: temperature, top_p, top_k and seed.
-        repetition_penalty: 1 for none.
-        ids: prompt tokens, ``(B, T)``.
-        mask: 1 on real tokens of ``ids``.
-        keys: one number a row, such as the sample's place in the data.
-        max_new_tokens: most draws of a row.
+        decoder: whose settings, penalty and number of tokens apply.
+        prefill: of the prompts, whose tokens count as said.
+        keys: one number a row, such as the sample's place in the data; by default a hash of the prompt.
         vocabulary: number of scores.
     """
 
     def __init__(
         self,
-        settings: DecodingSettings,
-        repetition_penalty: float,
-        ids: Tensor,
-        mask: Tensor,
-        keys: Sequence[int],
-        max_new_tokens: int,
+        decoder: Decoder,
+        prefill: Prefill,
+        keys: Sequence[int] | None,
         vocabulary: int,
     ) -> None:
-        self._penalty = repetition_penalty
+        settings, ids = decoder.settings, prefill.ids
+        self._penalty = decoder.repetition_penalty
         self._seen: Tensor | None = None
         self._uniform: Tensor | None = None
         self._step = torch.zeros(1, dtype=torch.long, device=ids.device)
         self._warp = LogitsProcessorList()
-        if repetition_penalty != 1:
+        if self._penalty != 1:
             # Fill tokens of shorter prompts must not count as said: the last token stands in for them.
-            said = torch.where(mask.bool(), ids, ids[:, -1:])
+            said = torch.where(prefill.mask.bool(), ids, ids[:, -1:])
             seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=ids.device)
             self._seen = seen.scatter_(1, said, True)
         if settings.temperature > 0:
-            draws = [np.random.default_rng([settings.seed, key]).random(max_new_tokens) for key in keys]
+            seeds = [[settings.seed, key] for key in (prefill.keys if keys is None else keys)]
+            draws = [np.random.default_rng(seed).random(decoder.max_new_tokens) for seed in seeds]
             self._uniform = torch.tensor(np.stack(draws), device=ids.device)
             self._warp.append(TemperatureLogitsWarper(float(settings.temperature)))
             if settings.top_k:

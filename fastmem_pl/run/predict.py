@@ -19,13 +19,12 @@ from fastmem_pl.decoding import (
     BASELINE,
     DECODERS,
     METHODS,
-    Decoding,
     DecodingSettings,
     Generated,
     GraphPool,
     Method,
-    Prefill,
-    PrefillCache,
+    Prefills,
+    decode,
     select_methods,
 )
 from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
@@ -164,42 +163,32 @@ class FastMemModule(LightningModule):
             memory = memory.to(self.backbone.compute_dtype)
         return memory, timing["seconds"] / len(batch)
 
-    def prefills(self, encoded: Sequence[EncodedSample]) -> PrefillCache:
+    def prefills(self, encoded: Sequence[EncodedSample]) -> Prefills:
         """The trunk's passes over the prompts, one for each form, made when a method needs it."""
-        num_layers = self.memorization.num_layers
-        return PrefillCache(
-            lambda form: Prefill(
-                self.backbone, [s.prompts[form] for s in encoded], num_layers, self.early_layers(form)
-            ),
-            self.meter,
-        )
+        forms = list(encoded[0].prompts)
+        prompts = {form: [sample.prompts[form] for sample in encoded] for form in forms}
+        early = {form: self.early_layers(form) for form in forms}
+        return Prefills(self.backbone, prompts, self.memorization.num_layers, early, self.meter)
 
     def answer(
-        self, batch: Sequence[ContextSample], method: Method, memory: Memory | None, prefills: PrefillCache
+        self, batch: Sequence[ContextSample], method: Method, memory: Memory | None, prefills: Prefills
     ) -> tuple[list[Generated], float]:
         """Answer a batch by one method.
 
         Returns:
             an answer for each sample, and the seconds for each, its share of the prompts' pass included.
         """
-        forms = [method.prompt]
-        if self._decoders[method.name].needs_without_context:
-            forms.append("without_context")
-        prompts, *without_context = (prefills.take(form) for form in forms)
-        with self.meter.measure("decode", part=method.name, samples=len(batch)) as timing:
-            answers = Decoding(
-                prompts,
-                method.decoder,
-                self.decoding,
-                memory and memory.deltas,
-                *without_context,
-                keys=[sample.index for sample in batch],
-                graphs=self.graphs,
-            ).run()
-            lengths = [len(answer.token_ids) for answer in answers]
-            timing.update(tokens=sum(lengths), steps=max(lengths))
-        seconds = timing["seconds"] + sum(prefills.seconds[form] for form in forms)
-        return answers, seconds / len(batch)
+        answers, seconds, prefill_seconds = decode(
+            prefills,
+            method.decoder,
+            self.decoding,
+            memory and memory.deltas,
+            method.prompt,
+            method.name,
+            keys=[sample.index for sample in batch],
+            graphs=self.graphs,
+        )
+        return answers, (seconds + prefill_seconds) / len(batch)
 
     def record(
         self,
@@ -338,8 +327,7 @@ class FastMemModule(LightningModule):
         forms = {method.prompt for method in self.methods}
         if any(decoder.needs_without_context for decoder in decoders):
             forms.add("without_context")
-        limits = [decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders]
-        self.longest_answer = max(limits)
+        self.longest_answer = max(decoder.max_new_tokens for decoder in decoders)
         self.encoder = SampleEncoder(self.memorizer, self.longest_answer, forms)
         self._encoded: list[tuple[ContextSample, EncodedSample]] = []
 

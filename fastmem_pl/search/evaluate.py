@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.data import ContextSample
-from fastmem_pl.decoding import BASELINE, METHODS, Decoding, Method, Prefill, PrefillCache, SharedPrefill
-from fastmem_pl.memory import ContextReader, Memory, footprint_of, usable_bytes
+from fastmem_pl.decoding import BASELINE, METHODS, Method, Prefills, decode
+from fastmem_pl.memory import ContextReader, Footprint, Memory, usable_bytes
 from fastmem_pl.run.encoding import EncodedSample
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.search.grid import DECODER_AXES, Point
@@ -38,22 +38,24 @@ class SampleSearch:
     def __init__(self, model: FastMemModule, sample: ContextSample, method: Method, exact: bool) -> None:
         self._model, self._sample, self._method, self._exact = model, sample, method, exact
         self._encoded: EncodedSample = model.encoder(sample)
-        settings = model.memorization
-        self._prefills = PrefillCache(
-            lambda form: Prefill(
-                model.backbone, [self._encoded.prompts[form]], settings.num_layers, model.early_layers(form)
-            ),
+        settings = model.settings
+        self._prefills = Prefills(
+            model.backbone,
+            {form: [prompt] for form, prompt in self._encoded.prompts.items()},
+            settings.num_layers,
+            {form: model.early_layers(form) for form in self._encoded.prompts},
             model.meter,
         )
         self._reader: ContextReader | None = None
         # What all points have in common is shared out among them: seconds of the context's pass.
         self._reading, self._num_rows, self._num_points = 0.0, 1, 1
-        self._footprint = footprint_of(model.backbone, settings)
+        self._footprint = Footprint.of(model.backbone, settings)
 
     @property
     def loss_error(self) -> float | None:
         """Largest error of the sampled loss that was seen, in nats a token; ``None`` without a check."""
-        return None
+        errors = self._reader.errors if self._reader else []
+        return max(map(abs, errors), default=None)
 
     def zero_shot(self) -> Record:
         """The record of the base model.
@@ -120,7 +122,7 @@ class SampleSearch:
             return records
         if records:
             progress(-len(records))
-        if len(rows) == 1 or not self._model.auto_batch:
+        if len(rows) == 1 or not self._model.hparams.auto_batch:
             raise self._too_large()
         log.warning("out of memory with %d settings at once; trying %d", len(rows), len(rows) // 2)
         half = len(rows) // 2
@@ -128,22 +130,21 @@ class SampleSearch:
 
     def _too_large(self) -> OutOfMemoryError:
         return OutOfMemoryError(
-            f"out of memory with one point of sample {self._sample.id}; lower "
-            "--model.memorize.max_context_tokens or use --trainer.precision bf16-true; what is done stays, "
-            "and the same command goes on from there"
+            f"out of memory with one point of sample {self._sample.id}; lower --model.max_context_tokens or "
+            "use --trainer.precision bf16-true; what is done stays, and the same command goes on from there"
         )
 
     def _evaluate(self, rows: Sequence[Sequence[Point]]) -> Iterator[list[Record]]:
         """Records by number of steps, as the rows' common fit comes by."""
         model = self._model
         settings = [
-            replace(model.memorization, learning_rate=row[0]["learning_rate"], kl_coeff=row[0]["kl_coeff"])
+            replace(model.settings, learning_rate=row[0]["learning_rate"], kl_coeff=row[0]["kl_coeff"])
             for row in rows
         ]
         stops = sorted({point["steps"] for row in rows for point in row})
         with model.meter.measure("memorize") as timing:
             if self._reader is None:
-                self._reader = ContextReader(model.memorizer, self._encoded.context)
+                self._reader = ContextReader(model.memorizer, self._encoded.context, not self._exact)
         self._reading += timing["seconds"]
         snapshots, memorize = self._reader.snapshots(settings, stops), 0.0
         for _ in stops:
@@ -178,26 +179,18 @@ class SampleSearch:
     ) -> tuple[Sequence[Any], float]:
         """Answers of ``count`` rows to the one prompt, and the seconds that they took."""
         model = self._model
-        forms: Iterable[str] = [method.prompt]
-        if model.decoder_of(method).needs_without_context:
-            forms = [method.prompt, "without_context"]
-        prompts = [self._prefills.take(form) for form in forms]
-        with model.meter.measure("decode") as timing:
-            answers = Decoding(
-                *self._shared(prompts[:1], count),
-                method.decoder,
-                replace(model.decoding, **decoder_settings),
-                memory and memory.to(model.backbone.compute_dtype).deltas,
-                *self._shared(prompts[1:], count),
-                keys=[self._sample.index] * count,
-                # A pool holds graphs for one number of rows, and that of the points is the frequent one.
-                graphs=model.graphs if count > 1 else None,
-            ).run()
-        return answers, timing["seconds"]
-
-    @staticmethod
-    def _shared(prompts: Sequence[Prefill], count: int) -> list[Prefill | SharedPrefill]:
-        return [SharedPrefill(prompt, count) if count > 1 else prompt for prompt in prompts]
+        answers, seconds, _ = decode(
+            self._prefills,
+            method.decoder,
+            replace(model.decoding, **decoder_settings),
+            memory and memory.to(model.backbone.compute_dtype).deltas,
+            method.prompt,
+            rows=count,
+            keys=[self._sample.index] * count,
+            # A pool holds graphs for one number of rows, and that of the points is the frequent one.
+            graphs=model.graphs if count > 1 else None,
+        )
+        return answers, seconds
 
     def _record(
         self,

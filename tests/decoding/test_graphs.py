@@ -5,11 +5,13 @@ Recording a step needs a GPU (test_cuda.py); here, recorded steps are stood in f
 
 import pytest
 import torch
+from decodes import DECODER_NAMES, STRONG
+from decodes import start as start_decoding
 
 from fastmem_pl import Memorizer
-from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, graphs, loop
+from fastmem_pl.decoding import GraphPool, graphs, loop
 
-STRONG = {"steps": 5, "learning_rate": 3e-3}
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3}
 TEXTS = ["Who?", "A much longer question about what stands where, and why?", "x", "Why not?"]
 
@@ -23,11 +25,10 @@ def recorded(monkeypatch):
 
 
 def start(backbone, texts, decoder, memory, pool=None, keys=None, tokens=9, **settings):
-    settings = DecodingSettings(max_new_tokens=tokens, dola_layers=(0, 1, 2), **settings)
-    layers = memory.num_layers if memory else 1
-    prefill = Prefill(backbone, [backbone.chat.prompt(text) for text in texts], layers, (0, 1, 2))
-    bare = Prefill(backbone, [backbone.chat.prompt("Why?")] * len(texts), layers)
-    decoding = Decoding(prefill, decoder, settings, memory and memory.deltas, bare, keys)
+    bare = ["Why?"] * len(texts)
+    decoding = start_decoding(
+        backbone, decoder, memory, texts, bare, keys=keys, max_new_tokens=tokens, **settings
+    )
     decoding._graphs = pool
     return decoding
 
@@ -38,7 +39,7 @@ def ids(generated):
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("settings", [{}, SAMPLED])
-@pytest.mark.parametrize("decoder", ["greedy", "cd", "cad", "dola"])
+@pytest.mark.parametrize("decoder", DECODER_NAMES)
 def test_a_kept_state_forgets_the_batch_before(tiny, contexts, recorded, decoder, settings, num_layers):
     memorizer = Memorizer(tiny, num_layers=num_layers, **STRONG)
     one, other = memorizer(contexts[:2]), memorizer(contexts[2:])
@@ -99,7 +100,7 @@ def test_another_batch_size_drops_the_states(tiny, recorded):
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("settings", [{}, SAMPLED])
-@pytest.mark.parametrize("decoder", ["greedy", "cd", "cad", "dola"])
+@pytest.mark.parametrize("decoder", DECODER_NAMES)
 def test_rows_that_ended_leave_and_change_nothing(tiny, contexts, monkeypatch, decoder, settings, num_layers):
     memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts)
     settings = {**settings, "tokens": 40}

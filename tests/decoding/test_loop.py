@@ -1,197 +1,212 @@
-"""Decoding: generate's tokens without memory, a merged model's tokens with one, row by row."""
-
-import copy
+"""The loop around decoders: draws, ends of answers, and prefills that decodes share."""
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
+from conftest import CONTEXTS
+from decodes import BARE, DECODER_NAMES, PROMPTS, SAMPLED, STRONG, start, token_ids
 
-from fastmem_pl import Backbone, Memorizer, answer, stream_answer
-from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill, PromptCache
+from fastmem_pl import Backbone, DecodingSettings, FastMemError, Memorizer
+from fastmem_pl.base.phases import PhaseMeter
+from fastmem_pl.decoding import DECODERS, Decoding, Prefill, Prefills, decode
+from fastmem_pl.decoding.sampling import draw
 
-PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
-STRONG = {"steps": 5, "learning_rate": 3e-3}
-
-
-def decode(prefill, decoder, deltas, tokens, **settings):
-    """Token ids of every row."""
-    decoding = Decoding(prefill, decoder, DecodingSettings(max_new_tokens=tokens, **settings), deltas)
-    return [generated.token_ids for generated in decoding.run()]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def generate(model, prompt, tokens):
-    """transformers' own greedy decoding of one prompt."""
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens
-    )
-    return output[0, len(prompt) :].tolist()
+def test_draws_follow_the_distribution():
+    scores = torch.tensor([2.0, 0.0, 1.0, -torch.inf]).expand(20_000, 4)
+    tokens = draw(scores, torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    shares = tokens.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(shares, scores[0].softmax(0), atol=0.015, rtol=0)
+    assert shares[3] == 0
 
 
-def merged(backbone, memory, row):
-    """A copy of the model whose weights hold one memory."""
-    model = copy.deepcopy(backbone.model)
-    blocks = model.model.layers[-memory.num_layers :]
-    for block, deltas in zip(blocks, memory.deltas, strict=True):
-        for name, delta in deltas.items():
-            getattr(block.mlp, f"{name}_proj").weight.data += delta[row]
-    return model
+def test_draws_depend_on_seed_and_key_alone(tiny):
+    settings = {"temperature": 2.0, "max_new_tokens": 12}
+    same = [token_ids(tiny, **settings) for _ in range(2)]
+    assert same[0] == same[1]
+    assert token_ids(tiny, seed=1, **settings) != same[0]
+    twice = token_ids(tiny, prompts=PROMPTS[:1] * 2, keys=[5, 6], **settings)
+    assert twice[0] != twice[1]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
-def test_zero_shot_is_generate(make_tiny, family):
-    backbone = make_tiny(family)
-    prompts = [backbone.chat.prompt(text) for text in PROMPTS]
-    found = decode(Prefill(backbone, prompts), "greedy", None, 12)
-    assert found == [generate(backbone.model, prompt, 12) for prompt in prompts]
+@pytest.mark.parametrize("decoder", DECODER_NAMES)
+def test_top_k_of_one_and_a_tiny_top_p_are_greedy(tiny, decoder):
+    greedy = token_ids(tiny, decoder)
+    assert token_ids(tiny, decoder, temperature=3.0, top_k=1) == greedy
+    assert token_ids(tiny, decoder, temperature=3.0, top_p=1e-6) == greedy
+    assert token_ids(tiny, decoder, temperature=3.0) != greedy
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_memory_is_the_merged_model(tiny, contexts, num_layers):
-    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
-    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
-    before = snapshot(tiny)
-    found = decode(Prefill(tiny, prompts, num_layers), "greedy", memory.deltas, 12)
-    base = decode(Prefill(tiny, prompts, num_layers), "greedy", None, 12)
-    assert_untouched(tiny, before)
-    assert found == [generate(merged(tiny, memory, row), p, 12) for row, p in enumerate(prompts)]
-    assert found != base
+@pytest.mark.parametrize("decoder", DECODER_NAMES)
+def test_stop_texts_and_limits_end_an_answer(tiny, decoder):
+    free = start(tiny, decoder, max_new_tokens=12).run()
+    stop = free[1].text[3:5]
+    assert len(stop) == 2
+    stopped = start(tiny, decoder, max_new_tokens=12, stop=(stop, "not there at all")).run()
+    for before, after in zip(free, stopped, strict=True):
+        assert len(before.token_ids) == 12 or before.token_ids[-1] in tiny.stop_ids
+        assert after.text == before.text.split(stop)[0]
+        assert before.token_ids[: len(after.token_ids)] == after.token_ids
+        assert sum(after.details.get("dola_layers", {"": len(after.token_ids)}).values()) == len(
+            after.token_ids
+        )
+    assert len(stopped[1].token_ids) < len(free[1].token_ids)
+    assert token_ids(tiny, decoder, max_new_tokens=2) == [generated.token_ids[:2] for generated in free]
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_contrast_is_the_formula_on_two_models(tiny, contexts, num_layers):
-    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
-    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
-    found = decode(Prefill(tiny, prompts, num_layers), "cd", memory.deltas, 8, alpha=0.8)
-    for row, prompt in enumerate(prompts):
-        tuned, ids = merged(tiny, memory, row), list(prompt)
-        for _ in range(8):
-            after = tuned(input_ids=torch.tensor([ids])).logits[0, -1]
-            before = tiny.model(input_ids=torch.tensor([ids])).logits[0, -1]
-            ids.append(int((1.8 * after - 0.8 * before).argmax()))
-            if ids[-1] in tiny.stop_ids:
-                break
-        assert found[row] == ids[len(prompt) :]
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_alpha_zero_is_greedy(make_tiny, contexts, precision, num_layers):
-    tiny = make_tiny(precision=precision)
-    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
-    prefill = Prefill(tiny, [tiny.chat.prompt(text) for text in PROMPTS], num_layers)
-    greedy = decode(prefill, "greedy", memory.deltas, 12)
-    assert decode(prefill, "cd", memory.deltas, 12, alpha=0.0) == greedy
-
-
-def test_contrast_without_memory_is_the_base(tiny):
-    prefill = Prefill(tiny, [tiny.chat.prompt(text) for text in PROMPTS])
-    assert decode(prefill, "cd", None, 12, alpha=0.5) == decode(prefill, "greedy", None, 12)
-
-
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_batch_is_one_by_one_and_methods_do_not_disturb_each_other(tiny, contexts, num_layers):
-    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
-    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
-    prefill = Prefill(tiny, prompts, num_layers)
-    for decoder in ("greedy", "cd", "greedy"):
-        together = decode(prefill, decoder, memory.deltas, 12)
-        for row, prompt in enumerate(prompts):
-            alone = Prefill(tiny, [prompt], num_layers)
-            assert decode(alone, decoder, memory.rows([row]).deltas, 12) == [together[row]]
-
-
-def test_stops_after_the_end_token(tiny):
-    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
-    prefill = Prefill(tiny, prompts)
-    free = decode(prefill, "greedy", None, 12)
+def test_stops_after_the_end_token(make_tiny):
+    tiny = make_tiny()
+    free = token_ids(tiny, max_new_tokens=12)
     tiny.model.generation_config.eos_token_id = [free[0][2], tiny.tokenizer.eos_token_id]
-    try:
-        stopped = decode(prefill, "greedy", None, 12)
-    finally:
-        tiny.model.generation_config.eos_token_id = tiny.tokenizer.eos_token_id
-    first = free[0].index(free[0][2])
-    assert stopped[0] == free[0][: first + 1]
+    assert token_ids(tiny, max_new_tokens=12)[0] == free[0][: free[0].index(free[0][2]) + 1]
 
 
-def test_answers_from_python(tiny, contexts):
-    memory = Memorizer(tiny, **STRONG)(contexts[:1])
-    together = answer(tiny, ["a?", "b?"], contexts[0], memory, "cd", 6, answer_prefix="So")
-    assert together == [
-        answer(tiny, q, contexts[0], memory, "cd", 6, answer_prefix="So")[0] for q in ("a?", "b?")
-    ]
-    assert all(text.startswith("So") for text in together)
+@pytest.fixture
+def saying(tiny, monkeypatch):
+    """Make the tiny model say given tokens to one prompt."""
+
+    def make(text, **settings):
+        said = iter([*tiny.tokenizer(text).input_ids, tiny.stop_ids[0]])
+        scores = torch.zeros(1, 259)
+        monkeypatch.setattr("fastmem_pl.decoding.state.Views.logits", lambda self, *inputs: None)
+        monkeypatch.setattr("fastmem_pl.decoding.Greedy.scores", lambda self, logits: scores)
+        chooser = lambda scores: torch.tensor([next(said)])  # noqa: E731
+        return Decoding(Prefill(tiny, [[1]]), "greedy", DecodingSettings(**settings), chooser=chooser)
+
+    return make
 
 
-def test_one_text_is_one_context(tiny):
-    assert len(Memorizer(tiny, steps=1)("hello")) == 1
+def test_a_stop_text_may_be_a_control_token(saying):
+    (free,) = saying("so <|im_start|> on").run()
+    assert free.text == "so  on"
+    (stopped,) = saying("so <|im_start|> on", stop=("<|im_start|>", "zzz")).run()
+    assert stopped.text == "so "
+    assert len(stopped.token_ids) == 4
 
 
-def test_answer_refuses_what_does_not_match(tiny, make_tiny, contexts):
-    memory = Memorizer(tiny, steps=1)(contexts[:2])
-    with pytest.raises(FastMemError, match="3 questions but 2 memories"):
-        answer(tiny, ["a", "b", "c"], memory=memory)
-    with pytest.raises(FastMemError, match="1 questions but 2 contexts"):
-        answer(tiny, "a", contexts[:2])
-    with pytest.raises(FastMemError, match="the memory belongs to another model: its fingerprint is"):
-        answer(make_tiny(seed=3), "a", memory=memory.rows([0]))
-    with pytest.raises(FastMemError, match=r"decoder: 'gready' is unknown; .* did you mean 'greedy'"):
-        answer(tiny, "a", decoder="gready")
-    with pytest.raises(FastMemError, match="'cd' contrasts a memory with the base model; give a memory"):
-        answer(tiny, "a", decoder="cd")
-    with pytest.raises(FastMemError, match=r"prompt and answer take \d+ tokens, allowed: 2048"):
-        answer(tiny, "a" * 3000)
+@pytest.mark.parametrize("stop", ["aé", "é", "é and", "d m"])
+def test_a_stop_text_of_many_bytes_does_not_leak_its_start(saying, stop):
+    text = "xyaé and more"
+    assert "".join(saying(text, stop=(stop,)).texts()) == text.split(stop)[0]
+    assert saying(text, stop=(stop,)).run()[0].text == text.split(stop)[0]
+
+
+def test_what_a_decoding_lacks_is_said(tiny):
+    prefill = Prefill(tiny, [[1, 2]])
+    with pytest.raises(FastMemError, match="'cad' contrasts with the prompt without its context"):
+        Decoding(prefill, "cad", DecodingSettings())
+    with pytest.raises(FastMemError, match=r"'dola' looks at layers \[0, 2\]; give them to the prefill"):
+        Decoding(prefill, "dola", DecodingSettings(dola_layers="high"))
+    with pytest.raises(FastMemError, match="only a single answer can be streamed, not 2"):
+        next(Decoding(Prefill(tiny, [[1], [2]]), "greedy", DecodingSettings()).texts())
+    decoding = Decoding(prefill, "greedy", DecodingSettings(max_new_tokens=1))
+    decoding.step()
+    with pytest.raises(FastMemError, match="this decode has its 1 tokens; start another"):
+        decoding.step()
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_methods_share_prefills_and_do_not_disturb_each_other(tiny, contexts, monkeypatch, num_layers):
+    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
+    ids = [[tiny.chat.prompt(text) for text in texts] for texts in (PROMPTS, PROMPTS[::-1], BARE)]
+    forms = dict(zip(("prompt", "one_shot", "without_context"), ids, strict=True))
+    settings = DecodingSettings(max_new_tokens=8, dola_layers=(0, 1, 2))
+    prefills_made, run_trunk = [], Backbone.run_trunk
+
+    def counted(self, num_layers, input_ids, *args, **kwargs):
+        prefills_made.extend([input_ids.shape] if input_ids.shape[1] > 1 else [])
+        return run_trunk(self, num_layers, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Backbone, "run_trunk", counted)
+    meter = PhaseMeter(tiny.device, [])
+    early = dict.fromkeys(("prompt", "one_shot"), DECODERS["dola"](settings, tiny).early_layers)
+    prefills = Prefills(tiny, forms, num_layers, early, meter)
+    expected = {name: token_ids(tiny, name, memory, num_layers=num_layers) for name in DECODER_NAMES}
+    prefills_made.clear()
+    for decoder in ("cad", "greedy", "cd", "greedy", "dola", "cad"):
+        found = decode(prefills, decoder, settings, memory.deltas, part=decoder)
+        assert [generated.token_ids for generated in found.answers] == expected[decoder]
+        read = ["prompt", "without_context"] if decoder == "cad" else ["prompt"]
+        assert found.prefill_seconds == sum(prefills.seconds[form] for form in read) > 0
+        assert found.seconds > 0
+    assert len(prefills_made) == 2
+    last = meter.calls[-1]
+    assert (last.phase, last.part, last.samples) == ("decode", "cad", 3)
+    assert (last.tokens, last.steps) == (sum(map(len, expected["cad"])), max(map(len, expected["cad"])))
+    # Of the forms with contexts one is kept at a time.
+    for form, made in (("one_shot", 3), ("one_shot", 3), ("prompt", 4)):
+        decode(prefills, "cad", settings, memory.deltas, form)
+        assert len(prefills_made) == made
+
+
+RATES = (1e-5, 3e-3, 1e-2, 1e-2, 3e-2)
+QUESTION = "Who did what, and where?"
+
+
+@pytest.fixture(scope="module")
+def rows(make_tiny):
+    """A model and memories of one context, rows of different strength on it; two of them alike."""
+
+    def make(family="llama", num_layers=1):
+        backbone = make_tiny(family, seed=1)
+        fit = [Memorizer(backbone, steps=8, num_layers=num_layers, learning_rate=rate) for rate in RATES]
+        memories = [memorizer(CONTEXTS[2]) for memorizer in fit]
+        return backbone, type(memories[0]).stack(memories)
+
+    return make
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("family", "decoder", "given", "num_layers"),
     [
-        ({"max_new_tokens": 0}, r"model\.max_new_tokens: 0 is out of range; allowed: at least 1"),
-        ({"alpha": -1.0}, r"model\.alpha: -1.0 is out of range; allowed: 0 or above"),
+        *((family, "greedy", SAMPLED, 1) for family in ("llama", "gemma2", "gpt2", "mistral")),
+        ("llama", "greedy", {}, 2),
+        ("llama", "cd", {"alpha": 0.7}, 1),
+        ("gemma2", "cad", {"alpha": 0.7}, 1),
+        ("mistral", "dola", {}, 1),
     ],
 )
-def test_decoding_settings_out_of_range(settings, message):
-    with pytest.raises(FastMemError, match=message):
-        DecodingSettings(**settings)
+def test_many_memories_on_one_prompt(rows, family, decoder, given, num_layers):
+    """They answer as with a prompt of its own for each, and rows that end leave the others as they were."""
+    backbone, memory = rows(family, num_layers)
+
+    def run(expanded, stop=()):
+        prompt, bare = (
+            Prefill(backbone, [backbone.chat.prompt(text)] * (1 if expanded else 5), num_layers, (0, 1, 2))
+            for text in (QUESTION, "Who?")
+        )
+        if expanded:
+            prompt, bare = prompt.expand(5), bare.expand(5)
+        settings = {"max_new_tokens": 24, "stop": stop, **given}
+        return start(backbone, decoder, memory, prompt, bare, num_layers, range(5), **settings).run()
+
+    first = run(True)
+    assert first == run(False)
+    assert len({tuple(generated.token_ids) for generated in first}) > 1, "all rows said the same"
+    stop = tuple(generated.text[2:4] for generated in first if len(generated.text) > 6)[:2]
+    found = run(True, stop)
+    assert found == run(False, stop)
+    assert found != first
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
-@pytest.mark.parametrize(("decoder", "num_layers"), [("greedy", 1), ("cd", 1), ("dola", 1), ("cd", 2)])
-def test_a_prompt_that_goes_on_from_an_earlier_one_is_the_prompt(
-    make_tiny, contexts, family, decoder, num_layers
-):
-    if family == "gemma3_text" and num_layers == 2:
-        pytest.skip("its upper blocks have an attention of their own")
-    backbone = make_tiny(family)
-    memory = Memorizer(backbone, steps=3, learning_rate=1e-2, num_layers=num_layers)(contexts[0])
-    seen = PromptCache()
-    settings = {"max_new_tokens": 8, "repetition_penalty": 1.0}
-    # Alike but for the question, longer, shorter, the same again, and another altogether.
-    for context, question in (
-        (contexts[3], "Who?"),
-        (contexts[3], "Who crosses them, and where to?"),
-        (contexts[3], "W"),
-        (contexts[3], "W"),
-        (contexts[1], "Who?"),
-    ):
-        arguments = (backbone, question, context, memory, decoder)
-        pieces = stream_answer(*arguments, prompts=seen, **settings)
-        assert "".join(pieces) == "".join(stream_answer(*arguments, **settings))
-
-
-def test_what_prompts_share_is_read_once(tiny, contexts, monkeypatch):
-    read, run = [], Backbone.run_trunk
-
-    def counted(self, num_layers, input_ids, *args, **kwargs):
-        read.append(input_ids.shape[1])
-        return run(self, num_layers, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(Backbone, "run_trunk", counted)
-    seen = PromptCache()
-    for question in ("Who is it?", "Who was it?"):
-        list(stream_answer(tiny, question, contexts[3], prompts=seen, max_new_tokens=1))
-    assert len(read) == 2
-    # From the letter on in which the questions differ, to the end of the turn.
-    end = tiny.tokenizer(tiny.chat.pieces.user_end, add_special_tokens=False).input_ids
-    assert read[1] == len("was it?") + len(end)
+def test_the_trunk_runs_once_for_rows_that_agree(rows, monkeypatch):
+    backbone, memory = rows()
+    memory = memory.rows([0, 0, 0, 4, 4])
+    batches, run_trunk = [], Backbone.run_trunk
+    monkeypatch.setattr(
+        Backbone,
+        "run_trunk",
+        lambda self, k, ids, *rest: batches.append(len(ids)) or run_trunk(self, k, ids, *rest),
+    )
+    prefill = Prefill(backbone, [backbone.chat.prompt(QUESTION)])
+    layers = [layer for layer in prefill.cache.layers if layer.is_initialized]
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
+    settings = DecodingSettings(max_new_tokens=12)
+    first, again = (Decoding(prefill.expand(5), "greedy", settings, memory.deltas).run() for _ in range(2))
+    assert first == again
+    assert len({tuple(generated.token_ids) for generated in first}) == 2, "the memories do not differ"
+    assert set(batches) == {1, 2}
+    for layer, (keys, values) in zip(layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)

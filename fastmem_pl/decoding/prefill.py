@@ -1,0 +1,205 @@
+"""The trunk's pass over prompts, and the sequences that grow from it token by token.
+
+The trunk and its KV cache are the same with and without memories, so methods share them.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from fastmem_pl.backbone import Backbone, FixedCache, TailInputs, room_for
+from fastmem_pl.backbone.padding import pad
+from fastmem_pl.base.phases import PhaseMeter
+
+
+class Prefill:
+    """The trunk's pass over a batch of prompts, from which several decodes continue.
+
+    Args:
+        backbone: the frozen model.
+        prompts: token ids of ``B`` prompts.
+        num_layers: trained layers of the memories that will be used.
+        early_layers: numbers of the hidden states that decoders will look at.
+        earlier: prefill of a prompt that began alike, which is used up: its KV cache becomes this one's.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompts: Sequence[Sequence[int]],
+        num_layers: int = 1,
+        early_layers: Sequence[int] = (),
+        earlier: Prefill | None = None,
+    ) -> None:
+        self.backbone, self.num_layers = backbone, num_layers
+        # Those above the first trained block depend on the memory and come from the tail.
+        self.trunk_layers = [n for n in early_layers if n <= backbone.num_blocks - num_layers]
+        self.ids, self.mask = pad(prompts, backbone.pad_id, "left", backbone.device)
+        self.keys = [zlib.crc32(" ".join(map(str, prompt)).encode()) for prompt in prompts]
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.next_position = positions[:, -1:] + 1
+        self.cache, known = self._beginning(earlier)
+        # Filled by the blocks above the first trained FFN; empty for one trained layer.
+        self.inputs = backbone.run_trunk(
+            num_layers, self.ids[:, known:], self.mask, positions[:, known:], self.cache, self.trunk_layers
+        ).last()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def expand(self, rows: int) -> Prefill:
+        """The prefill of one prompt as that of ``rows`` equal ones, each with a memory of its own."""
+        twin = copy.copy(self)
+        twin.ids, twin.mask = (t.expand(rows, -1) for t in (self.ids, self.mask))
+        twin.keys, twin.inputs = self.keys * rows, self.inputs.expand(rows)
+        return twin
+
+    def _beginning(self, earlier: Prefill | None) -> tuple[Cache, int]:
+        """A KV cache, and how many tokens of the prompt it holds already."""
+        # Blocks above a trained FFN need all of the prompt's hidden states, and windows slide on.
+        fits = earlier is not None and earlier.cache is not None and earlier.backbone is self.backbone
+        fits = fits and len(earlier) == len(self) == self.num_layers == 1
+        if not (fits and all(type(layer) is DynamicLayer for layer in earlier.cache.layers)):
+            return self.backbone.new_cache(), 0
+        width = min(self.ids.shape[1] - 1, earlier.ids.shape[1])
+        same = self.ids[0, :width] == earlier.ids[0, :width]
+        known = int(same.int().cumprod(0).sum())
+        cache, earlier.cache = earlier.cache, None
+        if known < cache.get_seq_length():
+            # A positive number has other meanings in other versions.
+            cache.crop(known - cache.get_seq_length())
+        return cache, known
+
+
+class PromptCache(dict[str, Prefill]):
+    """The last prompt's prefill by form of the prompt; the next one's pass begins where the two differ.
+
+    Questions about one text share all that comes before the question.
+    """
+
+
+class Prefills:
+    """The prefills of a batch by form of the prompt, made when they are first needed.
+
+    Of the forms with contexts only the last one used is kept, as their KV caches are large.
+
+    Args:
+        backbone, num_layers: as :class:`Prefill` takes them; prompts and early_layers as well, by form.
+        meter: measures each pass, as part of decoding.
+        cache: prefills of a single earlier prompt, which are used up.
+
+    Attributes:
+        seconds: of each form's pass; 0 without a meter.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompts: Mapping[str, Sequence[Sequence[int]]],
+        num_layers: int = 1,
+        early_layers: Mapping[str, Sequence[int]] | None = None,
+        meter: PhaseMeter | None = None,
+        cache: PromptCache | None = None,
+    ) -> None:
+        self.backbone, self._prompts, self._num_layers = backbone, prompts, num_layers
+        self._early_layers, self._meter, self._cache = early_layers or {}, meter, cache
+        self._kept: dict[str, Prefill] = {}
+        self.seconds: dict[str, float] = {}
+
+    def take(self, form: str) -> Prefill:
+        """The prefill of one form."""
+        if form not in self._kept:
+            if form != "without_context":
+                self._kept = {name: p for name, p in self._kept.items() if name == "without_context"}
+            prompts, early = self._prompts[form], self._early_layers.get(form, ())
+            earlier = None if self._cache is None else self._cache.pop(form, None)
+            with self.measure("prefill", form) as timing:
+                made = Prefill(self.backbone, prompts, self._num_layers, early, earlier)
+                timing.update(samples=len(prompts), tokens=sum(map(len, prompts)))
+            if self._cache is not None:
+                self._cache[form] = made
+            self._kept[form], self.seconds[form] = made, timing["seconds"]
+        return self._kept[form]
+
+    def measure(self, name: str, part: str) -> AbstractContextManager[dict[str, float]]:
+        """Measure a part of decoding; see :meth:`~fastmem_pl.base.phases.PhaseMeter.measure`."""
+        if self._meter is None:
+            return nullcontext({"seconds": 0.0})
+        return self._meter.measure("decode", name, part)
+
+
+class SequenceState:
+    """One sequence a row that grows token by token from a prefill, which stays as it was.
+
+    Attributes:
+        early: numbers of the hidden states that the trunk hands over.
+        cache: keys and values of the trunk's blocks.
+        mask: 1 on slots that hold a token, ``(B, room)``.
+        position: slot of the next token, ``(1,)``.
+        place: its position in the row's text, ``(B, 1)``.
+        branch: trunk row of each row, ``(R,)``, where many memories answer one prompt: the trunk depends on
+            none, so rows share it until their tokens differ, and ``B`` above counts the branches.
+    """
+
+    def __init__(self, prefill: Prefill, max_new_tokens: int) -> None:
+        self.backbone, self.num_layers = prefill.backbone, prefill.num_layers
+        self.early = prefill.trunk_layers
+        self.length = prefill.mask.shape[1]
+        room, rows = room_for(self.length + max_new_tokens), len(prefill.next_position)
+        self.position = torch.tensor([self.length], device=prefill.mask.device)
+        self.mask = F.pad(prefill.mask[:rows], (0, room - self.length))
+        self.place = prefill.next_position.clone()
+        self.cache = FixedCache.continuing(prefill.cache, room, self.position, self.length)
+        self.branch: Tensor | None = None
+        if len(prefill) > rows:
+            first = self.position.new_zeros(len(prefill))
+            # To see which rows agree, the host of a GPU would have to wait for each token. Blocks above a
+            # trained FFN keep keys and values by row.
+            if self.backbone.device.type == "cpu" and self.num_layers == 1:
+                self.branch = first
+            else:
+                self._select(first)
+
+    def read(self, tokens: Tensor) -> TailInputs:
+        """Run the trunk on one token of every row, ``(B,)`` or ``(R,)``."""
+        if self.branch is not None:
+            pairs, self.branch = torch.stack([self.branch, tokens]).unique(dim=1, return_inverse=True)
+            parents, tokens = pairs
+            if not torch.equal(parents, torch.arange(len(self.mask))):
+                self._select(parents)
+        self.mask.index_fill_(1, self.position, 1)
+        inputs = self.backbone.run_trunk(
+            self.num_layers, tokens[:, None], self.mask, self.place, self.cache, self.early
+        )
+        return inputs if self.branch is None else inputs.rows(self.branch)
+
+    def move(self) -> None:
+        """Go on to the next slot."""
+        self.position += 1
+        self.place += 1
+        self.cache.move()
+
+    def tensors(self) -> list[Tensor]:
+        """All that persists."""
+        return [self.mask, self.position, self.place, *self.cache.tensors()]
+
+    def rows(self, index: Tensor) -> SequenceState:
+        """A copy with some rows only."""
+        twin = copy.copy(self)
+        twin.position = self.position.clone()
+        if self.branch is not None:
+            index, twin.branch = self.branch[index].unique(return_inverse=True)
+        twin._select(index)
+        return twin
+
+    def _select(self, index: Tensor) -> None:
+        self.mask, self.place = self.mask[index], self.place[index]
+        self.cache = self.cache.rows(index, self.position)
