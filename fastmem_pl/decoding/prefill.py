@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fastmem_pl.backbone import Backbone, FixedCache, TailInputs, room_for
-from fastmem_pl.backbone.padding import pad
+from fastmem_pl.backbone import Backbone, FixedCache, TailInputs, pad, room_for
 from fastmem_pl.base.phases import PhaseMeter
 
 
