@@ -23,7 +23,7 @@ from fastmem_pl.run.loggers import NAMES as LOGGERS
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.session import RunResult
 from fastmem_pl.run.trainer import FastMemTrainer
-from fastmem_pl.search import SearchResult
+from fastmem_pl.search import SearchResult, SearchTrainer
 from fastmem_pl.search.summary import print_search
 
 _CLASS = "a class is given by class_path and init_args in a config"
@@ -178,7 +178,7 @@ def run_command(arguments: list[str]) -> int:
     cli = FastMemCLI(
         model_class=FastMemModule,
         datamodule_class=FastMemDataModule,
-        trainer_class=FastMemTrainer,
+        trainer_class=SearchTrainer,
         seed_everything_default=42,
         save_config_callback=None,
         auto_configure_optimizers=False,

@@ -24,7 +24,6 @@ from fastmem_pl.run.predict import FastMemModule, Mode
 from fastmem_pl.run.processes import Processes, forward_signal, launched_by_others
 from fastmem_pl.run.profile import ProfileKind, Profiler, check_kinds
 from fastmem_pl.run.session import RunResult, Session
-from fastmem_pl.search import SearchResult, SearchSettings, run_search
 
 # What no answer depends on.
 _DATA_FREE = {"batch_size", "max_batch_tokens", "path", "_instantiator"}
@@ -67,9 +66,6 @@ class FastMemTrainer(Trainer):
 
     command: Sequence[str] | None = None
     """Starts this program again, for further processes; the command line sets it."""
-
-    search: Any
-    """:meth:`search_settings`."""
 
     def __init__(
         self,
@@ -148,29 +144,6 @@ class FastMemTrainer(Trainer):
                 runs/ and the names of the configs.
         """
         return self._run_samples("predict", model, datamodule, run_dir)
-
-    def search_settings(
-        self,
-        model: FastMemModule,
-        datamodule: FastMemDataModule,
-        search: SearchSettings = SearchSettings(),  # noqa: B008 (jsonargparse shows it)
-        run_dir: str | None = None,
-    ) -> SearchResult:
-        """Answer by every point of a grid of settings, and rank the points.
-
-        Args:
-            model: the settings of all that is no axis of the search.
-            datamodule: the samples.
-            search: axes, objective and samples of the search.
-            run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
-                runs/ and the names of the configs.
-        """
-        if self.profile:
-            raise FastMemError(
-                "trainer.profile: a search is not profiled; allowed with fit-predict, fit and predict"
-            )
-        with self.stoppable(model):
-            return run_search(self, model, datamodule, search, run_dir)
 
     def _run_samples(
         self, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None
@@ -355,7 +328,5 @@ class FastMemTrainer(Trainer):
         return yaml.safe_dump(config, sort_keys=False)
 
 
-# LightningCLI calls the trainer's attribute named like the subcommand. A method called `search` could not
-# have a parameter `search`: jsonargparse names a group of options after each.
+# LightningCLI calls the trainer's attribute named like the subcommand.
 setattr(FastMemTrainer, "fit-predict", FastMemTrainer.fit_predict)
-FastMemTrainer.search = FastMemTrainer.search_settings

@@ -69,7 +69,7 @@ def command(tiny_folder: Path, data: Path, tmp_path: Path):
         settings = {"trials": 4, "parallel": 2, "space": SPACE, "pruner": "none", **optuna_settings}
         arguments = [
             *(
-                "--model.backbone",
+                "--model.backbone.source",
                 str(tiny_folder),
                 "--model.decode.max_new_tokens",
                 "4",
