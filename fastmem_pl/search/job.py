@@ -90,10 +90,10 @@ class SearchJob:
             del identity["model"][AXES[name].group][name]
         identity["search"] = {"axes": sorted(axes)}
         if settings.optuna:
-            scorer = METRIC_MODELS.get(settings.objective)
+            late = settings.objective in METRIC_MODELS
             identity["search"] |= {
                 "objective": settings.objective,
-                "scorer": scorer and self.model.metric_models[scorer.setting.removeprefix("model.")],
+                "metric_models": self.model.metric_models if late else None,
                 "every": settings.every,
                 "samples": len(self.samples),
                 "space": {name: [AXES[name].tidy(end) for end in ends] for name, ends in axes.items()},

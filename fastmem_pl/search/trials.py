@@ -45,8 +45,6 @@ _IDENTITY, _RUN, _FOLDER = "fastmem", "run", "run_dir"
 # The mean of the first few samples says nothing, and the median pruner would keep whatever began well.
 _UNREPORTED_SHARE = 4
 
-_queue_again = RetryHeartbeatStaleTrialCallback()
-
 
 def search_by_trials(job: SearchJob) -> SearchResult:
     """Run trials until the study has as many as were asked for, and rank those of all its workers.
@@ -274,7 +272,7 @@ def _open_study(job: SearchJob, url: URL, storage: RDBStorage) -> optuna.Study:
         # This process holds the folder's lock, so the one that began the trial is gone.
         if trial.user_attrs.get(_RUN) == job.run.id or not settings.storage:
             study.tell(trial.number, state=TrialState.FAIL)
-            _queue_again(study, trial)
+            storage.get_heartbeat_stale_trial_callback()(study, trial)
     return study
 
 
@@ -313,7 +311,7 @@ def _connected(url: URL) -> Iterator[RDBStorage]:
             engine_kwargs={"connect_args": {"timeout": _SQLITE_TIMEOUT}} if sqlite else None,
             heartbeat_interval=_HEARTBEAT,
             grace_period=_GRACE,
-            heartbeat_stale_trial_callback=_queue_again,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
     except (RuntimeError, ImportError) as error:
         # Tables of another version of Optuna, or a driver that is not installed.
