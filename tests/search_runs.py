@@ -49,9 +49,9 @@ DATA = [
     for i, length in enumerate(LENGTHS)
 ]
 SUMMARIES = [
-    {"article": "The cat sat.\nA dog barked at it.", "summary": "A dog barked.\nThe cat sat."},
-    {"article": "Rain fell all night long.", "summary": "It rained, as ever."},
-    {"article": "Nobody came.", "summary": "Empty."},
+    {"article": "The cats sat on a red mat.\nA dog barked.", "summary": "The cat slept.\nA dog barked."},
+    {"article": "Zoë's river rose by the mill.", "summary": "the cats slept soundly, as a river rose"},
+    {"article": "Rain fell; nothing else happened that day in the long valley.", "summary": "Rain."},
 ]
 SUMMARY = {
     "data__task": "summary",
@@ -105,6 +105,11 @@ def read(folder: Path) -> list[dict]:
         json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
         for line in text.split("\n")[:-1]
     ]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def keyed(records: list[dict]) -> dict[Any, dict]:

@@ -1,16 +1,17 @@
-"""The report of a search: terminal tables, Markdown and picture say what the ranking holds."""
+"""The results of a search: terminal tables, Markdown and picture say what the ranking holds."""
 
 import io
 import re
 from xml.etree import ElementTree
 
+import matplotlib.pyplot as plt
 import pytest
 from matplotlib import colormaps
 from rich.console import Console
 
-from fastmem_pl.report import search as report
+from fastmem_pl.search import summary
 from fastmem_pl.search.ranking import Baseline, RankedPoint, Ranking
-from fastmem_pl.search.summary import heat_map, markdown, print_search
+from fastmem_pl.search.summary import heat_map, markdown, plot_study, print_search
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -149,11 +150,6 @@ def test_terminal_colours_are_viridis_with_the_good_end_bright(objective, dark, 
         assert background(text, value) == (expected, (ink,) * 3)
 
 
-def test_terminal_colours_are_ten_of_viridis():
-    ends = [round(255 * c) for i in range(10) for c in colormaps["viridis"](i / 9)[:3]]
-    assert list(bytes.fromhex(report._VIRIDIS)) == pytest.approx(ends, abs=3)
-
-
 def test_text_contrasts_with_every_colour():
     """At least 4.5:1, which WCAG asks of text."""
 
@@ -163,7 +159,7 @@ def test_text_contrasts_with_every_colour():
 
     for i in range(256):
         behind = luminance(colormaps["viridis"](i)[:3])
-        ink = {"#000000": 0.0, "#ffffff": 1.0}[report._contrast(*colormaps["viridis"](i)[:3])]
+        ink = {"#000000": 0.0, "#ffffff": 1.0}[summary._contrast(*colormaps["viridis"](i)[:3])]
         high, low = max(behind, ink), min(behind, ink)
         assert (high + 0.05) / (low + 0.05) >= 4.5
 
@@ -191,7 +187,7 @@ def test_a_heat_map_over_further_axes_takes_the_best_and_says_so():
 
 
 def test_markdown_has_all_points_and_a_map_a_number_of_steps():
-    text = markdown(ranking(GRID, warnings=["first thing", "second thing"]), picture=True)
+    text = markdown(ranking(GRID, warnings=["first thing", "second thing"]))
     points, four, eight = tables(text)
     assert [row[0] for row in points] == ["rank", "1", "2", "3", "4", "5", "zero-shot"]
     assert four[1:] == [["1e-05", "**72.5**", "-"], ["3e-05", "67.5", "-"]]
@@ -203,12 +199,6 @@ def test_markdown_has_all_points_and_a_map_a_number_of_steps():
     assert "Zero-shot: accuracy 50.0% ± 8.0 on 40 samples." in text
     assert text.endswith("## Warnings\n\n- first thing\n- second thing\n")
     assert len(re.findall(r"^!\[.+\]\(heatmap\.svg\)$", text, re.MULTILINE)) == 1
-
-
-def test_markdown_without_warnings_or_picture():
-    text = markdown(ranking(GRID))
-    assert "Warnings" not in text
-    assert "![" not in text
 
 
 def test_the_summary_names_what_is_better_and_one_sample():
@@ -296,3 +286,20 @@ def test_the_picture_of_a_lower_is_better_score_has_the_low_end_bright(tmp_path)
         ("format_failure", "72.5"): True,
         ("format_failure", "45.0"): False,
     }
+
+
+def test_a_plot_of_a_study_that_fails_is_a_line_in_the_log(tmp_path, monkeypatch, caplog):
+    optuna = pytest.importorskip("optuna")
+
+    def fails(*args, **kwargs):
+        raise ValueError("no\nroom")
+
+    monkeypatch.setattr(summary, "_PLOTS", {"slice": "slice", "history": "optimization_history"})
+    monkeypatch.setattr("optuna.visualization.matplotlib.plot_optimization_history", fails)
+    found = optuna.create_study()
+    assert plot_study(found, tmp_path, "accuracy") == []
+    found.optimize(lambda trial: trial.suggest_float("alpha", 0, 1), n_trials=2)
+    opened, style = plt.get_fignums(), dict(plt.rcParams)
+    assert plot_study(found, tmp_path, "accuracy") == ["optuna-slice.svg"]
+    assert [r.message for r in caplog.records] == ["optuna-history.svg could not be drawn: no room"]
+    assert (plt.get_fignums(), dict(plt.rcParams)) == (opened, style)
