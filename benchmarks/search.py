@@ -55,7 +55,7 @@ def run(command: str, data: Path, folder: Path, options: Sequence[str]) -> float
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_bytes().split(b"\n")[:-1]]
 
 
 def compare(

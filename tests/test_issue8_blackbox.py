@@ -466,7 +466,7 @@ def test_stopped_runs_are_reported_as_far_as_they_are(make: Maker, pages, say, l
     if "parts" in left:
         (folder / "parts").mkdir()
         shared = 4 * (10 if left == "parts" else 35)
-        (folder / "parts" / "1-abc.jsonl").write_bytes(b"".join(rest[:shared]) + rest[shared][:30])
+        (folder / "parts" / "host-1-0abc.jsonl").write_bytes(b"".join(rest[:shared]) + rest[shared][:30])
     if left == "only parts":
         (folder / "predictions.jsonl").unlink()
     done = 35 if "parts" in left else 25

@@ -8,9 +8,11 @@ second start loads in seconds.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ DEMO = "demo"
 # Pre-tokenizers of GGUF files that split off every digit; transformers builds a plain byte-level one.
 _SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
+# Masks and tables that old checkpoints hold beside their weights, and that models compute today.
+_COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|inv_freq|position_ids)$")
 
 
 def load_model(
@@ -59,8 +63,8 @@ def load_model(
         products: type of the tail's products, by default that of the weights.
 
     Raises:
-        FastMemError: when there is no such model, it cannot be read, or it cannot be quantized or
-            laid out so.
+        FastMemError: when there is no such model, it cannot be read, its files lack weights or hold others,
+            or it cannot be quantized or laid out so.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -95,12 +99,14 @@ def load_model(
         with ExitStack() as stack:
             if tp_plan:
                 options |= stack.enter_context(sharding.loading(tp_plan, empty, source, kind, device))
-            model = cache_first(
+            stack.enter_context(_without_report())
+            model, info = cache_first(
                 path,
                 lambda local: AutoModelForCausalLM.from_pretrained(
-                    path, dtype=dtype, use_safetensors=True, local_files_only=local, **options
+                    path, dtype=dtype, use_safetensors=True, local_files_only=local, **_REPORTED, **options
                 ),
             )
+            _check_weights(source, info)
     except FastMemError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
@@ -111,6 +117,59 @@ def load_model(
     if tp_plan:
         sharding.make_tail_whole(model, num_layers)
     return model, tokenizer
+
+
+# What does not fit comes back by name, for `_check_weights`.
+_REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
+def _check_weights(source: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which some weights are random, or were left out.
+
+    Args:
+        source: as the user named it.
+        info: of transformers, which does not count tied weights as missing.
+
+    Raises:
+        FastMemError: naming the first of the weights.
+    """
+    shapes = {
+        name: f"{name} {tuple(stored)} for {tuple(wanted)}"
+        for name, stored, wanted in info["mismatched_keys"]
+    }
+    unexpected = [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]
+    for names, trouble in (
+        (info["missing_keys"], "weights are missing"),
+        (shapes.values(), "weights have other shapes than config.json says"),
+        (unexpected, "its files hold weights that the model of config.json has not"),
+    ):
+        if names:
+            first, *others = sorted(names, key=_in_order)
+            more = f" and {len(others)} more" if others else ""
+            raise FastMemError(
+                f"model.backbone: cannot load {source!r}: {trouble}: {first}{more}; its files are incomplete "
+                "or config.json (num_hidden_layers, say) is of another model"
+            )
+
+
+def _in_order(name: str) -> list[tuple[bool, int, str]]:
+    """Key by which layer 10 comes after layer 9."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep back the table of weights that do not fit, which transformers prints: one line names them."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def shown(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
 
 
 def _resolve(source: str) -> str:
@@ -190,7 +249,11 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        with _without_report():
+            model, info = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **_REPORTED)
+        _check_weights(str(gguf_file), info)
+    except FastMemError:
+        raise
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
         raise FastMemError(
             f"model.backbone: cannot read the GGUF file {gguf_file}: {_one_line(error)}"

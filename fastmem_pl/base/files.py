@@ -144,7 +144,7 @@ def create_whole(path: Path, content: str | bytes) -> bool:
                 return False
             # No hard links here. A reader may find the file empty for a moment.
             with open(path, "xb") as file:
-                file.write(_bytes(content))
+                file.write(to_bytes(content))
         return True
     except FileExistsError:
         return False
@@ -169,13 +169,14 @@ def size_of(path: Path) -> int:
 
 def _write_through(path: Path, content: str | bytes) -> None:
     with open(path, "wb") as file:
-        file.write(_bytes(content))
+        file.write(to_bytes(content))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _bytes(content: str | bytes) -> bytes:
-    return content.encode() if isinstance(content, str) else content
+def to_bytes(content: str | bytes) -> bytes:
+    """Text as UTF-8; half of a character, which a model or a program may give, as its escape in JSON."""
+    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
 def _beside(path: Path) -> Path:

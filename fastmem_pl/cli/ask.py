@@ -166,14 +166,21 @@ def _shows(asker: Asker, options: argparse.Namespace, text: str | None, question
 
 
 def _read_questions(path: str) -> list[str]:
+    from fastmem_pl.data.tasks import FieldError, check_characters
+
     questions = []
-    for number, line in enumerate(read_text(path, "questions, one a line").splitlines(), 1):
+    # Other ends of lines, such as U+2028, may stand within a question.
+    for number, line in enumerate(read_text(path, "questions, one a line").split("\n"), 1):
         question = line.strip()
         if question.startswith("{"):
             try:
                 question = json.loads(question)["question"].strip()
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise FastMemError(f'{path}, line {number}: no JSON object with a text "question"') from None
+            try:
+                check_characters("question", question)
+            except FieldError as error:
+                raise FastMemError(f"{path}, line {number}: {error}") from None
             if not question:
                 raise FastMemError(f'{path}, line {number}: "question" is empty')
         if question:

@@ -101,8 +101,8 @@ def _attempt(find: Callable[[], Any], otherwise: Callable[[str], Any] = str) -> 
 
 
 def _fastmem() -> dict[str, Any]:
+    from fastmem_pl.base.environment import versions
     from fastmem_pl.cli import packaged_configs
-    from fastmem_pl.run.provenance import versions
 
     package = Path(__file__).parents[1]
     configs = packaged_configs()
@@ -124,7 +124,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _system() -> dict[str, Any]:
-    from fastmem_pl.run.provenance import processor
+    from fastmem_pl.base.environment import processor
 
     def memory() -> str:
         import psutil
@@ -146,14 +146,14 @@ def _system() -> dict[str, Any]:
 
 
 def _packages() -> dict[str, Any]:
-    from fastmem_pl.run.provenance import PACKAGES, versions
+    from fastmem_pl.base.environment import PACKAGES, versions
 
     names = [name for name in PACKAGES if name != "fastmem-pl"]
     return versions([*names, *_FURTHER])
 
 
 def _optional() -> dict[str, Any]:
-    from fastmem_pl.run.provenance import versions
+    from fastmem_pl.base.environment import versions
 
     return versions(_OPTIONAL)
 

@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     options = parser().parse(arguments)
     if not options.runs:
         raise FastMemError("report: give a run folder, such as runs/demo")
-    page = _target(options.out, options.runs)
+    page = _target(options.out, options.runs, options.force)
 
     from fastmem_pl.base.files import write_atomic
     from fastmem_pl.report.collect import collect
@@ -55,11 +55,11 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _target(out: str | None, runs: list[str]) -> Path:
+def _target(out: str | None, runs: list[str], force: bool) -> Path:
     """The page's path; checked before the work.
 
     Raises:
-        FastMemError: when it cannot be written there.
+        FastMemError: when it cannot be written there, or would replace a file that is not from a report.
     """
     path = Path(out or (Path(runs[0], "report.html") if len(runs) == 1 else "report.html"))
     if path.is_dir():
@@ -70,6 +70,14 @@ def _target(out: str | None, runs: list[str]) -> Path:
         raise FastMemError(f"--out: there is no folder {path.parent}")
     if path.with_suffix(".md").is_dir():
         raise FastMemError(f"--out: the tables go to {path.with_suffix('.md')}, which is a folder")
+    from fastmem_pl.report.document import is_ours
+
+    for file in (path, path.with_suffix(".md")):
+        if file.exists() and not force and not is_ours(file):
+            raise FastMemError(
+                f"--out: {file} exists and is not from fastmem report; give --force to replace it, or "
+                "another --out"
+            )
     return path
 
 
@@ -86,4 +94,7 @@ def parser() -> CommandParser:
         "--out", metavar="FILE.html", help="default: report.html in the run folder, or here for several runs"
     )
     made.add_argument("--title", metavar="TEXT", help="heading of the page")
+    made.add_argument(
+        "--force", action="store_true", help="replace files at --out that fastmem report did not write"
+    )
     return made

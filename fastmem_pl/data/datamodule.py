@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning.pytorch import LightningDataModule
@@ -37,6 +37,11 @@ class FastMemDataModule(LightningDataModule):
             of the answer when it is scored.
         fields: the file's own field names for task qa, such as {context: passage, question: q,
             answers: gold}, or summary ({article: text, summary: gold}).
+
+    Attributes:
+        planner: called when the batches are wanted, to choose them (:meth:`skip`, :meth:`use_plan`): by then,
+            the model is loaded and the processes have met.
+        whole: let every process do all batches, as processes do that hold one model together.
     """
 
     def __init__(
@@ -68,7 +73,8 @@ class FastMemDataModule(LightningDataModule):
         self.samples: list[ContextSample] = []
         self._done: Container[int] = ()
         self._batches: list[list[ContextSample]] | None = None
-        self._whole = False
+        self.planner: Callable[[], None] | None = None
+        self.whole = False
         # With few samples, some processes have none.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -118,27 +124,23 @@ class FastMemDataModule(LightningDataModule):
             raise ValueError(f"{len(lengths)} lengths for {len(self.remaining)} samples")
         return plan(lengths, limits)
 
-    def use_plan(self, batches: Sequence[Sequence[int]], whole: bool = False) -> None:
-        """Answer in these batches (:meth:`plan`).
-
-        Args:
-            batches: the same in all processes.
-            whole: let every process do all of them, as processes do that hold one model together.
-        """
+    def use_plan(self, batches: Sequence[Sequence[int]]) -> None:
+        """Answer in these batches (:meth:`plan`), the same in all processes."""
         remaining = self.remaining
         self._batches = [[remaining[i] for i in batch] for batch in batches]
-        self._whole = whole
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of the remaining samples, as lists: of like length, the longest first.
 
         Rows are padded to the longest of their batch, so mixing lengths wastes most of the work where
-        they differ much. Without :meth:`use_plan`, which the trainer calls, characters stand in for tokens.
-        Every process of the trainer gets its share of the batches.
+        they differ much. Without a planner, characters stand in for tokens. Every process of the trainer gets
+        its share of the batches.
         """
+        if self.planner is not None:
+            self.planner()
         if self._batches is None:
             limits = BatchLimits(self.batch_size or _UNPLANNED)
             self.use_plan(self.plan([len(sample.context) for sample in self.remaining], limits))
-        share = {} if self._whole or self.trainer is None else self.trainer.distributed_sampler_kwargs or {}
+        share = {} if self.whole or self.trainer is None else self.trainer.distributed_sampler_kwargs or {}
         sampler = ShareSampler(self._batches, **share)
         return DataLoader(self._batches, batch_size=1, sampler=sampler, collate_fn=operator.itemgetter(0))

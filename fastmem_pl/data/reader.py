@@ -56,17 +56,16 @@ def read_samples(
             record = Record(data, fields)
             name = record.text("task") if task == MIXED else task
             read = TASKS[name].read(record)
+            sample_id = str(record.value("id")) if record.has("id") else str(len(samples))
         except (FieldError, FastMemError) as error:
             own = OWN_FIELDS.get(task, ("",))[0]
             hint = (
                 f"; other names: --data.fields '{{{own}: your_name}}'" if _name_missing(error, task) else ""
             )
             raise FastMemError(f"{path}, line {line}: {error}{hint}") from None
-        index = len(samples)
-        sample_id = str(record.value("id")) if record.has("id") else str(index)
         samples.append(
             ContextSample(
-                index,
+                len(samples),
                 sample_id,
                 name,
                 read.context,

@@ -23,6 +23,35 @@ class FieldError(ValueError):
     """A record's field is missing or wrong; the reader adds file and line."""
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def check_characters(name: str, value: Any) -> None:
+    """Refuse halves of characters, which JSON can hold (``"\\ud83d"``), and which no file or model takes.
+
+    Args:
+        name: of the field, for the message.
+        value: text, or a list or object with texts in it.
+
+    Raises:
+        FieldError: naming the field.
+    """
+    if isinstance(value, str):
+        found = _SURROGATE.search(value)
+        if found:
+            raise FieldError(
+                f"field {name!r} holds half of a character (\\u{ord(found[0]):04x}, a lone surrogate, at "
+                f"character {found.start() + 1}); put the whole character there, or remove it"
+            )
+    elif isinstance(value, list):
+        for each in value:
+            check_characters(name, each)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            check_characters(name, key)
+            check_characters(name, each)
+
+
 class Record:
     """One JSON object with checked access to its fields, by a user's own names if given."""
 
@@ -40,12 +69,13 @@ class Record:
         """The field's value.
 
         Raises:
-            FieldError: when it is missing.
+            FieldError: when it is missing, or holds what no file can.
         """
         name = self.names.get(field, field)
         if name not in self.data:
             found = ", ".join(map(str, self.data)) or "none"
             raise FieldError(f"field {name!r} is missing; found: {found}{nearest(name, map(str, self.data))}")
+        check_characters(name, self.data[name])
         return self.data[name]
 
     def text(self, field: str) -> str:

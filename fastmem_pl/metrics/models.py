@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -282,7 +283,13 @@ def _path(source: str) -> str:
 
 
 def _pretrained(auto_class: Any, path: str, unused: str | None = None) -> Any:
-    """Load a model whose weights all come from the checkpoint, but for those with the prefix ``unused``."""
+    """Load a model whose weights all come from the checkpoint, but for those with the prefix ``unused``.
+
+    Heads of the checkpoint for other purposes are left out; layers that the model lacks are not.
+
+    Raises:
+        ValueError: naming the first of the weights that are missing, of another shape, or left over.
+    """
     # Else transformers asks a bot, from a thread that outlives a failed network, to open a pull request
     # on the Hub for every checkpoint without safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -297,11 +304,23 @@ def _pretrained(auto_class: Any, path: str, unused: str | None = None) -> Any:
             trust_remote_code=False,
             local_files_only=local_files_only,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         ),
     )
-    missing = sorted(key for key in info["missing_keys"] if unused is None or not key.startswith(unused))
+
+    def needed(keys: Iterable[str]) -> list[str]:
+        return sorted(key for key in keys if unused is None or not key.startswith(unused))
+
+    missing = needed(info["missing_keys"])
+    mismatched = needed(name for name, *_ in info["mismatched_keys"])
     if missing:
         raise ValueError(f"it was not trained for this: no weights for {missing[0]} ({len(missing)} missing)")
+    if mismatched:
+        raise ValueError(f"weights have other shapes than its config.json says: {mismatched[0]}")
+    # Numbered, which no head's are.
+    layers = sorted(key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key))
+    if layers:
+        raise ValueError(f"it holds more layers than its config.json says: {layers[0]}")
     return model
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fastmem_pl.metrics import SCORES, normalize_answer
 from fastmem_pl.report.page import Cell, PageTable
+from fastmem_pl.run.records import read_records
 
 _COLUMNS = (
     *("accuracy", "contained", "exact_match", "format_failure", "original"),
@@ -135,7 +136,7 @@ def _notices(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _print_differences(path: Path, console: Console, count: int = 3) -> None:
-    samples = differing_samples([json.loads(line) for line in path.read_text().splitlines()], count)
+    samples = differing_samples([record for _, record in read_records(path)], count)
     if not samples:
         return
     console.print("\nsamples where the methods differ:")
@@ -166,5 +167,6 @@ def differing_samples(records: Sequence[Mapping[str, Any]], count: int) -> list[
 
 
 def _line(text: str, limit: int = 90) -> str:
-    text = " ".join(text.split())
+    # What a terminal cannot show must not end the run.
+    text = " ".join(text.split()).encode("utf-8", "replace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone.footprint import Footprint, usable_bytes
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.base.phases import is_out_of_memory
 from fastmem_pl.data import BatchLimits
 from fastmem_pl.decoding import GraphPool
-from fastmem_pl.memory import Footprint, MemorizationSettings, usable_bytes
+from fastmem_pl.memory import MemorizationSettings
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +31,13 @@ _DEFAULT_SAMPLES = 8
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-class Room:
+class MemoryBudget:
     """What fits on the backbone's device beside its weights.
 
     Args:
-        backbone: that runs the batches.
-        settings: of memorizing.
-        graphs: recorded steps, which give way when room is short.
+        backbone: model that runs the batches.
+        settings: settings of memorizing.
+        graphs: recorded steps, which give way when memory is short.
         auto: choose the size of batches by the free memory, and halve those that do not fit all the same.
     """
 
@@ -57,7 +59,7 @@ class Room:
         """Bounds of a batch: as given, or by the free memory.
 
         Args:
-            answer_tokens: of the longest answer.
+            answer_tokens: tokens of the longest answer.
             batch_size: samples of a batch; ``None`` for as many as fit.
             max_tokens: padded tokens of a batch; ``None`` for no bound.
             most: further bound of the samples, where several processes share them.
@@ -76,42 +78,52 @@ class Room:
             _SHORTEST[kind],
         )
 
-    def process(
+    def rows_that_fit(self, tokens: int, wanted: int) -> int:
+        """How many of ``wanted`` rows of ``tokens`` fit in the free memory; recorded steps give way."""
+        device = self._backbone.device
+        fitting = self._footprint.samples_in(usable_bytes(device), tokens)
+        if fitting < wanted and self._graphs:
+            self._graphs.clear()
+            fitting = self._footprint.samples_in(usable_bytes(device), tokens)
+        return fitting
+
+    def in_halves(
         self,
-        batch: Sequence[Item],
-        longest: Callable[[Sequence[Item]], int],
         work: Callable[[Sequence[Item]], list[Result]],
+        items: Sequence[Item],
+        longest_row: Callable[[Sequence[Item]], int],
     ) -> list[Result]:
-        """Do the work on a batch, in halves when it does not fit at once.
+        """Do the work on a batch, in halves where it does not fit at once.
 
         Args:
-            batch: to work on.
-            longest: tells the tokens of a batch's longest row, answer included.
-            work: returns the results of a batch, in its order.
+            work: returns the results of some items, in their order.
+            items: the batch.
+            longest_row: returns the tokens of the longest row, answer included.
 
         Raises:
             OutOfMemoryError: when a single item does not fit, or batches are not to be halved.
         """
-        cost = self._footprint.cost(len(batch), longest(batch))
+        cost = self._footprint.cost(len(items), longest_row(items))
         # What was too much once is not tried again.
-        known = self._too_much is not None and len(batch) > 1 and cost >= self._too_much
+        known = self._too_much is not None and len(items) > 1 and cost >= self._too_much
         if not known:
             if cost > usable_bytes(self._backbone.device):
                 self._graphs.clear()
-            results = self.attempt(lambda: work(batch))
+            results = self.attempt(lambda: work(items))
             if results is not None:
                 return results
             # Processes that hold one model together must go on with the same batches.
-            if len(batch) == 1 or not self._auto or self._backbone.shards.processes > 1:
+            if len(items) == 1 or not self._auto or self._backbone.shards.processes > 1:
                 raise OutOfMemoryError(
-                    f"out of memory with {len(batch)} sample(s) at once; lower --data.batch_size, "
+                    f"out of memory with {len(items)} sample(s) at once; lower --data.batch_size, "
                     "--model.memorize.max_context_tokens or use --trainer.precision bf16-true; "
                     "what was answered before stays, and the same command goes on from there"
                 )
-            log.warning("out of memory with %d samples at once; trying %d", len(batch), len(batch) // 2)
+            log.warning("out of memory with %d samples at once; trying %d", len(items), len(items) // 2)
             self._too_much = cost
-        half = len(batch) // 2
-        return self.process(batch[:half], longest, work) + self.process(batch[half:], longest, work)
+        half = len(items) // 2
+        halves = (self.in_halves(work, part, longest_row) for part in (items[:half], items[half:]))
+        return [result for results in halves for result in results]
 
     def attempt(self, work: Callable[[], Result]) -> Result | None:
         """Do the work; when out of memory, again without recorded steps; ``None`` when it does not fit."""
@@ -122,14 +134,25 @@ class Room:
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler, so that the traceback no longer keeps the tensors alive.
-            self._free_memory()
+            self._graphs.clear()
+            gc.collect()
+            if self._backbone.device.type == "cuda":
+                torch.cuda.empty_cache()
             # Graphs of earlier batches may have been what was too much.
             if not held:
                 break
         return None
 
-    def _free_memory(self) -> None:
-        self._graphs.clear()
-        gc.collect()
-        if self._backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+def halved_when_too_large(step: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Let a module's step take its batch in halves where the device runs out of memory.
+
+    The module has a ``budget`` (:class:`MemoryBudget`) and tells the tokens of a batch's longest row
+    (``longest_row``).
+    """
+
+    @functools.wraps(step)
+    def wrapped(self: Any, batch: Sequence[Any], batch_idx: int = 0) -> list[Any]:
+        return self.budget.in_halves(lambda part: step(self, part, batch_idx), batch, self.longest_row)
+
+    return wrapped

@@ -10,38 +10,30 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import shutil
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastmem_pl.base.errors import FastMemError, RunStoppedError
-from fastmem_pl.base.files import create_whole, write_atomic
-from fastmem_pl.run.identity import differences, merged
-from fastmem_pl.run.records import (
-    RescueFolder,
-    append_records,
-    as_line,
-    merge_records,
-)
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes in one folder go unnoticed there
-    fcntl = None
+from fastmem_pl.base.errors import FastMemError, RunStoppedError
+from fastmem_pl.base.files import write_atomic
+from fastmem_pl.run.records import Record, RescueFolder, append_records, as_line, merge_records
 
 SCHEMA_VERSION = 1
-_LOCK_TRIES = 5
-_OWN_FILES = ("predictions.jsonl", "metrics.json", "config.yaml")
+_MANIFEST = "run.json"
+# What a process that was killed before it had written the manifest can leave behind.
+_BEFORE_MANIFEST = re.compile(r"\.lock|\.fastmem-.+\.partial")
+# Named after a process: its rank, and random digits.
+_PART = re.compile(r"rank\d+-[0-9a-f]{8}\.jsonl")
 
 
 class RunFolder:
     """One folder of results. Nothing is written before :meth:`open`.
 
     Args:
-        path: of the folder.
+        path: folder of the run.
         identity: nested settings that the results depend on; another run's folder is refused.
         methods: names of the methods, one record each per sample; none where nothing is answered.
         optional: dotted names of settings that are compared only where both runs state them.
@@ -57,42 +49,17 @@ class RunFolder:
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity))
         self.methods = list(methods)
-        self._optional = optional
-        self._lock: Any = None
-        self._ranks_lock: Any = None
-        self._found: Mapping[str, Any] = {}
         self.id = secrets.token_hex(8)
+        self.predictions_path = self.path / "predictions.jsonl"
+        self.metrics_path = self.path / "metrics.json"
+        self.memories_path = self.path / "memories"
+        self._manifest_path = self.path / _MANIFEST
+        self._parts_path = self.path / "parts"
         self._written_to = self.predictions_path
+        self._optional = optional
+        self._lock: FileLock | None = None
+        self._found: Mapping[str, Any] = {}
         self._counted: dict[Path, tuple[int, int]] = {}
-
-    @property
-    def predictions_path(self) -> Path:
-        """One record per sample and method."""
-        return self.path / "predictions.jsonl"
-
-    @property
-    def parts_path(self) -> Path:
-        """Folder of the records that were not merged yet, one file a process."""
-        return self.path / "parts"
-
-    @property
-    def metrics_path(self) -> Path:
-        """Aggregated results."""
-        return self.path / "metrics.json"
-
-    @property
-    def memories_path(self) -> Path:
-        """Folder of saved memories."""
-        return self.path / "memories"
-
-    @property
-    def claims_path(self) -> Path:
-        """Folder of what independent workers have in hand (:mod:`fastmem_pl.run.claims`)."""
-        return self.path / "work"
-
-    @property
-    def _manifest_path(self) -> Path:
-        return self.path / "run.json"
 
     def check(self) -> None:
         """Refuse a folder that holds something else; reads only.
@@ -100,33 +67,43 @@ class RunFolder:
         Raises:
             FastMemError: naming the settings that differ.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise FastMemError(f"run_dir: {self.path} is a file; give a folder")
+        self._check_ours()
         manifest = self._manifest_path
         if not manifest.is_file():
-            foreign = [name for name in _OWN_FILES if (self.path / name).exists()]
-            if foreign:
-                raise FastMemError(
-                    f"run_dir: {self.path} holds {foreign[0]} but no run.json, so it is not from fastmem; "
-                    "give another --run_dir"
-                )
             return
         try:
             content = json.loads(manifest.read_text())
             found = content["identity"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            different = differences(found, self.identity, self._optional)
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise FastMemError(
-                f"run_dir: {manifest} is damaged; remove it or give another --run_dir"
+                f"run_dir: {manifest} is damaged or not from fastmem; give another --run_dir"
             ) from None
-        run_id = content.get("id")
         self._found = found
+        run_id = content.get("id")
         # It becomes part of a file's name.
         self.id = run_id if isinstance(run_id, str) and re.fullmatch("[0-9a-f]{16}", run_id) else self.id
-        different = differences(found, self.identity, self._optional)
         if different:
             raise FastMemError(
                 f"run_dir: {self.path} holds results of other settings ({'; '.join(different)}); "
                 "give another --run_dir, or the settings of that run to go on with it"
+            )
+
+    def _check_ours(self) -> None:
+        """Refuse a folder with files in it that no run has made: results would take the place of some."""
+        try:
+            names = {path.name for path in self.path.iterdir()}
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise FastMemError(f"run_dir: {self.path} is a file; give a folder") from None
+        except OSError as error:
+            raise FastMemError(f"run_dir: cannot read {self.path}: {error.strerror}") from error
+        foreign = sorted(name for name in names if not _BEFORE_MANIFEST.fullmatch(name))
+        if foreign and _MANIFEST not in names:
+            raise FastMemError(
+                f"run_dir: {self.path} holds {foreign[0]} but no {_MANIFEST}, so it is not from fastmem; "
+                "give another --run_dir"
             )
 
     def open(self, config_text: str) -> None:
@@ -135,64 +112,49 @@ class RunFolder:
         Raises:
             FastMemError: when the folder cannot be written or another process writes to it.
         """
-        with self._opening():
-            self._take_lock(alone=True)
+        try:
+            # Before the lock's file is in the folder.
+            self._check_ours()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             self.check()
-            self._write_settings(config_text)
-            self.gather()
-            if self._lock is not None:
-                # Nobody else is here: what others had in hand, or had not put in its place, is free.
-                shutil.rmtree(self.claims_path, ignore_errors=True)
-                for partial in self.path.glob(".fastmem-*.partial"):
-                    partial.unlink(missing_ok=True)
+            # First, since a folder with any other file but without this one is taken for somebody else's.
+            write_atomic(self._manifest_path, self._manifest())
+            write_atomic(self.path / "config.yaml", config_text)
+            self.merge_parts()
+            for partial in self.path.glob(".fastmem-*.partial"):
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            self.close()
+            raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror}") from error
+        except FastMemError:
+            self.close()
+            raise
 
-    def open_shared(self, config_text: str, worker: str) -> None:
-        """Create the folder, or join the workers that are in it; records go to this worker's own file.
-
-        Raises:
-            FastMemError: when the folder cannot be written, or a process writes to it that shares nothing.
-        """
-        with self._opening():
-            self._share_lock()
-            # Of workers that start together, the first to put its manifest there names the run.
-            if not self._manifest_path.is_file():
-                create_whole(self._manifest_path, self._manifest())
-            self.check()
-            self._write_settings(config_text)
-            self.join(worker)
-
-    def join(self, part: str, run_id: str | None = None) -> None:
-        """Write records to a file of this process alone, in a folder that is open already.
-
-        Args:
-            part: name of the file, which no other process has had.
-            run_id: of the run, where another process opened the folder.
-        """
-        if run_id is not None:
-            self.id = run_id
-            self._ranks_lock = self._locked(".ranks", alone=False)
-        self._written_to = self.parts_path / f"{part}.jsonl"
+    def join(self, rank: int, run_id: str) -> None:
+        """Write records to a file of this process alone, in a folder that the first process has opened."""
+        self.id = run_id
+        self._written_to = self._parts_path / f"rank{rank}-{secrets.token_hex(4)}.jsonl"
 
     def close(self) -> None:
         """Give the lock back."""
-        for lock in (self._lock, self._ranks_lock):
-            if lock is not None:
-                lock.close()
-        self._lock = self._ranks_lock = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """Records of complete samples in the order of the data, those of other processes included."""
         return [record for _, record in merge_records(self._files(), self.methods)]
 
-    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def append(self, records: Sequence[Record]) -> None:
         """Add the records of a batch; on disk when this returns.
 
         Raises:
             RunStoppedError: when the disk is full or gone; what was there before stays.
         """
-        append_records(self._written_to, records, self._rescue, self._manifest_path)
+        append_records(self._written_to, records, RescueFolder(self.id), self._manifest_path)
 
-    def gather(self) -> None:
+    def merge_parts(self) -> None:
         """Bring all records together in the order of the data; batches were formed by length.
 
         Half-written lines, samples that lack one of their methods and repeated records are dropped.
@@ -209,27 +171,19 @@ class RunFolder:
             for file in files[1:]:
                 file.unlink(missing_ok=True)
             with suppress(OSError):
-                self.parts_path.rmdir()
-            (self.path / ".ranks").unlink(missing_ok=True)
-
-    def parts(self) -> list[Path]:
-        """Files of records that were not merged yet, one a process."""
-        return sorted(self.parts_path.glob("*.jsonl"))
+                self._parts_path.rmdir()
 
     def count_lines(self) -> int:
         """Records so far, by the lines of all files; of the files only what is new is read."""
-        for file in (self.predictions_path, *self.parts()):
+        for file in self._files():
             offset, count = self._counted.get(file, (0, 0))
-            try:
-                with open(file, "rb") as opened:
-                    opened.seek(offset)
-                    content = opened.read()
-            except OSError:
-                continue
-            self._counted[file] = (offset + len(content), count + content.count(b"\n"))
+            with suppress(OSError), open(file, "rb") as opened:
+                opened.seek(offset)
+                content = opened.read()
+                self._counted[file] = (offset + len(content), count + content.count(b"\n"))
         return sum(count for _, count in self._counted.values())
 
-    def replace(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def replace(self, records: Sequence[Record]) -> None:
         """Write all records anew, at once."""
         with self._writing(self.predictions_path):
             write_atomic(self.predictions_path, "".join(map(as_line, records)))
@@ -243,35 +197,18 @@ class RunFolder:
         """Read ``metrics.json``."""
         return json.loads(self.metrics_path.read_text())
 
-    @property
-    def _rescue(self) -> RescueFolder:
-        return RescueFolder(self.id)
-
     def _files(self) -> list[Path]:
         """Files that may hold records, the merged one first."""
-        return [self.predictions_path, *self.parts(), *self._rescue.files()]
+        parts = sorted(path for path in self._parts_path.glob("*.jsonl") if _PART.fullmatch(path.name))
+        return [self.predictions_path, *parts, *RescueFolder(self.id).files()]
 
     def _manifest(self) -> str:
-        identity = merged(self._found, self.identity)
+        # Settings that only the earlier session stated stay.
+        identity = {key: dict(value) for key, value in self._found.items()}
+        for key, value in self.identity.items():
+            identity.setdefault(key, {}).update(value)
         content = {"schema_version": SCHEMA_VERSION, "id": self.id, "identity": identity}
         return json.dumps(content, indent=2) + "\n"
-
-    def _write_settings(self, config_text: str) -> None:
-        # First, since a folder with any other file but without this one is taken for somebody else's.
-        write_atomic(self._manifest_path, self._manifest())
-        write_atomic(self.path / "config.yaml", config_text)
-
-    @contextmanager
-    def _opening(self) -> Iterator[None]:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            yield
-        except OSError as error:
-            self.close()
-            raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror}") from error
-        except FastMemError:
-            self.close()
-            raise
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
@@ -283,49 +220,45 @@ class RunFolder:
                 "on from there"
             ) from error
 
-    def _take_lock(self, alone: bool) -> None:
+    def _take_lock(self) -> None:
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            self._lock = self._locked(".lock", alone)
-            ranks = self.path / ".ranks"
-            if alone and ranks.exists() and (held := self._locked(ranks.name, alone=True)) is not None:
-                # None of a run whose first process was killed is still at work.
-                held.close()
-        except BlockingIOError:
-            self.close()
+            lock.acquire()
+        except Timeout:
             raise FastMemError(
-                f"run_dir: another process is writing to {self.path}; wait for it or give another --run_dir "
-                "(several processes share one when each has --trainer.elastic true)"
+                f"run_dir: another process is writing to {self.path}; wait for it or give another --run_dir"
             ) from None
+        except NotImplementedError:
+            # A file system without locks: two processes in one folder go unnoticed there.
+            return
+        self._lock = lock
 
-    def _share_lock(self) -> None:
-        """Take the lock with other workers; where there are none, claims are of workers that are gone."""
-        for _ in range(_LOCK_TRIES):
-            with suppress(BlockingIOError):
-                self._lock = self._locked(".lock", alone=True)
-                if self._lock is not None:
-                    shutil.rmtree(self.claims_path, ignore_errors=True)
-                    fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            # Another worker may be at this very point, alone for a moment.
-            with suppress(BlockingIOError):
-                self._lock = self._locked(".lock", alone=False)
-                return
-            time.sleep(0.1)
-        self._take_lock(alone=False)
 
-    def _locked(self, name: str, alone: bool) -> Any:
-        """A locked file; ``None`` where the system or the file system has no locks."""
-        if fcntl is None:
-            return None
-        # A network file system wants it open for reading where it is shared, for writing where it is not.
-        file = open(self.path / name, "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise
-        except OSError:
-            # Claims do without; a run of its own goes unguarded.
-            file.close()
-            return None
-        return file
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:
+    """List ``name: there X, here Y`` of every setting that differs; a raised limit is no difference."""
+    there, here = flatten(found), flatten(wanted)
+    lines = []
+    for name in sorted(there.keys() | here.keys()):
+        if name in optional and not (name in there and name in here):
+            continue
+        old, new = there.get(name), here.get(name)
+        grown = name == "data.limit" and old is not None and (new is None or new >= old)
+        if old != new and not grown:
+            if name == "data.file_hash":
+                lines.append("data.path: another file, or its content has changed")
+            elif name == "data.limit":
+                lines.append(f"{name}: there {old or 'all'}, here {new or 'all'}; it may be raised")
+            else:
+                lines.append(f"{name}: there {old!r}, here {new!r}")
+    return lines
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

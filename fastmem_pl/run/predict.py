@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from fastmem_pl.backbone import Backbone, BackboneSettings, ChatSettings, normalize_precision
 from fastmem_pl.base.errors import FastMemError, OutOfMemoryError, RunStoppedError
@@ -19,7 +19,6 @@ from fastmem_pl.decoding import (
     BASELINE,
     DECODERS,
     METHODS,
-    Decoder,
     Decoding,
     DecodingSettings,
     Generated,
@@ -31,10 +30,12 @@ from fastmem_pl.decoding import (
 )
 from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
 from fastmem_pl.metrics import score_answer
-from fastmem_pl.run.batching import Room
+from fastmem_pl.run.batching import MemoryBudget, halved_when_too_large
 from fastmem_pl.run.encoding import EncodedSample, SampleEncoder
 
 Mode = Literal["fit", "predict", "fit-predict"]
+Record = dict[str, Any]
+
 _QUIRK_FIELDS = {"norm_every_layer", "round_weights", "dola_unlimited", "round_trip", "parse_special_tokens"}
 
 
@@ -99,22 +100,171 @@ class FastMemModule(LightningModule):
         self.strict, self.auto_batch = strict, auto_batch
         self.metric_models = {"bertscore_model": bertscore_model, "factkb_model": factkb_model}
         self.mode: Mode = "fit-predict"
+        self.meter = PhaseMeter(torch.device("cpu"))
         self._backbone: Backbone | None = None
 
-    def settings(self) -> dict[str, Any]:
-        """All settings, nested and plain, as a config file has them."""
+    @halved_when_too_large
+    def predict_step(self, batch: list[ContextSample], batch_idx: int = 0) -> list[Record]:
+        """Encode, memorize, answer by each method, score.
+
+        Returns:
+            a record for each sample and method; under ``fit``, a record for each sample.
+        """
+        encoded = self.encode(batch)
+        memory, memorize_seconds = self.obtain_memory(batch, encoded)
+        if self.mode == "fit":
+            return self.save(batch, encoded, memory)
+        prefills = self.prefills(encoded)
+        records: dict[tuple[int, str], Record] = {}
+        # Methods that share a form of the prompt come together: one prefill is kept at a time.
+        for method in sorted(self.methods, key=lambda method: method.prompt):
+            used = memory if method.memory else None
+            answers, decode_seconds = self.answer(batch, method, used, prefills)
+            seconds = {"memorize": memorize_seconds if used else 0.0, "decode": decode_seconds}
+            with self.meter.detail("scoring", samples=len(batch)):
+                for row, sample in enumerate(batch):
+                    records[row, method.name] = self.record(
+                        sample, method, answers[row], encoded[row], seconds, used, row
+                    )
+        return [records[row, method.name] for row in range(len(batch)) for method in self.methods]
+
+    def longest_row(self, batch: Sequence[ContextSample]) -> int:
+        """Tokens of a batch's longest row, answer included."""
+        return max(encoded.longest for encoded in self.encode(batch)) + self.longest_answer
+
+    def encode(self, batch: Sequence[ContextSample]) -> list[EncodedSample]:
+        """Token ids of what is memorized and of every prompt."""
+        # A batch is encoded to estimate its memory, and again to be answered, perhaps in halves.
+        known = {id(sample): encoded for sample, encoded in self._encoded}
+        found = [known.get(id(sample)) or self.encoder(sample) for sample in batch]
+        self._encoded = list(zip(batch, found, strict=True))
+        return found
+
+    def obtain_memory(
+        self, batch: Sequence[ContextSample], encoded: Sequence[EncodedSample]
+    ) -> tuple[Memory | None, float]:
+        """Memorize or load; ``(None, 0)`` where no method needs a memory.
+
+        Returns:
+            the memory with a row a sample, and the seconds for each.
+        """
+        if self.mode != "fit" and not any(method.memory for method in self.methods):
+            return None, 0.0
+        if self.mode == "predict":
+            with self.meter.measure("memorize", name="memories", samples=len(batch)) as timing:
+                indices = [sample.index for sample in batch]
+                fingerprint, device = self.backbone.fingerprint(), self.backbone.device
+                memory = MemoryFolder(self.memories).load(indices, fingerprint, device)
+        else:
+            steps, contexts = self.memorization.steps, [sample.context for sample in encoded]
+            tokens = steps * sum(context.context_tokens for context in contexts)
+            with self.meter.measure("memorize", samples=len(batch), tokens=tokens, steps=steps) as timing:
+                memory = self.memorizer.fit(contexts)
+        if self.mode != "fit":
+            memory = memory.to(self.backbone.compute_dtype)
+        return memory, timing["seconds"] / len(batch)
+
+    def prefills(self, encoded: Sequence[EncodedSample]) -> PrefillCache:
+        """The trunk's passes over the prompts, one for each form, made when a method needs it."""
+        num_layers = self.memorization.num_layers
+        return PrefillCache(
+            lambda form: Prefill(
+                self.backbone, [s.prompts[form] for s in encoded], num_layers, self.early_layers(form)
+            ),
+            self.meter,
+        )
+
+    def answer(
+        self, batch: Sequence[ContextSample], method: Method, memory: Memory | None, prefills: PrefillCache
+    ) -> tuple[list[Generated], float]:
+        """Answer a batch by one method.
+
+        Returns:
+            an answer for each sample, and the seconds for each, its share of the prompts' pass included.
+        """
+        forms = [method.prompt]
+        if self._decoders[method.name].needs_without_context:
+            forms.append("without_context")
+        prompts, *without_context = (prefills.take(form) for form in forms)
+        with self.meter.measure("decode", part=method.name, samples=len(batch)) as timing:
+            answers = Decoding(
+                prompts,
+                method.decoder,
+                self.decoding,
+                memory and memory.deltas,
+                *without_context,
+                keys=[sample.index for sample in batch],
+                graphs=self.graphs,
+            ).run()
+            lengths = [len(answer.token_ids) for answer in answers]
+            timing.update(tokens=sum(lengths), steps=max(lengths))
+        seconds = timing["seconds"] + sum(prefills.seconds[form] for form in forms)
+        return answers, seconds / len(batch)
+
+    def record(
+        self,
+        sample: ContextSample,
+        method: Method,
+        answer: Generated,
+        encoded: EncodedSample,
+        seconds: dict[str, float],
+        memory: Memory | None,
+        row: int,
+    ) -> Record:
+        """The record of one answer, scores included.
+
+        Args:
+            sample: question and references.
+            method: that answered.
+            answer: what it said.
+            encoded: token ids of the sample.
+            seconds: for memorizing and decoding.
+            memory: of the batch; ``None`` where the method has none.
+            row: of the sample in the memory.
+        """
+        prediction = sample.answer_prefix + answer.text
         return {
-            "backbone": asdict(self.loading),
-            "methods": self.given_methods,
-            "memorize": _public(self.memorization),
-            "decode": _public(self.decoding),
-            "chat": _public(self.chat),
-            "memories": self.given_memories,
-            "strict": self.strict,
-            "auto_batch": self.auto_batch,
-            **self.metric_models,
-            "published_quirks": self.published_quirks,
+            "index": sample.index,
+            "id": sample.id,
+            "task": sample.task,
+            "method": method.name,
+            "question": sample.question,
+            "prediction": prediction,
+            "token_ids": answer.token_ids,
+            "references": list(sample.references),
+            "originals": list(sample.originals),
+            "scores": score_answer(
+                TASKS[sample.task].scores, prediction, sample.references, sample.originals
+            ),
+            "output_words": len(answer.text.split()),
+            "n_context_tokens": encoded.context.context_tokens,
+            "n_truncated_tokens": encoded.prompt_cuts[method.prompt],
+            "n_prompt_tokens": len(encoded.prompts[method.prompt]),
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            **answer.details,
+            "curve": memory.curves[row].as_dict() if memory else None,
+            "status": memory.status[row] if memory else "ok",
         }
+
+    def save(
+        self, batch: Sequence[ContextSample], encoded: Sequence[EncodedSample], memory: Memory
+    ) -> list[Record]:
+        """Save the memory of each sample as a file of its own."""
+        folder = MemoryFolder(self.memories)
+        form = "float32" if self.backbone.compute_dtype is torch.float32 else "bfloat16"
+        with self.meter.detail("memories", samples=len(batch)):
+            for row, sample in enumerate(batch):
+                path, context_hash = folder.file(sample.index), encoded[row].context_hash
+                try:
+                    memory.save(path, row, form, context_hash=context_hash, id=sample.id)
+                except FastMemError as error:
+                    if not isinstance(error.__cause__, OSError):
+                        raise
+                    raise RunStoppedError(
+                        f"{error}; memories that were saved before stay, and the same command goes on from "
+                        "there"
+                    ) from error
+        return [{"index": s.index, "curve": c.as_dict()} for s, c in zip(batch, memory.curves, strict=True)]
 
     @property
     def backbone(self) -> Backbone:
@@ -124,8 +274,24 @@ class FastMemModule(LightningModule):
             FastMemError: before :meth:`load_backbone`.
         """
         if self._backbone is None:
-            raise FastMemError("the backbone is not loaded; call load_backbone() or run a FastMemTrainer")
+            raise FastMemError("the backbone is not loaded; call load_backbone() or run a trainer")
         return self._backbone
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether :meth:`load_backbone` was called."""
+        return self._backbone is not None
+
+    def configure_model(self) -> None:
+        """Load the model; Lightning calls it before every loop."""
+        self.load_for(self.trainer)
+
+    def load_for(self, trainer: Trainer) -> None:
+        """Load the model on a trainer's device, in its precision."""
+        device, calls = trainer.strategy.root_device, self.meter.calls
+        with PhaseMeter(device, calls).detail("load"):
+            self.load_backbone(str(trainer.precision), device)
+        self.meter.calls = calls
 
     def load_backbone(self, precision: str, device: torch.device, backbone: Backbone | None = None) -> None:
         """Load the model named in the settings, or keep a given or loaded one that fits.
@@ -133,8 +299,7 @@ class FastMemModule(LightningModule):
         It is kept out of the module tree: precision plugins would convert its rotary tables, and
         strategies would wrap parameters that nothing trains.
         """
-        backbone = backbone or self._backbone
-        loading = self.loading
+        backbone, loading = backbone or self._backbone, self.loading
         spread = loading.device_map is not None or loading.quantization is not None
         if (
             backbone is None
@@ -163,8 +328,25 @@ class FastMemModule(LightningModule):
         self.memorizer = Memorizer(self.backbone, self.memorization)
         self.meter = self.memorizer.meter = PhaseMeter(self.backbone.device)
         self.graphs = GraphPool()
-        self.room = Room(self.backbone, self.memorization, self.graphs, self.auto_batch)
+        self.budget = MemoryBudget(self.backbone, self.memorization, self.graphs, self.auto_batch)
         self._prepare_methods()
+
+    def _prepare_methods(self) -> None:
+        """Find out what the methods need of every batch; refuse decoders that do not fit the model."""
+        self._decoders = {m.name: DECODERS[m.decoder](self.decoding, self.backbone) for m in self.methods}
+        decoders = self._decoders.values()
+        forms = {method.prompt for method in self.methods}
+        if any(decoder.needs_without_context for decoder in decoders):
+            forms.add("without_context")
+        limits = [decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders]
+        self.longest_answer = max(limits)
+        self.encoder = SampleEncoder(self.memorizer, self.longest_answer, forms)
+        self._encoded: list[tuple[ContextSample, EncodedSample]] = []
+
+    def early_layers(self, form: str) -> list[int]:
+        """Numbers of the hidden states that methods with this form of the prompt look at."""
+        methods = (method for method in self.methods if method.prompt == form)
+        return sorted({number for m in methods for number in self._decoders[m.name].early_layers})
 
     def use_mode(self, mode: Mode, run_memories: Path) -> None:
         """Choose what a step does; ``run_memories`` is the run folder's ``memories/``."""
@@ -184,6 +366,47 @@ class FastMemModule(LightningModule):
         """Choose the methods to answer by; to be called before the backbone is loaded."""
         self.methods = select_methods(names)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the texts alone."""
+        return batch
+
+    def context_lengths(self, samples: Sequence[ContextSample]) -> list[int]:
+        """Tokens of each context, up to the limit."""
+        if not samples:
+            return []
+        counts = self.backbone.chat.count_tokens([sample.context for sample in samples])
+        return [min(count, self.memorizer.context_limit) for count in counts]
+
+    def check_samples(self, samples: Sequence[ContextSample]) -> None:
+        """Refuse what cannot be answered before anything is.
+
+        Raises:
+            FastMemError: for a question without room for its context, a memory that does not fit and, under
+                ``strict``, a context that would be cut off.
+        """
+        for sample in samples:
+            self.encoder.check(sample, self.strict)
+        if self.mode == "predict" and self.memories and any(method.memory for method in self.methods):
+            folder, wanted = MemoryFolder(self.memories), self.memorization.as_dict()
+            for sample in samples:
+                context_hash = self.encoder(sample).context_hash
+                folder.check(sample.index, sample.id, context_hash, self.backbone.fingerprint(), wanted)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, nested and plain, as a config file has them."""
+        return {
+            "backbone": asdict(self.loading),
+            "methods": self.given_methods,
+            "memorize": _public(self.memorization),
+            "decode": _public(self.decoding),
+            "chat": _public(self.chat),
+            "memories": self.given_memories,
+            "strict": self.strict,
+            "auto_batch": self.auto_batch,
+            **self.metric_models,
+            "published_quirks": self.published_quirks,
+        }
+
     def identity(self, answers: bool) -> dict[str, Any]:
         """Settings that memories depend on and, with ``answers``, what answers depend on beside them."""
         settings: dict[str, Any] = {
@@ -199,173 +422,6 @@ class FastMemModule(LightningModule):
             settings["memories"] = self.given_memories
             settings["answer_quirks"] = [quirk for quirk in self.published_quirks if quirk in ANSWER_QUIRKS]
         return settings
-
-    def _prepare_methods(self) -> None:
-        """Find out what the methods need of every batch; refuse decoders that do not fit the model."""
-        self._decoders = {m.name: DECODERS[m.decoder](self.decoding, self.backbone) for m in self.methods}
-        decoders = self._decoders.values()
-        forms = {method.prompt for method in self.methods}
-        if any(decoder.needs_without_context for decoder in decoders):
-            forms.add("without_context")
-        limits = [decoder.max_new_tokens or self.decoding.max_new_tokens for decoder in decoders]
-        self.longest_answer = max(limits)
-        self.encoder = SampleEncoder(self.memorizer, self.longest_answer, forms)
-
-    def decoder_of(self, method: Method) -> Decoder:
-        """The decoder of one of the methods, with the settings of the model."""
-        return self._decoders[method.name]
-
-    def early_layers(self, form: str) -> list[int]:
-        """Numbers of the hidden states that methods with this form of the prompt look at."""
-        methods = (method for method in self.methods if method.prompt == form)
-        return sorted({number for m in methods for number in self._decoders[m.name].early_layers})
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the texts alone."""
-        return batch
-
-    def context_lengths(self, samples: Sequence[ContextSample]) -> list[int]:
-        """Tokens of each context, up to the limit."""
-        counts = self.backbone.chat.count_tokens([sample.context for sample in samples])
-        return [min(count, self.memorizer.context_limit) for count in counts]
-
-    def predict_step(self, batch: list[ContextSample], batch_idx: int = 0) -> list[dict[str, Any]]:
-        """Memorize and answer a batch; returns one record per sample and method (``fit``: per sample)."""
-        pairs = [(sample, self.encoder(sample)) for sample in batch]
-        return self.room.process(pairs, self._longest, self._process)
-
-    def _longest(self, pairs: Sequence[tuple[ContextSample, EncodedSample]]) -> int:
-        """Tokens of the longest row, answer included."""
-        return max(encoded.longest for _, encoded in pairs) + self.longest_answer
-
-    def check_samples(self, samples: list[ContextSample]) -> None:
-        """Refuse what cannot be answered before anything is: questions without room, memories that do
-        not fit, and under ``strict`` contexts that would be cut off.
-        """
-        for sample in samples:
-            self.encoder.check(sample, self.strict)
-        if self.mode == "predict" and self.memories and any(method.memory for method in self.methods):
-            folder, wanted = MemoryFolder(self.memories), self.memorization.as_dict()
-            for sample in samples:
-                context_hash = self.encoder(sample).context_hash
-                folder.check(sample.index, sample.id, context_hash, self.backbone.fingerprint(), wanted)
-
-    def _process(self, pairs: Sequence[tuple[ContextSample, EncodedSample]]) -> list[dict[str, Any]]:
-        samples, encoded = [sample for sample, _ in pairs], [encoded for _, encoded in pairs]
-        memory, memorize_seconds = self._obtain_memory(samples, encoded)
-        if self.mode == "fit":
-            with self.meter.detail("memories", samples=len(samples)):
-                return self._save(samples, encoded, memory)
-        if memory:
-            memory = memory.to(self.backbone.compute_dtype)
-        records: dict[str, list[dict[str, Any]]] = {}
-        num_layers = memory.num_layers if memory else self.memorization.num_layers
-        prefills = PrefillCache(
-            lambda form: Prefill(
-                self.backbone, [s.prompts[form] for s in encoded], num_layers, self.early_layers(form)
-            ),
-            self.meter,
-        )
-        for method in sorted(self.methods, key=lambda method: method.prompt):
-            used = memory if method.memory else None
-            read = [method.prompt]
-            if self._decoders[method.name].needs_without_context:
-                read.append("without_context")
-            prompts, *without_context = (prefills.take(form) for form in read)
-            with self.meter.measure("decode", part=method.name, samples=len(samples)) as timing:
-                answers = Decoding(
-                    prompts,
-                    method.decoder,
-                    self.decoding,
-                    used and used.deltas,
-                    *without_context,
-                    keys=[sample.index for sample in samples],
-                    graphs=self.graphs,
-                ).run()
-                lengths = [len(answer.token_ids) for answer in answers]
-                timing.update(tokens=sum(lengths), steps=max(lengths))
-            seconds = {
-                "memorize": memorize_seconds / len(samples) if used else 0.0,
-                "decode": (sum(prefills.seconds[form] for form in read) + timing["seconds"]) / len(samples),
-            }
-            records[method.name] = []
-            with self.meter.detail("scoring", samples=len(samples)):
-                for row, sample in enumerate(samples):
-                    record = self.record(sample, method, answers[row], encoded[row], seconds)
-                    record["curve"] = used.curves[row].as_dict() if used else None
-                    record["status"] = used.status[row] if used else "ok"
-                    records[method.name].append(record)
-        return [records[method.name][row] for row in range(len(samples)) for method in self.methods]
-
-    def _obtain_memory(
-        self, samples: Sequence[ContextSample], encoded: Sequence[EncodedSample]
-    ) -> tuple[Memory | None, float]:
-        """Memorize or load; ``(None, 0)`` where no method needs a memory."""
-        if self.mode != "fit" and not any(method.memory for method in self.methods):
-            return None, 0.0
-        if self.mode == "predict":
-            with self.meter.measure("memorize", name="memories", samples=len(samples)) as timing:
-                indices = [sample.index for sample in samples]
-                fingerprint, device = self.backbone.fingerprint(), self.backbone.device
-                memory = MemoryFolder(self.memories).load(indices, fingerprint, device)
-            return memory, timing["seconds"]
-        steps, tokens = self.memorization.steps, sum(sample.context.context_tokens for sample in encoded)
-        counts = {"samples": len(samples), "tokens": steps * tokens, "steps": steps}
-        with self.meter.measure("memorize", **counts) as timing:
-            memory = self.memorizer.fit([sample.context for sample in encoded])
-        return memory, timing["seconds"]
-
-    def _save(
-        self, samples: Sequence[ContextSample], encoded: Sequence[EncodedSample], memory: Memory
-    ) -> list[dict[str, Any]]:
-        folder = MemoryFolder(self.memories)
-        for row, sample in enumerate(samples):
-            try:
-                memory.save(
-                    folder.file(sample.index),
-                    row,
-                    "float32" if self.backbone.compute_dtype is torch.float32 else "bfloat16",
-                    context_hash=encoded[row].context_hash,
-                    id=sample.id,
-                )
-            except FastMemError as error:
-                if not isinstance(error.__cause__, OSError):
-                    raise
-                raise RunStoppedError(
-                    f"{error}; memories that were saved before stay, and the same command goes on from there"
-                ) from error
-        return [{"index": s.index, "curve": c.as_dict()} for s, c in zip(samples, memory.curves, strict=True)]
-
-    def record(
-        self,
-        sample: ContextSample,
-        method: Method,
-        answer: Generated,
-        encoded: EncodedSample,
-        seconds: dict[str, float],
-    ) -> dict[str, Any]:
-        """The record of one answer, but for its memory's curve and status."""
-        prediction = sample.answer_prefix + answer.text
-        return {
-            "index": sample.index,
-            "id": sample.id,
-            "task": sample.task,
-            "method": method.name,
-            "question": sample.question,
-            "prediction": prediction,
-            "token_ids": answer.token_ids,
-            "references": list(sample.references),
-            "originals": list(sample.originals),
-            "scores": score_answer(
-                TASKS[sample.task].scores, prediction, sample.references, sample.originals
-            ),
-            "output_words": len(answer.text.split()),
-            "n_context_tokens": encoded.context.context_tokens,
-            "n_truncated_tokens": encoded.prompt_cuts[method.prompt],
-            "n_prompt_tokens": len(encoded.prompts[method.prompt]),
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            **answer.details,
-        }
 
 
 def _public(settings: Any) -> dict[str, Any]:

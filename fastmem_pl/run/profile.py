@@ -1,26 +1,29 @@
 """Profiles of runs: where the time of a session went, and how much memory each phase took.
 
 ``RUN/profile/profile.json`` holds the profile of the last session that answered something, of all processes
-together; elastic workers write one each, ``profile-<worker>.json``. What earlier sessions left goes when a
-session writes its own. Phases do not overlap: their seconds and ``other`` add up to those of the session.
+together. Phases do not overlap: their seconds and ``other`` add up to those of the session.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.profiler import ProfilerActivity
 
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.base.files import write_atomic
-
-if TYPE_CHECKING:
-    from fastmem_pl.base.phases import PhaseCall
+from fastmem_pl.base.files import write_atomic, write_whole
+from fastmem_pl.base.phases import PhaseCall
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +48,13 @@ PHASES = {
 """Phases in the order of a run."""
 
 _FOLDER, _FILE = "profile", "profile.json"
-# Of phases with one call, or of no time.
-_MAY_BE_NONE = ("median_seconds", "tokens_per_second", "ms_per_token")
+# Of more than two batches the first is left out, in which kernels are compiled. A batch takes millions of
+# operators, and torch.profiler keeps all of them until it is written.
+_MOST_BATCHES = 3
+# Allocations and frees, the last ones.
+_HISTORY = 200_000
+# What stands at the end of every trace: its own name.
+_END_BYTES = 8192
 
 
 def check_kinds(kinds: Sequence[str] | str | None, option: str = "trainer.profile") -> list[str]:
@@ -54,13 +62,13 @@ def check_kinds(kinds: Sequence[str] | str | None, option: str = "trainer.profil
 
     Args:
         kinds: names; in one string with commas between.
-        option: that they were given with, for the message.
+        option: option that they were given with, for the message.
 
     >>> check_kinds("trace")
     ['phases', 'trace']
 
     Raises:
-        FastMemError: for a name that is none.
+        FastMemError: for an unknown name.
     """
     if isinstance(kinds, str):
         kinds = [name.strip() for name in kinds.strip("[]").split(",")]
@@ -70,165 +78,228 @@ def check_kinds(kinds: Sequence[str] | str | None, option: str = "trainer.profil
     return [kind for kind in KINDS if kind == "phases" or kind in kinds] if kinds else []
 
 
-class Profiler:
-    """Collects what a process measures in a session.
+@dataclass(frozen=True)
+class Measured:
+    """What one process measured in a session.
+
+    Attributes:
+        wall_seconds: length of the session.
+        calls: passages through phases.
+        traced_batches: batches that torch.profiler watched, which slows them.
+        files: names of the traces that were written.
+    """
+
+    wall_seconds: float
+    calls: list[PhaseCall]
+    traced_batches: int
+    files: list[str]
+
+    @property
+    def busy(self) -> float:
+        """Seconds in phases."""
+        return sum(call.seconds for call in self.calls)
+
+
+class RunProfile(Callback):
+    """What one process measures in a session, and its traces of single batches.
+
+    What cannot be written is a warning, and the run goes on.
 
     Args:
-        kinds: that were asked for.
-        start: of the session, by :func:`time.perf_counter`.
+        kinds: what was asked for.
+        start: beginning of the session, by :func:`time.perf_counter`.
+        run_path: folder of the run.
 
     Attributes:
         calls: filled by the meters that it is given to (:class:`~fastmem_pl.base.phases.PhaseMeter`).
-        files: names of the traces that were written.
-        traced_batches: batches that torch.profiler watched, which slows them.
     """
 
-    def __init__(self, kinds: Sequence[str], start: float) -> None:
+    def __init__(self, kinds: Sequence[str], start: float, run_path: Path) -> None:
         self.kinds = list(kinds)
         self.calls: list[PhaseCall] = []
-        self.files: list[str] = []
-        self.traced_batches = 0
-        self._start = start
+        self._start, self._folder = start, run_path / _FOLDER
+        self._files: list[str] = []
+        self._first = self._batches = 0
+        self._trace: torch.profiler.profile | None = None
+        self._history = False
 
-    def part(self, name: str) -> dict[str, Any]:
-        """What this process did until now, as one of the ``processes`` of a profile."""
-        wall = time.perf_counter() - self._start
-        phases = {}
-        for phase in PHASES:
-            calls = [call for call in self.calls if call.phase == phase]
-            if calls:
-                phases[phase] = _numbers(calls)
-                if phase == "decode":
-                    methods = dict.fromkeys(call.part for call in calls)
-                    phases[phase]["methods"] = {
-                        method: _numbers([call for call in calls if call.part == method])
-                        for method in methods
-                    }
-        phases["other"] = {"seconds": max(0.0, wall - sum(call.seconds for call in self.calls))}
-        return {
-            "name": name,
-            "wall_seconds": wall,
-            "phases": phases,
-            "batch_sizes": _batch_sizes(self.calls),
-            "traced_batches": self.traced_batches,
-            "files": self.files,
-        }
+    def measured(self) -> Measured:
+        """What this process did until now."""
+        traced = self._batches if any(name.startswith("trace") for name in self._files) else 0
+        return Measured(time.perf_counter() - self._start, self.calls, traced, self._files)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the first batch by how many there are."""
+        self._first = 1 if sum(trainer.num_predict_batches) > 2 else 0
+        if "memory" in self.kinds and trainer.strategy.root_device.type != "cuda" and trainer.is_global_zero:
+            log.warning(
+                "profile: memory is the history of a CUDA device's allocator, and this run has none (the "
+                "profile has the peak of each phase)"
+            )
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Begin with the first batch."""
+        if batch_idx != self._first:
+            return
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        with pl_module.meter.detail("trace"):
+            if "memory" in self.kinds and on_gpu:
+                self._history = True
+                torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
+            if "trace" in self.kinds:
+                # Kineto writes a line to standard error at every start.
+                os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+                activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+                self._trace = torch.profiler.profile(activities=activities)
+                try:
+                    self._trace.start()
+                except RuntimeError as error:
+                    # Such as another profiler, which a program of the user's runs.
+                    self._trace = None
+                    log.warning("profile: no trace: %s", " ".join(str(error).split())[:200])
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count, and write after the last batch."""
+        if self._trace is not None or self._history:
+            self._batches += 1
+            if self._batches == _MOST_BATCHES:
+                self._write_traces(pl_module, trainer.global_rank)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what there is."""
+        self._write_traces(pl_module, trainer.global_rank)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop; the history of a batch that had no room tells why."""
+        if self._trace is not None:
+            self._trace.stop()
+            self._trace = None
+        self._write_traces(pl_module, trainer.global_rank)
+
+    def _write_traces(self, module: Any, rank: int) -> None:
+        with module.meter.detail("trace"):
+            trace, self._trace = self._trace, None
+            if trace is not None:
+                trace.stop()
+                self._write(f"trace-{rank}.json", lambda path: _export(trace, path))
+            if self._history:
+                self._history = False
+                # Written, never read here: https://docs.pytorch.org/memory_viz reads it.
+                name = f"memory-{rank}.pickle"
+                self._write(name, lambda path: torch.cuda.memory._dump_snapshot(str(path)))
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+        try:
+            self._folder.mkdir(exist_ok=True)
+            write_whole(self._folder / name, write)
+        except OSError as error:
+            reason = error.strerror or error
+            log.warning("profile: cannot write %s: %s; the run goes on", self._folder / name, reason)
+        else:
+            self._files.append(name)
 
 
-def merge(parts: Sequence[Mapping[str, Any]], shared: bool = True) -> dict[str, Any]:
-    """The numbers of several processes as those of a run.
+def _export(trace: torch.profiler.profile, path: Path) -> None:
+    """Write a trace.
 
-    Seconds, shares and the seconds of calls are those of the process that was busy longest, for which the
-    others wait. Calls, samples, tokens and steps are added up, and so are tokens per second; peaks are the
-    highest of all.
+    Raises:
+        OSError: when it cannot be written in full, which torch does not report.
+    """
+    trace.export_chrome_trace(str(path))
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _END_BYTES))
+        if b'"traceName"' not in file.read():
+            raise OSError(f"it ends after {size / 1e6:.0f} MB; the disk may be full")
+
+
+def summarize(processes: Sequence[Measured], shared: bool = True) -> dict[str, Any]:
+    """The numbers of a session.
+
+    Seconds and shares are those of the process that was busy longest, for which the others wait. Calls,
+    samples, tokens and steps are added up; peaks are the highest of all.
 
     Args:
-        parts: of the processes (:meth:`Profiler.part`).
+        processes: what each of them measured.
         shared: whether they shared out the samples. Those that hold one model together do the same work,
             which counts once.
     """
-    slowest = max(parts, key=lambda part: part["wall_seconds"] - part["phases"]["other"]["seconds"])
-    counted = parts if shared else [slowest]
-    phases = {}
+    slowest = max(processes, key=lambda process: process.busy)
+    wall = slowest.wall_seconds
+    counted = [call for process in (processes if shared else [slowest]) for call in process.calls]
+    every = [call for process in processes for call in process.calls]
+    phases: dict[str, Any] = {}
+
+    def numbers(phase: str, part: str | None = None) -> dict[str, Any]:
+        chosen = (
+            [c for c in calls if c.phase == phase and part in (None, c.part)]
+            for calls in (slowest.calls, counted, every)
+        )
+        return _numbers(*chosen)
+
     for phase in PHASES:
-        every = [part["phases"][phase] for part in parts if phase in part["phases"]]
-        if every:
-            numbers = _merged(slowest["phases"].get(phase), every, shared)
-            # Of a session, so that they add up to 1.
-            phases[phase] = {**numbers, "share": numbers["seconds"] / slowest["wall_seconds"]}
-    sizes: Counter[str] = Counter()
-    for part in counted:
-        sizes.update(part["batch_sizes"])
+        if any(call.phase == phase for call in every):
+            phases[phase] = numbers(phase)
+    if "decode" in phases:
+        methods = dict.fromkeys(call.part for call in every if call.phase == "decode")
+        phases["decode"]["methods"] = {method: numbers("decode", method) for method in methods}
+    phases["other"] = {"seconds": max(0.0, wall - slowest.busy)}
+    for own in phases.values():
+        # Of a session, so that they add up to 1.
+        own["share"] = own["seconds"] / wall
     return {
-        "wall_seconds": slowest["wall_seconds"],
+        "wall_seconds": wall,
         "phases": phases,
-        "batch_sizes": {size: sizes[size] for size in sorted(sizes, key=int)},
-        "traced_batches": sum(part["traced_batches"] for part in counted),
-        "files": sorted(name for part in parts for name in part["files"]),
-        "processes": list(parts),
+        "batch_sizes": _batch_sizes(counted),
+        "traced_batches": sum(p.traced_batches for p in (processes if shared else [slowest])),
+        "files": sorted(name for process in processes for name in process.files),
     }
 
 
-def profile_path(run: str | Path, worker: str | None = None) -> Path:
-    """File of a run's profile, or of that of one of its elastic workers."""
-    return Path(run) / _FOLDER / (_FILE if worker is None else f"profile-{worker}.json")
-
-
 def read_profile(run: str | Path) -> dict[str, Any] | None:
-    """The profile of a run's last session; that of elastic workers is merged; ``None`` where there is none.
+    """The profile of a run's last session; ``None`` where there is none.
 
     Raises:
         FastMemError: for a damaged file.
     """
-    paths = _paths(run)
-    if not paths:
+    path = Path(run) / _FOLDER / _FILE
+    if not path.is_file():
         return None
-    # A session that was killed between writing its own and removing the earlier ones leaves both.
-    newest = max(paths, key=lambda path: path.stat().st_mtime_ns)
-    first = _read(newest)
-    if newest == profile_path(run):
-        return first
-    others = [_read(path) for path in paths if path != newest and _session(path) == first.get("session")]
-    profiles = [first, *others]
-    merged = merge([part for profile in profiles for part in profile["processes"]])
-    return {
-        **first,
-        **merged,
-        "num_samples": sum(profile["num_samples"] for profile in profiles),
-        "environment": {**first["environment"], "processes": len(merged["processes"])},
-    }
-
-
-def has_earlier_profile(run: str | Path, session: str | None) -> bool:
-    """Whether a session other than this one left a profile.
-
-    Args:
-        run: the folder.
-        session: what the elastic workers of this session have in common; ``None`` for another session.
-    """
-    return any(session is None or _session(path) != session for path in _paths(run))
-
-
-def write_profile(path: Path, profile: Mapping[str, Any]) -> None:
-    """Write a profile at once, and remove those of earlier sessions.
-
-    What cannot be written is said in one line, as the run's results are there.
-    """
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps(profile, indent=2, ensure_ascii=False) + "\n")
-        session = profile.get("session")
-        for other in _paths(path.parent.parent):
-            if other != path and (session is None or _session(other) != session):
-                other.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("profile: cannot write %s: %s; the results are kept", path, error.strerror or error)
-
-
-def _paths(run: str | Path) -> list[Path]:
-    """Files of profiles, that of a run without elastic workers first."""
-    path = profile_path(run)
-    return [path] * path.is_file() + sorted(path.parent.glob("profile-*.json"))
-
-
-def _session(path: Path) -> str | None:
-    """What the elastic workers of a session have in common; ``None`` where the file does not say."""
-    try:
-        return json.loads(path.read_text()).get("session")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _read(path: Path) -> dict[str, Any]:
     try:
         profile = json.loads(path.read_text())
-        _check(profile)
+        _use_all(profile)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FastMemError(f"{path} is damaged; remove it, or run again with --profile") from error
     return profile
 
 
-def _check(profile: Mapping[str, Any]) -> None:
+def write_profile(run: str | Path, profile: Mapping[str, Any]) -> None:
+    """Write a profile at once; what cannot be written is a warning, as the run's results are there."""
+    path = Path(run) / _FOLDER / _FILE
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps(profile, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        log.warning("profile: cannot write %s: %s; the results are kept", path, error.strerror or error)
+
+
+def _use_all(profile: Mapping[str, Any]) -> None:
     """Use all that is used of a profile, so that what is missing or no number shows here."""
     device, settings = profile["environment"]["device"], profile["settings"]
     profile["mode"], device["name"], settings["model"]["backbone"], settings["trainer"]["precision"]
@@ -236,57 +307,40 @@ def _check(profile: Mapping[str, Any]) -> None:
         device["threads"]
     ", ".join(profile["files"])
     sum([profile["wall_seconds"], profile["num_samples"], profile["traced_batches"]])
-    for part in (profile, *profile["processes"]):
-        part["phases"]["other"]
-        for numbers in part["phases"].values():
-            for own in (numbers, *numbers.get("methods", {}).values()):
-                own["seconds"]
-                sum(v for k, v in own.items() if k != "methods" and not (v is None and k in _MAY_BE_NONE))
-    merge(profile["processes"])
+    profile["phases"]["other"]
+    for numbers in profile["phases"].values():
+        for own in (numbers, *numbers.get("methods", {}).values()):
+            own["seconds"]
+            sum(value or 0 for name, value in own.items() if name != "methods")
 
 
-def _numbers(calls: Sequence[PhaseCall]) -> dict[str, Any]:
-    """What is told of the calls of one phase."""
-    seconds = sum(call.seconds for call in calls)
-    tokens, steps = sum(call.tokens for call in calls), sum(call.steps for call in calls)
+def _numbers(
+    slowest: Sequence[PhaseCall], counted: Sequence[PhaseCall], every: Sequence[PhaseCall]
+) -> dict[str, Any]:
+    """Sums, medians and rates of one phase.
+
+    Args:
+        slowest: calls of the process that was busy longest, which may have none.
+        counted: calls of the processes whose work counts.
+        every: calls of all processes.
+    """
+    seconds = sum(call.seconds for call in slowest)
+    tokens, steps = sum(call.tokens for call in counted), sum(call.steps for call in counted)
     numbers: dict[str, Any] = {
         "seconds": seconds,
-        "calls": len(calls),
-        "first_seconds": calls[0].seconds,
-        "median_seconds": median(call.seconds for call in calls[1:]) if len(calls) > 1 else None,
-        "samples": sum(call.samples for call in calls),
-        "peak_memory_gib": round(max(call.peak_bytes for call in calls) / 2**30, 3),
+        "calls": len(counted),
+        "first_seconds": slowest[0].seconds if slowest else 0.0,
+        "median_seconds": median(call.seconds for call in slowest[1:]) if len(slowest) > 1 else None,
+        "samples": sum(call.samples for call in counted),
+        "peak_memory_gib": round(max(call.peak_bytes for call in every) / 2**30, 3),
     }
     if tokens:
         numbers |= {"tokens": tokens, "tokens_per_second": tokens / seconds if seconds else None}
+    own_tokens, own_steps = sum(call.tokens for call in slowest), sum(call.steps for call in slowest)
     if steps:
-        numbers |= {"steps": steps, "ms_per_step": 1000 * seconds / steps}
-        if calls[0].phase == "decode":
-            numbers["ms_per_token"] = 1000 * seconds / tokens if tokens else None
-    return numbers
-
-
-def _merged(
-    slowest: Mapping[str, Any] | None, every: Sequence[Mapping[str, Any]], shared: bool
-) -> dict[str, Any]:
-    """The numbers of one phase; where the slowest process has none of it, it took none of its time."""
-    numbers = {**every[0], "seconds": 0.0} if slowest is None else dict(slowest)
-    if "peak_memory_gib" in numbers:
-        numbers["peak_memory_gib"] = max(one["peak_memory_gib"] for one in every)
-    if shared:
-        for name in ("calls", "samples", "tokens", "steps", "tokens_per_second"):
-            if name in numbers:
-                numbers[name] = sum(one.get(name) or 0 for one in every)
-    methods = dict.fromkeys(method for one in every for method in one.get("methods", ()))
-    if methods:
-        numbers["methods"] = {
-            method: _merged(
-                slowest and slowest["methods"].get(method),
-                [one["methods"][method] for one in every if method in one["methods"]],
-                shared,
-            )
-            for method in methods
-        }
+        numbers |= {"steps": steps, "ms_per_step": 1000 * seconds / max(1, own_steps)}
+        if every[0].phase == "decode":
+            numbers["ms_per_token"] = 1000 * seconds / own_tokens if own_tokens else None
     return numbers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from fastmem_pl.base.errors import FastMemError, RunStoppedError
-from fastmem_pl.base.files import write_atomic
+from fastmem_pl.base.files import to_bytes, write_atomic
 from fastmem_pl.base.hub import cache_dir
 
 Record = dict[str, Any]
+
+
+def split_lines(content: bytes) -> list[bytes]:
+    """Lines with their ends: of JSON Lines, only ``\\n`` ends one."""
+    return io.BytesIO(content).readlines()
 
 
 def read_records(path: Path) -> list[tuple[bytes, Record]]:
@@ -24,7 +30,7 @@ def read_records(path: Path) -> list[tuple[bytes, Record]]:
         FastMemError: for a line before the last that is no record.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = split_lines(path.read_bytes())
     except FileNotFoundError:
         return []
     found = []
@@ -107,7 +113,7 @@ def append_records(
         RunStoppedError: when the disk is full or gone; what was there before stays, and these records are in
             the rescue folder.
     """
-    content = "".join(map(as_line, records)).encode()
+    content = to_bytes("".join(map(as_line, records)))
     size = None
     try:
         witness.stat()

@@ -1,7 +1,11 @@
 """Loading from folders and GGUF files; what cannot be loaded is named in one line."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastmem_pl import Backbone, FastMemError
 from fastmem_pl.backbone import loading
@@ -42,6 +46,74 @@ def test_damaged_gguf(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "m.gguf").write_bytes(b"not a model")
     with pytest.raises(FastMemError, match="cannot read the GGUF file"):
+        Backbone.load(str(tmp_path / "m.gguf"))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def altered(tiny_folder, tmp_path):
+    """A copy of the tiny model with other settings in config.json, and what is left of its weights."""
+
+    def copy(alter=dict, **settings):
+        folder = shutil.copytree(tiny_folder, tmp_path / "altered")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+        weights = alter(load_file(folder / "model.safetensors"))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return str(folder)
+
+    return copy
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def without(*names):
+    return lambda weights: {name: weight for name, weight in weights.items() if name not in names}
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}])
+@pytest.mark.parametrize(
+    ("alter", "settings", "message"),
+    [
+        (without(UP), {}, rf"weights are missing: {UP}; its files are incomplete or config\.json"),
+        (without("lm_head.weight"), {}, r"weights are missing: lm_head\.weight;"),
+        (dict, {"num_hidden_layers": 12}, r"weights are missing: model\.layers\.3\.input_\S+ and 80 more; "),
+        (dict, {"num_hidden_layers": 2}, r"has not: model\.layers\.2\.input_layernorm\.weight and 8 more;"),
+        (lambda w: {**w, UP: w[UP][:32]}, {}, rf"shapes .*: {UP} \(32, 32\) for \(64, 32\);"),
+        (dict, {"vocab_size": 300}, r"shapes .*: lm_head\.weight \(259, 32\) for \(300, 32\) and 1 more;"),
+        (lambda w: {**w, "model.extra": torch.ones(1)}, {}, r"has not: model\.extra;"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(altered, alter, settings, message, device_map, caplog, capfd):
+    source = altered(alter, **settings)
+    with pytest.raises(FastMemError, match=message) as refused:
+        loading.load_model(source, torch.float32, device_map=device_map)
+    assert f"cannot load {source!r}" in str(refused.value)
+    assert "LOAD REPORT" not in caplog.text + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("alter", "settings"),
+    [
+        (without("lm_head.weight"), {"tie_word_embeddings": True}),
+        (dict, {"tie_word_embeddings": True}),
+        (lambda w: {**w, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, {}),
+        (lambda w: {**w, "model.layers.0.attn.masked_bias": torch.ones(1)}, {}),
+    ],
+)
+def test_tied_weights_and_tables_are_no_fault(altered, alter, settings):
+    assert Backbone.load(altered(alter, **settings)).num_blocks == 3
+
+
+def test_a_gguf_file_that_lacks_weights_is_named_and_not_kept(tmp_path, monkeypatch, tiny):
+    monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "m.gguf").write_bytes(b"x")
+    info = {"missing_keys": {UP}, "mismatched_keys": set(), "unexpected_keys": set()}
+    read = {"from_pretrained": lambda **options: (tiny.model, info)}
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", type("Auto", (), read))
+    monkeypatch.setattr("transformers.AutoTokenizer", type("Auto", (), read))
+    with pytest.raises(FastMemError, match=rf"m\.gguf': weights are missing: {UP};"):
         Backbone.load(str(tmp_path / "m.gguf"))
     assert not list((tmp_path / "cache").iterdir())
 

@@ -72,6 +72,40 @@ def test_malformed_records(tmp_path, task, records, message):
         read_samples(path, task)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(
+    ("task", "record", "field"),
+    [
+        ("nqswap", SWAP, "input"),
+        ("nqswap", SWAP, "sub_context"),
+        ("nqswap", SWAP, "sub_answer"),
+        ("memotrap", TRAP, "classes"),
+        ("hotpotqa", HOTPOT, "context"),
+        ("hotpotqa", HOTPOT, "id"),
+        ("qa", {"context": "c", "question": "q", "answers": {"text": ["a"]}}, "answers"),
+        ("mixed", {"task": "nqswap", **SWAP}, "task"),
+    ],
+)
+def test_halves_of_characters_are_named(tmp_path, suffix, task, record, field):
+    first = json.dumps(record)
+    value = json.dumps(record[field])
+    # The last text of the field's value gets half of an emoji at its end.
+    place = value.rindex('"')
+    broken = first.replace(f'"{field}": {value}', f'"{field}": {value[:place]}\\ud83d{value[place:]}')
+    path = tmp_path / f"data{suffix}"
+    path.write_text(f"[{first},\n{broken}]" if suffix == ".json" else f"{first}\n{broken}\n")
+    message = rf"data\{suffix}, line 2: field '{field}' holds half of a character \(\\ud83d, a lone surrogate"
+    with pytest.raises(FastMemError, match=message):
+        read_samples(path, task)
+
+
+def test_halves_that_belong_together_and_fields_that_nothing_reads_are_no_fault(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(r'{"context": "c\ud83d\ude00", "question": "q", "note": "\ud83d"}')
+    (sample,) = read_samples(path, "qa")
+    assert sample.context == "c😀"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

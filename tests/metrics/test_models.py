@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 
 import pytest
@@ -260,6 +262,28 @@ def test_unfit_checkpoints_are_refused(tmp_path, encoder, monkeypatch):
     bare = save(tmp_path / "classifier", RobertaForSequenceClassification, tokenizer=False)
     monkeypatch.setattr(models, "_FACTKB_TOKENIZER", "nobody/nothing-here")
     assert "'nobody/nothing-here' is not in the Hub cache" in refusal("factkb", bare)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"num_hidden_layers": 1},
+            "it holds more layers than its config.json says: roberta.encoder.layer.1.",
+        ),
+        ({"num_hidden_layers": 4}, "no weights for {}encoder.layer.2."),
+        (
+            {"intermediate_size": 24},
+            "weights have other shapes than its config.json says: {}encoder.layer.0.",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit_the_config_are_refused(tmp_path, classifier, settings, message):
+    folder = shutil.copytree(classifier, tmp_path / "altered")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    assert message.format("roberta.") in refusal("factkb", folder)
+    assert message.format("") in refusal("bert_precision", folder)
 
 
 def test_decoders_are_refused_for_bertscore(tiny_folder):

@@ -201,7 +201,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_went(make_run, two_methods, rec
 def test_answers_of_other_processes_count(make_run, two_methods):
     run = make_run("run", two_methods[:6], complete=False)
     (run / "parts").mkdir()
-    (run / "parts" / "1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in two_methods[6:10]))
+    (run / "parts" / "host-1-0abc.jsonl").write_text("".join(json.dumps(r) + "\n" for r in two_methods[6:10]))
     assert sorted(collect([run]).variants[0].records[0]) == [0, 1, 2, 3, 4]
 
 

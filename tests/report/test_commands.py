@@ -55,6 +55,23 @@ def test_mistakes_are_one_line_and_write_nothing(run, capsys, monkeypatch, tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["x.html", "x.md"])
+def test_files_that_no_report_wrote_are_replaced_with_force_only(run, capsys, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / name
+    mine.write_text("# my own\n")
+    assert main(["report", str(run), "--out", "x.html"]) == 2
+    assert f"--out: {name} exists and is not from fastmem report; give --force" in capsys.readouterr().err
+    assert mine.read_text() == "# my own\n"
+    assert len(list(tmp_path.glob("x.*"))) == 1
+    assert main(["report", str(run), "--out", "x.html", "--force"]) == 0
+    # Its own ones it replaces.
+    assert main(["report", str(run), "--out", "x.html"]) == 0
+    if name == "x.md":
+        mine.write_text(mine.read_text() + "\nMy conclusion.\n")
+        assert main(["report", str(run), "--out", "x.html"]) == 2
+
+
 def test_compare_prints_the_numbers_of_the_page(run, capsys):
     assert main(["compare", str(run)]) == 0
     out = capsys.readouterr().out

@@ -103,11 +103,51 @@ def test_two_processes_do_not_write_to_one_folder(run):
     second.close()
 
 
-def test_foreign_predictions_are_not_touched(tmp_path):
-    (tmp_path / "predictions.jsonl").write_text("mine\n")
-    with pytest.raises(FastMemError, match=r"no run\.json, so it is not from fastmem"):
+def contents(path):
+    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
+
+
+def open_alone(run):
+    run.open("")
+
+
+@pytest.mark.parametrize("start", [RunFolder.check, open_alone])
+@pytest.mark.parametrize(
+    "name",
+    ["predictions.jsonl", "work/thesis.tex", "parts/a.jsonl", "logs/metrics.csv", "best.yaml", "search.md"],
+)
+def test_a_folder_of_the_users_own_is_not_touched(tmp_path, name, start):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(FastMemError, match=r"holds \w+.* but no run\.json, so it is not from fastmem; give "):
+        start(folder(tmp_path))
+    assert contents(tmp_path) == {name: "mine\n"}
+
+
+def test_a_run_json_of_another_program_is_not_touched(tmp_path):
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(FastMemError, match=r"run\.json is damaged or not from fastmem; give another"):
         folder(tmp_path).open("")
-    assert (tmp_path / "predictions.jsonl").read_text() == "mine\n"
+    assert (tmp_path / "run.json").read_text() == "[]"
+
+
+def test_what_a_run_left_that_was_killed_at_its_start_is_no_obstacle(tmp_path):
+    for name in (".lock", ".fastmem-12-0123abcd.partial"):
+        (tmp_path / name).touch()
+    open_alone(folder(tmp_path))
+    assert (tmp_path / "run.json").is_file()
+
+
+def test_files_in_a_run_folder_that_the_run_has_not_made_stay(run):
+    (run.path / "parts").mkdir()
+    for name in ("mine.jsonl", "parts/mine.jsonl"):
+        (run.path / name).write_text("mine")
+    again = folder(run.path)
+    again.open("")
+    again.merge_parts()
+    again.close()
+    assert len(again.records()) == 4
+    assert contents(run.path / "parts") == {"mine.jsonl": "mine"}
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -133,7 +173,7 @@ def test_sorting_brings_back_the_order_of_the_data(run):
     in_order = run.predictions_path.read_bytes()
     lines = in_order.splitlines(keepends=True)
     run.predictions_path.write_bytes(b"".join(lines[2:] + lines[:2]))
-    run.gather()
+    run.merge_parts()
     assert run.predictions_path.read_bytes() == in_order
 
 

@@ -10,6 +10,7 @@ from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTr
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.report import print_run
 from fastmem_pl.run.encoding import SampleEncoder
+from fastmem_pl.run.records import read_records
 
 RECORDS = [
     {"context": f"The {thing} is {color}.", "question": f"which color has the {thing}?", "answers": [color]}
@@ -41,9 +42,39 @@ def run(tmp_path, data_file, tiny, monkeypatch):
         result = getattr(trainer, command)(make_module(**settings), data, run_dir=str(tmp_path / name))
         if command == "fit":
             return result
-        return [json.loads(line) for line in (result.path / "predictions.jsonl").read_text().splitlines()]
+        return [record for _, record in read_records(result.path / "predictions.jsonl")]
 
     return go
+
+
+def test_ends_of_lines_within_texts_do_not_end_a_rerun(run, data_file, tmp_path, capsys):
+    question = "which\u2028color\x85has\rthe \x0b door\x1c?"
+    data_file.write_text(json.dumps({**RECORDS[0], "question": question}, ensure_ascii=False))
+    for _ in range(2):
+        run(steps=20, learning_rate=0.1)
+        print_run(tmp_path / "run")
+        assert "which color has the door ?" in capsys.readouterr().out
+
+
+def test_half_of_a_character_in_the_data_is_refused_before_anything_is_written(run, data_file, tmp_path):
+    with open(data_file, "a") as file:
+        file.write("\n" + json.dumps({**RECORDS[0], "question": "which \ud83d?"}))
+    with pytest.raises(
+        FastMemError, match=r"data\.jsonl, line 5: field 'question' holds half of a character"
+    ):
+        run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_of_a_character_in_an_answer_is_shown(run, tmp_path, capsys):
+    run()
+    path = tmp_path / "run" / "predictions.jsonl"
+    # By a decoder of a user's own, say.
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "\\ud83d'))
+    print_run(tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "zero-shot   ?" in out
+    out.encode()
 
 
 def essence(records):
@@ -126,7 +157,7 @@ def test_metrics_are_not_stale_after_a_kill(run, tmp_path):
 
 def test_metrics_of_an_earlier_session_go_when_a_new_one_starts(run, tmp_path, monkeypatch):
     run(limit=2)
-    monkeypatch.setattr(FastMemModule, "_process", lambda *args: 1 / 0)
+    monkeypatch.setattr(FastMemModule, "obtain_memory", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(limit=4)
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -238,17 +269,16 @@ def test_out_of_memory_halves_the_batch(run, monkeypatch, caplog):
 
 def test_graphs_of_earlier_batches_make_room_first(run, monkeypatch, caplog):
     expected = essence(run(name="roomy", batch_size=2))
-    process, sizes = FastMemModule._process, []
+    obtain, sizes = FastMemModule.obtain_memory, []
 
-    def cramped(self, pairs):
-        sizes.append(len(pairs))
+    def cramped(self, batch, encoded):
+        sizes.append(len(batch))
         if self.graphs:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        records = process(self, pairs)
         self.graphs._idle["kept"] = None
-        return records
+        return obtain(self, batch, encoded)
 
-    monkeypatch.setattr(FastMemModule, "_process", cramped)
+    monkeypatch.setattr(FastMemModule, "obtain_memory", cramped)
     assert essence(run(name="cramped", batch_size=2)) == expected
     assert sizes == [2, 2, 2]
     assert "out of memory" not in caplog.text

@@ -28,6 +28,31 @@ def write(path, *records, end=""):
     return path
 
 
+ENDS = "a\rb\r\nc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i"
+
+
+@pytest.mark.parametrize("text", [ENDS, "half of a character: \ud83d", "\\ud83d"])
+def test_any_text_comes_back(tmp_path, text):
+    first = record(0, text=text)
+    path = write(tmp_path / "1", record(1))
+    append_records(path, [first], RescueFolder("1"), path)
+    assert [r for _, r in read_records(path)] == [record(1), first]
+    run = RunFolder(tmp_path / "run", {}, ["a"])
+    run.open("")
+    run.append([record(1), first])
+    run.merge_parts()
+    assert run.records() == [first, record(1)]
+    run.replace(run.records()[:1])
+    assert run.records() == [first]
+    run.close()
+
+
+def test_a_line_ends_at_its_newline_only(tmp_path):
+    # Between the parts of a record, JSON takes a carriage return for a space.
+    (tmp_path / "1").write_bytes(b'{"index": 0,\r"method": "a"}\r\n{"index": 1,\r"method": "a"}\n')
+    assert [r["index"] for _, r in read_records(tmp_path / "1")] == [0, 1]
+
+
 def test_files_are_merged_in_the_order_of_the_data(tmp_path):
     one = write(tmp_path / "1", record(4, "b"), record(4, "a"), record(0, "a"), record(0, "b"))
     two = write(tmp_path / "2", record(3, "a"), record(3, "b"))
@@ -116,36 +141,36 @@ def test_what_was_rescued_comes_back_when_the_run_goes_on(tmp_path, monkeypatch)
     other.close()
 
 
-def test_parts_are_gathered_and_removed(tmp_path):
+def test_parts_are_merged_and_removed(tmp_path):
     def folder():
         return RunFolder(tmp_path / "run", {"model": {}}, ["a"])
 
     first, second = folder(), folder()
     first.open("")
-    second.join("rank-0001", first.id)
+    second.join(1, first.id)
     first.append([record(2)])
     second.append([record(1), record(3)])
     assert [r["index"] for r in first.records()] == [1, 2, 3]
     assert first.count_lines() == 3
-    first.gather()
-    assert not first.parts_path.exists()
+    first.merge_parts()
+    assert not (tmp_path / "run" / "parts").exists()
     assert first.count_lines() >= 3
     first.close()
 
 
-def test_a_killed_gathering_repeats_nothing(tmp_path, monkeypatch):
+def test_a_killed_merge_repeats_nothing(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
     run.open("")
     part = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
-    part.join("rank-0001")
+    part.join(1, run.id)
     part.append([record(0)])
     with monkeypatch.context() as patch:
         # Killed after the merged file is in its place, before the parts are gone.
         patch.setattr("pathlib.Path.unlink", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run.gather()
-    assert run.parts()
-    run.gather()
+            run.merge_parts()
+    assert list((tmp_path / "run" / "parts").iterdir())
+    run.merge_parts()
     assert [r["index"] for r in run.records()] == [0]
     assert len(run.predictions_path.read_text().splitlines()) == 1
     run.close()

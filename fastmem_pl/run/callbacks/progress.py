@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,28 +12,19 @@ from tqdm import tqdm
 
 
 class SampleProgress(ProgressBar):
-    """Shows samples done, rate and time left; samples of an earlier, killed run count as done."""
+    """Shows samples done, rate and time left; samples of an earlier, killed run count as done.
+
+    Attributes:
+        count: returns the samples that are done, where other processes do some of them.
+    """
+
+    unit = "sample"
 
     def __init__(self) -> None:
         super().__init__()
+        self.count: Callable[[], int] | None = None
         self._bar: tqdm | None = None
         self._enabled = True
-        self._count: Callable[[], int] | None = None
-        self._lasting = False
-
-    def count_by(self, count: Callable[[], int] | None) -> None:
-        """Ask for the samples that are done, where other processes do some of them."""
-        self._count = count
-
-    @contextmanager
-    def lasting(self) -> Iterator[None]:
-        """Keep the bar from loop to loop meanwhile."""
-        self._lasting = True
-        try:
-            yield
-        finally:
-            self._lasting = False
-            self._close()
 
     def disable(self) -> None:
         """Show nothing (Lightning calls this on ranks other than 0)."""
@@ -44,17 +34,20 @@ class SampleProgress(ProgressBar):
         """Show the bar again."""
         self._enabled = True
 
+    def extent(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, int]:
+        """What is done already, and all."""
+        data = trainer.datamodule
+        done = self.count() if self.count else len(data.samples) - len(data.remaining)
+        return done, len(data.samples)
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
-        if self._bar is not None:
-            return
-        data = trainer.datamodule
-        done = self._count() if self._count else len(data.samples) - len(data.remaining)
+        done, total = self.extent(trainer, pl_module)
         self._bar = tqdm(
-            total=len(data.samples),
+            total=total,
             initial=done,
             desc=pl_module.mode,
-            unit="sample",
+            unit=self.unit,
             disable=not self._enabled,
             # In a log file, one line now and then.
             mininterval=0.1 if sys.stderr.isatty() else 15,
@@ -71,12 +64,11 @@ class SampleProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Advance by the samples of the batch."""
-        self._bar.update(self._count() - self._bar.n if self._count else len(batch))
+        self._bar.update(self.count() - self._bar.n if self.count else len(batch))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
-        if not self._lasting:
-            self._close()
+        self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the bar, so that the message stands on its own line."""

@@ -8,19 +8,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from fastmem_pl.run.folder import RunFolder
-from fastmem_pl.run.processes import Processes
+from fastmem_pl.run.ranks import Ranks
 
 
 class PredictionWriter(BasePredictionWriter):
     """Appends each batch to ``predictions.jsonl``: a killed run loses the batch in work at most.
 
     Args:
-        run: to write to.
+        run: folder to write to.
         together: processes that all have the same results. The first writes, and all wait for it to succeed:
             they could not go on with their model alone.
     """
 
-    def __init__(self, run: RunFolder, together: Processes | None = None) -> None:
+    def __init__(self, run: RunFolder, together: Ranks | None = None) -> None:
         super().__init__(write_interval="batch")
         self.run, self._together = run, together
 
