@@ -6,7 +6,6 @@ import difflib
 import logging
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -156,7 +155,6 @@ class FastMemCLI(LightningCLI):
             raise FastMemError(f"{'.'.join(['trainer', *named[:1]])}: {message}") from error
         parser = self._parser(self.subcommand)
         trainer.config_text = parser.dump(self.config[self.subcommand], skip_none=False)
-        trainer.command = [sys.executable, "-m", "fastmem_pl", *self.arguments]
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -191,7 +189,7 @@ def run_command(arguments: list[str]) -> int:
         args=arguments,
     )
     result = cli.result
-    if cli.trainer.processes.rank > 0:
+    if cli.trainer.ranks.rank > 0:
         # The first process has printed it.
         return 0
     if isinstance(result, SearchResult):

@@ -175,9 +175,21 @@ class FastMemModule(LightningModule):
         )
 
     def answer(
-        self, batch: Sequence[ContextSample], method: Method, memory: Memory | None, prefills: PrefillCache
+        self,
+        batch: Sequence[ContextSample],
+        method: Method,
+        memory: Memory | None,
+        prefills: PrefillCache,
+        decoding: DecodingSettings | None = None,
     ) -> tuple[list[Generated], float]:
         """Answer a batch by one method.
+
+        Args:
+            batch: samples to answer about.
+            method: how.
+            memory: a row for each sample; ``None`` for the base model.
+            prefills: the trunk's passes over the prompts.
+            decoding: settings in place of the module's.
 
         Returns:
             an answer for each sample, and the seconds for each, its share of the prompts' pass included.
@@ -190,7 +202,7 @@ class FastMemModule(LightningModule):
             answers = Decoding(
                 prompts,
                 method.decoder,
-                self.decoding,
+                decoding or self.decoding,
                 memory and memory.deltas,
                 *without_context,
                 keys=[sample.index for sample in batch],

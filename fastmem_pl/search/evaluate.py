@@ -15,43 +15,41 @@ from fastmem_pl.decoding import BASELINE, METHODS, Method, PrefillCache, SharedP
 from fastmem_pl.memory import ContextReader, Memory
 from fastmem_pl.run.callbacks import SampleProgress
 from fastmem_pl.run.predict import FastMemModule
-from fastmem_pl.search import step
-from fastmem_pl.search.grid import AXES, Point, key_of
+from fastmem_pl.run.records import Record
+from fastmem_pl.search.grid import AXES, Point, Todo, key_of
 
 # Rows memorized together at most, and on a CPU the padded tokens of them: more gain nothing, and their
 # activations would fill the memory.
 _MOST_ROWS, _CPU_TOKENS = 32, 4096
-
-Record = dict[str, Any]
 
 
 class SearchModule(LightningModule):
     """Answers every sample zero-shot and at every point that is asked for.
 
     Args:
-        model: with the backbone loaded; its settings hold where a point does not say otherwise.
-        method: that is searched for.
-        todo: points to evaluate by index of the sample; ``None`` among them stands for zero-shot.
+        model: its settings hold where a point does not say otherwise.
+        method: method that is searched for.
         trials: numbers of the trials by key of their points, to be written into the records.
 
     Attributes:
+        todo: points to evaluate by index of the sample; ``None`` among them stands for zero-shot.
         progress: notified of the number of answers that came.
     """
 
-    def __init__(
-        self,
-        model: FastMemModule,
-        method: Method,
-        todo: Mapping[int, list[Point | None]],
-        trials: Mapping[Any, int] | None = None,
-    ) -> None:
+    def __init__(self, model: FastMemModule, method: Method, trials: Mapping[Any, int] | None = None) -> None:
         super().__init__()
         # Kept out of the module tree, as the model keeps its backbone.
         object.__setattr__(self, "_model", model)
-        self._method, self.todo, self._trials = method, todo, trials
+        self._method, self._trials = method, trials
         numbers = sorted({min(trials.values()), max(trials.values())}) if trials else []
         self.mode = f"trial {'-'.join(map(str, numbers))}" if trials else "search"
+        self.todo: Todo = {}
         self.progress: Callable[[int], None] = lambda count: None
+
+    def configure_model(self) -> None:
+        """Load the model; trials have it already."""
+        if self._trials is None:
+            self._model.load_for(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the texts alone."""
@@ -61,9 +59,8 @@ class SearchModule(LightningModule):
         """Evaluate samples, one after the other; returns one record per sample and point."""
         records = []
         for sample in batch:
-            records += SampleSearch(self._model, sample, self._method).run(
-                self.todo[sample.index], self.progress
-            )
+            search = SampleSearch(self._model, sample, self._method, self.progress)
+            records += search.run(self.todo[sample.index])
         if self._trials is not None:
             records = [{**record, "trial": self._trials.get(key_of(record["point"]))} for record in records]
         return records
@@ -80,25 +77,23 @@ class SampleSearch:
     """One sample under search: the trunk reads its prompts and its context once.
 
     Args:
-        model: whose settings hold wherever a point does not say otherwise.
-        sample: to answer about.
-        method: that is searched for.
+        model: its settings hold wherever a point does not say otherwise.
+        sample: what to answer about.
+        method: method that is searched for.
+        progress: notified of the number of answers that came.
     """
 
-    def __init__(self, model: FastMemModule, sample: ContextSample, method: Method) -> None:
-        self._model, self._sample, self._method = model, sample, method
-        (self._encoded,) = step.encode(model, [sample])
-        self._prefills = step.prefills(model, [self._encoded])
+    def __init__(
+        self, model: FastMemModule, sample: ContextSample, method: Method, progress: Callable[[int], None]
+    ) -> None:
+        self._model, self._sample, self._method, self._progress = model, sample, method, progress
+        (self._encoded,) = model.encode([sample])
+        self._prefills = model.prefills([self._encoded])
         self._reader: ContextReader | None = None
-        # Shared by all points: seconds of the context's pass.
         self._reading, self._num_rows, self._num_points = 0.0, 1, 1
 
-    def run(self, todo: Sequence[Point | None], progress: Callable[[int], None]) -> list[Record]:
+    def run(self, todo: Sequence[Point | None]) -> list[Record]:
         """A record for every point, and for zero-shot where ``None`` is among them.
-
-        Args:
-            todo: to evaluate.
-            progress: notified of records as they come.
 
         Raises:
             OutOfMemoryError: when a single row does not fit.
@@ -109,41 +104,37 @@ class SampleSearch:
         # Rows that go on longest first, so that those of one chunk stop at the same steps.
         ordered = sorted(rows.values(), key=lambda row: -max(p["steps"] for p in row))
         self._num_rows, self._num_points = len(ordered), len(todo)
-
-        def work(chunk: Sequence[Sequence[Point]]) -> list[Record]:
-            records: list[Record] = []
-            try:
-                for found in self._evaluate(chunk):
-                    records += found
-                    progress(len(found))
-            except BaseException:
-                progress(-len(records))
-                raise
-            return records
-
-        records = step.halving(self._zero_shot, [None], self._model, self._sample) if None in todo else []
-        progress(len(records))
+        budget, tokens = self._model.budget, self._encoded.longest + self._model.longest_answer
+        records: list[Record] = []
+        if None in todo:
+            records += budget.in_halves(self._answer_zero_shot, [None], lambda rows: tokens)
         while ordered:
-            most = self._rows_at_once(len(ordered))
-            records += step.halving(work, ordered[:most], self._model, self._sample)
-            ordered = ordered[most:]
+            most = min(_MOST_ROWS, budget.rows_that_fit(tokens, len(ordered)))
+            if self._model.backbone.device.type == "cpu":
+                most = min(most, _CPU_TOKENS // len(self._encoded.context.input_ids))
+            chunk, ordered = ordered[: max(1, most)], ordered[max(1, most) :]
+            records += budget.in_halves(self._answer_rows, chunk, lambda rows: tokens)
         return records
 
-    def _zero_shot(self, _: Sequence[None]) -> list[Record]:
-        method = METHODS[BASELINE]
-        (answer,), seconds = self._answer(method, None, 1, {})
-        share = {"memorize": 0.0, "decode": seconds + sum(self._prefills.seconds.values())}
-        return [self._record(method, answer, share, None, 0, None)]
+    def _answer_zero_shot(self, _: Sequence[None]) -> list[Record]:
+        records = self._answers(METHODS[BASELINE], None, 0.0, [None], {})
+        self._progress(1)
+        return records
 
-    def _rows_at_once(self, wanted: int) -> int:
-        model = self._model
-        fitting = step.rows_that_fit(model, wanted, self._encoded.longest + model.longest_answer)
-        if model.backbone.device.type == "cpu":
-            fitting = min(fitting, _CPU_TOKENS // len(self._encoded.context.input_ids))
-        return max(1, min(_MOST_ROWS, fitting))
+    def _answer_rows(self, rows: Sequence[Sequence[Point]]) -> list[Record]:
+        records: list[Record] = []
+        try:
+            for steps, memory, seconds in self._memories(rows):
+                found = self._at_step(rows, steps, memory, seconds)
+                records += found
+                self._progress(len(found))
+        except BaseException:
+            self._progress(-len(records))
+            raise
+        return records
 
-    def _evaluate(self, rows: Sequence[Sequence[Point]]) -> Iterator[list[Record]]:
-        """Records by number of steps, in the course of the rows' common fit."""
+    def _memories(self, rows: Sequence[Sequence[Point]]) -> Iterator[tuple[int, Memory, float]]:
+        """Numbers of steps that points have, the memory of all rows then, and seconds of a row so far."""
         model = self._model
         settings = [
             replace(model.memorization, learning_rate=row[0]["learning_rate"], kl_coeff=row[0]["kl_coeff"])
@@ -154,64 +145,67 @@ class SampleSearch:
             with model.meter.measure("memorize") as timing:
                 self._reader = ContextReader(model.memorizer, self._encoded.context, False)
             self._reading = timing["seconds"]
-        snapshots, memorize = self._reader.snapshots(settings, stops), 0.0
+        snapshots, seconds = self._reader.snapshots(settings, stops), self._reading / self._num_rows
         for _ in stops:
             with model.meter.measure("memorize") as timing:
                 steps, memory = next(snapshots)
-            memorize += timing["seconds"]
-            yield self._at_step(rows, steps, memory, memorize / len(rows) + self._reading / self._num_rows)
+            seconds += timing["seconds"] / len(rows)
+            yield steps, memory.to(model.backbone.compute_dtype), seconds
 
     def _at_step(
-        self, rows: Sequence[Sequence[Point]], steps: int, memory: Memory, memorize: float
+        self, rows: Sequence[Sequence[Point]], steps: int, memory: Memory, seconds: float
     ) -> list[Record]:
         # Points that differ in the decoder's settings only share a memory, not a decode.
-        by_decoder: dict[Any, list[tuple[int, Point]]] = defaultdict(list)
+        by_decoder: dict[Any, dict[int, Point]] = defaultdict(dict)
         for number, row in enumerate(rows):
             for point in row:
                 if point["steps"] == steps:
                     own = {name: value for name, value in point.items() if AXES[name].group == "decode"}
-                    by_decoder[key_of(own)].append((number, point))
+                    by_decoder[key_of(own)][number] = point
         records = []
         for own, asked in by_decoder.items():
-            numbers = [number for number, _ in asked]
-            used = memory if numbers == list(range(len(rows))) else memory.rows(numbers)
-            answers, seconds = self._answer(self._method, used, len(asked), dict(own))
-            prompts = sum(self._prefills.seconds.values()) / self._num_points
-            share = {"memorize": memorize, "decode": seconds / len(asked) + prompts}
-            for place, (_, point) in enumerate(asked):
-                records.append(self._record(self._method, answers[place], share, used, place, dict(point)))
+            used = memory if len(asked) == len(rows) else memory.rows(list(asked))
+            records += self._answers(self._method, used, seconds, [*asked.values()], dict(own))
         return records
 
-    def _record(
+    def _answers(
         self,
         method: Method,
-        answer: Any,
-        seconds: dict[str, float],
         memory: Memory | None,
-        row: int,
-        point: Point | None,
-    ) -> Record:
-        record = step.record(self._model, self._sample, method, answer, self._encoded, seconds, memory, row)
-        return {**record, "point": point}
-
-    def _answer(
-        self, method: Method, memory: Memory | None, count: int, settings: Mapping[str, float]
-    ) -> tuple[Sequence[Any], float]:
-        """Answers of ``count`` rows to the one prompt, and the seconds that they took."""
+        seconds: float,
+        points: Sequence[Point | None],
+        settings: Mapping[str, float],
+    ) -> list[Record]:
+        """Records of rows that answer the one prompt."""
+        prefills = _SharedPrefills(self._prefills, len(points), self._num_points)
         decoding = replace(self._model.decoding, **settings)
-        prefills = _SharedPrefills(self._prefills, count) if count > 1 else self._prefills
-        samples, encoded = [self._sample] * count, [self._encoded] * count
-        return step.answer(self._model, samples, encoded, method, memory, prefills, decoding)
+        samples = [self._sample] * len(points)
+        answers, decode = self._model.answer(samples, method, memory, prefills, decoding)
+        share = {"memorize": seconds, "decode": decode}
+        return [
+            {
+                **self._model.record(self._sample, method, answers[row], self._encoded, share, memory, row),
+                "point": point and dict(point),
+            }
+            for row, point in enumerate(points)
+        ]
 
 
 class _SharedPrefills:
     """Prefills of one prompt as those of many rows; stands in for a :class:`PrefillCache`."""
 
-    def __init__(self, prefills: PrefillCache, count: int) -> None:
-        self._prefills, self._count = prefills, count
+    def __init__(self, prefills: PrefillCache, num_rows: int, num_points: int) -> None:
+        self._prefills, self._num_rows, self._num_points = prefills, num_rows, num_points
 
-    def take(self, form: str) -> SharedPrefill:
-        return SharedPrefill(self._prefills.take(form), self._count)
+    @property
+    def seconds(self) -> dict[str, float]:
+        # Shared by all points, whichever of them had to wait for it.
+        share = self._num_rows / self._num_points
+        return {form: seconds * share for form, seconds in self._prefills.seconds.items()}
+
+    def take(self, form: str) -> Any:
+        prefill = self._prefills.take(form)
+        return SharedPrefill(prefill, self._num_rows) if self._num_rows > 1 else prefill
 
 
 class AnswerProgress(SampleProgress):
@@ -219,23 +213,25 @@ class AnswerProgress(SampleProgress):
 
     Args:
         total: answers of the whole search; those of an earlier session count as done.
-        count: gives the number of answers so far, where other processes give some of them.
     """
 
-    def __init__(self, total: int, count: Callable[[], int] | None = None) -> None:
+    unit = "answer"
+
+    def __init__(self, total: int) -> None:
         super().__init__()
-        self._total, self._count = total, count
+        self._total = total
+
+    def extent(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, int]:
+        """Answers that are there, and all."""
+        return self._total - sum(map(len, pl_module.todo.values())), self._total
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         super().on_predict_start(trainer, pl_module)
-        self._bar.unit, self._bar.total = "answer", self._total
-        self._bar.initial = self._bar.n = self._total - sum(map(len, pl_module.todo.values()))
-        self._bar.refresh()
-        if not self._count:
+        if not self.count:
             pl_module.progress = self._bar.update
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Advance where the answers are counted; else the module notifies of every one."""
-        if self._count:
+        """Advance where the answers of other processes are counted; else the module notifies of every one."""
+        if self.count:
             super().on_predict_batch_end(*args, **kwargs)

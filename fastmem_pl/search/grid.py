@@ -19,6 +19,9 @@ from fastmem_pl.run.predict import FastMemModule
 Point = Mapping[str, float]
 """Value of every axis by name."""
 
+Todo = dict[int, list[Point | None]]
+"""Points to evaluate by index of the sample; ``None`` stands for zero-shot."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -228,8 +231,8 @@ def key_of(point: Point | None) -> Any:
 
 def missing(
     points: Iterable[Point], samples: Iterable[ContextSample], records: Iterable[Mapping[str, Any]]
-) -> dict[int, list[Point | None]]:
-    """Points that have no record yet, by index of the sample; ``None`` stands for zero-shot."""
+) -> Todo:
+    """Points, and zero-shot, that have no record yet."""
     done: dict[int, set[Any]] = defaultdict(set)
     for record in records:
         done[record["index"]].add(key_of(record["point"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from fastmem_pl.run.callbacks import PredictionWriter
 from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.provenance import describe_run
+from fastmem_pl.run.records import Record
 from fastmem_pl.run.scoring import score_records
 from fastmem_pl.run.trainer import FastMemTrainer
-from fastmem_pl.search.evaluate import AnswerProgress, Record, SearchModule
-from fastmem_pl.search.grid import AXES, MEMORY_AXES, Point, SearchSettings
+from fastmem_pl.search.evaluate import AnswerProgress, SearchModule
+from fastmem_pl.search.grid import AXES, MEMORY_AXES, SearchSettings, Todo
 from fastmem_pl.search.ranking import Ranking
 from fastmem_pl.search.summary import heat_map, markdown
 
@@ -63,7 +64,7 @@ class SearchJob:
         datamodule: the samples.
         settings: of the search.
         path: run folder.
-        run: the same, open.
+        run: the same, once it was checked.
     """
 
     trainer: FastMemTrainer
@@ -100,31 +101,48 @@ class SearchJob:
             }
         return json.loads(json.dumps(identity))
 
-    def open(self) -> RunFolder:
-        """Load the model and open the run folder.
+    def prepare(self) -> RunFolder:
+        """Refuse what can be before the model is loaded.
 
         Raises:
             FastMemError: for anything that cannot be done, before anything is written.
         """
-        self.run = self.trainer.open_run(self.path, self.identity(), [], self.model, self.datamodule)
+        self.run = self.trainer.prepare_run(self.path, self.identity(), [], self.model)
         return self.run
 
     def answer(
         self,
-        todo: dict[int, list[Point | None]],
         bar: AnswerProgress,
+        look: Callable[[], Todo],
         callbacks: Sequence[Callback] = (),
         trials: Mapping[Any, int] | None = None,
-    ) -> None:
-        """Run Lightning's predict loop, one sample a batch; callbacks find its answers on disk."""
-        model, data = self.model, self.datamodule
-        search = SearchModule(model, self.settings.chosen_method(), todo, trials)
-        data.skip({sample.index for sample in self.samples} - todo.keys())
-        data.use_plan(data.plan(model.context_lengths(data.remaining), BatchLimits(1)))
+    ) -> int:
+        """Run Lightning's predict loop, one sample a batch; returns the number of answers that were missing.
+
+        Args:
+            bar: shows progress.
+            look: returns what is missing, once the model is loaded; the same in all processes.
+            callbacks: find the answers on disk.
+            trials: numbers of the trials by key of their points.
+        """
+        model, data, ranks = self.model, self.datamodule, self.trainer.ranks
+        search = SearchModule(model, self.settings.chosen_method(), trials)
+        left: list[int] = []
+
+        def plan() -> None:
+            search.todo = look()
+            left.append(sum(map(len, search.todo.values())))
+            data.skip({sample.index for sample in self.samples} - search.todo.keys())
+            lengths = model.context_lengths(data.remaining)
+            data.use_plan(ranks.first(lambda: data.plan(lengths, BatchLimits(1))))
+            bar.count = self.run.count_lines if ranks.count > 1 else None
+
         try:
-            self.trainer.run_loop(search, data, [PredictionWriter(self.run), *callbacks], bar)
+            self.trainer.run_loop(search, data, plan, [PredictionWriter(self.run), *callbacks], bar)
         finally:
-            model.graphs.clear()
+            if model.is_loaded:
+                model.graphs.clear()
+        return sum(left)
 
     def scored_records(self) -> list[Record]:
         """Records of the samples that are searched on, with the scores that need a model of their own."""
@@ -154,16 +172,14 @@ class SearchJob:
             "method": self.settings.chosen_method().name,
             "ranking": ranking.as_dict(),
             **({"study": study} if study else {}),
-            **describe_run(self.model, self.run),
+            **describe_run(self.model, self.run.identity),
         }
         if new:
             content["seconds_of_last_session"] = round(time.perf_counter() - self._start, 2)
         elif summary.is_file():
             kept = json.loads(summary.read_text())
             content |= {name: kept[name] for name in _MEASURED if name in kept}
-        config = self.trainer.config_text or self.trainer.resolved_config(
-            self.model, self.datamodule, self.path
-        )
+        config = self.trainer.config_of(self.model, self.datamodule, self.path)
         try:
             write_atomic(summary, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
             if study is None:

@@ -11,7 +11,7 @@ from fastmem_pl.decoding import BASELINE
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.trainer import FastMemTrainer
 from fastmem_pl.search.evaluate import AnswerProgress
-from fastmem_pl.search.grid import Point, SearchSettings, missing
+from fastmem_pl.search.grid import SearchSettings, Todo, missing
 from fastmem_pl.search.job import RESULTS, SearchJob, SearchResult
 from fastmem_pl.search.ranking import Ranking, rank
 
@@ -39,7 +39,7 @@ class SearchTrainer(FastMemTrainer):
         """
         if search.every < 1:
             raise FastMemError(f"search.every: {search.every} is out of range; allowed: at least 1")
-        with datamodule.every(search.every), self.stoppable(model):
+        with datamodule.every(search.every):
             search.check(model, datamodule.samples)
             self._check_for_search(model, search)
             model.use_methods([BASELINE, search.chosen_method().name])
@@ -76,31 +76,34 @@ class SearchTrainer(FastMemTrainer):
 
 def search_grid(job: SearchJob) -> SearchResult:
     """Answer what is missing of every point of the grid, and rank the points."""
-    points, run, processes = job.settings.points(job.model), job.open(), job.trainer.processes
+    points, run, ranks = job.settings.points(job.model), job.prepare(), job.trainer.ranks
+    total = len(job.samples) * (len(points) + 1)
 
-    def look() -> tuple[dict[int, list[Point | None]], bool]:
+    def look() -> Todo:
         records = run.records()
         todo = missing(points, job.samples, records)
         if todo:
             # They would be stale, should this session be killed.
             for name in RESULTS:
                 (job.path / name).unlink(missing_ok=True)
-        return todo, bool(records)
+        left = sum(map(len, todo.values()))
+        if records and todo:
+            log.warning("going on in %s: %d of %d answers are there", job.path, total - left, total)
+        return todo
+
+    def open_and_look() -> Todo:
+        job.trainer.open_run(run, job.model, job.datamodule)
+        return ranks.first(look)
 
     def finish() -> Ranking:
-        run.gather()
+        run.merge_parts()
         ranking = rank(job.scored_records(), job.settings.objective, points)
         job.write(ranking, new > 0)
         return ranking
 
     try:
-        todo, begun = processes.first(look)
-        new, total = sum(map(len, todo.values())), len(job.samples) * (len(points) + 1)
-        if new:
-            if begun and processes.rank == 0:
-                log.warning("going on in %s: %d of %d answers are there", job.path, total - new, total)
-            bar = AnswerProgress(total, count=run.count_lines if processes.count > 1 else None)
-            processes.each(lambda: job.answer(todo, bar))
-        return SearchResult(job.path, processes.first(finish), len(job.samples), new)
+        new = job.answer(AnswerProgress(total), open_and_look)
+        ranks.gather(None)  # all are done
+        return SearchResult(job.path, ranks.first(finish), len(job.samples), new)
     finally:
         run.close()

@@ -5,7 +5,6 @@ Imports Optuna, which is an extra: import this module only where a study is aske
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 import zlib
@@ -27,8 +26,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import METRIC_MODELS, lower_is_better
-from fastmem_pl.run.identity import differences
-from fastmem_pl.search.evaluate import AnswerProgress, Record, SearchModule
+from fastmem_pl.run.folder import differences
+from fastmem_pl.run.records import Record, read_records
+from fastmem_pl.search.evaluate import AnswerProgress, SearchModule
 from fastmem_pl.search.grid import AXES, OptunaSettings, key_of, missing
 from fastmem_pl.search.job import SearchJob, SearchResult
 from fastmem_pl.search.ranking import rank
@@ -63,8 +63,11 @@ def search_by_trials(job: SearchJob) -> SearchResult:
             with _connected(url) as storage:
                 if settings.study in optuna.get_all_study_names(storage):
                     _check(optuna.load_study(study_name=settings.study, storage=storage), job.identity(), url)
-        run = job.open()
+        run = job.prepare()
         try:
+            # The study may lie in the run folder, and needs neither loop nor other processes.
+            job.model.load_for(job.trainer)
+            job.trainer.open_run(run, job.model, job.datamodule)
             with _connected(url) as storage:
                 return _search(job, _open_study(job, url, storage), url)
         finally:
@@ -187,7 +190,7 @@ class TrialBatch(Callback):
         self._take(records)
         if todo := missing(self.points.values(), self._job.samples, records):
             numbers = {key: trials[0].number for key, trials in self.trials.items()}
-            self._job.answer(todo, AnswerProgress(sum(map(len, todo.values()))), [self], numbers)
+            self._job.answer(AnswerProgress(sum(map(len, todo.values()))), lambda: todo, [self], numbers)
         if self._objective in METRIC_MODELS:
             self._take(self._job.scored_records())
         for key, trials in self.trials.items():
@@ -235,10 +238,7 @@ def _records_of_all(job: SearchJob, finished: Sequence[FrozenTrial], notes: list
     found = {(record["index"], key_of(record["point"])): record for record in job.scored_records()}
     wanted = {sample.index for sample in job.samples}
     for folder in sorted({trial.user_attrs[_FOLDER] for trial in finished} - {str(job.path.resolve())}):
-        path = Path(folder) / "predictions.jsonl"
-        # The last line may be one that its worker is writing.
-        for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
-            record = json.loads(line)
+        for _, record in read_records(Path(folder) / "predictions.jsonl"):
             if record["index"] in wanted:
                 found.setdefault((record["index"], key_of(record["point"])), record)
     seen = {key for _, key in found}

@@ -30,7 +30,7 @@ def sample():
 
 def search(model, sample, points):
     told = []
-    found = SampleSearch(model, sample, SearchSettings().chosen_method()).run(points, told.append)
+    found = SampleSearch(model, sample, SearchSettings().chosen_method(), told.append).run(points)
     return {tuple(record["point"].values()): record for record in found}, told
 
 
@@ -47,7 +47,7 @@ def test_chunks_of_rows_change_nothing(model, sample, monkeypatch):
     assert essence(found) == {
         key: (r["token_ids"], r["curve"]["cross_entropy"]) for key, r in together.items()
     }
-    assert [count for count in told if count] == [4, 4, 2, 2]
+    assert told == [4, 4, 2, 2]
 
 
 def test_the_context_is_read_once(model, sample, monkeypatch):
@@ -81,7 +81,7 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(model, sample, monkeypa
         key: (r["token_ids"], r["curve"]["cross_entropy"]) for key, r in expected.items()
     }
     assert sum(told) == len(points)
-    assert "out of memory with 6 settings at once; trying 3" in caplog.text
+    assert "out of memory with 6 samples at once; trying 3" in caplog.text
 
 
 def test_out_of_memory_with_one_row_is_one_line(model, sample, monkeypatch):
@@ -90,7 +90,7 @@ def test_out_of_memory_with_one_row_is_one_line(model, sample, monkeypatch):
         yield
 
     monkeypatch.setattr(ContextReader, "snapshots", none_fits)
-    with pytest.raises(FastMemError, match="out of memory with one point of sample"):
+    with pytest.raises(FastMemError, match="out of memory with 1 sample"):
         search(model, sample, SearchSettings(grid=GRID).points(model))
 
 
