@@ -5,20 +5,19 @@ from __future__ import annotations
 import io
 import logging
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import colormaps, style
 from matplotlib import pyplot as plt
-from matplotlib.colors import Colormap, Normalize, to_hex
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
+from rich.markdown import Markdown
 
 from fastmem_pl.base.files import write_atomic
 from fastmem_pl.metrics import SCORES, format_score, lower_is_better
@@ -44,67 +43,45 @@ _PLOTS = {
 
 def print_search(ranking: Ranking, console: Console, top: int = 10) -> None:
     """Print the best points beside zero-shot, a heat map per number of steps, and the warnings."""
-    console.print(Text(_summary(ranking)))
-    header, rows = _rows(ranking)
-    table = Table(title="mean ± standard error, gain over zero-shot", title_justify="left")
-    for name in header:
-        table.add_column(escape(name.replace("_", " ").replace(" ", "\n")), justify="right")
-    for row in rows[:-1][:top]:
-        table.add_row(*map(escape, row))
-    table.add_section()
-    table.add_row(*map(escape, rows[-1]))
-    console.print(table)
-    if len(ranking.points) > top:
-        console.print(Text(f"{_count(len(ranking.points) - top, 'further point')}: see search.md"))
-    if ranking.ranges is None:
-        colour = _colours(ranking)[2]
-        for steps, cells in _panels(ranking):
-            title = f"steps {format_setting(steps)}: {escape(_unit_label(ranking))}"
-            table = Table(*_map_header(ranking), title=title, title_justify="left")
-            for rate, points in cells.items():
-                marked = [
-                    Text(_cell_text(ranking, p, "{}*"), " on ".join(colour(p)) if p else "") for p in points
-                ]
-                table.add_row(format_setting(rate), *marked)
-            for column in table.columns:
-                column.justify = "right"
-            console.print(table)
-        console.print(Text(f"* best{_over(ranking)}"))
-    for line in ranking.warnings:
-        console.print(Text(line, style="yellow"))
+    text = markdown(ranking, top=top).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    # Names that may break keep a table narrow.
+    console.print(Markdown(re.sub(r"(?m)^\| rank .*", lambda line: line[0].replace("_", " "), text)))
 
 
-def markdown(ranking: Ranking, plots: Sequence[str] = ()) -> str:
-    """Return all points, heat maps and warnings as Markdown.
+def markdown(ranking: Ranking, plots: Sequence[str] = (), top: int | None = None) -> str:
+    """Return points, heat maps and warnings as Markdown.
 
     Args:
-        ranking: of the points.
+        ranking: all points.
         plots: pictures beside the file that take the place of heat maps after a search by trials.
+        top: number of points to show, without pictures, where a file beside has them all.
     """
-    zero_shot = ranking.baseline
+    zero_shot, rest = ranking.baseline, 0 if top is None else max(0, len(ranking.points) - top)
     value = format_score(ranking.objective, zero_shot.value, zero_shot.standard_error)
     blocks = [
-        "# Search",
         f"{_summary(ranking)}.",
         f"Zero-shot: {_label(ranking.objective)} {value} on {_count(zero_shot.n, 'sample')}.",
         "## Points",
         "Mean ± standard error, best first; the gain is the paired difference to zero-shot.",
-        _markdown_table(*_rows(ranking)),
+        _markdown_table(*_rows(ranking, top)),
     ]
+    blocks += [f"{_count(rest, 'further point')}: see search.md"] * bool(rest)
     if ranking.ranges is None:
         blocks += ["## Heat maps", f"{_unit_label(ranking)}, best in bold{_over(ranking)}."]
-        blocks.append(f"![{_label(ranking.objective)} by {', '.join(_MAPPED)}](heatmap.svg)")
+        if top is None:
+            blocks.append(f"![{_label(ranking.objective)} by {', '.join(_MAPPED)}](heatmap.svg)")
+        header = ["learning_rate ↓ kl_coeff →", *map(format_setting, ranking.axes["kl_coeff"])]
         for steps, cells in _panels(ranking):
             body = [
                 [format_setting(rate), *(_cell_text(ranking, point, "**{}**") for point in points)]
                 for rate, points in cells.items()
             ]
-            blocks += [f"### steps {format_setting(steps)}", _markdown_table(_map_header(ranking), body)]
+            blocks += [f"### steps {format_setting(steps)}", _markdown_table(header, body)]
     elif plots:
         blocks += ["## Plots", *(f"![{name.removesuffix('.svg')}]({name})" for name in plots)]
     if ranking.warnings:
         blocks += ["## Warnings", "\n".join(f"- {line}" for line in ranking.warnings)]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(blocks if top else ["# Search", *blocks]) + "\n"
 
 
 def heat_map(ranking: Ranking, path: Path) -> None:
@@ -118,7 +95,11 @@ def heat_map(ranking: Ranking, path: Path) -> None:
     steps, rates, weights = (ranking.axes[name] for name in _MAPPED)
     columns = min(len(steps), _PANELS_PER_ROW)
     rows = -(-len(steps) // columns)
-    scale, colours, colour = _colours(ranking)
+    shown = [_shown(ranking, p) for _, cells in _panels(ranking) for row in cells.values() for p in row if p]
+    low, high = min(shown), max(shown)
+    # Apart even where all values are the same.
+    scale = Normalize(low, high) if high > low else Normalize(low - 0.5, high + 0.5)
+    colours = colormaps["viridis_r" if lower_is_better(ranking.objective) else "viridis"]
     with style.context(_STYLE):
         size = columns * (1.2 + 0.75 * len(weights)) + 2.4, rows * (1.1 + 0.5 * len(rates)) + 0.6
         figure = Figure(figsize=size, layout="constrained")
@@ -135,7 +116,7 @@ def heat_map(ranking: Ranking, path: Path) -> None:
             for y, points in enumerate(cells.values()):
                 for x, point in enumerate(points):
                     if point is not None:
-                        ink = colour(point)[0]
+                        ink = _contrast(*colours(scale(_shown(ranking, point)))[:3])
                         axes.text(x, y, _cell_text(ranking, point), ha="center", va="center", color=ink)
                     if point is ranking.best:
                         frame = {"fill": False, "ec": "black", "lw": 3, "clip_on": False, "gid": "best"}
@@ -194,8 +175,8 @@ def _summary(ranking: Ranking) -> str:
     return f"Searched {searched} on {_count(ranking.best.n, 'sample')}: {'; '.join(values)}"
 
 
-def _rows(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the ranked points, and of zero-shot in the last row."""
+def _rows(ranking: Ranking, top: int | None) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the first points, and of zero-shot in the last row."""
     objective, points = ranking.objective, ranking.points
     varying = [name for name, values in ranking.axes.items() if len(values) > 1]
     further = [n for n in _FURTHER if n != objective and any(n in p.scores for p in points)][:2]
@@ -212,7 +193,7 @@ def _rows(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
         return [*[str(entry.n)] * counted, value, gain, *scores, *ends]
 
     rows = []
-    for place, point in enumerate(points, 1):
+    for place, point in enumerate(points[:top], 1):
         settings = (format_setting(point.point[name], digits) for name in varying)
         gain = format_score(objective, point.gain, point.gain_error, sign="+")
         rows.append([str(place), *settings, *results(point, gain, str(point.failed))])
@@ -231,32 +212,11 @@ def _panels(ranking: Ranking) -> Iterator[tuple[float, dict[float, list[RankedPo
         yield number, {rate: [first.get((number, rate, weight)) for weight in weights] for rate in rates}
 
 
-def _colours(ranking: Ranking) -> tuple[Normalize, Colormap, Callable[[RankedPoint], tuple[str, str]]]:
-    """Scale and colours of all panels, and the colours of a cell's text and background."""
-    shown = [
-        _shown(ranking, p) for _, cells in _panels(ranking) for points in cells.values() for p in points if p
-    ]
-    low, high = min(shown), max(shown)
-    # Apart even where all values are the same.
-    scale = Normalize(low, high) if high > low else Normalize(low - 0.5, high + 0.5)
-    colours = colormaps["viridis_r" if lower_is_better(ranking.objective) else "viridis"]
-
-    def colour(point: RankedPoint) -> tuple[str, str]:
-        behind = colours(scale(_shown(ranking, point)))[:3]
-        return _contrast(*behind), to_hex(behind)
-
-    return scale, colours, colour
-
-
 def _contrast(red: float, green: float, blue: float) -> str:
     """Return black or white, whichever contrasts more with the colour (WCAG 2.1, relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if luminance > 0.179 else "#ffffff"
-
-
-def _map_header(ranking: Ranking) -> list[str]:
-    return ["learning_rate ↓ kl_coeff →", *map(format_setting, ranking.axes["kl_coeff"])]
 
 
 def _over(ranking: Ranking) -> str:
