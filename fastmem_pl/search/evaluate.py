@@ -24,16 +24,12 @@ _MOST_ROWS, _CPU_TOKENS = 32, 4096
 
 
 class SearchModule(LightningModule):
-    """Answers every sample zero-shot and at every point that is asked for.
+    """Answers every sample zero-shot and at every point of ``todo``; ``progress`` is notified of answers.
 
     Args:
         model: its settings hold where a point does not say otherwise.
         method: method that is searched for.
         trials: numbers of the trials by key of their points, to be written into the records.
-
-    Attributes:
-        todo: points to evaluate by index of the sample; ``None`` among them stands for zero-shot.
-        progress: notified of the number of answers that came.
     """
 
     def __init__(self, model: FastMemModule, method: Method, trials: Mapping[Any, int] | None = None) -> None:
@@ -74,14 +70,7 @@ class SearchModule(LightningModule):
 
 
 class SampleSearch:
-    """One sample under search: the trunk reads its prompts and its context once.
-
-    Args:
-        model: its settings hold wherever a point does not say otherwise.
-        sample: what to answer about.
-        method: method that is searched for.
-        progress: notified of the number of answers that came.
-    """
+    """One sample under search: the trunk reads its prompts and its context once."""
 
     def __init__(
         self, model: FastMemModule, sample: ContextSample, method: Method, progress: Callable[[int], None]
@@ -209,11 +198,7 @@ class _SharedPrefills:
 
 
 class AnswerProgress(SampleProgress):
-    """Counts answers: a sample has one for every point.
-
-    Args:
-        total: answers of the whole search; those of an earlier session count as done.
-    """
+    """Counts answers: a sample has one for every point. Those of an earlier session count as done."""
 
     unit = "answer"
 

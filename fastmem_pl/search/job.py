@@ -56,16 +56,7 @@ class SearchResult:
 
 @dataclass
 class SearchJob:
-    """One search, from its settings to its files.
-
-    Attributes:
-        trainer: whose loop runs.
-        model: settings of all that is no axis.
-        datamodule: the samples.
-        settings: of the search.
-        path: run folder.
-        run: the same, once it was checked.
-    """
+    """One search, from its settings to its files; ``model`` has the settings of all that is no axis."""
 
     trainer: FastMemTrainer
     model: FastMemModule
@@ -102,11 +93,7 @@ class SearchJob:
         return json.loads(json.dumps(identity))
 
     def prepare(self) -> RunFolder:
-        """Refuse what can be before the model is loaded.
-
-        Raises:
-            FastMemError: for anything that cannot be done, before anything is written.
-        """
+        """Refuse what can be refused before the model is loaded and anything is written."""
         self.run = self.trainer.prepare_run(self.path, self.identity(), [], self.model)
         return self.run
 
@@ -119,11 +106,8 @@ class SearchJob:
     ) -> int:
         """Run Lightning's predict loop, one sample a batch; returns the number of answers that were missing.
 
-        Args:
-            bar: shows progress.
-            look: returns what is missing, once the model is loaded; the same in all processes.
-            callbacks: find the answers on disk.
-            trials: numbers of the trials by key of their points.
+        ``look`` returns them once the model is loaded, the same in all processes. Callbacks find the answers
+        on disk.
         """
         model, data, ranks = self.model, self.datamodule, self.trainer.ranks
         search = SearchModule(model, self.settings.chosen_method(), trials)
@@ -155,11 +139,7 @@ class SearchJob:
     ) -> None:
         """Write ``search.json``, ``search.md``, ``best.yaml`` and, but for trials, ``heatmap.svg``.
 
-        Args:
-            ranking: of the points.
-            new: whether this session answered anything; otherwise ``search.json`` keeps what was measured.
-            study: state of the Optuna study.
-            plots: names of its plots.
+        Where nothing was left to do, ``search.json`` keeps what was measured while there was.
 
         Raises:
             RunStoppedError: when the folder cannot be written.

@@ -127,13 +127,7 @@ def heat_map(ranking: Ranking, path: Path) -> None:
 
 
 def plot_study(study: optuna.Study, folder: Path, objective: str) -> list[str]:
-    """Write Optuna's own plots; returns the files' names. One that fails is left out with a line in the log.
-
-    Args:
-        study: without a complete trial there is nothing to draw.
-        folder: of the files.
-        objective: name of what the trials are judged by.
-    """
+    """Write Optuna's own plots; returns their names. One that fails is left out with a line in the log."""
     from optuna.trial import TrialState
     from optuna.visualization import matplotlib as optuna_plots
 

@@ -88,12 +88,7 @@ def sampler_of(settings: OptunaSettings, begun: int, folder: Path) -> optuna.sam
     """The sampler of one session of one worker.
 
     Going on in a study, and beside other workers, it needs random numbers of its own: with the same ones it
-    would ask for the points that are there.
-
-    Args:
-        settings: which sampler, and its seed.
-        begun: trials that the study has already.
-        folder: of the worker.
+    would ask for the points that are there. ``begun`` counts the trials that the study has already.
     """
     if settings.sampler == "qmc":
         # Counts its points in the storage, and needs one seed for all of them.
@@ -162,11 +157,7 @@ def _ask(job: SearchJob, study: optuna.Study) -> list[Trial]:
 class TrialBatch(Callback):
     """Trials that run at once: reports their means sample by sample, and gives up those that fall behind.
 
-    Attributes:
-        points: by their keys; trials in small spaces may share one.
-        trials: those of each point that are not finished.
-        scores: of each point, by sample.
-        answers: that came.
+    In small spaces several trials may have one point: all is kept by the points' keys.
     """
 
     def __init__(self, job: SearchJob, study: optuna.Study, trials: Sequence[Trial]) -> None:
@@ -181,11 +172,7 @@ class TrialBatch(Callback):
         self.scores: dict[Any, dict[int, float]] = {key: {} for key in self.points}
 
     def run(self) -> None:
-        """Answer what is missing, and end the trials.
-
-        Raises:
-            FastMemError: when no answer has a score.
-        """
+        """Answer what is missing, and end the trials."""
         records = self._job.run.records()
         self._take(records)
         if todo := missing(self.points.values(), self._job.samples, records):
@@ -271,7 +258,7 @@ def _open_study(job: SearchJob, url: URL, storage: RDBStorage) -> optuna.Study:
     for trial in _trials(study, _RUNNING):
         # This process holds the folder's lock, so the one that began the trial is gone.
         if trial.user_attrs.get(_RUN) == job.run.id or not settings.storage:
-            study.tell(trial.number, state=TrialState.FAIL)
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             storage.get_heartbeat_stale_trial_callback()(study, trial)
     return study
 
