@@ -7,7 +7,7 @@ from conftest import make_module
 from fastmem_pl import FastMemDataModule
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.memory import ContextReader
-from fastmem_pl.search import SearchSettings, SearchTrainer
+from fastmem_pl.search import SearchSettings
 from fastmem_pl.search import evaluate as evaluate_module
 from fastmem_pl.search.evaluate import SampleSearch
 
@@ -104,17 +104,3 @@ def test_points_of_unlike_steps_need_not_fill_the_grid(model, sample):
     assert essence(found) == {
         key: (whole[key]["token_ids"], whole[key]["curve"]["cross_entropy"]) for key in keys
     }
-
-
-def test_every_answer_of_a_search_in_python(tmp_path, tiny_folder):
-    module = make_module(str(tiny_folder), max_new_tokens=4)
-    trainer = SearchTrainer(accelerator="cpu", enable_progress_bar=False, inference_mode=True)
-    grid = {"learning_rate": [1e-3], "steps": [2], "alpha": [0.0, 0.5]}
-    settings = SearchSettings(grid=grid, every=2)
-    result = trainer.search(module, FastMemDataModule(limit=5), settings, str(tmp_path / "run"))
-    assert (result.num_samples, result.num_new) == (3, 3 * 3)
-    assert result.ranking.best.point.keys() == {"learning_rate", "steps", "kl_coeff", "alpha"}
-    assert result.ranking.best.point["kl_coeff"] == 0.1, "the model's own"
-    again = trainer.search(module, FastMemDataModule(limit=5), settings, str(tmp_path / "run"))
-    assert again.num_new == 0
-    assert again.ranking == result.ranking

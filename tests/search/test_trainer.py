@@ -115,6 +115,9 @@ def test_in_python_as_on_the_command_line(searches: Searches, done: Path, tmp_pa
     again = trainer.search(module, data, settings, str(tmp_path))
     assert (again.num_new, again.ranking) == (0, result.ranking)
     assert len(data.samples) == 12, "the samples stay as they were"
+    settings = SearchSettings(grid={"steps": [2], "alpha": [0.0, 0.5]}, every=6)
+    best = trainer.search(module, data, settings, str(tmp_path / "alpha")).ranking.best
+    assert best.point.keys() == {"learning_rate", "steps", "kl_coeff", "alpha"}
 
 
 def aimed(records: list[dict], point: Point | None) -> list[dict]:
