@@ -26,22 +26,22 @@ from typing import Any
 
 import torch
 
-from fastmem_pl.run.provenance import environment
+from fastmem_pl.base.environment import environment
 from fastmem_pl.search import SearchSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COUNT, EVERY = 20, 5
+EVERY = 5
 # (learning rate, KL weight) of the checked points: an end of the grid, and the paper's.
 CHECKED = ((3e-5, 0.01), (1e-5, 0.1))
 
 
-def choose(source: Path, max_words: int, folder: Path) -> Path:
+def choose(source: Path, max_words: int, count: int, folder: Path) -> Path:
     """Write the records that are searched on."""
     records = json.loads(source.read_text())
     short = [record for record in records if len(record["sub_context"].split()) <= max_words]
     path = folder / "records.json"
-    path.write_text(json.dumps(short[: COUNT * EVERY : EVERY]))
+    path.write_text(json.dumps(short[: count * EVERY : EVERY]))
     return path
 
 
@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = choose(arguments.data, arguments.max_words, folder)
+        data = choose(arguments.data, arguments.max_words, arguments.count, folder)
         seconds = run("search", data, folder / "search", ["--search.every", "1", *common])
         found = records_of(folder / "search")
         summary = json.loads((folder / "search" / "search.json").read_text())
@@ -103,7 +103,9 @@ def measure(arguments: argparse.Namespace) -> None:
         for rate, kl in CHECKED[: arguments.checks]:
             for steps in SearchSettings().grid["steps"]:
                 point = {"learning_rate": rate, "steps": steps, "kl_coeff": kl}
-                options = [part for name, value in point.items() for part in (f"--model.{name}", str(value))]
+                options = [
+                    part for name, value in point.items() for part in (f"--model.memorize.{name}", str(value))
+                ]
                 path = folder / f"{rate}-{steps}-{kl}"
                 seconds = run("fit-predict", data, path, [*common, *options])
                 error, equal = compare(found, records_of(path), point)
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("action", choices=("measure", "render"))
     parser.add_argument("--data", type=Path, default=Path("nqswap.json"), help="NQ-Swap records")
     parser.add_argument("--max-words", type=int, default=150, help="leave out longer contexts (tables)")
+    parser.add_argument("--count", type=int, default=20, help="records")
     parser.add_argument(
         "--checks", type=int, default=len(CHECKED), help="pairs of rate and KL weight to check"
     )

@@ -113,10 +113,10 @@ def _overview() -> str:
 
 
 def _purpose(command: str) -> str:
-    from fastmem_pl import FastMemTrainer
+    from fastmem_pl.search import SearchTrainer
 
     name = {"fit-predict": "fit_predict", "search": "search_settings"}.get(command, command)
-    return (inspect.getdoc(getattr(FastMemTrainer, name)) or "").splitlines()[0]
+    return (inspect.getdoc(getattr(SearchTrainer, name)) or "").splitlines()[0]
 
 
 def _lightning_sections(parsers: dict[str, Any]) -> list[str]:

@@ -6,7 +6,6 @@ import difflib
 import logging
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +22,7 @@ from fastmem_pl.run.loggers import NAMES as LOGGERS
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.session import RunResult
 from fastmem_pl.run.trainer import FastMemTrainer
-from fastmem_pl.search import SearchResult
+from fastmem_pl.search import SearchResult, SearchTrainer
 from fastmem_pl.search.summary import print_search
 
 _CLASS = "a class is given by class_path and init_args in a config"
@@ -156,7 +155,6 @@ class FastMemCLI(LightningCLI):
             raise FastMemError(f"{'.'.join(['trainer', *named[:1]])}: {message}") from error
         parser = self._parser(self.subcommand)
         trainer.config_text = parser.dump(self.config[self.subcommand], skip_none=False)
-        trainer.command = [sys.executable, "-m", "fastmem_pl", *self.arguments]
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -178,7 +176,7 @@ def run_command(arguments: list[str]) -> int:
     cli = FastMemCLI(
         model_class=FastMemModule,
         datamodule_class=FastMemDataModule,
-        trainer_class=FastMemTrainer,
+        trainer_class=SearchTrainer,
         seed_everything_default=42,
         save_config_callback=None,
         auto_configure_optimizers=False,
@@ -191,7 +189,7 @@ def run_command(arguments: list[str]) -> int:
         args=arguments,
     )
     result = cli.result
-    if cli.trainer.processes.rank > 0:
+    if cli.trainer.ranks.rank > 0:
         # The first process has printed it.
         return 0
     if isinstance(result, SearchResult):

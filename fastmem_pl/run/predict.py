@@ -171,9 +171,23 @@ class FastMemModule(LightningModule):
         return Prefills(self.backbone, prompts, self.memorization.num_layers, early, self.meter)
 
     def answer(
-        self, batch: Sequence[ContextSample], method: Method, memory: Memory | None, prefills: Prefills
+        self,
+        batch: Sequence[ContextSample],
+        method: Method,
+        memory: Memory | None,
+        prefills: Prefills,
+        decoding: DecodingSettings | None = None,
+        sharing: int | None = None,
     ) -> tuple[list[Generated], float]:
         """Answer a batch by one method.
+
+        Args:
+            batch: samples to answer about.
+            method: how.
+            memory: a row for each sample; ``None`` for the base model.
+            prefills: the trunk's passes over the prompts.
+            decoding: settings in place of the module's.
+            sharing: answers that share the pass over one prompt, of which the batch is a part.
 
         Returns:
             an answer for each sample, and the seconds for each, its share of the prompts' pass included.
@@ -181,14 +195,15 @@ class FastMemModule(LightningModule):
         answers, seconds, prefill_seconds = decode(
             prefills,
             method.decoder,
-            self.decoding,
+            decoding or self.decoding,
             memory and memory.deltas,
             method.prompt,
             method.name,
+            rows=len(batch) if sharing and len(batch) > 1 else None,
             keys=[sample.index for sample in batch],
             graphs=self.graphs,
         )
-        return answers, (seconds + prefill_seconds) / len(batch)
+        return answers, seconds / len(batch) + prefill_seconds / (sharing or len(batch))
 
     def record(
         self,

@@ -1,27 +1,63 @@
-"""What a search looks at: settings by name, their values, and the points that they make."""
+"""What a search looks at: axes and their values, the points that they make, and which answers are missing."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding import METHODS, Method
 from fastmem_pl.metrics import METRIC_MODELS, SCORES
 from fastmem_pl.run.predict import FastMemModule
-from fastmem_pl.search.optuna_settings import OptunaSettings
-
-MEMORY_AXES = ("learning_rate", "steps", "kl_coeff")
-DECODER_AXES = ("alpha", "temperature", "top_p", "top_k", "repetition_penalty", "relative_top")
-# Axes that only some decoders look at; the others concern all.
-_OWN_AXES = {"alpha": ("cd", "cad"), "relative_top": ("dola",)}
-_WHOLE = ("steps", "top_k")
 
 Point = Mapping[str, float]
 """Value of every axis by name."""
+
+Todo = dict[int, list[Point | None]]
+"""Points to evaluate by index of the sample; ``None`` stands for zero-shot."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting that a search may vary.
+
+    Attributes:
+        group: settings that hold it, ``"memorize"`` or ``"decode"`` under ``model``.
+        whole: whether it takes whole numbers only.
+        logarithmic: scale of the trials.
+        decoders: those that it concerns; empty for all.
+        bound: value beyond which nothing lies, so that the best value there asks for no larger search.
+    """
+
+    group: Literal["memorize", "decode"]
+    whole: bool = False
+    logarithmic: bool = False
+    decoders: tuple[str, ...] = ()
+    bound: float | None = None
+
+    def tidy(self, value: float) -> float:
+        """The value in the type that the setting takes."""
+        return int(value) if self.whole else float(value)
+
+
+AXES = {
+    "learning_rate": Axis("memorize", logarithmic=True),
+    "steps": Axis("memorize", whole=True, logarithmic=True, bound=1),
+    "kl_coeff": Axis("memorize", logarithmic=True, bound=0),
+    "alpha": Axis("decode", decoders=("cd", "cad"), bound=0),
+    "temperature": Axis("decode", bound=0),
+    "top_p": Axis("decode", bound=1),
+    "top_k": Axis("decode", whole=True, bound=0),
+    "repetition_penalty": Axis("decode"),
+    "relative_top": Axis("decode", decoders=("dola",), bound=1),
+}
+MEMORY_AXES = tuple(name for name, axis in AXES.items() if axis.group == "memorize")
 
 
 def _paper_grid() -> dict[str, list[float]]:
@@ -30,6 +66,65 @@ def _paper_grid() -> dict[str, list[float]]:
         "steps": [10, 20, 50],
         "kl_coeff": [0.01, 0.03, 0.1, 0.3, 1.0],
     }
+
+
+@dataclass(frozen=True)
+class OptunaSettings:
+    """A search by Optuna: trials in ranges instead of a grid (pip install "fastmem-pl[optuna]").
+
+    Args:
+        space: lowest and highest value by axis, such as {learning_rate: [1e-6, 1e-3], alpha: [0, 1]};
+            learning_rate, kl_coeff and steps are searched on a logarithmic scale.
+        trials: of the study, all workers together; a higher number goes on with a study that was complete.
+        sampler: tpe, random or qmc.
+        pruner: median gives trials up that fall behind the median of the others, from a quarter of the
+            samples on; none gives up none.
+        parallel: trials that this worker runs at once, as rows of a batch.
+        storage: of the study, as a URL (sqlite:////shared/study.db, postgresql://...); left out, optuna.db
+            in the run folder. Several workers share a study when each has the same storage and a run_dir
+            of its own; the last one to end, or the same command once more, ranks the trials of all.
+        study: name of the study.
+        seed: of the sampler.
+    """
+
+    space: dict[str, list[float]] = field(default_factory=dict)
+    trials: int = 40
+    sampler: Literal["tpe", "random", "qmc"] = "tpe"
+    pruner: Literal["median", "none"] = "median"
+    parallel: int = 8
+    storage: str | None = None
+    study: str = "fastmem"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse a missing package, ranges that are none, and numbers out of range.
+
+        Raises:
+            FastMemError: naming the setting.
+        """
+        if importlib.util.find_spec("optuna") is None:
+            raise FastMemError(
+                'search.optuna: the package optuna is not installed; pip install "fastmem-pl[optuna]"'
+            )
+        if not self.space:
+            raise FastMemError(
+                "search.optuna.space: empty; give lowest and highest value of one axis or more, such as "
+                "--search.optuna.space '{learning_rate: [1e-6, 1e-3], steps: [5, 50]}'"
+            )
+        for name, values in self.space.items():
+            where = f"search.optuna.space.{name}"
+            if len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]:
+                raise FastMemError(f"{where}: {values} is no range; give the lowest and the highest value")
+            # Other axes of this scale refuse 0 themselves.
+            if name == "kl_coeff" and values[0] == 0:
+                raise FastMemError(
+                    f"{where}: starts at 0, but its scale is logarithmic; give a lowest value above 0"
+                )
+        for name, least in (("trials", 1), ("parallel", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise FastMemError(
+                    f"search.optuna.{name}: {getattr(self, name)} is out of range; allowed: at least {least}"
+                )
 
 
 @dataclass(frozen=True)
@@ -46,8 +141,6 @@ class SearchSettings:
             rouge2, rougeL, rougeLsum, bert_precision or factkb.
         every: search on every fifth (5) sample of the data, so that the others remain to test on.
         method: memory method to search for; left out, fastmem, or fastmem+cd where alpha is an axis.
-        exact: compute losses from the whole vocabulary. Left off, a CPU in float32 estimates them from a
-            sample of it, which is faster, and keeps the largest error that it finds (docs/search.md).
         optuna: search a larger space by trials of Optuna instead of the grid.
     """
 
@@ -55,13 +148,12 @@ class SearchSettings:
     objective: str = "accuracy"
     every: int = 5
     method: str | None = None
-    exact: bool = False
     optuna: OptunaSettings | None = None
 
     @property
-    def axes(self) -> list[str]:
-        """Names of the axes."""
-        return list(self.optuna.space if self.optuna else self.grid)
+    def values(self) -> dict[str, list[float]]:
+        """Values of every axis of the grid, or both ends of the range of every axis of the trials."""
+        return self.optuna.space if self.optuna else self.grid
 
     def chosen_method(self) -> Method:
         """The method that is searched for.
@@ -70,7 +162,7 @@ class SearchSettings:
             FastMemError: for an unknown one, or one without a memory.
         """
         if self.method is None:
-            return METHODS["fastmem+cd" if "alpha" in self.axes else "fastmem"]
+            return METHODS["fastmem+cd" if "alpha" in self.values else "fastmem"]
         method = METHODS[self.method]
         if not method.memory:
             allowed = [name for name, other in METHODS.items() if other.memory]
@@ -85,98 +177,86 @@ class SearchSettings:
         Raises:
             FastMemError: naming the setting.
         """
-        method = self.chosen_method()
         where = "search.optuna.space" if self.optuna else "search.grid"
-        for name in self.axes:
-            if name not in (*MEMORY_AXES, *DECODER_AXES):
-                raise unknown(where, name, (*MEMORY_AXES, *DECODER_AXES))
-            if name in _OWN_AXES and method.decoder not in _OWN_AXES[name]:
-                fitting = [m.name for m in METHODS.values() if m.memory and m.decoder in _OWN_AXES[name]]
-                raise FastMemError(
-                    f"{where}: {method.name!r} does not depend on {name}; leave {name} out, or set "
-                    f"search.method to one of: {', '.join(fitting)}"
-                )
-            if name in ("top_p", "top_k") and not self._draws(model):
-                where = "search.optuna.space" if self.optuna else "search.grid"
-                raise FastMemError(
-                    f"{where}.{name} is of no account where the best token is taken; set "
-                    "--model.decode.temperature above 0"
-                )
+        for name in self.values:
+            self._check_axis(name, model, where)
         if self.optuna:
-            self.optuna.check(lambda name, value: check_value(model, name, value, where))
-        else:
-            _check_grid(self.grid, model)
+            self.optuna.check()
+        elif not self.grid:
+            raise FastMemError(
+                "search.grid: empty; give values of one axis or more, such as "
+                "--search.grid '{learning_rate: [1e-5, 1e-4], steps: [10, 20]}'"
+            )
+        for name, values in self.values.items():
+            if not values:
+                raise FastMemError(f"{where}.{name}: empty; give one value or more, or leave the axis out")
+            for value in values:
+                _check_value(model, name, value, where)
+            if len(set(values)) < len(values):
+                raise FastMemError(f"{where}.{name}: a value stands twice in {list(values)}")
         _check_objective(self.objective, model, samples)
 
-    def _draws(self, model: FastMemModule) -> bool:
-        values = (self.optuna.space if self.optuna else self.grid).get("temperature")
-        return min(values or [model.decoding.temperature]) > 0
+    def point(self, model: FastMemModule, values: Point) -> dict[str, float]:
+        """Every axis of memorizing and all that vary: with the value given, else with the model's."""
+        fixed = {name: getattr(model.memorization, name) for name in MEMORY_AXES}
+        return fixed | {name: AXES[name].tidy(values[name]) for name in self.values}
 
     def points(self, model: FastMemModule) -> list[dict[str, float]]:
-        """All points of the grid, with the model's value for an axis of memorizing that is left out."""
-        given = {name: [getattr(model.memorization, name)] for name in MEMORY_AXES} | {
-            name: [tidy(name, value) for value in values] for name, values in self.grid.items()
-        }
-        return [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
+        """All points of the grid."""
+        combinations = itertools.product(*self.grid.values())
+        return [self.point(model, dict(zip(self.grid, values, strict=True))) for values in combinations]
+
+    def _check_axis(self, name: str, model: FastMemModule, where: str) -> None:
+        if name not in AXES:
+            raise unknown(where, name, AXES)
+        method, concerned = self.chosen_method(), AXES[name].decoders
+        if concerned and method.decoder not in concerned:
+            fitting = [m.name for m in METHODS.values() if m.memory and m.decoder in concerned]
+            raise FastMemError(
+                f"{where}: {method.name!r} does not depend on {name}; leave {name} out, or set "
+                f"search.method to one of: {', '.join(fitting)}"
+            )
+        temperatures = self.values.get("temperature") or [model.decoding.temperature]
+        if name in ("top_p", "top_k") and not min(temperatures) > 0:
+            raise FastMemError(
+                f"{where}.{name}: has no effect where the best token is taken; set "
+                "--model.decode.temperature above 0"
+            )
 
 
-def check_every(every: int) -> None:
-    """Refuse a stride below 1.
-
-    Raises:
-        FastMemError: for it.
-    """
-    if every < 1:
-        raise FastMemError(f"search.every: {every} is out of range; allowed: at least 1")
+def key_of(point: Point | None) -> Any:
+    """A point as a key of dictionaries; ``None`` for zero-shot."""
+    return None if point is None else tuple(sorted(point.items()))
 
 
-def tidy(name: str, value: float) -> float:
-    """A whole number where the setting takes one."""
-    return int(value) if name in _WHOLE else float(value)
+def missing(
+    points: Iterable[Point], samples: Iterable[ContextSample], records: Iterable[Mapping[str, Any]]
+) -> Todo:
+    """Points, and zero-shot, that have no record yet."""
+    done: dict[int, set[Any]] = defaultdict(set)
+    for record in records:
+        done[record["index"]].add(key_of(record["point"]))
+    wanted = [None, *points]
+    todo = {s.index: [point for point in wanted if key_of(point) not in done[s.index]] for s in samples}
+    return {index: left for index, left in todo.items() if left}
 
 
-def check_value(model: FastMemModule, name: str, value: float, where: str = "search.grid") -> None:
-    """Refuse a value that the setting does not take.
-
-    Args:
-        model: whose settings take it.
-        name: of the axis.
-        value: of it.
-        where: it was given, for the message.
-
-    Raises:
-        FastMemError: naming the axis and what is allowed.
-    """
-    if name in _WHOLE and (not math.isfinite(value) or value != int(value)):
+def _check_value(model: FastMemModule, name: str, value: float, where: str) -> None:
+    if AXES[name].whole and (not math.isfinite(value) or value != int(value)):
         raise FastMemError(f"{where}.{name}: {value} is no whole number")
     if name == "steps" and value < 1:
         raise FastMemError(
-            f"{where}.steps: {tidy(name, value)} is out of range; allowed: at least 1 (zero-shot is "
-            "answered anyway)"
+            f"{where}.steps: {int(value)} is out of range; allowed: at least 1 (zero-shot is answered anyway)"
         )
-    settings = model.memorization if name in MEMORY_AXES else model.decoding
+    settings = model.memorization if AXES[name].group == "memorize" else model.decoding
     try:
-        replace(settings, **{name: tidy(name, value)})
+        replace(settings, **{name: AXES[name].tidy(value)})
     except FastMemError as error:
+        # Its message begins with the setting's path under model.
         raise FastMemError(f"{where}.{str(error).split('.', 2)[-1]}") from None
 
 
-def _check_grid(grid: Mapping[str, Sequence[float]], model: FastMemModule) -> None:
-    if not grid:
-        raise FastMemError(
-            "search.grid: empty; give values of one axis or more, such as "
-            "--search.grid '{learning_rate: [1e-5, 1e-4], steps: [10, 20]}'"
-        )
-    for name, values in grid.items():
-        if not values:
-            raise FastMemError(f"search.grid.{name}: empty; give one value or more, or leave the axis out")
-        for value in values:
-            check_value(model, name, value)
-        if len(set(values)) < len(values):
-            raise FastMemError(f"search.grid.{name}: a value stands twice in {list(values)}")
-
-
-def _check_objective(objective: str, model: FastMemModule, samples: Iterable[ContextSample]) -> None:
+def _check_objective(objective: str, model: FastMemModule, samples: Sequence[ContextSample]) -> None:
     if objective not in SCORES:
         raise unknown("search.objective", objective, SCORES)
     for task in sorted({sample.task for sample in samples}):

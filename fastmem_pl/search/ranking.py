@@ -3,66 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.metrics import estimate, format_score, lower_is_better
+import pandas as pd
 
-# Nothing lies beyond these, so the best value being there does not ask for a larger grid.
-_BOUNDS = {"steps": 1, "kl_coeff": 0, "alpha": 0, "temperature": 0, "top_k": 0, "top_p": 1, "relative_top": 1}
-# So near to the end of a range, as a share of it, a value is at the end.
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.metrics import format_score, lower_is_better
+from fastmem_pl.search.grid import AXES, Point, key_of
+
+# A value nearer to the end of a range than this share of it is at the end.
 _NEAR = 0.02
 _MORE_SAMPLES = "lower search.every or give more data"
 
-
 Range = tuple[float, float, bool]
+"""Lowest and highest value of an axis, and whether its scale is logarithmic."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """Zero-shot on the samples of the search; attributes as those of :class:`RankedPoint`."""
-
-    n: int
-    value: float
-    standard_error: float | None
-    scores: dict[str, float]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class RankedPoint:
-    """One point of the grid.
+    """Results of zero-shot on the samples of the search.
 
     Attributes:
-        point: setting of every axis.
         n: samples with the objective.
         value: mean of the objective.
         standard_error: of ``value``; ``None`` below two samples.
-        gain: mean difference to zero-shot on the same samples; a negative one is good where lower is better.
-        gain_error: standard error of ``gain``, of the paired differences; ``None`` below two samples.
         scores: mean of every score, and of ``output_words``.
-        failed: samples that could not be memorized and were answered by the base model.
         seconds: mean time of memorizing and decoding a sample.
     """
 
-    point: dict[str, float]
     n: int
     value: float
     standard_error: float | None
+    scores: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedPoint(Baseline):
+    """Results of one point.
+
+    Attributes:
+        point: setting of every axis.
+        gain: mean difference to zero-shot on the same samples; a negative one is good where lower is better.
+        gain_error: standard error of ``gain``, of the paired differences; ``None`` below two samples.
+        failed: samples that could not be memorized and were answered by the base model.
+    """
+
+    point: dict[str, float]
     gain: float
     gain_error: float | None
-    scores: dict[str, float]
     failed: int
-    seconds: float
 
 
 @dataclass(frozen=True)
 class Ranking:
     """All points, best first; ``axes`` holds the values that occur, ascending.
 
-    ``ranges`` are those of a search by trials: lowest and highest value, and whether logarithmic.
+    ``ranges`` are those of a search by trials.
     """
 
     objective: str
@@ -78,60 +77,102 @@ class Ranking:
         return self.points[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the best point once more by its own name."""
+        """Plain values for JSON, the best point once more under its own name."""
         return {**asdict(self), "best": asdict(self.best)}
 
 
 def rank(
     records: Sequence[Mapping[str, Any]],
     objective: str,
-    axes: Mapping[str, Sequence[float]],
+    points: Sequence[Point],
     ranges: Mapping[str, Range] | None = None,
 ) -> Ranking:
     """Rank points by the mean of the objective, those of fewer samples last.
 
     Before them come points that failed on a sample: it is the base model's answer that was scored there.
-
     Ties go to fewer steps, then smaller learning rates, then larger KL weights: nearest to the model.
 
     Args:
         records: of points and of zero-shot; a sample counts where zero-shot has answered it as well.
         objective: name of a score.
-        axes: values of every axis. Other points, as of an earlier and larger grid, are left out.
+        points: to rank. Records of others, as of an earlier and larger grid, are left out.
         ranges: of a search by trials, which gives up points before their last sample; ``None`` for a grid.
 
     Raises:
         FastMemError: when no point has a sample with the objective in common with zero-shot.
     """
-    zero_shot = {r["index"]: r for r in records if r["point"] is None and objective in r["scores"]}
-    found: dict[tuple[float, ...], dict[int, Mapping[str, Any]]] = {}
-    for record in records:
-        point = record["point"]
-        paired = record["index"] in zero_shot and objective in record["scores"]
-        if point and paired and point.keys() == axes.keys() and all(point[a] in axes[a] for a in axes):
-            found.setdefault(tuple(point[a] for a in axes), {})[record["index"]] = record
-    if not found:
-        raise FastMemError(f"search.objective: zero-shot and the grid share no sample with {objective!r}")
-    points = []
-    for values, answers in found.items():
-        own = [answers[index] for index in sorted(answers)]
-        before = [zero_shot[index]["scores"][objective] for index in sorted(answers)]
-        gain, error = _mean([r["scores"][objective] - b for r, b in zip(own, before, strict=True)])
-        point, failed = dict(zip(axes, values, strict=True)), sum(r["status"] != "ok" for r in own)
-        points.append(
-            RankedPoint(point=point, gain=gain, gain_error=error, failed=failed, **_means(own, objective))
+    scored = [record for record in records if objective in record["scores"]]
+    by_key = {key_of(point): dict(point) for point in points}
+    zero_shot = _table([record for record in scored if record["point"] is None], objective)
+    table = _table([record for record in scored if key_of(record["point"]) in by_key], objective)
+    pairs = table.merge(zero_shot[["index", "value"]], on="index", suffixes=("", "_before"))
+    if pairs.empty:
+        raise FastMemError(f"search.objective: zero-shot and the search share no sample with {objective!r}")
+    pairs["gain"] = pairs["value"] - pairs["value_before"]
+    ranked = [
+        RankedPoint(
+            point=by_key[key],
+            gain=_mean(rows["gain"]),
+            gain_error=_error(rows["gain"]),
+            failed=int(rows["failed"].sum()),
+            **_results(rows),
         )
+        for key, rows in pairs.groupby("key", sort=False)
+    ]
     sign = 1 if lower_is_better(objective) else -1
-    points.sort(key=lambda p: (-p.n, p.failed > 0, sign * p.value, _precedence(p.point)))
-    occurring = {name: sorted({p.point[name] for p in points}) for name in axes}
-    baseline = Baseline(**_means([zero_shot[index] for index in sorted(zero_shot)], objective))
-    warnings = _warnings(objective, occurring, points, ranges)
-    return Ranking(objective, occurring, baseline, points, warnings, dict(ranges) if ranges else None)
+    ranked.sort(key=lambda p: (-p.n, p.failed > 0, sign * p.value, _precedence(p.point)))
+    axes = {name: sorted({p.point[name] for p in ranked}) for name in points[0]}
+    baseline = Baseline(**_results(zero_shot))
+    warnings = _warnings(objective, axes, ranked, ranges)
+    return Ranking(objective, axes, baseline, ranked, warnings, dict(ranges) if ranges else None)
 
 
 def format_setting(value: float, digits: int = 10) -> str:
     """Return a setting without the noise of its last binary digits."""
     return f"{value:.{digits}g}"
+
+
+def _table(records: Iterable[Mapping[str, Any]], objective: str) -> pd.DataFrame:
+    """One row a record, in the order of the data."""
+    rows = [
+        (
+            record["index"],
+            key_of(record["point"]),
+            record["scores"][objective],
+            {**record["scores"], "output_words": record["output_words"]},
+            record["status"] != "ok",
+            sum(record["seconds"].values()),
+        )
+        for record in records
+    ]
+    return pd.DataFrame(rows, columns=["index", "key", "value", "scores", "failed", "seconds"]).sort_values(
+        "index"
+    )
+
+
+def _results(rows: pd.DataFrame) -> dict[str, Any]:
+    scores = pd.DataFrame(list(rows["scores"]))
+    return {
+        "n": len(rows),
+        "value": _mean(rows["value"]),
+        "standard_error": _error(rows["value"]),
+        "scores": {name: _mean(scores[name]) for name in scores},
+        "seconds": _mean(rows["seconds"]),
+    }
+
+
+def _mean(values: pd.Series) -> float:
+    # Rounded, as the same scores summed in another order are the same value, and tie.
+    return round(float(values.mean()), 12)
+
+
+def _error(values: pd.Series) -> float | None:
+    return float(values.sem()) if len(values) > 1 else None
+
+
+def _precedence(point: Point) -> list[float]:
+    names = ("steps", "learning_rate", "kl_coeff", *sorted(point))
+    return [-point[name] if name == "kl_coeff" else point[name] for name in names]
 
 
 def _warnings(
@@ -142,7 +183,7 @@ def _warnings(
 ) -> list[str]:
     best = points[0]
     tied = [p for p in points if p.n == best.n and p.value == best.value]
-    lines = _at_the_end(tied, axes) if ranges is None else _near_the_end(best, ranges)
+    lines = _at_an_end(tied, axes, ranges)
     if best.n < 2:
         lines.append(f"a single sample gives no standard error and no ranking to rely on: {_MORE_SAMPLES}")
     if (-best.gain if lower_is_better(objective) else best.gain) <= (best.gain_error or 0.0):
@@ -176,55 +217,22 @@ def _warnings(
     return lines
 
 
-def _at_the_end(tied: Sequence[RankedPoint], axes: Mapping[str, list[float]]) -> list[str]:
-    """Axes on whose end the best point lies; nothing where another value does as well."""
+def _at_an_end(
+    tied: Sequence[RankedPoint], axes: Mapping[str, list[float]], ranges: Mapping[str, Range] | None
+) -> list[str]:
+    """Axes on whose end the best point lies; of a grid, where no other value does as well."""
     lines = []
-    for name, values in axes.items():
-        value = tied[0].point[name]
-        alone = all(point.point[name] == value for point in tied)
-        if alone and len(values) > 1 and value in (values[0], values[-1]) and value != _BOUNDS.get(name):
-            end, more = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
+    for name, values in axes.items() if ranges is None else ranges.items():
+        low, high = values[0], values[1 if ranges else -1]
+        best = tied[0].point[name]
+        near = _NEAR if ranges else 0.0
+        scale = math.log if ranges and values[2] else float
+        share = (scale(best) - scale(low)) / (scale(high) - scale(low)) if high > low else 0.5
+        alone = ranges is not None or all(point.point[name] == best for point in tied)
+        bound, end, further = (low, "lower", "smaller") if share < 0.5 else (high, "upper", "larger")
+        if alone and not near < share < 1 - near and bound != AXES[name].bound:
             lines.append(
-                f"the best {name}, {format_setting(value)}, is the {end} of the grid; "
-                f"the optimum may lie beyond it: add {more} values"
+                f"the best {name}, {format_setting(best, 4)}, is at the {end} end; the optimum may lie "
+                f"beyond {format_setting(bound)}: search {further} values, too"
             )
     return lines
-
-
-def _near_the_end(best: RankedPoint, ranges: Mapping[str, Range]) -> list[str]:
-    lines = []
-    for name, (low, high, logarithmic) in ranges.items():
-        ends = (low, best.point[name], high)
-        start, value, end = map(math.log, ends) if logarithmic else ends
-        place = (value - start) / (end - start)
-        if not _NEAR < place < 1 - _NEAR:
-            near, bound, change = ("lower", low, "lower") if place < 0.5 else ("upper", high, "raise")
-            if bound != _BOUNDS.get(name):
-                lines.append(
-                    f"the best {name}, {format_setting(ends[1], 4)}, is at the {near} end of the range; "
-                    f"the optimum may lie beyond it: {change} {format_setting(bound)}"
-                )
-    return lines
-
-
-def _means(records: Sequence[Mapping[str, Any]], objective: str) -> dict[str, Any]:
-    columns: dict[str, list[float]] = {}
-    for record in records:
-        for name, value in (*record["scores"].items(), ("output_words", record["output_words"])):
-            columns.setdefault(name, []).append(value)
-    value, error = _mean(columns[objective])
-    seconds = _mean([r["seconds"]["memorize"] + r["seconds"]["decode"] for r in records])[0]
-    scores = {name: _mean(values)[0] for name, values in columns.items()}
-    return {"n": len(records), "value": value, "standard_error": error, "scores": scores, "seconds": seconds}
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    found = estimate(values)
-    # Rounded, for the same scores summed in another order are the same value, and tie.
-    return round(found.value, 12), found.error
-
-
-def _precedence(point: Mapping[str, float]) -> list[float]:
-    first = ("steps", "learning_rate", "kl_coeff")
-    names = [*(name for name in first if name in point), *sorted(point.keys() - set(first))]
-    return [-point[name] if name == "kl_coeff" else point[name] for name in names]

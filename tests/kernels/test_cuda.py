@@ -24,7 +24,7 @@ from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, 
 from fastmem_pl.export import to_checkpoint, to_lora
 from fastmem_pl.memory import document
 from fastmem_pl.run.folder import RunFolder
-from fastmem_pl.search import SearchSettings
+from fastmem_pl.search import SearchSettings, SearchTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STRONG = {"steps": 6, "learning_rate": 1e-3}
@@ -218,7 +218,7 @@ def test_batches_fit_the_memory_that_is_allowed(tmp_path):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_search_is_separate_runs(tmp_path, tiny_folder, precision, method):
     def parts(**settings):
-        trainer = FastMemTrainer(accelerator="gpu", devices=1, precision=precision, enable_progress_bar=False)
+        trainer = SearchTrainer(accelerator="gpu", devices=1, precision=precision, enable_progress_bar=False)
         methods = ["zero-shot", method]
         module = make_module(str(tiny_folder), methods=methods, max_new_tokens=8, **settings)
         return trainer, module, FastMemDataModule(limit=3)

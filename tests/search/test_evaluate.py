@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_module
 
-from fastmem_pl import FastMemDataModule, FastMemTrainer
+from fastmem_pl import FastMemDataModule
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.memory import ContextReader
 from fastmem_pl.search import SearchSettings
@@ -28,9 +28,9 @@ def sample():
     return data.samples[0]
 
 
-def search(model, sample, points, exact=False):
+def search(model, sample, points):
     told = []
-    found = SampleSearch(model, sample, SearchSettings().chosen_method(), exact).points(points, told.append)
+    found = SampleSearch(model, sample, SearchSettings().chosen_method(), told.append).run(points)
     return {tuple(record["point"].values()): record for record in found}, told
 
 
@@ -81,7 +81,7 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(model, sample, monkeypa
         key: (r["token_ids"], r["curve"]["cross_entropy"]) for key, r in expected.items()
     }
     assert sum(told) == len(points)
-    assert "out of memory with 6 settings at once; trying 3" in caplog.text
+    assert "out of memory with 6 samples at once; trying 3" in caplog.text
 
 
 def test_out_of_memory_with_one_row_is_one_line(model, sample, monkeypatch):
@@ -90,7 +90,7 @@ def test_out_of_memory_with_one_row_is_one_line(model, sample, monkeypatch):
         yield
 
     monkeypatch.setattr(ContextReader, "snapshots", none_fits)
-    with pytest.raises(FastMemError, match="out of memory with one point of sample"):
+    with pytest.raises(FastMemError, match="out of memory with 1 sample"):
         search(model, sample, SearchSettings(grid=GRID).points(model))
 
 
@@ -104,17 +104,3 @@ def test_points_of_unlike_steps_need_not_fill_the_grid(model, sample):
     assert essence(found) == {
         key: (whole[key]["token_ids"], whole[key]["curve"]["cross_entropy"]) for key in keys
     }
-
-
-def test_every_answer_of_a_search_in_python(tmp_path, tiny_folder):
-    module = make_module(str(tiny_folder), max_new_tokens=4)
-    trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False, inference_mode=True)
-    grid = {"learning_rate": [1e-3], "steps": [2], "alpha": [0.0, 0.5]}
-    settings = SearchSettings(grid=grid, every=2)
-    result = trainer.search(module, FastMemDataModule(limit=5), settings, str(tmp_path / "run"))
-    assert (result.num_samples, result.num_new) == (3, 3 * 3)
-    assert result.ranking.best.point.keys() == {"learning_rate", "steps", "kl_coeff", "alpha"}
-    assert result.ranking.best.point["kl_coeff"] == 0.1, "the model's own"
-    again = trainer.search(module, FastMemDataModule(limit=5), settings, str(tmp_path / "run"))
-    assert again.num_new == 0
-    assert again.ranking == result.ranking

@@ -3,17 +3,15 @@
 import json
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from search_runs import points_of
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import format_score, lower_is_better
-from fastmem_pl.search import SearchSettings
-from fastmem_pl.search.grid_search import best_config
-from fastmem_pl.search.ranking import format_setting, rank
+from fastmem_pl.search import rank
+from fastmem_pl.search.ranking import format_setting
 
 RATES = [1e-6, 1e-5, 1e-4]
 AXES = {"learning_rate": RATES, "steps": [4], "kl_coeff": [0.1]}
@@ -45,6 +43,10 @@ def around(middle, others=(0.0,) * 8, before=(0.0,) * 8):
     return records + answers(point(1e-6), others) + answers(point(1e-4), others)
 
 
+def ranked(records, objective="accuracy", axes=AXES, ranges=None):
+    return rank(records, objective, points_of(axes), ranges)
+
+
 def warning(ranking, word):
     found = [line for line in ranking.warnings if word in line]
     assert len(found) == 1, ranking.warnings
@@ -58,7 +60,7 @@ def settings(ranking):
 def test_means_errors_and_paired_gains():
     before, after = [0, 1, 0, 0, 1, 0], [1, 1, 0, 1, 0, 1]
     records = answers(None, before, seconds=(0.0, 0.25), words=8) + answers(point(), after)
-    ranking = rank(records, "accuracy", AXES)
+    ranking = ranked(records)
     best, differences = ranking.best, np.subtract(after, before)
     assert (best.n, best.point, best.failed) == (6, point(), 0)
     assert best.value == pytest.approx(4 / 6)
@@ -77,7 +79,7 @@ def test_pairs_are_of_the_same_sample_whatever_the_order_of_the_records():
     before, after = [0.0, 0.5, 0.25, 1.0], [0.5, 1.0, 0.75, 1.0]
     records = answers(None, before) + answers(point(), after)
     random.Random(1).shuffle(records)
-    best = rank(records, "accuracy", AXES).best
+    best = ranked(records).best
     assert best.gain == pytest.approx(0.375)
     assert best.gain_error == pytest.approx(np.std([0.5, 0.5, 0.5, 0.0], ddof=1) / 2)
 
@@ -86,20 +88,20 @@ def test_a_score_that_some_samples_lack_is_averaged_over_the_others():
     records = answers(None, [0.0] * 3) + answers(point(), [1.0] * 3)
     records[4]["scores"]["original"] = 1.0
     records[5]["scores"]["original"] = 0.0
-    assert rank(records, "accuracy", AXES).best.scores["original"] == 0.5
+    assert ranked(records).best.scores["original"] == 0.5
 
 
 def test_samples_without_the_objective_do_not_count():
     records = answers(None, [0.0] * 3) + answers(point(), [1.0] * 3)
     for record in (records[0], records[3]):
         record["scores"] = {"contained": 1.0}
-    ranking = rank(records, "accuracy", AXES)
+    ranking = ranked(records)
     assert (ranking.baseline.n, ranking.best.n) == (2, 2)
 
 
 def test_samples_that_zero_shot_lacks_do_not_count():
     records = answers(None, [0.0, 1.0]) + answers(point(), [0.0, 1.0, 1.0, 1.0])
-    best = rank(records, "accuracy", AXES).best
+    best = ranked(records).best
     assert (best.n, best.value, best.gain) == (2, 0.5, 0.0)
 
 
@@ -107,25 +109,20 @@ def test_points_are_ordered_by_value():
     records = answers(None, [0.0] * 4)
     for rate, right in zip(RATES, (1, 3, 2), strict=True):
         records += answers(point(rate), [1.0] * right + [0.0] * (4 - right))
-    assert [p["learning_rate"] for p in settings(rank(records, "accuracy", AXES))] == [1e-5, 1e-4, 1e-6]
+    assert [p["learning_rate"] for p in settings(ranked(records))] == [1e-5, 1e-4, 1e-6]
 
 
 @pytest.mark.parametrize("name", ["format_failure", "original"])
 def test_lower_is_better_turns_order_and_gain_around(name):
     records = answers(None, [1, 1, 1, 0], name)
     records += answers(point(1e-6), [1, 1, 1, 1], name) + answers(point(1e-5), [0, 0, 0, 0], name)
-    ranking = rank(records, name, AXES)
+    ranking = ranked(records, name)
     assert [p["learning_rate"] for p in settings(ranking)] == [1e-5, 1e-6]
     assert ranking.best.gain == -0.75
     assert not any("does not show a gain" in line for line in ranking.warnings)
-    worse = rank(records[:8], name, AXES)
+    worse = ranked(records[:8], name)
     assert worse.best.gain == 0.25
     assert "+25.0% ± 25.0" in warning(worse, "does not show a gain")
-
-
-def test_which_scores_are_better_low():
-    names = ("accuracy", "contained", "f1", "rougeL", "factkb", "format_failure", "original")
-    assert [name for name in names if lower_is_better(name)] == ["format_failure", "original"]
 
 
 def test_ties_go_to_steps_then_rate_then_kl_then_the_other_axes():
@@ -140,22 +137,22 @@ def test_ties_go_to_steps_then_rate_then_kl_then_the_other_axes():
     for seed in range(5):
         shuffled = random.Random(seed).sample(order, len(order))
         records = answers(None, [0.0, 0.0]) + [r for p in shuffled for r in answers(p, [1.0, 0.0])]
-        ranking = rank(records, "accuracy", axes)
+        ranking = ranked(records, axes=axes)
         assert settings(ranking) == order
         assert warning(ranking, "tie").startswith("4 more points tie with the best")
 
 
 def test_one_tie_is_told_in_the_singular_and_none_not_at_all():
-    tied = rank(around([1.0] * 8)[:-8] + answers(point(1e-4), [1.0] * 8), "accuracy", AXES)
+    tied = ranked(around([1.0] * 8)[:-8] + answers(point(1e-4), [1.0] * 8))
     assert warning(tied, "with the best").startswith("1 more point ties with the best")
-    assert not any("with the best" in line for line in rank(around([1.0] * 8), "accuracy", AXES).warnings)
+    assert not any("with the best" in line for line in ranked(around([1.0] * 8)).warnings)
 
 
 def test_the_same_scores_summed_in_another_order_tie():
     values = [0.1, 0.2, 0.3]
     assert sum(values) != sum(reversed(values))
     records = answers(None, [0.0] * 3) + answers(point(1e-5), values) + answers(point(1e-6), values[::-1])
-    ranking = rank(records, "accuracy", AXES)
+    ranking = ranked(records)
     assert ranking.best.point["learning_rate"] == 1e-6
     assert warning(ranking, "with the best")
 
@@ -163,7 +160,7 @@ def test_the_same_scores_summed_in_another_order_tie():
 def test_axes_hold_the_values_that_occur_ascending():
     records = answers(None, [0.0]) + answers(point(1e-4), [1.0]) + answers(point(1e-6), [0.0])
     axes = {"learning_rate": [1e-4, 1e-5, 1e-6], "steps": [4, 8], "kl_coeff": [0.1]}
-    assert rank(records, "accuracy", axes).axes == {
+    assert ranked(records, axes=axes).axes == {
         "learning_rate": [1e-6, 1e-4],
         "steps": [4],
         "kl_coeff": [0.1],
@@ -173,7 +170,7 @@ def test_axes_hold_the_values_that_occur_ascending():
 def test_points_of_another_grid_are_left_out():
     records = answers(None, [0.0] * 2) + answers(point(), [0.5] * 2)
     records += answers(point(steps=8), [1.0] * 2) + answers(point(alpha=0.5), [1.0] * 2)
-    ranking = rank(records, "accuracy", AXES)
+    ranking = ranked(records)
     assert settings(ranking) == [point()]
     assert (ranking.best.value, ranking.axes["steps"]) == (0.5, [4])
 
@@ -192,35 +189,40 @@ def test_points_of_another_grid_are_left_out():
 )
 def test_nothing_to_rank_is_told_in_one_line(records):
     with pytest.raises(FastMemError, match=r"search\.objective: .*'accuracy'") as caught:
-        rank(records, "accuracy", AXES)
+        ranked(records)
     assert "\n" not in str(caught.value)
 
 
 def test_no_warning_where_the_best_is_inside_complete_and_clearly_better():
-    assert rank(around([1, 1, 1, 1, 1, 1, 1, 0]), "accuracy", AXES).warnings == []
+    assert ranked(around([1, 1, 1, 1, 1, 1, 1, 0])).warnings == []
 
 
 @pytest.mark.parametrize(
     ("axis", "values", "best", "expected"),
     [
-        ("learning_rate", [1e-5, 3e-5], 3e-5, "3e-05, is the largest of the grid; .* add larger values"),
-        ("learning_rate", [1e-5, 3e-5], 1e-5, "1e-05, is the smallest of the grid; .* add smaller values"),
+        (
+            "learning_rate",
+            [1e-5, 3e-5],
+            3e-5,
+            "3e-05, is at the upper end.* beyond 3e-05: search larger values",
+        ),
+        ("learning_rate", [1e-5, 3e-5], 1e-5, "1e-05, is at the lower end.* beyond 1e-05: search smaller"),
         ("learning_rate", [1e-6, 1e-5, 3e-5], 1e-5, None),
         ("learning_rate", [1e-5], 1e-5, None),
-        ("steps", [2, 4], 2, "2, is the smallest"),
+        ("steps", [2, 4], 2, "2, is at the lower end"),
         ("steps", [1, 4], 1, None),
-        ("steps", [1, 4], 4, "4, is the largest"),
+        ("steps", [1, 4], 4, "4, is at the upper end"),
         ("kl_coeff", [0.0, 0.1], 0.0, None),
-        ("kl_coeff", [0.0, 0.1], 0.1, "0.1, is the largest"),
+        ("kl_coeff", [0.0, 0.1], 0.1, "0.1, is at the upper end"),
+        ("alpha", [0, 0.01, 5], 0.01, None),
         ("alpha", [0, 0.5], 0, None),
-        ("alpha", [0.3, 0.5], 0.3, "0.3, is the smallest"),
+        ("alpha", [0.3, 0.5], 0.3, "0.3, is at the lower end"),
         ("temperature", [0.0, 1.0], 0.0, None),
-        ("temperature", [0.0, 1.0], 1.0, "1, is the largest"),
         ("top_p", [0.9, 1.0], 1.0, None),
-        ("top_p", [0.9, 1.0], 0.9, "0.9, is the smallest"),
+        ("top_p", [0.9, 1.0], 0.9, "0.9, is at the lower end"),
         ("top_k", [0, 40], 0, None),
         ("relative_top", [0.1, 1.0], 1.0, None),
-        ("repetition_penalty", [1.0, 1.2], 1.0, "1, is the smallest"),
+        ("repetition_penalty", [1.0, 1.2], 1.0, "1, is at the lower end"),
     ],
 )
 def test_the_edge_of_the_grid(axis, values, best, expected):
@@ -229,7 +231,7 @@ def test_the_edge_of_the_grid(axis, values, best, expected):
     for value in values:
         at = {**point(), axis: value}
         records += answers(at, [1.0, 1.0, 1.0, 0.0] if value == best else [0.0] * 4)
-    lines = rank(records, "accuracy", axes).warnings
+    lines = ranked(records, axes=axes).warnings
     if expected is None:
         assert lines == []
     else:
@@ -237,23 +239,30 @@ def test_the_edge_of_the_grid(axis, values, best, expected):
         assert re.match(f"the best {axis}, {expected}", lines[0])
 
 
+def test_the_edge_of_a_range():
+    ranges = {"learning_rate": (1e-6, 1e-2, True), "alpha": (0.0, 1.0, False), "steps": (1, 50, True)}
+
+    def lines(**at):
+        at["kl_coeff"] = 0.1
+        records = answers(None, [0.0] * 3) + answers(at, [1.0] * 3)
+        return rank(records, "accuracy", [at], ranges).warnings
+
+    assert lines(learning_rate=1e-4, alpha=0.5, steps=7) == []
+    # Three decades above the lowest is the middle of a logarithmic scale, and near the lowest of another.
+    (line,) = lines(learning_rate=1.1e-6, alpha=0.001, steps=1)
+    assert re.match(
+        "the best learning_rate, 1.1e-06, is at the lower end.* beyond 1e-06: search smaller", line
+    )
+    assert len(lines(learning_rate=9.5e-3, alpha=0.99, steps=50)) == 3
+
+
 def test_an_end_of_the_grid_that_ties_with_others_is_no_evidence():
     axes = {**AXES, "learning_rate": [1e-6, 1e-5, 3e-5]}
     records = answers(None, [0.0] * 4)
     for rate, right in ((1e-6, 1.0), (1e-5, 1.0), (3e-5, 0.0)):
         records += answers({**point(), "learning_rate": rate}, [right, right, right, 0.0])
-    (line,) = rank(records, "accuracy", axes).warnings
+    (line,) = ranked(records, axes=axes).warnings
     assert line.startswith("1 more point ties with the best")
-
-
-def test_the_best_config_asks_all_of_a_file():
-    ranking = rank(around([1, 1, 1, 1, 1, 1, 1, 0]), "accuracy", AXES)
-    text = best_config(
-        "model: {steps: 1}\ndata: {limit: 4, task: qa}\n", ranking, SearchSettings(), Path("runs/x")
-    )
-    config = yaml.safe_load(text)
-    assert config["data"] == {"limit": None, "task": "qa"}
-    assert config["model"]["steps"] == ranking.best.point["steps"]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +275,7 @@ def test_the_best_config_asks_all_of_a_file():
     ],
 )
 def test_a_gain_within_one_standard_error_is_none(after, text):
-    lines = rank(answers(None, [0.0] * 4) + answers(point(), after), "accuracy", AXES).warnings
+    lines = ranked(answers(None, [0.0] * 4) + answers(point(), after)).warnings
     assert len(lines) == (text is not None)
     for line in lines:
         assert line.startswith("the search does not show a gain")
@@ -275,13 +284,13 @@ def test_a_gain_within_one_standard_error_is_none(after, text):
 
 
 def test_a_best_point_below_zero_shot_shows_no_gain():
-    ranking = rank(answers(None, [1.0] * 3) + answers(point(), [0.0] * 3), "accuracy", AXES)
+    ranking = ranked(answers(None, [1.0] * 3) + answers(point(), [0.0] * 3))
     assert "-100.0% ± 0.0" in warning(ranking, "does not show a gain")
 
 
 @pytest.mark.parametrize(("after", "gains"), [(1.0, True), (0.0, False)])
 def test_a_single_sample_has_no_errors_and_says_so(after, gains):
-    ranking = rank(answers(None, [0.0]) + answers(point(), [after]), "accuracy", AXES)
+    ranking = ranked(answers(None, [0.0]) + answers(point(), [after]))
     best = ranking.best
     assert (best.standard_error, best.gain_error, ranking.baseline.standard_error) == (None, None, None)
     assert "lower search.every" in warning(ranking, "single sample")
@@ -291,7 +300,7 @@ def test_a_single_sample_has_no_errors_and_says_so(after, gains):
 def test_unfinished_points_come_last_and_are_named():
     records = around([1.0] * 4, others=[0.0] * 4, before=[0.0] * 4)
     short = [r for r in records if not (r["point"] == point(1e-5) and r["index"] == 15)]
-    ranking = rank(short, "accuracy", AXES)
+    ranking = ranked(short)
     assert [p["learning_rate"] for p in settings(ranking)] == [1e-6, 1e-4, 1e-5]
     assert [p.n for p in ranking.points] == [4, 4, 3]
     line = warning(ranking, "lack some of the 4 samples")
@@ -302,7 +311,7 @@ def test_unfinished_points_come_last_and_are_named():
 
 def test_an_unfinished_point_does_not_tie_with_the_best():
     records = answers(None, [0.0] * 4) + answers(point(1e-5), [1.0] * 4) + answers(point(1e-6), [1.0] * 3)
-    lines = rank(records, "accuracy", AXES).warnings
+    lines = ranked(records).warnings
     assert any("lack some" in line for line in lines)
     assert not any("with the best" in line for line in lines)
 
@@ -313,7 +322,7 @@ def test_of_many_unfinished_points_three_are_named(count, end):
     records = answers(None, [0.0] * 2) + answers(point(steps=1), [1.0] * 2)
     for steps in range(2, 2 + count):
         records += answers(point(steps=steps), [0.0])
-    line = warning(rank(records, "accuracy", axes), "lack some")
+    line = warning(ranked(records, axes=axes), "lack some")
     assert line.startswith(f"{count} of {count + 1} points")
     assert line.count("(1)") == 3
     assert f"1e-05/4/0.1 {end} the same command again" in line
@@ -323,7 +332,7 @@ def test_failed_answers_count_and_are_told():
     records = around([1.0] * 8)
     for record in records[8:10] + records[16:17]:  # two of the best point's, one of another's
         record["status"] = "loss is not finite"
-    ranking = rank(records, "accuracy", AXES)
+    ranking = ranked(records)
     assert {p.point["learning_rate"]: p.failed for p in ranking.points} == {1e-5: 2, 1e-6: 1, 1e-4: 0}
     assert ranking.best.n == 8
     line = warning(ranking, "not finite")
@@ -336,11 +345,11 @@ def test_points_that_failed_come_after_those_that_did_not_and_before_unfinished_
         answers(None, [0.0] * 4) + answers(point(1e-6), [1.0] * 3) + answers(point(1e-5), [1.0, 0, 0, 0])
     )
     records += answers(point(1e-4), [1.0] * 4, status="loss is not finite")
-    assert [p["learning_rate"] for p in settings(rank(records, "accuracy", AXES))] == [1e-5, 1e-4, 1e-6]
+    assert [p["learning_rate"] for p in settings(ranked(records))] == [1e-5, 1e-4, 1e-6]
 
 
 def test_as_dict_is_json_without_nan():
-    ranking = rank(answers(None, [0.0]) + answers(point(), [1.0]), "accuracy", AXES)
+    ranking = ranked(answers(None, [0.0]) + answers(point(), [1.0]))
     plain = ranking.as_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert plain["best"] == plain["points"][0]
@@ -351,6 +360,19 @@ def test_as_dict_is_json_without_nan():
         0.0,
         ranking.warnings,
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(3e-5, "3e-05"), (10, "10"), (10.0, "10"), (0.1 + 0.2, "0.3"), (1.2345678e-5, "1.2345678e-05")],
+)
+def test_settings_as_text(value, expected):
+    assert format_setting(value) == expected
+
+
+def test_which_scores_are_better_low():
+    names = ("accuracy", "contained", "f1", "rougeL", "factkb", "format_failure", "original")
+    assert [name for name in names if lower_is_better(name)] == ["format_failure", "original"]
 
 
 @pytest.mark.parametrize(
@@ -366,11 +388,3 @@ def test_as_dict_is_json_without_nan():
 )
 def test_scores_as_text(arguments, expected):
     assert format_score(*arguments) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(3e-5, "3e-05"), (10, "10"), (10.0, "10"), (0.1 + 0.2, "0.3"), (1.2345678e-5, "1.2345678e-05")],
-)
-def test_settings_as_text(value, expected):
-    assert format_setting(value) == expected

@@ -1,0 +1,192 @@
+"""One search, by a grid or by trials: its folder, its answers, and the files at the end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback
+
+from fastmem_pl.base.errors import RunStoppedError
+from fastmem_pl.base.files import write_atomic
+from fastmem_pl.data import BatchLimits, ContextSample, FastMemDataModule
+from fastmem_pl.decoding import BASELINE
+from fastmem_pl.metrics import METRIC_MODELS, format_score
+from fastmem_pl.run.callbacks import PredictionWriter
+from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
+from fastmem_pl.run.predict import FastMemModule
+from fastmem_pl.run.provenance import describe_run
+from fastmem_pl.run.records import Record
+from fastmem_pl.run.scoring import score_records
+from fastmem_pl.run.trainer import FastMemTrainer
+from fastmem_pl.search.evaluate import AnswerProgress, SearchModule
+from fastmem_pl.search.grid import AXES, MEMORY_AXES, SearchSettings, Todo
+from fastmem_pl.search.ranking import Ranking
+from fastmem_pl.search.summary import heat_map, markdown
+
+RESULTS = ("search.json", "search.md", "heatmap.svg", "best.yaml")
+_MEASURED = ("seconds_of_last_session", "peak_memory_gib", "environment")
+
+
+@dataclass
+class SearchResult:
+    """What a search leaves.
+
+    Attributes:
+        path: the run folder.
+        ranking: all points, best first.
+        num_samples: that were searched on.
+        num_new: answers that were not there before this session.
+        files: of the run folder that show the result.
+    """
+
+    path: Path
+    ranking: Ranking
+    num_samples: int
+    num_new: int
+    mode: str = "search"
+    files: tuple[str, ...] = ("search.md", "heatmap.svg", "search.json")
+
+
+@dataclass
+class SearchJob:
+    """One search, from its settings to its files; ``model`` has the settings of all that is no axis."""
+
+    trainer: FastMemTrainer
+    model: FastMemModule
+    datamodule: FastMemDataModule
+    settings: SearchSettings
+    path: Path
+    run: RunFolder | None = None
+    _start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def samples(self) -> list[ContextSample]:
+        """Those that are searched on."""
+        return self.datamodule.samples
+
+    def identity(self) -> dict[str, Any]:
+        """What the records depend on beside their points and, of trials, all that the study depends on.
+
+        A folder may hold the points of several grids, but those of one study only.
+        """
+        settings, identity = self.settings, self.trainer.identity(self.model, self.datamodule, answers=True)
+        axes = settings.optuna.space if settings.optuna else {*MEMORY_AXES, *settings.grid}
+        for name in axes:
+            del identity["model"][AXES[name].group][name]
+        identity["search"] = {"axes": sorted(axes)}
+        if settings.optuna:
+            late = settings.objective in METRIC_MODELS
+            identity["search"] |= {
+                "objective": settings.objective,
+                "metric_models": self.model.metric_models if late else None,
+                "every": settings.every,
+                "samples": len(self.samples),
+                "space": {name: [AXES[name].tidy(end) for end in ends] for name, ends in axes.items()},
+            }
+        return json.loads(json.dumps(identity))
+
+    def prepare(self) -> RunFolder:
+        """Refuse what can be refused before the model is loaded and anything is written."""
+        self.run = self.trainer.prepare_run(self.path, self.identity(), [], self.model)
+        return self.run
+
+    def answer(
+        self,
+        bar: AnswerProgress,
+        look: Callable[[], Todo],
+        callbacks: Sequence[Callback] = (),
+        trials: Mapping[Any, int] | None = None,
+    ) -> int:
+        """Run Lightning's predict loop, one sample a batch; returns the number of answers that were missing.
+
+        ``look`` returns them once the model is loaded, the same in all processes. Callbacks find the answers
+        on disk.
+        """
+        model, data, ranks = self.model, self.datamodule, self.trainer.ranks
+        search = SearchModule(model, self.settings.chosen_method(), trials)
+        left: list[int] = []
+
+        def plan() -> None:
+            search.todo = look()
+            left.append(sum(map(len, search.todo.values())))
+            data.skip({sample.index for sample in self.samples} - search.todo.keys())
+            lengths = model.context_lengths(data.remaining)
+            data.use_plan(ranks.first(lambda: data.plan(lengths, BatchLimits(1))))
+            bar.count = self.run.count_lines if ranks.count > 1 else None
+
+        try:
+            self.trainer.run_loop(search, data, plan, [PredictionWriter(self.run), *callbacks], bar)
+        finally:
+            if model.is_loaded:
+                model.graphs.clear()
+        return sum(left)
+
+    def scored_records(self) -> list[Record]:
+        """Records of the samples that are searched on, with the scores that need a model of their own."""
+        score_records(self.run, self.model, self.datamodule)
+        wanted = {sample.index for sample in self.samples}
+        return [record for record in self.run.records() if record["index"] in wanted]
+
+    def write(
+        self, ranking: Ranking, new: bool, study: Mapping[str, Any] | None = None, plots: Sequence[str] = ()
+    ) -> None:
+        """Write ``search.json``, ``search.md``, ``best.yaml`` and, but for trials, ``heatmap.svg``.
+
+        Where nothing was left to do, ``search.json`` keeps what was measured while there was.
+
+        Raises:
+            RunStoppedError: when the folder cannot be written.
+        """
+        summary = self.path / "search.json"
+        content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "num_samples": len(self.samples),
+            "num_points": len(ranking.points),
+            "method": self.settings.chosen_method().name,
+            "ranking": ranking.as_dict(),
+            **({"study": study} if study else {}),
+            **describe_run(self.model, self.run.identity),
+        }
+        if new:
+            content["seconds_of_last_session"] = round(time.perf_counter() - self._start, 2)
+        elif summary.is_file():
+            kept = json.loads(summary.read_text())
+            content |= {name: kept[name] for name in _MEASURED if name in kept}
+        config = self.trainer.config_of(self.model, self.datamodule, self.path)
+        try:
+            write_atomic(summary, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            if study is None:
+                heat_map(ranking, self.path / "heatmap.svg")
+            write_atomic(self.path / "search.md", markdown(ranking, plots))
+            write_atomic(self.path / "best.yaml", best_config(config, ranking, self.settings, self.path))
+        except OSError as error:
+            raise RunStoppedError(
+                f"cannot write {self.path}: {error.strerror}; the answers are kept, and the same command "
+                "writes the results"
+            ) from error
+
+
+def best_config(config_text: str, ranking: Ranking, settings: SearchSettings, path: Path) -> str:
+    """The configuration of a search as one that ``fit-predict`` takes, with the values of the best point."""
+    config, best = yaml.safe_load(config_text), ranking.best
+    config.pop("search", None)
+    for name, value in best.point.items():
+        config["model"].setdefault(AXES[name].group, {})[name] = value
+    config["model"]["methods"] = [BASELINE, settings.chosen_method().name]
+    config["run_dir"] = str(path / "best")
+    # The limit was for the search; who judges its result wants all of a file.
+    config["data"]["limit"] = None
+    score = format_score(ranking.objective, best.value, best.standard_error)
+    return (
+        f"# The best of {len(ranking.points)} points on {best.n} samples: {ranking.objective} {score}.\n"
+        f"# run:   fastmem fit-predict --config {shlex.quote(str(path / 'best.yaml'))}\n"
+        "# It was chosen on those samples, so give it others to judge it by (--data.path).\n"
+        + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    )

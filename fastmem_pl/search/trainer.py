@@ -1,0 +1,109 @@
+"""SearchTrainer: a FastMemTrainer that also searches for settings."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.data import FastMemDataModule
+from fastmem_pl.decoding import BASELINE
+from fastmem_pl.run.predict import FastMemModule
+from fastmem_pl.run.trainer import FastMemTrainer
+from fastmem_pl.search.evaluate import AnswerProgress
+from fastmem_pl.search.grid import SearchSettings, Todo, missing
+from fastmem_pl.search.job import RESULTS, SearchJob, SearchResult
+from fastmem_pl.search.ranking import Ranking, rank
+
+log = logging.getLogger(__name__)
+
+
+class SearchTrainer(FastMemTrainer):
+    """A :class:`FastMemTrainer` with the command ``search``."""
+
+    def search_settings(
+        self,
+        model: FastMemModule,
+        datamodule: FastMemDataModule,
+        search: SearchSettings = SearchSettings(),  # noqa: B008 (jsonargparse shows it)
+        run_dir: str | None = None,
+    ) -> SearchResult:
+        """Answer by every point of a grid of settings, or by trials of Optuna, and rank the points.
+
+        Args:
+            model: the settings of all that is no axis of the search.
+            datamodule: the samples.
+            search: axes, objective and samples of the search.
+            run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
+                runs/ and the names of the configs.
+        """
+        if search.every < 1:
+            raise FastMemError(f"search.every: {search.every} is out of range; allowed: at least 1")
+        with datamodule.every(search.every):
+            search.check(model, datamodule.samples)
+            self._check_for_search(model, search)
+            model.use_methods([BASELINE, search.chosen_method().name])
+            path = Path(run_dir or Path("runs") / f"search-{datamodule.task}")
+            job = SearchJob(self, model, datamodule, search, path)
+            if search.optuna is None:
+                return search_grid(job)
+            # Imports Optuna, an extra.
+            from fastmem_pl.search.trials import search_by_trials
+
+            return search_by_trials(job)
+
+    # LightningCLI calls the attribute named like the subcommand. A method called `search` could not have a
+    # parameter `search`: jsonargparse names a group of options after each.
+    search = search_settings
+
+    def _check_for_search(self, model: FastMemModule, search: SearchSettings) -> None:
+        if self.profile:
+            raise FastMemError(
+                "trainer.profile: a search is not profiled; allowed with fit-predict, fit and predict"
+            )
+        if model.loading.tp_plan is not None:
+            raise FastMemError(
+                "model.backbone.tp_plan: a search chooses its batches by the memory of one process; allowed: "
+                "model.backbone.device_map or model.backbone.quantization for a model too large for one"
+            )
+        if search.optuna and self.num_devices * self.num_nodes > 1:
+            raise FastMemError(
+                f"trainer.devices: {self.num_devices} on {self.num_nodes} node(s); workers of an Optuna "
+                "study are single processes: start the command once for every device, with one "
+                "--search.optuna.storage"
+            )
+
+
+def search_grid(job: SearchJob) -> SearchResult:
+    """Answer what is missing of every point of the grid, and rank the points."""
+    points, run, ranks = job.settings.points(job.model), job.prepare(), job.trainer.ranks
+    total = len(job.samples) * (len(points) + 1)
+
+    def look() -> Todo:
+        records = run.records()
+        todo = missing(points, job.samples, records)
+        if todo:
+            # They would be stale, should this session be killed.
+            for name in RESULTS:
+                (job.path / name).unlink(missing_ok=True)
+        left = sum(map(len, todo.values()))
+        if records and todo:
+            log.warning("going on in %s: %d of %d answers are there", job.path, total - left, total)
+        return todo
+
+    def open_and_look() -> Todo:
+        job.trainer.open_run(run, job.model, job.datamodule)
+        return ranks.first(look)
+
+    def finish() -> Ranking:
+        run.merge_parts()
+        ranking = rank(job.scored_records(), job.settings.objective, points)
+        job.write(ranking, new > 0)
+        return ranking
+
+    try:
+        new = job.answer(AnswerProgress(total), open_and_look)
+        ranks.gather(None)  # all are done
+        return SearchResult(job.path, ranks.first(finish), len(job.samples), new)
+    finally:
+        run.close()

