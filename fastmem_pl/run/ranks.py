@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +20,8 @@ Result = TypeVar("Result")
 
 # Those that have answered their share wait for the others as long as it takes.
 _TIMEOUT = timedelta(days=30)
+_PARENT = "FASTMEM_PARENT"
+_PR_SET_PDEATHSIG = 1
 
 
 class Ranks:
@@ -130,3 +135,20 @@ def check_launcher(count: int) -> None:
                 f"trainer.devices: {launcher} started {launched} processes, and each would do all of the "
                 "work; give --trainer.devices with those of a node, and --trainer.num_nodes"
             )
+
+
+def end_with_first(strategy: Strategy) -> None:
+    """Let the processes that Lightning starts get SIGTERM when the first, which starts them, is gone.
+
+    Else they would answer all of their share, beside those of the same command when it goes on.
+    """
+    if not isinstance(strategy, DDPStrategy):
+        return
+    if not strategy.cluster_environment.creates_processes_externally:
+        os.environ[_PARENT] = str(os.getpid())
+    parent = int(os.environ.get(_PARENT) or os.getpid())
+    if parent != os.getpid() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            # It was gone before.
+            os.kill(os.getpid(), signal.SIGTERM)
