@@ -35,7 +35,8 @@ class Ranks:
         exchanges_activations: whether devices exchange data (tensor parallelism); else only hosts do.
 
     Raises:
-        FastMemError: for a strategy that does not share out samples.
+        FastMemError: for a strategy that does not share out samples, and for other numbers of processes
+            than torchrun or SLURM started.
     """
 
     def __init__(self, strategy: Strategy, exchanges_activations: bool = False) -> None:
@@ -48,6 +49,10 @@ class Ranks:
                     "notebooks are not; allowed: auto or ddp, in a script or as fastmem fit-predict"
                 )
             self.count = strategy.num_processes * strategy.num_nodes
+            try:
+                strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
+            except ValueError as error:
+                raise FastMemError(f"trainer.devices: {' '.join(str(error).split())}") from error
             on_gpu = strategy.root_device.type == "cuda"
             # Lightning's choice for GPUs, NCCL, would hold memory on each of them for nothing.
             strategy._process_group_backend = (
