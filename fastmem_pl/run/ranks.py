@@ -6,7 +6,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -114,11 +115,30 @@ class Ranks:
         try:
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
-            raise RunStoppedError(
-                "another process of this run is gone; what was answered is kept, and the same command goes "
-                "on from there"
-            ) from error
+            raise _gone() from error
         return values
+
+
+@contextmanager
+def one_may_be_gone() -> Iterator[None]:
+    """For what Lightning exchanges among the processes.
+
+    Raises:
+        RunStoppedError: when that fails because another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise _gone() from error
+
+
+def _gone() -> RunStoppedError:
+    return RunStoppedError(
+        "another process of this run is gone; what was answered is kept, and the same command goes on from "
+        "there"
+    )
 
 
 def check_launcher(count: int) -> None:
