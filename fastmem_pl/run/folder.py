@@ -122,8 +122,9 @@ class RunFolder:
             write_atomic(self._manifest_path, self._manifest())
             write_atomic(self.path / "config.yaml", config_text)
             self.merge_parts()
-            for partial in self.path.glob(".fastmem-*.partial"):
-                partial.unlink(missing_ok=True)
+            for folder in (self.path, self.memories_path):
+                for partial in folder.glob(".fastmem-*.partial"):
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             self.close()
             raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror}") from error

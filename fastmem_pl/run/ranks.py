@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +21,8 @@ Result = TypeVar("Result")
 
 # Those that have answered their share wait for the others as long as it takes.
 _TIMEOUT = timedelta(days=30)
+_PARENT = "FASTMEM_PARENT"
+_PR_SET_PDEATHSIG = 1
 
 
 class Ranks:
@@ -30,7 +36,8 @@ class Ranks:
         exchanges_activations: whether devices exchange data (tensor parallelism); else only hosts do.
 
     Raises:
-        FastMemError: for a strategy that does not share out samples.
+        FastMemError: for a strategy that does not share out samples, and for other numbers of processes
+            than torchrun or SLURM started.
     """
 
     def __init__(self, strategy: Strategy, exchanges_activations: bool = False) -> None:
@@ -43,6 +50,10 @@ class Ranks:
                     "notebooks are not; allowed: auto or ddp, in a script or as fastmem fit-predict"
                 )
             self.count = strategy.num_processes * strategy.num_nodes
+            try:
+                strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
+            except ValueError as error:
+                raise FastMemError(f"trainer.devices: {' '.join(str(error).split())}") from error
             on_gpu = strategy.root_device.type == "cuda"
             # Lightning's choice for GPUs, NCCL, would hold memory on each of them for nothing.
             strategy._process_group_backend = (
@@ -104,11 +115,30 @@ class Ranks:
         try:
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
-            raise RunStoppedError(
-                "another process of this run is gone; what was answered is kept, and the same command goes "
-                "on from there"
-            ) from error
+            raise _gone() from error
         return values
+
+
+@contextmanager
+def one_may_be_gone() -> Iterator[None]:
+    """For what Lightning exchanges among the processes.
+
+    Raises:
+        RunStoppedError: when that fails because another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise _gone() from error
+
+
+def _gone() -> RunStoppedError:
+    return RunStoppedError(
+        "another process of this run is gone; what was answered is kept, and the same command goes on from "
+        "there"
+    )
 
 
 def check_launcher(count: int) -> None:
@@ -130,3 +160,20 @@ def check_launcher(count: int) -> None:
                 f"trainer.devices: {launcher} started {launched} processes, and each would do all of the "
                 "work; give --trainer.devices with those of a node, and --trainer.num_nodes"
             )
+
+
+def end_with_first(strategy: Strategy) -> None:
+    """Let the processes that Lightning starts get SIGTERM when the first, which starts them, is gone.
+
+    Else they would answer all of their share, beside those of the same command when it goes on.
+    """
+    if not isinstance(strategy, DDPStrategy):
+        return
+    if not strategy.cluster_environment.creates_processes_externally:
+        os.environ[_PARENT] = str(os.getpid())
+    parent = int(os.environ.get(_PARENT) or os.getpid())
+    if parent != os.getpid() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            # It was gone before.
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -18,7 +18,7 @@ from fastmem_pl.run.folder import RunFolder, flatten
 from fastmem_pl.run.loggers import select_loggers
 from fastmem_pl.run.predict import FastMemModule, Mode
 from fastmem_pl.run.profile import ProfileKind, RunProfile, check_kinds
-from fastmem_pl.run.ranks import Ranks, check_launcher
+from fastmem_pl.run.ranks import Ranks, check_launcher, end_with_first, one_may_be_gone
 from fastmem_pl.run.session import RunResult, RunSession
 
 # What no answer depends on.
@@ -169,6 +169,7 @@ class FastMemTrainer(Trainer):
                 "or start them with torchrun and say how many (--trainer.devices, --trainer.num_nodes)"
             )
         check_launcher(self.ranks.count)
+        end_with_first(self.strategy)
         # `fit` answers nothing, and the fingerprint is known late.
         only_answers = flatten(model.identity(True)).keys() - flatten(model.identity(False)).keys()
         optional = {"model.fingerprint", "data.answer_prefix", *(f"model.{name}" for name in only_answers)}
@@ -228,7 +229,8 @@ class FastMemTrainer(Trainer):
         self.callbacks = [*callbacks, StopOnSignal(agree), *shown]
         datamodule.planner = plan
         try:
-            super().predict(module, datamodule=datamodule, return_predictions=False)
+            with one_may_be_gone():
+                super().predict(module, datamodule=datamodule, return_predictions=False)
         finally:
             self.callbacks, datamodule.planner = usual, None
 
