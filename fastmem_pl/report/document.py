@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastmem_pl.report.browser import browser_data
@@ -20,6 +21,9 @@ from fastmem_pl.report.table import (
     overview,
 )
 
+# By these a file is known that may be replaced; the page's stands in page.html.
+_HTML_MARK = '<meta name="generator" content="fastmem report">'
+_MARKDOWN_MARK = "<!-- Made by fastmem report. -->"
 _SETTINGS = ("learning_rate", "steps", "kl_coeff", "num_layers", "alpha", "max_new_tokens", "temperature")
 
 
@@ -72,7 +76,20 @@ def markdown(comparison: Comparison, title: str) -> str:
     for table in all_tables(comparison):
         blocks += [f"## {_escaped(table.title)}", _markdown_table(table)]
         blocks += [table.caption] if table.caption else []
+    blocks.append(_MARKDOWN_MARK)
     return "\n".join(_spaced(blocks)) + "\n"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a page or tables that :func:`html` or :func:`markdown` made."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    if path.suffix == ".md":
+        # The last line: tables that somebody put into a text of their own are not ours any more.
+        return content.rstrip().endswith(_MARKDOWN_MARK.encode())
+    return _HTML_MARK.encode() in content
 
 
 def _spaced(blocks: Sequence[str]) -> Iterator[str]:

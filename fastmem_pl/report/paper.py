@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fastmem_pl.cli import packaged_configs
+from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.decoding.methods import METHODS
 from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.memory.settings import MemorizationSettings
