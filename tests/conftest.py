@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 # isort: split
 from report_runs import make_run, record, two_methods  # noqa: F401 (fixtures)
+from runs import base, refused, run, small  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -90,6 +91,13 @@ def make_model(family: str = "llama", seed: int = 0, **overrides):
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    """A tiny model with other weights for every seed, as a user's own folder."""
+    make_model(seed=seed).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

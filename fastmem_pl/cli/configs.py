@@ -35,11 +35,14 @@ class Configs:
 
     def name_file(self, error: FastMemError, options: Iterable[str] = ()) -> FastMemError:
         """The error with the file in front whose setting it is about, unless an option has replaced it."""
-        given = {option.partition("=")[0].lstrip("-") for option in options}
+        message = str(error)
+        text = message.removeprefix('Parser key "config": ')
+        # Without that prefix, an option may be what does not fit.
+        given = {option.partition("=")[0].lstrip("-") for option in options} if text == message else set()
         for name in sorted(self.files.keys() - given, key=len, reverse=True):
-            if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.])", str(error)):
-                return FastMemError(f"{self.files[name]}: {error}")
-        return error
+            if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.])", text):
+                return FastMemError(f"{self.files[name]}: {text}")
+        return FastMemError(text)
 
 
 def read_configs(values: Sequence[str]) -> Configs:

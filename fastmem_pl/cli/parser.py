@@ -143,8 +143,12 @@ class CommandParser(OneLineParser):
         config = self.parse_args(written)
         parameters = inspect.signature(self._function).parameters
         given = {name: config[name] for name in parameters if name not in self._classes}
-        for name, kind in self._classes.items():
-            given[name] = kind(**{f.name: config[f.name] for f in fields(kind) if f.name in config})
+        try:
+            for name, kind in self._classes.items():
+                given[name] = kind(**{f.name: config[f.name] for f in fields(kind) if f.name in config})
+        except FastMemError as error:
+            # Options have no prefix here.
+            raise FastMemError(re.sub(r"^model\.(\w+\.)?", "", str(error))) from error
         return given
 
     def _written_out(self, arguments: list[str]) -> list[str]:
