@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -70,15 +71,12 @@ def ask(
         raise FastMemError("--decoder: cd contrasts a memory with the base model; leave --no-memory out")
     if decoder == "cad" and without_context:
         raise FastMemError("--decoder: cad contrasts with and without the text; leave --without-context out")
-    for name, needed, applies in (
-        ("alpha", "--decoder cd or cad", decoder in ("cd", "cad")),
-        ("top-p", "--temperature above 0", decode.temperature > 0),
-        ("top-k", "--temperature above 0", decode.temperature > 0),
-        ("seed", "--temperature above 0", decode.temperature > 0),
-    ):
-        field = name.replace("-", "_")
-        if not applies and getattr(decode, field) != options.defaults[field]:
-            raise FastMemError(f"--{name}: has no effect without {needed}; leave it out")
+    unused = {"alpha": "--decoder cd or cad"} if decoder not in ("cd", "cad") else {}
+    if not decode.temperature:
+        unused |= dict.fromkeys(("top_p", "top_k", "seed"), "--temperature above 0")
+    for name, needed in unused.items():
+        if getattr(decode, name) != options.defaults[name]:
+            raise FastMemError(f"--{name.replace('_', '-')}: has no effect without {needed}; leave it out")
     backbone = options.load(trained_layers(read_header(memory)))
     loaded = Memory.load(memory, backbone, backbone.device).to(backbone.compute_dtype)
     _warn(loaded)
@@ -96,34 +94,22 @@ def ask(
         asker.loop()
 
 
+@dataclass
 class _Asker:
-    """Answers questions with one memory, as the options say.
+    """Answers questions with one memory, as the options say."""
 
-    Args:
-        backbone: the model.
-        memory: a memory of one row, or ``None`` for the base model.
-        context: text shown to the model, or ``None``.
-        decoder: name of the decoder.
-        settings: how answers are decoded.
-        prefix: opens every answer.
-        as_json: print objects instead of texts.
-    """
+    backbone: Backbone
+    memory: Memory | None
+    context: str | None
+    decoder: str
+    settings: DecodingSettings
+    prefix: str
+    as_json: bool
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        memory: Memory | None,
-        context: str | None,
-        decoder: str,
-        settings: DecodingSettings,
-        prefix: str,
-        as_json: bool,
-    ) -> None:
-        self.backbone, self.context, self.decoder, self.settings = backbone, context, decoder, settings
-        self.as_json = as_json
-        self.common = {"backbone": backbone, "memory": memory, "decoder": decoder, "answer_prefix": prefix}
-        self.common |= vars(settings)
+    def __post_init__(self) -> None:
         self.prompts = PromptCache()
+        self.common = {"backbone": self.backbone, "memory": self.memory, "decoder": self.decoder}
+        self.common |= {"answer_prefix": self.prefix, **vars(self.settings)}
 
     def choose_context(self, wanted: str, file: str, questions: list[str]) -> None:
         """Show the text only where there is one that fits, or an option wants it; report what is left out."""
@@ -150,7 +136,7 @@ class _Asker:
         """
         if self.context is None:
             return None, 0, 0
-        rest = (self.decoder, self.settings, self.common["answer_prefix"])
+        rest = (self.decoder, self.settings, self.prefix)
         room = min(context_room(self.backbone, question, *rest) for question in questions)
         return self.backbone.chat.cut(self.context, max(room, 1))
 
@@ -196,7 +182,7 @@ class _Asker:
     def record(self, question: str, text: str) -> str:
         """A line of JSON for one answer."""
         found = {"question": question, "answer": text, "decoder": self.decoder}
-        found |= {"context": self.context is not None, "memory": self.common["memory"] is not None}
+        found |= {"context": self.context is not None, "memory": self.memory is not None}
         return json.dumps(found, ensure_ascii=False)
 
     def loop(self) -> None:
@@ -243,7 +229,7 @@ def _warn(memory: Memory) -> None:
 
 def _read_questions(path: str) -> list[str]:
     questions = []
-    for number, line in enumerate(read_text(path, "questions, one a line").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "questions, one a line").split("\n"), 1):
         question = line.strip()
         if question.startswith("{"):
             try:

@@ -18,7 +18,7 @@ from fastmem_pl.base.configs import packaged_configs
 # Other variables are private, tokens most of all.
 _VARIABLES = re.compile(
     r"CUDA_\w+|FASTMEM_\w+|(HF_(ENDPOINT|HOME|HUB_\w+)|TRANSFORMERS_OFFLINE|XDG_CACHE_HOME)"
-    r"|(MASTER_ADDR|(LOCAL_|NODE_)?RANK|WORLD_SIZE|TORCHELASTIC_RUN_ID|SLURM_\w+)"
+    r"|(MASTER_ADDR|(LOCAL_|NODE_)?RANK|WORLD_SIZE|TORCHELASTIC_RUN_ID|SLURM_(JOB_ID|NTASKS|PROCID|STEP_NUM_TASKS))"
     r"|(MKL|OMP)_\w+|TOKENIZERS_PARALLELISM|MLFLOW_(EXPERIMENT_NAME|TRACKING_URI)|WANDB_(MODE|PROJECT)"
     r"|NCCL_DEBUG|PYTORCH_(CUDA_)?ALLOC_CONF|TORCH_LOGS|TRITON_INTERPRET"
 )
@@ -84,17 +84,14 @@ def _fastmem() -> dict[str, str]:
 
 
 def _system() -> dict[str, str]:
-    def memory() -> str:
-        import psutil
+    import psutil
 
-        found = psutil.virtual_memory()
-        return f"{_gib(found.total)}, {_gib(found.available)} free"
-
+    memory = psutil.virtual_memory()
     return {
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
-        "platform": _attempt(platform.platform),
-        "cores": f"{os.cpu_count()}, {len(getattr(os, 'sched_getaffinity', lambda _: [])(0))} usable",
-        "memory": _attempt(memory),
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{_gib(memory.total)}, {_gib(memory.available)} free",
     }
 
 
@@ -115,14 +112,12 @@ def _packages(optional: bool) -> dict[str, str]:
 def _torch() -> dict[str, str]:
     import torch
 
-    def driver() -> str:
-        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
-
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "build": f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}",
         "CUDA available": _attempt(torch.cuda.is_available),
-        "NVIDIA driver": _attempt(driver) if shutil.which("nvidia-smi") else "none",
-        "threads": _attempt(torch.get_num_threads),
+        "NVIDIA driver": _attempt(lambda: _output(*driver)) if shutil.which("nvidia-smi") else "none",
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -131,19 +126,20 @@ def _devices() -> dict[str, str]:
 
     from fastmem_pl import kernels
 
+    def kernel_use(device: torch.device) -> str:
+        reason = kernels.obstacle(device)
+        reason = f"not used ({reason}); the plain path computes the same" if reason else "used in bfloat16"
+        return f"Triton kernels: {reason}"
+
     def about(device: torch.device) -> str:
         free, total = torch.cuda.mem_get_info(device)
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         name = f"{torch.cuda.get_device_name(device)}, capability {capability}"
-        return f"{name}, {_gib(total)}, {_gib(free)} free, Triton kernels: {use(device)}"
-
-    def use(device: torch.device) -> str:
-        reason = kernels.obstacle(device)
-        return f"not used ({reason}); the plain path computes the same" if reason else "used in bfloat16"
+        return f"{name}, {_gib(total)}, {_gib(free)} free, {kernel_use(device)}"
 
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     found = {str(device): _attempt(lambda device=device: about(device)) for device in devices}
-    return found or {"cpu": f"Triton kernels: {use(torch.device('cpu'))}"}
+    return found or {"cpu": kernel_use(torch.device("cpu"))}
 
 
 def _cache() -> dict[str, str]:

@@ -155,6 +155,7 @@ class CommandParser(OneLineParser):
         """Arguments as jsonargparse wants them: options first, each with a value, lists as JSON."""
         words: list[str] = []
         options: list[str] = []
+        lists: dict[str, list[str]] = {}
         takes_list = any(map(self._is_list, self._positional))
         rest = deque(arguments)
         while rest:
@@ -183,10 +184,10 @@ class CommandParser(OneLineParser):
             if not self._is_list(name):
                 options.append(f"--{name}={value}")
                 continue
-            values = [value]
+            lists.setdefault(name, []).append(value)
             while not takes_list and rest and not rest[0].startswith("--"):
-                values.append(rest.popleft())
-            options.append(f"--{name}+={json.dumps(values)}")
+                lists[name].append(rest.popleft())
+        options += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
         for name in self._positional:
             if not self._is_list(name) and not words:
                 raise FastMemError(f"give a {self._shown(name)[1]}; see {self.prog} --help")
@@ -196,7 +197,7 @@ class CommandParser(OneLineParser):
         return options
 
     def _is_list(self, name: str) -> bool:
-        return get_origin(self._hints[name]) is list
+        return get_origin(self._hints[name]) in (list, tuple)
 
     def _shown(self, name: str) -> tuple[str, str]:
         """A positional parameter and what help calls it."""

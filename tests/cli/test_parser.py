@@ -27,19 +27,24 @@ class More:
     """More."""
 
     top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.top_p > 1:
             raise FastMemError("model.decode.top_p: too much")
 
 
-def asked(memory: str, question: list[str], *, stop: list[str] = [], json: bool = False, more: More = More()):  # noqa: B006
+def asked(memory: str, question: list[str], *, json: bool = False, more: More = More()):  # noqa: B008
     """Ask."""
-    CALLS.append((memory, question, stop, json, more.top_p))
+    CALLS.append((memory, question, list(more.stop), json, more.top_p))
 
 
-def shipped(  # noqa: B006
-    memory: str, *, max_kl: float | None = None, context: list[str] = [], form: Literal["a", "b"] = "a"
+def shipped(
+    memory: str,
+    *,
+    max_kl: float | None = None,
+    context: list[str] = [],  # noqa: B006
+    form: Literal["a", "b"] = "a",
 ):
     """Ship."""
     CALLS.append((memory, max_kl, context, form))
