@@ -38,8 +38,8 @@ def page() -> str:
         f"```text\n{_overview()}\n```",
         "## fit-predict, fit, predict, search { #lightning-commands }",
         "These four take the same options (`search` further ones). All may stand in a config as well: "
-        "`--model.memorize.steps 20` is `model: {memorize: {steps: 20}}`. Lists and mappings are quoted in the shell "
-        "(`'[zero-shot, fastmem]'`); an option of a list with `+` at its end adds to the list.",
+        "`--model.memorize.steps 20` is `model: {memorize: {steps: 20}}`. Lists and mappings are quoted in "
+        "the shell (`'[zero-shot, fastmem]'`); an option of a list with `+` at its end adds to the list.",
         table(
             ["command", "what it does"],
             [[f"`fastmem {name}`", _purpose(name)] for name in lightning],

@@ -134,7 +134,8 @@ class CommandParser(OneLineParser):
         written = self._written_out(arguments)
         given = self._given(written)
         for defaults in [value.defaults for value in given.values() if hasattr(value, "defaults")]:
-            self.set_defaults({name: value for name, value in defaults.items() if name in self._hints})
+            known = {action.dest for action in self._actions}
+            self.set_defaults({name: defaults[name] for name in defaults.keys() & known})
             given = self._given(written)
         return self._function(**given) or 0
 

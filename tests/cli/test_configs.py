@@ -238,5 +238,5 @@ def test_help_names_every_config_and_does_not_wait_for_torch():
 
 
 def test_a_name_that_is_no_config():
-    with pytest.raises(FastMemError, match="no such file or packaged config: dmeo.*did you mean 'demo'"):
+    with pytest.raises(FastMemError, match=r"no such file or packaged config: dmeo.*did you mean 'demo'"):
         read_configs(["dmeo"])

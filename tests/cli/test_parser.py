@@ -34,7 +34,7 @@ class More:
             raise FastMemError("model.decode.top_p: too much")
 
 
-def asked(memory: str, question: list[str], *, json: bool = False, more: More = More()):  # noqa: B008
+def asked(memory: str, question: list[str], *, json: bool = False, more: More = More()):
     """Ask."""
     CALLS.append((memory, question, list(more.stop), json, more.top_p))
 
