@@ -107,7 +107,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(stop, SystemExit) and stop.code != 1:
             return int(stop.code or 0)
         stopped = TerminatedError("stopped")
-        if arguments[0] in SAMPLE_COMMANDS:
+        if SAMPLE_COMMANDS.keys() & arguments[:1]:
             stopped = TerminatedError(
                 "stopped; what was answered is kept, and the same command goes on from there"
             )

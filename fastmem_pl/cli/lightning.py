@@ -6,6 +6,7 @@ import logging
 import re
 import shlex
 import sys
+from typing import ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -36,6 +37,11 @@ _CONFIG_HELP = (
 
 class LightningParser(OneLineParser, LightningArgumentParser):
     """Lightning's parser with one-line errors, and the trainer's options at the end of the help."""
+
+    allowed: ClassVar[dict[str, str]] = {
+        "trainer.logger": "allowed: csv, tensorboard, wandb, mlflow, false, or one of Lightning's loggers with "
+        "its arguments (class_path and init_args in a config)"
+    }
 
     def format_help(self) -> str:
         """Help with the options that Lightning has for every program last."""

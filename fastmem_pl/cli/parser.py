@@ -10,13 +10,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
-from typing import Any, NoReturn, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from fastmem_pl.base.errors import FastMemError, nearest
 
-_CLASS = "a class is given by class_path and init_args in a config"
 # What may be wrong with a class that was named, or with its arguments, amid what else a setting could be.
 _CLASS_MISTAKE = re.compile(
     r"the following arguments are required: [\w, ]*\w(?= - )|Option '\w+' is not accepted"
@@ -33,7 +32,13 @@ _UNKNOWN = r"(?i)unrecognized arguments: (\S+)|key '([^']+)' is not expected|not
 
 
 class OneLineParser(ArgumentParser):
-    """Reports mistakes in one line, with the nearest name of a setting."""
+    """Reports mistakes in one line, with the nearest name of a setting.
+
+    Attributes:
+        allowed: by setting, what a message about a class that does not fit says to be allowed.
+    """
+
+    allowed: ClassVar[dict[str, str]] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise :class:`FastMemError` with the parser's message on one line.
@@ -46,7 +51,10 @@ class OneLineParser(ArgumentParser):
         wrong_class = wrong_type and _CLASS_MISTAKE.search(line)
         if wrong_class:
             name = re.search(r"class_path'?[:=] ?'(?:\w+\.)*(\w+)'", line[wrong_class.end() :])
-            line = f"{wrong_type[1]}: {f'{name[1]}: ' if name else ''}{wrong_class[0]}; {_CLASS}"
+            allowed = self.allowed.get(
+                wrong_type[1], "a class is given by class_path and init_args in a config"
+            )
+            line = f"{wrong_type[1]}: {f'{name[1]}: ' if name else ''}{wrong_class[0]}; {allowed}"
         elif wrong_type:
             setting, kind, value = wrong_type.groups()
             line = f"{setting}: {value!r} does not fit; allowed: {_readable(kind)}"

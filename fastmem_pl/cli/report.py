@@ -38,13 +38,13 @@ def report(
     if not runs:
         raise FastMemError("report: give a run folder, such as runs/demo")
     page = Path(out or (Path(runs[0], "report.html") if len(runs) == 1 else "report.html"))
-    tables = page.with_suffix(".md")
     if page.is_dir():
         raise FastMemError(f"--out: {page} is a folder; give a file, such as {page / 'report.html'}")
     if out is not None and page.suffix.lower() not in (".html", ".htm"):
         raise FastMemError(f"--out: {page} is no name of a page; give one that ends in .html")
     if out is not None and not page.parent.is_dir():
         raise FastMemError(f"--out: there is no folder {page.parent}")
+    tables = page.with_suffix(".md")
     if tables.is_dir():
         raise FastMemError(f"--out: the tables go to {tables}, which is a folder")
 
