@@ -39,8 +39,8 @@ class LightningParser(OneLineParser, LightningArgumentParser):
     """Lightning's parser with one-line errors, and the trainer's options at the end of the help."""
 
     allowed: ClassVar[dict[str, str]] = {
-        "trainer.logger": "allowed: csv, tensorboard, wandb, mlflow, false, or one of Lightning's loggers with "
-        "its arguments (class_path and init_args in a config)"
+        "trainer.logger": "allowed: csv, tensorboard, wandb, mlflow, false, or one of Lightning's loggers "
+        "with its arguments (class_path and init_args in a config)"
     }
 
     def format_help(self) -> str:
