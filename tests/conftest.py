@@ -28,6 +28,7 @@ from memories import (  # noqa: F401 (fixtures)
 )
 from real_runs import options, pages, real, refused, refused_run, run, say  # noqa: F401 (fixtures)
 from report_runs import hostile, make_run, only, record, two_methods  # noqa: F401 (fixtures)
+from runs import base, refused_small, small, small_run  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -101,6 +102,13 @@ def make_model(family: str = "llama", seed: int = 0, **overrides):
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    """A tiny model with other weights for every seed, as a user's own folder."""
+    make_model(seed=seed).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

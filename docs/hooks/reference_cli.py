@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib
 import inspect
-import pkgutil
 import re
 import subprocess
 import sys
@@ -39,8 +38,8 @@ def page() -> str:
         f"```text\n{_overview()}\n```",
         "## fit-predict, fit, predict, search { #lightning-commands }",
         "These four take the same options (`search` further ones). All may stand in a config as well: "
-        "`--model.memorize.steps 20` is `model: {steps: 20}`. Lists and mappings are quoted in the shell "
-        "(`'[zero-shot, fastmem]'`); an option of a list with `+` at its end adds to the list.",
+        "`--model.memorize.steps 20` is `model: {memorize: {steps: 20}}`. Lists and mappings are quoted in "
+        "the shell (`'[zero-shot, fastmem]'`); an option of a list with `+` at its end adds to the list.",
         table(
             ["command", "what it does"],
             [[f"`fastmem {name}`", _purpose(name)] for name in lightning],
@@ -58,33 +57,36 @@ class _CapturedError(Exception):
 
 def lightning_parsers() -> dict[str, Any]:
     """The parsers of the Lightning commands, by command, without running any."""
-    from fastmem_pl import lightning_cli
+    from fastmem_pl.cli import SAMPLE_COMMANDS, lightning
 
-    class Capture(lightning_cli.FastMemCLI):
+    class Capture(lightning.FastMemCLI):
         def parse_arguments(self, parser: Any, args: Any) -> None:
             raise _CapturedError(self._subcommand_parsers)
 
-    original, lightning_cli.FastMemCLI = lightning_cli.FastMemCLI, Capture
+    found = {}
+    original, lightning.FastMemCLI = lightning.FastMemCLI, Capture
     try:
-        lightning_cli.run_command(["fit-predict"])
-    except _CapturedError as captured:
-        return captured.args[0]
+        for command in SAMPLE_COMMANDS:
+            try:
+                lightning.run([command, "--help"])
+            except _CapturedError as captured:
+                found |= captured.args[0]
     finally:
-        lightning_cli.FastMemCLI = original
-    raise RuntimeError("the CLI did not parse")
+        lightning.FastMemCLI = original
+    return found
 
 
 def memory_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parsers of the other commands, by command."""
-    import fastmem_pl.cli
+    from fastmem_pl.cli import COMMANDS, SAMPLE_COMMANDS
+    from fastmem_pl.cli.parser import CommandParser
 
     found = {}
-    for module in pkgutil.iter_modules(fastmem_pl.cli.__path__):
-        command = importlib.import_module(f"fastmem_pl.cli.{module.name}")
-        make = getattr(command, "parser", None) or getattr(command, "_parser", None)
-        if make is not None:
-            found[module.name] = make()
-    return found
+    for command in COMMANDS.keys() - SAMPLE_COMMANDS.keys():
+        module, _, function = COMMANDS[command].partition(":")
+        module = importlib.import_module(f"fastmem_pl.cli.{module}")
+        found[command] = CommandParser(command, getattr(module, function))
+    return dict(sorted(found.items()))
 
 
 def own_trainer_options() -> set[str]:

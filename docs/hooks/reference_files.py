@@ -19,7 +19,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def configs_page() -> str:
     """Every packaged config with its comments."""
-    from fastmem_pl.cli import packaged_configs
+    from fastmem_pl.base.configs import packaged_configs
 
     configs = packaged_configs()
     parts = [

@@ -31,16 +31,6 @@ class TerminatedError(RunStoppedError):
     exit_status = 143  # 128 + SIGTERM
 
 
-class LostProcessError(RunStoppedError):
-    """Another process of the run died without a word.
-
-    Attributes:
-        said_by_another: whether a process of lower rank is there to say so.
-    """
-
-    said_by_another = False
-
-
 class FailedElsewhereError(RunStoppedError):
     """Another process of the run failed, and says why itself."""
 

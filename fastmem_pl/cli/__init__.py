@@ -6,16 +6,14 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.base.errors import (
     FailedElsewhereError,
     FastMemError,
-    LostProcessError,
+    OutOfMemoryError,
     TerminatedError,
     nearest,
-    unknown,
 )
 
 # Heavy imports (torch, lightning, transformers) wait until a subcommand is known, so that
@@ -68,11 +66,20 @@ options used most (all of them: fastmem <command> --help):
 packaged configs, later ones on top of earlier ones:
 {configs}
 """
-USAGE = "fastmem {command} --config NAME_OR_FILE [--data.path FILE] [--run_dir DIR] [options]"
-COMMANDS = ("fit-predict", "fit", "predict", "search")
-PROFILED_COMMANDS = ("fit-predict", "fit", "predict")
-MEMORY_COMMANDS = ("memorize", "ask", "export")
-FILE_COMMANDS = ("report", "compare", "env")
+SAMPLE_COMMANDS = dict.fromkeys(("fit-predict", "fit", "predict", "search"), "lightning:run")
+COMMANDS = {
+    **SAMPLE_COMMANDS,
+    "memorize": "memorize:memorize",
+    "ask": "ask:ask",
+    "export": "export:export",
+    "report": "report:report",
+    "compare": "report:compare",
+    "tasks": "tasks:tasks",
+    "env": "env:env",
+}
+"""Module of this package and function by command: of samples a LightningCLI, others with typed arguments."""
+
+_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -85,89 +92,87 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:
-        status = _command(arguments)
+        status = _run(arguments)
         sys.stdout.flush()
         return status
     except FastMemError as error:
-        if not _said_by_another(error):
+        if not _is_silent(error):
             kind = "" if isinstance(error, TerminatedError) else "error: "
             print(f"fastmem: {kind}{error}", file=sys.stderr)
-        if isinstance(error, LostProcessError):
-            sys.modules["fastmem_pl.run.processes"].leave()
         return error.exit_status
-    except KeyboardInterrupt:
-        if arguments[0] in (*MEMORY_COMMANDS, *FILE_COMMANDS):
-            print("fastmem: stopped", file=sys.stderr)
-            return 130
-        return _interrupted()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Parsers end the program after their help; Lightning turns Ctrl-C into exit status 1.
+        if isinstance(stop, SystemExit) and stop.code != 1:
+            return int(stop.code or 0)
+        stopped = TerminatedError("stopped")
+        if SAMPLE_COMMANDS.keys() & arguments[:1]:
+            stopped = TerminatedError(
+                "stopped; what was answered is kept, and the same command goes on from there"
+            )
+        if not _is_silent(stopped):
+            print(f"fastmem: {stopped}", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # Whoever reads has enough; Python would complain when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def _said_by_another(error: FastMemError) -> bool:
-    """Whether another process of the run prints this mistake, or one like it."""
-    if isinstance(error, FailedElsewhereError):
-        return True
-    if isinstance(error, LostProcessError):
-        return error.said_by_another
-    processes = sys.modules.get("fastmem_pl.run.processes")
-    # What all processes see, until they have met; and the end that all come to.
-    same = isinstance(error, TerminatedError) or processes is None or not processes.has_joined()
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
-    return same and any(int(os.environ.get(name) or 0) for name in names)
-
-
-def _command(arguments: list[str]) -> int:
-    """Run one command."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+def _run(arguments: list[str]) -> int:
+    command, *options = arguments or ["--help"]
+    if command in ("-h", "--help", "help"):
         print(OVERVIEW.format(configs=_config_overview()))
         return 0
-    if arguments[0] == "--version":
+    if command == "--version":
         from importlib.metadata import version
 
         print(f"fastmem-pl {version('fastmem-pl')}")
         return 0
-    if arguments[0] in (*COMMANDS, *MEMORY_COMMANDS, *FILE_COMMANDS, "tasks"):
-        arguments = _resolve_profile(arguments)
-    if arguments[0] == "tasks":
-        return _show_tasks(arguments[1:])
-    if arguments[0] in (*MEMORY_COMMANDS, *FILE_COMMANDS):
-        return _run_own_command(arguments[0], arguments[1:])
-    if arguments[0] not in COMMANDS:
-        known = (*COMMANDS, *MEMORY_COMMANDS, *FILE_COMMANDS, "tasks")
-        hint = nearest(arguments[0], known)
-        raise FastMemError(f"{arguments[0]!r} is no command; allowed: {', '.join(known)}{hint}")
-    if len(arguments) == 1:
-        # Defaults are the paper's, for models of 4B and more: not what anybody wants of the packaged one.
+    if command not in COMMANDS:
         raise FastMemError(
-            f"{arguments[0]}: say what to work on: --config NAME_OR_FILE, such as --config demo or --config "
-            "smollm2,qa --data.path FILE (fastmem --help lists the packaged ones)"
+            f"{command!r} is no command; allowed: {', '.join(COMMANDS)}{nearest(command, COMMANDS)}"
         )
-    return _run(_resolve_configs(arguments))
+    _quiet_libraries()
+    options = _resolve_profile(command, options)
+    module, _, name = COMMANDS[command].partition(":")
+    function = getattr(importlib.import_module(f"fastmem_pl.cli.{module}"), name)
+    if command in SAMPLE_COMMANDS:
+        return function([command, *options])
 
+    from fastmem_pl.cli.parser import CommandParser
 
-def _run_own_command(name: str, arguments: list[str]) -> int:
-    if not {"-h", "--help"} & set(arguments):
-        _quiet_libraries()
-    command = importlib.import_module(f"fastmem_pl.cli.{name}")
     try:
-        return command.run(arguments)
-    except SystemExit as stop:
-        # argparse ends the program after its help.
-        return int(stop.code or 0)
+        return CommandParser(command, function).run(options)
     except (RuntimeError, MemoryError) as error:
         from fastmem_pl.base.phases import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        if name in FILE_COMMANDS:
-            raise FastMemError("out of memory; report fewer runs at once") from error
-        raise FastMemError(
-            "out of memory; try --precision bf16-true, --windows sequential with a smaller --window, or "
-            "--device cpu"
-        ) from error
+        advice = "--precision bf16-true, --windows sequential with a smaller --window, or --device cpu"
+        if command in ("report", "compare"):
+            advice = "fewer runs at once"
+        raise FastMemError(f"out of memory; try {advice}") from error
+
+
+def _resolve_profile(command: str, options: list[str]) -> list[str]:
+    """Write ``--profile`` and ``--profile=trace,memory`` as the setting of the trainer they stand for."""
+    resolved: list[str] = []
+    rest = list(options)
+    while rest:
+        option, equals, names = rest.pop(0).partition("=")
+        if option != "--profile":
+            resolved.append(f"{option}{equals}{names}")
+            continue
+        allowed = [name for name in SAMPLE_COMMANDS if name != "search"]
+        if command not in allowed:
+            raise FastMemError(f"--profile: not with {command}; allowed with {', '.join(allowed)}")
+        from fastmem_pl.run.profile import check_kinds
+
+        # These commands take options only, so a word after it is its value.
+        if not equals:
+            names = rest.pop(0) if rest and not rest[0].startswith("-") else "phases"
+        resolved.append(f"--trainer.profile=[{', '.join(check_kinds(names, '--profile'))}]")
+    return resolved
 
 
 def _config_overview() -> str:
@@ -177,145 +182,16 @@ def _config_overview() -> str:
     return "\n".join(f"  {kind + ':' if kind else '':<9}{', '.join(names)}" for kind, names in kinds.items())
 
 
-def _show_tasks(names: list[str]) -> int:
-    """Print the tasks, or all about those that are named."""
-    from fastmem_pl.data import TASKS
-
-    if "-h" in names or "--help" in names:
-        print("usage: fastmem tasks [NAME ...]\n\nshow the tasks, or all prompts of those that are named")
-        return 0
-    for name in names:
-        if name not in TASKS:
-            raise unknown("tasks", name, TASKS)
-    for task in [TASKS[name] for name in names] or TASKS.values():
-        print(f"{task.name}: {task.description}")
-        print(f"  scores: {', '.join(task.scores)}")
-        forms = {"prompt": task.prompt}
-        if names:
-            forms |= {"one-shot": task.one_shot, "without context (cad)": task.without_context}
-            if task.context != "{context}":
-                forms = {"memorized text, {context} of the prompts": task.context, **forms}
-        for label, text in forms.items():
-            print(f"  {label}:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
-        print()
-    if not names:
-        print("all prompts of one task: fastmem tasks NAME; a data file: --data.task NAME --data.path FILE")
-    return 0
-
-
-def _resolve_profile(arguments: list[str]) -> list[str]:
-    """Write ``--profile`` and ``--profile=trace,memory`` as the setting of the trainer they stand for."""
-    options = {a for a in arguments if a.partition("=")[0] == "--profile"}
-    if not options:
-        return arguments
-    command = arguments[0]
-    if command not in PROFILED_COMMANDS:
-        raise FastMemError(f"--profile: not with {command}; allowed with {', '.join(PROFILED_COMMANDS)}")
-    from fastmem_pl.run.profile import check_kinds
-
-    resolved, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if argument not in options:
-            resolved.append(argument)
-            continue
-        # These commands take options only, so a word after it is its value.
-        spaced = "=" not in argument and rest and not rest[0].startswith("-")
-        names = rest.pop(0) if spaced else argument.partition("=")[2] if "=" in argument else "phases"
-        kinds = check_kinds(names, "--profile")
-        resolved += ["--trainer.profile", f"[{', '.join(kinds)}]"]
-    return resolved
-
-
-def _resolve_configs(arguments: list[str]) -> list[str]:
-    """Let ``--config`` take names of packaged configs as well as files, several with commas between.
-
-    Configs come first in the result, so that options win over them wherever they stand.
-    """
-    values: list[str] = []
-    options: list[str] = []
-    rest = iter(arguments[1:])
-    for argument in rest:
-        if argument in ("-c", "--config"):
-            value = next(rest, None)
-            if value is None:
-                raise FastMemError("--config: give the name of a packaged config or a file")
-        elif argument.startswith("--config="):
-            value = argument.split("=", 1)[1]
-        else:
-            options.append(argument)
-            continue
-        values.append(value)
-    return [arguments[0], *(part for path in config_paths(values) for part in ("--config", path)), *options]
-
-
-def config_paths(values: Sequence[str]) -> list[str]:
-    """Files of configs given by name or path, several with commas between, in order.
-
-    Raises:
-        FastMemError: for one that there is not.
-    """
-    names = [
-        part
-        for value in values
-        for part in ([value] if os.path.isfile(value) else [part.strip() for part in value.split(",")])
-    ]
-    return _with_combinations([_config_path(name) for name in names])
-
-
-def _with_combinations(paths: list[str]) -> list[str]:
-    """Add packaged configs for a task together with a method: ``xsum+cd`` for ``xsum`` and ``fastmem+cd``.
-
-    They come right after both, so that configs which follow win over them.
-    """
-    packaged = {name: str(path) for name, path in packaged_configs().items()}
-    for name, path in packaged.items():
-        task, _, decoder = name.partition("+")
-        both = [packaged.get(task), packaged.get(f"fastmem+{decoder}")]
-        if path not in paths and all(part in paths for part in both):
-            paths.insert(1 + max(paths.index(part) for part in both), path)
-            print(f"fastmem: with {task} and fastmem+{decoder} comes the config {name}", file=sys.stderr)
-    return paths
-
-
-def _config_path(value: str) -> str:
-    if os.path.isfile(value):
-        return value
-    packaged = packaged_configs()
-    # "nqswap", "task/nqswap" and "configs/task/nqswap.yaml" name the packaged config from any folder.
-    path = Path(value)
-    name = path.name.removesuffix(".yaml")
-    if name in packaged and set(path.parent.parts) <= {"configs", packaged[name].parent.name}:
-        return str(packaged[name])
-    names = sorted(packaged)
-    if not value:
-        raise FastMemError(
-            "--config: an empty name; names stand with commas and no spaces between: smollm2,qa"
-        )
-    raise FastMemError(
-        f"--config: no such file or packaged config: {value}; "
-        f"packaged: {', '.join(names)}{nearest(name, names)}"
-    )
-
-
-def _run(arguments: list[str]) -> int:
-    _quiet_libraries()
-    from fastmem_pl.cli.lightning import run_command
-
-    try:
-        return run_command(arguments)
-    except SystemExit as stop:
-        # Lightning turns Ctrl-C into exit status 1 after its own shutdown.
-        if stop.code == 1:
-            return _interrupted()
-        return int(stop.code or 0)
-
-
-def _interrupted() -> int:
-    stopped = TerminatedError("stopped; what was answered is kept, and the same command goes on from there")
-    if not _said_by_another(stopped):
-        print(f"fastmem: {stopped}", file=sys.stderr)
-    return 130
+def _is_silent(error: FastMemError) -> bool:
+    """Whether another process of the run prints this mistake, or one like it."""
+    if isinstance(error, FailedElsewhereError):
+        return True
+    # All processes see the same until they have met, but for the room on their devices; and all come to the
+    # same end.
+    ranks = sys.modules.get("fastmem_pl.run.ranks")
+    met = ranks is not None and ranks.have_met()
+    same = not (met or isinstance(error, OutOfMemoryError)) or isinstance(error, TerminatedError)
+    return same and any(int(os.environ.get(name) or 0) for name in _RANKS)
 
 
 def _quiet_libraries() -> None:

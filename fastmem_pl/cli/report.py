@@ -1,4 +1,4 @@
-"""``fastmem report``: one HTML page and a Markdown table from run folders."""
+"""``fastmem report`` and ``fastmem compare``: results of runs as a page, and as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -6,43 +6,63 @@ import sys
 from pathlib import Path
 
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.cli.options import CommandParser
-
-DESCRIPTION = """\
-Make one self-contained HTML page from the results of runs, and its tables as Markdown beside it.
-
-  fastmem report runs/demo                                     writes runs/demo/report.html and report.md
-  fastmem report runs/nqswap runs/xsum --out paper.html        methods x data sets, in one page
-  fastmem report runs/lr1 runs/lr3 runs/zero-shot              the same data under several settings
-
-The page opens without a network: tables with standard errors and paired tests against zero-shot, the paper's
-values where settings are the paper's, charts, and a browser of all samples with their contexts and answers.
-Runs over the same data are compared sample by sample; a run that was stopped is shown as far as it went.
-`fastmem compare` prints the tables.
-"""
+from fastmem_pl.base.files import write_atomic
 
 
-def run(arguments: list[str]) -> int:
-    """Run the command; returns the exit status.
+def report(
+    runs: list[str],
+    *,
+    data: str | None = None,
+    out: str | None = None,
+    title: str | None = None,
+    force: bool = False,
+) -> None:
+    """Make one self-contained HTML page from the results of runs, and its tables as Markdown beside it.
 
-    Raises:
-        FastMemError: for a mistake.
+      fastmem report runs/demo                                     writes runs/demo/report.html and report.md
+      fastmem report runs/nqswap runs/xsum --out paper.html        methods x data sets, in one page
+      fastmem report runs/lr1 runs/lr3 runs/zero-shot              the same data under several settings
+
+    The page opens without a network: tables with standard errors and paired tests against zero-shot, the
+    paper's values where settings are the paper's, charts, and a browser of all samples with their contexts
+    and answers. Runs over the same data are compared sample by sample; a run that was stopped is shown as far
+    as it went. `fastmem compare` prints the tables.
+
+    Args:
+        runs: run folder.
+        data: the data file, where it is not where the run found it; contexts and prompts are read from it.
+        out: page to write, FILE.html (default: report.html in the run folder, or here for several runs).
+        title: heading of the page.
+        force: replace files at --out that fastmem report did not write.
     """
-    options = parser().parse(arguments)
-    if not options.runs:
+    if not runs:
         raise FastMemError("report: give a run folder, such as runs/demo")
-    page = _target(options.out, options.runs, options.force)
+    page = Path(out or (Path(runs[0], "report.html") if len(runs) == 1 else "report.html"))
+    if page.is_dir():
+        raise FastMemError(f"--out: {page} is a folder; give a file, such as {page / 'report.html'}")
+    if out is not None and page.suffix.lower() not in (".html", ".htm"):
+        raise FastMemError(f"--out: {page} is no name of a page; give one that ends in .html")
+    if out is not None and not page.parent.is_dir():
+        raise FastMemError(f"--out: there is no folder {page.parent}")
+    tables = page.with_suffix(".md")
+    if tables.is_dir():
+        raise FastMemError(f"--out: the tables go to {tables}, which is a folder")
 
-    from fastmem_pl.base.files import write_atomic
     from fastmem_pl.report.collect import collect
-    from fastmem_pl.report.document import html, markdown
+    from fastmem_pl.report.document import html, is_ours, markdown
 
-    comparison = collect(options.runs, options.data)
-    title = options.title or "FastMem: " + ", ".join(run.label for run in comparison.runs)
+    for file in (page, tables):
+        if file.exists() and not force and not is_ours(file):
+            raise FastMemError(
+                f"--out: {file} exists and is not from fastmem report; give --force to replace it, or "
+                "another --out"
+            )
+    comparison = collect(runs, data)
+    heading = title or "FastMem: " + ", ".join(run.label for run in comparison.runs)
     if sys.stderr.isatty():
         samples = sum(len({record["index"] for record in run.records}) for run in comparison.runs)
         print(f"{samples:,} samples: drawing charts ...", file=sys.stderr)
-    texts = {page: html(comparison, title), page.with_suffix(".md"): markdown(comparison, title)}
+    texts = {page: html(comparison, heading), tables: markdown(comparison, heading)}
     for path, text in texts.items():
         try:
             write_atomic(path, text)
@@ -51,50 +71,26 @@ def run(arguments: list[str]) -> int:
     for run in comparison.runs:
         for notice in run.notices:
             print(f"fastmem: {notice}", file=sys.stderr)
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)\n{page.with_suffix('.md')}")
-    return 0
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)\n{tables}")
 
 
-def _target(out: str | None, runs: list[str], force: bool) -> Path:
-    """The page's path; checked before the work.
+def compare(runs: list[str]) -> None:
+    """Print the results of runs side by side: method x data set, with standard errors and paired tests.
 
-    Raises:
-        FastMemError: when it cannot be written there, or would replace a file that is not from a report.
+      fastmem compare runs/demo
+      fastmem compare runs/lr1 runs/lr3 runs/zero-shot
+
+    Runs over the same data are compared sample by sample. `fastmem report` makes a page of the same tables.
+
+    Args:
+        runs: run folder.
     """
-    path = Path(out or (Path(runs[0], "report.html") if len(runs) == 1 else "report.html"))
-    if path.is_dir():
-        raise FastMemError(f"--out: {path} is a folder; give a file, such as {path / 'report.html'}")
-    if out is not None and path.suffix.lower() not in (".html", ".htm"):
-        raise FastMemError(f"--out: {path} is no name of a page; give one that ends in .html")
-    if out is not None and not path.parent.is_dir():
-        raise FastMemError(f"--out: there is no folder {path.parent}")
-    if path.with_suffix(".md").is_dir():
-        raise FastMemError(f"--out: the tables go to {path.with_suffix('.md')}, which is a folder")
-    from fastmem_pl.report.document import is_ours
+    if not runs:
+        raise FastMemError("compare: give a run folder, such as runs/demo")
 
-    for file in (path, path.with_suffix(".md")):
-        if file.exists() and not force and not is_ours(file):
-            raise FastMemError(
-                f"--out: {file} exists and is not from fastmem report; give --force to replace it, or "
-                "another --out"
-            )
-    return path
+    from fastmem_pl.report.collect import collect
+    from fastmem_pl.report.document import notices, result_tables
+    from fastmem_pl.report.terminal import make_console, print_comparison
 
-
-def parser() -> CommandParser:
-    """The command's options."""
-    made = CommandParser(prog="fastmem report", description=DESCRIPTION)
-    made.add_argument("runs", nargs="*", metavar="RUN", help="run folder")
-    made.add_argument(
-        "--data",
-        metavar="FILE",
-        help="the data file, where it is not where the run found it; contexts and prompts are read from it",
-    )
-    made.add_argument(
-        "--out", metavar="FILE.html", help="default: report.html in the run folder, or here for several runs"
-    )
-    made.add_argument("--title", metavar="TEXT", help="heading of the page")
-    made.add_argument(
-        "--force", action="store_true", help="replace files at --out that fastmem report did not write"
-    )
-    return made
+    comparison = collect(runs, contexts=False)
+    print_comparison(result_tables(comparison), notices(comparison), make_console(160))

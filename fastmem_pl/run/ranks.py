@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Event
 from typing import Any, TypeVar
 
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -21,6 +22,7 @@ Result = TypeVar("Result")
 
 # Those that have answered their share wait for the others as long as it takes.
 _TIMEOUT = timedelta(days=30)
+_met = Event()
 _PARENT = "FASTMEM_PARENT"
 _PR_SET_PDEATHSIG = 1
 
@@ -116,7 +118,13 @@ class Ranks:
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
             raise _gone() from error
+        _met.set()
         return values
+
+
+def have_met() -> bool:
+    """Whether this process has met others: until then, all see the same mistakes."""
+    return _met.is_set()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""Every shipped config parses, instantiates and says what it is."""
+"""Every packaged config parses, instantiates and says what it is; configs of all kinds have one door."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
+from runs import PREFIX, answers
 
-from fastmem_pl import DecodingSettings, FastMemDataModule, FastMemModule, MemorizationSettings
-from fastmem_pl.backbone import ChatSettings
-from fastmem_pl.cli import main, packaged_configs
+from fastmem_pl import (
+    ChatSettings,
+    DecodingSettings,
+    FastMemDataModule,
+    FastMemError,
+    FastMemModule,
+    MemorizationSettings,
+)
+from fastmem_pl.base.configs import packaged_configs
+from fastmem_pl.cli import main
+from fastmem_pl.cli.configs import read_configs
 from fastmem_pl.search import SearchSettings
 
 ROOT = Path(__file__).parents[2] / "configs"
@@ -18,34 +28,45 @@ CONFIGS = sorted(ROOT.rglob("*.yaml"))
 MODELS = sorted(path.stem for path in (ROOT / "model").iterdir())
 TASK_NAMES = sorted(path.stem for path in (ROOT / "task").iterdir() if "+" not in path.stem)
 METHOD_NAMES = sorted(path.stem for path in (ROOT / "method").iterdir())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def instantiate(*configs):
+@pytest.fixture(scope="module")
+def parser():
+    made = ArgumentParser(exit_on_error=False)
+    made.add_class_arguments(FastMemModule, "model")
+    made.add_class_arguments(FastMemDataModule, "data")
+    made.add_class_arguments(SearchSettings, "search")
+    return made
+
+
+@pytest.fixture(scope="module")
+def instantiate(parser):
     """Module and data module of configs, later ones on top of earlier ones, as the command makes them."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(FastMemModule, "model")
-    parser.add_class_arguments(FastMemDataModule, "data")
-    parser.add_class_arguments(SearchSettings, "search")
-    found = parser.get_defaults()
-    for name in configs:
-        config = yaml.safe_load(packaged_configs()[name].read_text())
-        config.pop("trainer", None)
-        found = parser.parse_object(config, cfg_base=found)
-    made = parser.instantiate_classes(found)
-    return made.model, made.data
+
+    def make(*names):
+        settings = read_configs(names).settings if names else {}
+        settings.pop("trainer", None)
+        made = parser.instantiate_classes(parser.parse_object(settings))
+        return made.model, made.data
+
+    return make
 
 
-def test_all_configs_are_packaged_by_name():
-    assert {path.stem for path in CONFIGS} == set(packaged_configs())
-    assert len(CONFIGS) == len(packaged_configs())
+def resolved(capsys, *arguments):
+    assert main(["fit-predict", *arguments, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config(path):
-    config = yaml.safe_load(path.read_text())
+def test_config(instantiate, path):
+    assert packaged_configs()[path.stem].samefile(path)
+    config = read_configs([path.stem]).settings
     model, data = instantiate(path.stem)
+    found = model.settings()
     for name, value in config.get("model", {}).items():
-        assert model.hparams[name] == value
+        wanted = {**found[name], **value} if isinstance(value, dict) else value
+        assert found[name] == wanted
     for name, value in config.get("data", {}).items():
         assert data.hparams[name] == value
     header = path.read_text().splitlines()[:3]
@@ -57,6 +78,116 @@ def test_config(path):
     assert set(named) <= set(packaged_configs())
 
 
+def test_packaged_search_is_the_default(instantiate):
+    config = yaml.safe_load(packaged_configs()["search"].read_text())["search"]
+    default = SearchSettings()
+    assert config == {name: getattr(default, name) for name in config}
+    assert len(default.points(instantiate()[0])) == 60
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+def test_every_row_of_the_paper_fits_a_model(instantiate, tiny, model_name):
+    methods = itertools.cycle(METHOD_NAMES)
+    for task, method in zip(TASK_NAMES, methods, strict=False):
+        model, data = instantiate("base", model_name, task, method)
+        model.load_backbone("32-true", tiny.device, tiny)
+        if method != "all-methods":
+            assert [m.name for m in model.methods] == [method]
+        assert data.task == task
+        assert (model.loading.source == "demo") == (model_name == "smollm2")
+
+
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        (("nqswap",), (1e-5, 0.1, 10, 100)),
+        (("hotpotqa", "fastmem+cd"), (1e-5, 0.1, 10, 100)),
+        (("cnndm",), (3e-6, 1.0, 10, 400)),
+        (("cnndm", "fastmem+cd"), (3e-6, 0.01, 10, 400)),
+        (("xsum",), (1e-5, 1.0, 10, 400)),
+        (("xsum", "fastmem+cd"), (1e-5, 0.3, 10, 400)),
+        (("wikihow", "fastmem+cd"), (1e-5, 0.03, 20, 400)),
+    ],
+)
+def test_hyperparameters_are_the_published_ones(instantiate, configs, expected):
+    """Those that the published scripts state for Llama-3-8B-Instruct."""
+    model, _ = instantiate("base", "llama3-8b", *configs)
+    found = model.memorization
+    assert (found.learning_rate, found.kl_coeff, found.steps, model.decoding.max_new_tokens) == expected
+
+
+def test_settings_have_one_default():
+    model = FastMemModule()
+    assert model.memorization == MemorizationSettings()
+    assert model.decoding == DecodingSettings()
+    assert model.chat == ChatSettings()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_command_takes_every_model(capsys, name):
+    config = resolved(
+        capsys,
+        "--config",
+        f"configs/base.yaml,model/{name},nqswap,fastmem",
+    )
+    assert config["data"]["task"] == "nqswap"
+    expected = ("32-true", "auto") if name == "smollm2" else ("bf16-true", "gpu")
+    assert (config["trainer"]["precision"], config["trainer"]["accelerator"]) == expected
+    assert config["run_dir"] == f"runs/base-{name}-nqswap-fastmem"
+
+
+def test_later_configs_and_options_win(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {memorize: {kl_coeff: 5e-2}}\ndata:\n")
+    row = "base,llama3-8b,xsum,fastmem+cd"
+
+    def kl_coeff(*arguments):
+        return resolved(capsys, *arguments)["model"]["memorize"]["kl_coeff"]
+
+    assert kl_coeff("--config", row) == 0.3
+    assert kl_coeff("--config", f"{row},{mine}") == 0.05
+    assert kl_coeff("--model.memorize.kl_coeff", "0.07", "--config", row) == 0.07
+    own = tmp_path / "xsum.yaml"
+    own.write_text("data: {task: xsum}")
+    assert kl_coeff("--config", f"base,{own},fastmem+cd") == 0.1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model.backbone=x/y"],
+        ["--model.backbone.source", "x/y"],
+        ["--config", "SHORT"],
+        ["--config", "LONG"],
+    ],
+)
+def test_a_model_may_be_given_by_its_name_alone(capsys, tmp_path, given):
+    (tmp_path / "SHORT").write_text("model: {backbone: x/y}")
+    (tmp_path / "LONG").write_text("model: {backbone: {source: x/y}}")
+    given = [str(tmp_path / word) if word.isupper() else word for word in given]
+    found = resolved(capsys, "--config", "llama3-70b", *given)["model"]["backbone"]
+    assert (found["source"], found["device_map"]) == ("x/y", "auto")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {steps: 3}", "model.steps is now model.memorize.steps"),
+        ("model: {tp_plan: auto}", "model.tp_plan is now model.backbone.tp_plan"),
+        ("model: {memorize: {steps: abc}}", "model.memorize.steps: 'abc' does not fit; allowed: int"),
+        ("model: {memorize: {stepps: 1}}", "did you mean --model.memorize.steps?"),
+        ("model:\n  learning_rat: 1.0e-4", "did you mean --model.memorize.learning_rate?"),
+        ("{", "cannot read"),
+        ("3", "holds no settings"),
+    ],
+)
+def test_a_bad_config_is_refused_by_its_name(refused_small, tmp_path, content, message):
+    (tmp_path / "mine.yaml").write_text(content)
+    line = refused_small("--config", "mine.yaml")
+    assert "mine.yaml" in line
+    assert message in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -66,6 +197,7 @@ def test_config(path):
             ["fit-predict", "--config", "smollm2,", "qa"],
             "--config: an empty name; names stand with commas and no spaces between: smollm2,qa",
         ),
+        (["fit", "--config"], "--config: give the name of a packaged config or a file"),
     ],
 )
 def test_a_beginners_mistakes(capsys, tmp_path, monkeypatch, arguments, message):
@@ -76,82 +208,23 @@ def test_a_beginners_mistakes(capsys, tmp_path, monkeypatch, arguments, message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_is_a_command_too(capsys):
-    assert main(["help"]) == 0
-    asked = capsys.readouterr().out
-    assert main(["--help"]) == 0
-    assert capsys.readouterr().out == asked
+def test_config_of_a_run_folder_reruns_and_goes_on(small_run, base, tmp_path):
+    saved = base / "config.yaml"
+    assert main(["fit-predict", "--config", str(saved), "--run_dir", "again"]) == 0
+    assert answers(tmp_path / "again") == answers(base)
+    before = (tmp_path / "again" / "predictions.jsonl").read_bytes()
+    assert main(["fit-predict", "--config", "again/config.yaml"]) == 0
+    assert (tmp_path / "again" / "predictions.jsonl").read_bytes() == before
 
 
-def test_packaged_search_is_the_default():
-    config = yaml.safe_load(packaged_configs()["search"].read_text())["search"]
-    default = SearchSettings()
-    assert config == {name: getattr(default, name) for name in config}
-    assert len(default.points(instantiate()[0])) == 60
-
-
-@pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("task", TASK_NAMES)
-def test_every_row_of_the_paper_fits_a_model(tiny, model_name, task):
-    for method in METHOD_NAMES:
-        model, data = instantiate("base", model_name, task, method)
-        model.load_backbone("32-true", tiny.device, tiny)
-        if method != "all-methods":
-            assert [m.name for m in model.methods] == [method]
-        assert data.task == task
-        assert (model.hparams.backbone == "demo") == (model_name == "smollm2")
-
-
-@pytest.mark.parametrize(
-    ("configs", "expected"),
-    [
-        (("nqswap",), (1e-5, 0.1, 10, 100)),
-        (("hotpotqa", "fastmem+cd"), (1e-5, 0.1, 10, 100)),
-        (("cnndm",), (3e-6, 1.0, 10, 400)),
-        (("cnndm", "cnndm+cd", "fastmem+cd"), (3e-6, 0.01, 10, 400)),
-        (("xsum",), (1e-5, 1.0, 10, 400)),
-        (("xsum", "xsum+cd", "fastmem+cd"), (1e-5, 0.3, 10, 400)),
-        (("wikihow", "fastmem+cd"), (1e-5, 0.03, 20, 400)),
-    ],
-)
-def test_hyperparameters_are_the_published_ones(configs, expected):
-    """Those that the published scripts state for Llama-3-8B-Instruct."""
-    model, _ = instantiate("base", "llama3-8b", *configs)
-    found = model.settings
-    assert (found.learning_rate, found.kl_coeff, found.steps, model.decoding.max_new_tokens) == expected
-
-
-def resolved(capsys, *arguments):
-    assert main(["fit-predict", *arguments, "--print_config"]) == 0
-    return yaml.safe_load(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_command_takes_every_model(capsys, name):
-    config = resolved(capsys, "--config", f"base,{name},nqswap,fastmem")
-    assert config["data"]["task"] == "nqswap"
-    expected = ("32-true", "auto") if name == "smollm2" else ("bf16-true", "gpu")
-    assert (config["trainer"]["precision"], config["trainer"]["accelerator"]) == expected
-
-
-def test_later_configs_and_options_win(capsys, tmp_path):
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("model: {kl_coeff: 0.05}")
-    row = "base,llama3-8b,xsum,fastmem+cd"
-    assert resolved(capsys, "--config", row)["model"]["kl_coeff"] == 0.3
-    assert resolved(capsys, "--config", f"{row},{mine}")["model"]["kl_coeff"] == 0.05
-    found = resolved(capsys, "--model.memorize.kl_coeff", "0.07", "--config", row)
-    assert found["model"]["kl_coeff"] == 0.07
-    own = tmp_path / "xsum.yaml"
-    own.write_text("data: {task: xsum}")
-    assert resolved(capsys, "--config", f"base,{own},fastmem+cd")["model"]["kl_coeff"] == 0.1
-
-
-def test_settings_have_one_default():
-    model = FastMemModule()
-    assert model.settings == MemorizationSettings()
-    assert model.decoding == DecodingSettings()
-    assert model.chat == ChatSettings()
+def test_print_config_round_trips(small, tmp_path, capsys):
+    given = [*small, "--model.memorize.kl_coeff", "0.25", "--run_dir", str(tmp_path / "run")]
+    first = resolved(capsys, *given)
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(first))
+    assert resolved(capsys, "--config", str(tmp_path / "saved.yaml")) == first
+    assert first["model"]["memorize"]["kl_coeff"] == 0.25
+    assert first["data"]["answer_prefix"] == PREFIX
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_names_every_config_and_does_not_wait_for_torch():
@@ -162,3 +235,8 @@ def test_help_names_every_config_and_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert all(path.stem in done.stdout for path in CONFIGS)
+
+
+def test_a_name_that_is_no_config():
+    with pytest.raises(FastMemError, match=r"no such file or packaged config: dmeo.*did you mean 'demo'"):
+        read_configs(["dmeo"])

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from filelock import FileLock
 
-from fastmem_pl.cli import packaged_configs
+from fastmem_pl.base.configs import packaged_configs
 
 ROOT = Path(__file__).parents[2]
 MISSING = [name for name in ("mkdocs", "material", "latex2mathml") if importlib.util.find_spec(name) is None]

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from conftest import make_module
 
-from fastmem_pl.cli import config_paths
+from fastmem_pl.cli.configs import config_paths
 from fastmem_pl.metrics import SCORES, paired
 from fastmem_pl.report.collect import collect
 from fastmem_pl.report.document import markdown, result_tables

@@ -426,8 +426,9 @@ def test_what_is_wrong_with_a_class_is_said_in_short(capsys, tmp_path, monkeypat
     logger = {"class_path": "lightning.pytorch.loggers.CSWLogger"}
     Path("mine.yaml").write_text(yaml.safe_dump({"trainer": {"logger": ["csv", logger]}}))
     assert main(["fit-predict", "--data.path", "x.json", *given, "--run_dir", "r"]) == 2
+    file = "mine.yaml: " if "mine.yaml" in given else ""
     assert capsys.readouterr().err == (
-        f"fastmem: error: trainer.logger: {message}; allowed: csv, tensorboard, wandb, mlflow, false, or one of "
+        f"fastmem: error: {file}trainer.logger: {message}; allowed: csv, tensorboard, wandb, mlflow, false, or one of "
         "Lightning's loggers with its arguments (class_path and init_args in a config)\n"
     )
 

@@ -1,0 +1,199 @@
+"""Configs: packaged names and YAML files become one mapping of settings, for every command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastmem_pl.base.configs import packaged_configs
+from fastmem_pl.base.errors import FastMemError, nearest
+
+# Settings that are groups of settings: a later config changes some of a group and leaves the others.
+_GROUPS = {"model": ("backbone", "memorize", "decode", "chat"), "search": ("optuna",)}
+
+
+@dataclass
+class Configs:
+    """Settings of several configs, later ones on top of earlier ones.
+
+    Attributes:
+        settings: nested settings, as one config would hold them.
+        name: names of the configs with dashes between.
+        files: the file that each setting comes from, by the setting's path (``model.memorize.steps``).
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+    def name_file(self, error: FastMemError, options: Iterable[str] = ()) -> FastMemError:
+        """The error with the file in front whose setting it is about, unless an option has replaced it."""
+        message = str(error)
+        text = message.removeprefix('Parser key "config": ')
+        # Without that prefix, an option may be what does not fit.
+        given = {option.partition("=")[0].lstrip("-") for option in options} if text == message else set()
+        for name in sorted(self.files.keys() - given, key=len, reverse=True):
+            if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.])", text):
+                return FastMemError(f"{self.files[name]}: {text}")
+        return FastMemError(text)
+
+
+def read_configs(values: Sequence[str]) -> Configs:
+    """Read configs given by name or path, several with commas between, in order.
+
+    Raises:
+        FastMemError: for one that does not exist or cannot be read.
+    """
+    found = Configs()
+    paths = config_paths(values)
+    for path in paths:
+        for section, content in _read(path).items():
+            if not isinstance(content, dict):
+                found.settings[section] = content
+                found.files[section] = path
+                continue
+            known = found.settings.setdefault(section, {})
+            for name, value in content.items():
+                found.files[f"{section}.{name}"] = path
+                if name in _GROUPS.get(section, ()) and isinstance(value, dict):
+                    known[name] = {**(known.get(name) or {}), **value}
+                    found.files.update({f"{section}.{name}.{inner}": path for inner in value})
+                else:
+                    known[name] = value
+    found.name = "-".join(Path(path).stem for path in paths)
+    return found
+
+
+def take_configs(arguments: Sequence[str]) -> tuple[Configs, list[str]]:
+    """Read the configs that a command line names; the other arguments come with them.
+
+    ``--model.backbone NAME`` among these becomes ``--model.backbone.source NAME``.
+
+    Raises:
+        FastMemError: for a config that cannot be read, or an option by its former name.
+    """
+    values: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option in ("-c", "--config"):
+            given = value if equals else next(rest, None)
+            if given is None:
+                raise FastMemError("--config: give the name of a packaged config or a file")
+            values.append(given)
+            continue
+        if option == "--model.backbone":
+            argument = f"{option}.source{equals}{value}"
+        elif option.startswith("--model.") and option[2:] in _moved():
+            raise FastMemError(f"--{option[2:]} is now --{_moved()[option[2:]]}")
+        others.append(argument)
+    return read_configs(values), others
+
+
+def as_arguments(configs: Configs, options: Sequence[str]) -> list[str]:
+    """Arguments for jsonargparse: all settings of the configs, and the options on top of them."""
+    if not configs.name:
+        return list(options)
+    settings = {"run_dir": f"runs/{configs.name}"} | configs.settings
+    return ["--config", json.dumps(settings, ensure_ascii=False), *options]
+
+
+def config_paths(values: Sequence[str]) -> list[str]:
+    """Files of configs given by name or path, several with commas between, in order.
+
+    A packaged config for a task together with a method (``xsum+cd`` for ``xsum`` and ``fastmem+cd``) is added
+    right after both, so that configs which follow win over it.
+
+    Raises:
+        FastMemError: for one that does not exist.
+    """
+    parts = (
+        part
+        for value in values
+        for part in ([value] if os.path.isfile(value) else [part.strip() for part in value.split(",")])
+    )
+    paths = [_config_path(part) for part in parts]
+    packaged = {name: str(path) for name, path in packaged_configs().items()}
+    for name, path in packaged.items():
+        task, _, decoder = name.partition("+")
+        both = [packaged.get(task), packaged.get(f"fastmem+{decoder}")]
+        if path not in paths and all(part in paths for part in both):
+            paths.insert(1 + max(paths.index(part) for part in both), path)
+            print(f"fastmem: with {task} and fastmem+{decoder} comes the config {name}", file=sys.stderr)
+    return paths
+
+
+def _config_path(value: str) -> str:
+    if os.path.isfile(value):
+        return value
+    packaged = packaged_configs()
+    # "nqswap", "task/nqswap" and "configs/task/nqswap.yaml" name the packaged config from any folder.
+    path = Path(value)
+    name = path.name.removesuffix(".yaml")
+    if name in packaged and set(path.parent.parts) <= {"configs", packaged[name].parent.name}:
+        return str(packaged[name])
+    if not value:
+        raise FastMemError(
+            "--config: an empty name; names stand with commas and no spaces between: smollm2,qa"
+        )
+    names = sorted(packaged)
+    raise FastMemError(
+        f"--config: no such file or packaged config: {value}; "
+        f"packaged: {', '.join(names)}{nearest(name, names)}"
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    """Settings of one file, without empty sections and with the model as ``{backbone: {source: NAME}}``."""
+    import yaml
+    from jsonargparse import get_loader
+
+    try:
+        text = Path(path).read_text("utf-8")
+        content = get_loader("yaml")(text)
+        if isinstance(content, str):
+            # That loader takes a lone "model:" for a text.
+            content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FastMemError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content or {}, dict):
+        raise FastMemError(f"--config: {path} holds no settings; allowed: sections such as model and data")
+    settings = {name: value for name, value in (content or {}).items() if value is not None}
+    model = settings.get("model")
+    if isinstance(model, dict):
+        for name in model:
+            if f"model.{name}" in _moved():
+                raise FastMemError(f"{path}: model.{name} is now {_moved()[f'model.{name}']}")
+        settings["model"] = {
+            name: {"source": value} if name == "backbone" and isinstance(value, str) else value
+            for name, value in model.items()
+            if value is not None or name not in _GROUPS["model"]
+        }
+    return settings
+
+
+@cache
+def _moved() -> dict[str, str]:
+    """Paths of settings by what they were before settings were nested."""
+    from dataclasses import fields
+
+    from fastmem_pl import BackboneSettings, ChatSettings, DecodingSettings, MemorizationSettings
+
+    kinds = {
+        "backbone": BackboneSettings,
+        "memorize": MemorizationSettings,
+        "decode": DecodingSettings,
+        "chat": ChatSettings,
+    }
+    moved = {
+        f"model.{f.name}": f"model.{group}.{f.name}" for group, kind in kinds.items() for f in fields(kind)
+    }
+    return moved | {"model.chat_template": "model.chat.template"}

@@ -1,0 +1,121 @@
+"""What the commands on single memories share: the options of the model, and texts from files."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastmem_pl import Backbone, ChatSettings, FastMemModule
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.cli.configs import read_configs
+from fastmem_pl.cli.parser import OneLineParser
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model.
+
+    Args:
+        model: demo (default), a Hub id, a folder or a .gguf file.
+        config: packaged configs or files whose model settings apply, later ones on top (default: those of
+            memorizing in demo for the demo model, in base for others).
+        device: auto, cpu, cuda or cuda:N.
+        precision: by default 32-true on a CPU, bf16-true on a GPU.
+        quantization: keep the trunk in fewer bits (extras bnb and torchao); a memory is asked as it was
+            memorized.
+        device_map: lay the model out over all GPUs: auto, balanced or sequential.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    model: str | None = None
+    config: str | None = None
+    device: str = "auto"
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] | None = None
+    quantization: Literal["bnb-4bit", "bnb-8bit", "torchao-int4", "torchao-int8"] | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def settings(self) -> Any:
+        """Settings of the configs by group (backbone, memorize, decode, chat), with these options on top.
+
+        Of the configs that apply by default, only the settings of memorizing count: how answers are decoded
+        is :class:`~fastmem_pl.DecodingSettings`' to say unless a config is asked for by name.
+
+        Raises:
+            FastMemError: when a config cannot be read or does not fit.
+        """
+        configs = read_configs([self.config or ("demo" if self.model in (None, "demo") else "base")])
+        found = configs.settings.get("model", {})
+        if not self.config:
+            found = {"memorize": found["memorize"]}
+        given = {
+            name: getattr(self, name) or None for name in ("quantization", "device_map", "trust_remote_code")
+        }
+        given = {name: value for name, value in {"source": self.model, **given}.items() if value is not None}
+        found["backbone"] = {**found.get("backbone", {}), **given}
+        parser = OneLineParser()
+        parser.add_class_arguments(FastMemModule, "model")
+        try:
+            return parser.parse_object({"model": found}).model
+        except FastMemError as error:
+            raise configs.name_file(error) from error
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Defaults of the other options of a command."""
+        return {**vars(self.settings.memorize), **vars(self.settings.decode)}
+
+    def load(self, num_layers: int) -> Backbone:
+        """The model on the chosen device.
+
+        Args:
+            num_layers: trained layers, which stay together and unquantized.
+
+        Raises:
+            FastMemError: when there is no such device or model.
+        """
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise FastMemError(f"--device: {device!r} is unknown; allowed: auto, cpu, cuda, cuda:N")
+        count = torch.cuda.device_count()
+        if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
+            raise FastMemError(f"--device: there is no {device} here ({count} GPUs); give --device cpu")
+        precision = self.precision or ("32-true" if device == "cpu" else "bf16-true")
+        loading = vars(self.settings.backbone)
+        backbone = Backbone.load(precision=precision, device=device, num_layers=num_layers, **loading)
+        return backbone.with_chat(ChatSettings(**vars(self.settings.chat)))
+
+
+def read_text(path: str, what: str = "a text to memorize") -> str:
+    """A text file, or standard input for ``-``.
+
+    Args:
+        path: path of the file.
+        what: what the file should hold.
+
+    Raises:
+        FastMemError: when there is no such file, or it is no UTF-8 text, or empty.
+    """
+    name = "standard input" if path == "-" else path
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise FastMemError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FastMemError(
+            f"cannot read {name}: it is no UTF-8 text (byte {error.start}); convert it to plain text first"
+        ) from error
+    if not text.strip():
+        raise FastMemError(f"{name} is empty; give {what}")
+    return text

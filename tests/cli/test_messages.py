@@ -1,0 +1,109 @@
+"""A mistake is one line that names the setting, the value, what is allowed and the nearest match."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import make_tokenizer, save_model
+from runs import FASTMEM, QA, files, write
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (
+            "--data.task nqswp",
+            ("data.task", "'nqswp'", "hotpotqa", "memotrap", "qa", "did you mean 'nqswap'"),
+        ),
+        (
+            "--model.methods [zero-shto]",
+            ("model.methods", "'zero-shto'", "fastmem+cd", "did you mean 'zero-shot'"),
+        ),
+        ("--model.methods []", ("model.methods", "zero-shot", "fastmem")),
+        ("--model.stesp 3", ("--model.stesp", "--model.memorize.steps")),
+        ("--model.steps 3", ("--model.steps is now --model.memorize.steps",)),
+        ("--model.chat_template=false", ("--model.chat_template is now --model.chat.template",)),
+        ("--modle.steps 3", ("--modle.steps", "--model.memorize.steps")),
+        ("--rundir x", ("--rundir", "--run_dir")),
+        ("--trainer.acceleratr cpu", ("--trainer.acceleratr", "--trainer.accelerator")),
+        (
+            "--trainer.precision bf16-tru",
+            ("trainer.precision", "bf16-tru", "32-true", "did you mean 'bf16-true'"),
+        ),
+        ("--trainer.accelerator cpuu", ("trainer.accelerator", "cpuu", "cpu")),
+        ("--trainer.strategy ddpp", ("trainer.strategy", "ddpp")),
+        ("--model.memorize.steps abc", ("model.memorize.steps", "abc", "int")),
+        ("--model.memorize.steps -1", ("model.memorize.steps", "-1", "at least 0")),
+        ("--model.memorize.learning_rate 0", ("model.memorize.learning_rate", "0", "above 0")),
+        ("--model.memorize.learning_rate .nan", ("model.memorize.learning_rate", "nan")),
+        ("--model.memorize.learning_rate .inf", ("model.memorize.learning_rate", "inf")),
+        ("--model.memorize.kl_coeff -1", ("model.memorize.kl_coeff", "-1", "at least 0")),
+        ("--model.memorize.num_layers 9", ("num_layers", "9", "3")),
+        ("--model.decode.max_new_tokens 0", ("model.decode.max_new_tokens", "0", "at least 1")),
+        ("--data.batch_size 0", ("data.batch_size", "0", "at least 1")),
+        ("--data.limit -1", ("data.limit", "-1", "at least 1")),
+        ("--data.path nope.json", ("data.path", "nope.json")),
+        ("--model.backbone nope.gguf", ("model.backbone", "nope.gguf")),
+        ("--model.backbone ./nope", ("model.backbone", "nope")),
+        ("--model.memorize.max_context_tokens 8 --model.strict true", ("max_context_tokens", "25", "8")),
+        ("--config dmeo", ("--config", "dmeo", "smollm2", "did you mean 'demo'")),
+        ("--data.task qa --data.fields {contxt:input}", ("data.fields", "contxt", "context")),
+        ("--data.fields {context:input}", ("data.fields", "qa")),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line(refused_small, options: str, parts: tuple[str, ...]) -> None:
+    line = refused_small(*(option.replace(":", ": ") for option in options.split()))
+    assert [part for part in parts if part not in line] == []
+
+
+def test_a_missing_file_names_its_neighbour(refused_small, tmp_path: Path) -> None:
+    write(tmp_path / "questions.jsonl", QA)
+    line = refused_small("--data.task", "qa", "--data.path", "question.jsonl")
+    assert "question.jsonl" in line
+    assert "did you mean 'questions.jsonl'" in line
+
+
+def test_a_bad_command_is_refused(refused_small) -> None:
+    line = refused_small(command="fit-predcit")
+    assert "fit-predcit" in line
+    assert "did you mean 'fit-predict'" in line
+
+
+@pytest.mark.parametrize("family", ["mixtral", "mamba", "bert"])
+def test_a_model_that_does_not_fit_is_refused_by_name(refused_small, tmp_path: Path, family: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = (
+        {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+        if family == "mixtral"
+        else {}
+    )
+    decoder = {"is_decoder": True} if family == "bert" else {}
+    config = transformers.AutoConfig.for_model(family, vocab_size=259, **sizes, **experts, **decoder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    line = refused_small("--model.backbone", tmp_path / "model")
+    assert "model.backbone" in line
+    assert family in line.lower()
+
+
+def test_a_model_with_damaged_weights_is_refused(refused_small, tmp_path: Path) -> None:
+    (save_model(tmp_path / "model", seed=0) / "model.safetensors").write_bytes(b"junk")
+    assert "model.backbone" in refused_small("--model.backbone", "model")
+
+
+@pytest.mark.parametrize("options", [["--data.task", "nqswp"], ["--model.memorize.num_layers", "9"]])
+def test_the_installed_command_says_one_line_too(
+    small: list[str], tmp_path: Path, options: list[str]
+) -> None:
+    command = [FASTMEM, "fit-predict", *small, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"fastmem: error: .*\n", done.stderr)
+    assert files(tmp_path) == {}
