@@ -57,14 +57,8 @@ class RunResult:
 class RunSession:
     """What the processes of a run do from opening its folder to its metrics.
 
-    Args:
-        trainer: a :class:`~fastmem_pl.run.trainer.FastMemTrainer`, whose loop runs.
-        run: the folder, checked.
-        mode: the command.
-        model: answers.
-        datamodule: the samples.
-        start: beginning of the session, by :func:`time.perf_counter`.
-        profile: what to measure, if anything.
+    ``trainer`` is the :class:`~fastmem_pl.run.trainer.FastMemTrainer` whose loop runs, and ``start`` the
+    beginning of the session by :func:`time.perf_counter`.
     """
 
     def __init__(
@@ -156,11 +150,7 @@ class RunSession:
         return self._run.count_lines() // max(1, len(self._run.methods))
 
     def finish(self) -> RunResult:
-        """Once all processes are done, merge what they answered and write the metrics.
-
-        Raises:
-            RunStoppedError: when another process is gone.
-        """
+        """Once all processes are done, merge what they answered and write the metrics."""
         ranks, model = self._ranks, self._model
         peaks = _highest(ranks.gather(model.meter.peak_gib()))
         result = ranks.first(lambda: self._finish_fit() if self._mode == "fit" else self._results(peaks))
