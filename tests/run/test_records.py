@@ -9,7 +9,7 @@ import pytest
 from fastmem_pl import FastMemError
 from fastmem_pl.base.errors import RunStoppedError
 from fastmem_pl.run.folder import RunFolder
-from fastmem_pl.run.records import append_records, as_line, merge_records, read_records
+from fastmem_pl.run.records import append_records, as_line, merge_records, read_records, rescued
 
 
 @pytest.fixture(autouse=True)
