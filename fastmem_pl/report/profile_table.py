@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+
+from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.run.profile import FILE, FOLDER
 
 _HEADER = (
     *("phase", "seconds", "share", "calls", "first call", "others (median)", "tokens", "tokens/s"),
     *("ms/token", "ms/step", "peak GiB"),
 )
 _NONE = "–"
+
+
+def read_profile(run: Path) -> dict[str, Any]:
+    """The profile of a run's last session; empty where there is none.
+
+    Raises:
+        FastMemError: for a file of which no table can be made.
+    """
+    path = run / FOLDER / FILE
+    if not path.is_file():
+        return {}
+    try:
+        profile = json.loads(path.read_bytes())
+        profile_table(profile)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FastMemError(f"{path} is damaged; remove it, or run again with --profile") from error
+    return profile
 
 
 def profile_rows(profile: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -51,10 +73,10 @@ def profile_table(profile: Mapping[str, Any]) -> Table:
 def profile_title(profile: Mapping[str, Any]) -> str:
     """What was measured, by what model, and on what."""
     device, settings = profile["environment"]["device"], profile["settings"]
-    count = len(profile["processes"])
+    count = profile["environment"]["processes"]
     return (
         f"profile of {profile['mode']}: {_count(profile['num_samples'], 'sample')}, "
-        f"{settings['model']['backbone']} in {settings['trainer']['precision']} on "
+        f"{settings['model']['backbone']['source']} in {settings['trainer']['precision']} on "
         f"{f'{count} processes, ' if count > 1 else ''}{device['name']}"
         + (f", {_count(device['threads'], 'thread')}" if device["type"] == "cpu" else "")
     )
@@ -67,7 +89,7 @@ def _count(number: int, noun: str) -> str:
 def profile_notes(profile: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of the numbers, and the files that lie beside them."""
     notes = []
-    if len(profile["processes"]) > 1:
+    if profile["environment"]["processes"] > 1:
         notes.append("seconds are those of the slowest process, tokens those of all")
     if profile["traced_batches"]:
         count = profile["traced_batches"]

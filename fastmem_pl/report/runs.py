@@ -16,8 +16,8 @@ import yaml
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file
+from fastmem_pl.report.profile_table import read_profile
 from fastmem_pl.run.folder import RunFolder
-from fastmem_pl.run.profile import read_profile
 from fastmem_pl.run.records import Record
 
 _ZERO_SHOT = (
@@ -38,7 +38,7 @@ class ReportRun:
         methods: that it answered by, in order.
         records: of samples answered by all methods, in the order of the data.
         metrics: content of ``metrics.json``; empty while the run is not complete.
-        profile: of ``profile/``, that of elastic workers merged; empty without one.
+        profile: content of ``profile.json``; empty without one.
         samples: the data by index, where the file was found unchanged.
         notices: what a reader should know.
     """
@@ -124,7 +124,7 @@ def read_run(path: Path, label: str = "") -> ReportRun:
     run.methods = run.methods or list(dict.fromkeys(record["method"] for record in records))
     if folder.metrics_path.is_file():
         run.metrics = _read_json(folder.metrics_path)
-    run.profile = read_profile(path) or {}
+    run.profile = read_profile(path)
     _add_notices(run)
     return run
 

@@ -23,9 +23,8 @@ def made(**more):
             "decode": {**NUMBERS, "seconds": 4.0, "share": 0.4, "methods": methods},
             "other": {"seconds": 1.0, "share": 0.1},
         },
-        "environment": {"device": {"type": "cpu", "name": "a [red] chip", "threads": 2}},
-        "settings": {"model": {"backbone": "demo"}, "trainer": {"precision": "32-true"}},
-        "processes": [{}],
+        "environment": {"processes": 1, "device": {"type": "cpu", "name": "a [red] chip", "threads": 2}},
+        "settings": {"model": {"backbone": {"source": "demo"}}, "trainer": {"precision": "32-true"}},
         "traced_batches": 0,
         "files": [],
         **more,
@@ -64,5 +63,8 @@ def test_names_are_no_markup():
 
 
 def test_several_processes_are_said():
-    assert "slowest process" in shown(made(processes=[{}, {}]))
-    assert "slowest process" not in shown(made())
+    alone = made()
+    several = made(environment={**alone["environment"], "processes": 2})
+    assert "slowest process" in shown(several)
+    assert "2 processes, a [red] chip" in shown(several)
+    assert "process" not in shown(alone)
