@@ -141,7 +141,7 @@ class RunLogging(Callback):
         trainer.loggers = self.loggers
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
     ) -> None:
         """Log the samples of a batch."""
         self.add(outputs)

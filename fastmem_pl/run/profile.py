@@ -33,19 +33,8 @@ KINDS: tuple[str, ...] = get_args(ProfileKind)
 """What a run can be asked for: seconds and memory by phase, a trace of its operators, a history of the
 allocator of a GPU."""
 
-PHASES = {
-    "load": "the model's weights, from disk to the device",
-    "trunk": "the contexts' pass through the blocks below the trained ones, once",
-    "memorize": "the steps, without the trunk's pass",
-    "prefill": "the prompts' pass, which the methods share",
-    "decode": "token by token, by method",
-    "memories": "reading saved memories (predict) or writing them (fit)",
-    "scoring": "scores of the answers, those by metric models included",
-    "trace": "starting torch.profiler, and writing what it saw",
-    "other": "tokenizing, planning batches, writing records, waiting for other processes, attempts that ran "
-    "out of memory",
-}
-"""Phases in the order of a run."""
+PHASES = ("load", "trunk", "memorize", "prefill", "decode", "memories", "scoring", "trace", "other")
+"""Phases in the order of a run; docs/profiling.md describes them."""
 
 FOLDER, FILE = "profile", "profile.json"
 """Of the numbers, within a run folder; traces lie beside them."""
@@ -96,11 +85,6 @@ class Measured:
     traced_batches: int
     files: list[str]
 
-    @property
-    def busy(self) -> float:
-        """Seconds in phases."""
-        return sum(call.seconds for call in self.calls)
-
 
 class RunProfile(Callback):
     """What one process measures in a session, and its traces of single batches.
@@ -143,23 +127,18 @@ class RunProfile(Callback):
             )
 
     def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        *args: Any,
-        **kwargs: Any,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Begin with the first batch."""
-        if batch_idx != self._first:
-            return
         on_gpu = trainer.strategy.root_device.type == "cuda"
+        traces, history = "trace" in self._kinds, "memory" in self._kinds and on_gpu
+        if batch_idx != self._first or not (traces or history):
+            return
         with pl_module.meter.detail("trace"):
-            if "memory" in self._kinds and on_gpu:
+            if history:
                 self._history = True
                 torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
-            if "trace" in self._kinds:
+            if traces:
                 # Kineto writes a line to standard error at every start.
                 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
                 activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -171,35 +150,31 @@ class RunProfile(Callback):
                     # Such as another profiler, which a program of the user's runs.
                     log.warning("profile: no trace: %s", " ".join(str(error).split())[:200])
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Count, and write after the last batch."""
         self._traced += self._trace is not None
         self._batches += self._trace is not None or self._history
         if self._batches == _MOST_BATCHES:
-            self._write_traces(pl_module, trainer.global_rank)
+            self.on_predict_end(trainer, pl_module)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write what there is."""
-        self._write_traces(pl_module, trainer.global_rank)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what there is: the history of a batch that had no room tells why."""
-        self._write_traces(pl_module, trainer.global_rank)
-
-    def _write_traces(self, module: Any, rank: int) -> None:
-        with module.meter.detail("trace"):
-            trace, self._trace = self._trace, None
+        trace, self._trace = self._trace, None
+        history, self._history = self._history, False
+        if trace is None and not history:
+            return
+        with pl_module.meter.detail("trace"):
             if trace is not None:
                 trace.stop()
-                self._write(f"trace-{rank}.json", lambda path: _export(trace, path))
-            if self._history:
-                self._history = False
+                self._write(f"trace-{trainer.global_rank}.json", lambda path: _export(trace, path))
+            if history:
                 # Written, never read here: https://docs.pytorch.org/memory_viz reads it.
-                name = f"memory-{rank}.pickle"
+                name = f"memory-{trainer.global_rank}.pickle"
                 self._write(name, lambda path: torch.cuda.memory._dump_snapshot(str(path)))
                 torch.cuda.memory._record_memory_history(enabled=None)
+
+    # The history of a batch that had no room tells why.
+    on_exception = on_predict_end
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         try:
@@ -237,7 +212,8 @@ def summarize(processes: Sequence[Measured], shared: bool = True) -> dict[str, A
         shared: whether they shared out the samples. Those that hold one model together do the same work,
             which counts once.
     """
-    slowest = max(processes, key=lambda process: process.busy)
+    busy = [sum(call.seconds for call in process.calls) for process in processes]
+    slowest = processes[busy.index(max(busy))]
     counting = processes if shared else [slowest]
     own, counted, every = (
         [call for process in group for call in process.calls] for group in ([slowest], counting, processes)
@@ -255,7 +231,7 @@ def summarize(processes: Sequence[Measured], shared: bool = True) -> dict[str, A
         methods = dict.fromkeys(call.part for call in every if call.phase == "decode")
         phases["decode"]["methods"] = {method: numbers("decode", method) for method in methods}
     wall = slowest.wall_seconds
-    phases["other"] = {"seconds": max(0.0, wall - slowest.busy)}
+    phases["other"] = {"seconds": max(0.0, wall - max(busy))}
     for phase in phases.values():
         # Of a session, so that they add up to 1.
         phase["share"] = phase["seconds"] / wall
