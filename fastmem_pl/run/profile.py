@@ -157,7 +157,7 @@ class RunProfile(Callback):
         if self._batches == _MOST_BATCHES:
             self.on_predict_end(trainer, pl_module)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what there is."""
         trace, self._trace = self._trace, None
         history, self._history = self._history, False
@@ -173,8 +173,12 @@ class RunProfile(Callback):
                 self._write(name, lambda path: torch.cuda.memory._dump_snapshot(str(path)))
                 torch.cuda.memory._record_memory_history(enabled=None)
 
-    # The history of a batch that had no room tells why.
-    on_exception = on_predict_end
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop without the trace, which takes long; the history of a batch that had no room tells why."""
+        if self._trace is not None:
+            self._trace.stop()
+            self._trace = None
+        self.on_predict_end(trainer, pl_module)
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         try:
