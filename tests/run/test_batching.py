@@ -118,9 +118,7 @@ def assert_same(found, expected, but=("seconds",)):
                 assert ours[field] == other[field], (field, ours["index"], ours["method"])
 
 
-@pytest.mark.parametrize(
-    "source", [{"batch_size": 12}, {"batch_size": 5}, {"max_batch_tokens": 330}, {}], ids=str
-)
+@pytest.mark.parametrize("source", [{"batch_size": 12}, {"max_batch_tokens": 330}, {}], ids=str)
 def test_batching_changes_neither_answers_nor_curves_nor_order(run, alone, source):
     expected = alone(methods=METHODS)
     for method in ("zero-shot", "fastmem", "fastmem+cd"):
@@ -215,30 +213,34 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:12])
-def test_work_is_halved_at_every_kind_of_out_of_memory(run, error):
-    module, sizes = run.module(), []
-
+def test_every_kind_of_out_of_memory_is_one(run, error):
     def work(items):
-        sizes.append(len(items))
-        if len(items) > 3:
+        if len(items) > 2:
             raise error
         return [item * 10 for item in items]
 
-    budget = module.budget
-    assert budget.in_halves(work, range(7), lambda items: 50) == [item * 10 for item in range(7)]
-    assert sizes == [7, 3, 4, 2, 2]
-    # What was too much is not tried again; a longer row costs more, a shorter one less.
-    for tokens, expected in ((50, [2, 2]), (500, [1, 1, 1, 1]), (5, [4, 2, 2])):
+    assert run.module().budget.in_halves(work, range(4), lambda items: 50) == [0, 10, 20, 30]
+
+
+def test_what_was_too_much_is_not_tried_again_and_one_sample_is_the_end(run):
+    module, sizes = run.module(), []
+    fixed = MemoryBudget(run.backbone, module.memorization, module.graphs, auto=False)
+
+    def work(items):
+        sizes.append(len(items))
+        if len(items) > 3 or "large" in items:
+            raise MemoryError
+        return list(items)
+
+    # Longer rows cost more, shorter ones less.
+    for tokens, expected in ((50, [4, 2, 2]), (50, [2, 2]), (500, [1, 1, 1, 1]), (5, [4, 2, 2])):
         sizes.clear()
-        budget.in_halves(work, range(4), lambda items: tokens)  # noqa: B023 (called at once)
+        module.budget.in_halves(work, range(4), lambda items: tokens)  # noqa: B023 (called at once)
         assert sizes == expected
     with pytest.raises(OutOfMemoryError, match=r"out of memory with 1 sample\(s\).*--data\.batch_size"):
-        budget.in_halves(lambda items: (_ for _ in ()).throw(error), range(4), lambda items: 50)
-    fixed = MemoryBudget(run.backbone, module.memorization, module.graphs, auto=False)
+        module.budget.in_halves(work, ["large", "small"], lambda items: 50)
     with pytest.raises(OutOfMemoryError, match=r"out of memory with 5 sample\(s\)"):
         fixed.in_halves(work, range(5), lambda items: 50)
-    with pytest.raises(ValueError, match="no room"):
-        budget.in_halves(lambda items: (_ for _ in ()).throw(ValueError("no room")), [1], lambda items: 50)
 
 
 def limit_fit(monkeypatch, fits, watch):
