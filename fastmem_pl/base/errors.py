@@ -32,17 +32,19 @@ class TerminatedError(RunStoppedError):
 
 
 class LostProcessError(RunStoppedError):
-    """Another process of the run died without a word.
+    """Another process of the run died without a word."""
 
-    Attributes:
-        said_by_another: whether a process of lower rank is there to say so.
-    """
-
-    said_by_another = False
+    said_by_another = False  # whether a process of lower rank is there to say so
 
 
 class FailedElsewhereError(RunStoppedError):
     """Another process of the run failed, and says why itself."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
