@@ -81,7 +81,7 @@ class FFN:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape ``(out, in)`` of each projection."""
+        """``(out, in)`` by projection."""
         return {name: weight.shape for name, weight in self.base_weights.items()}
 
     def base(self, ffn_input: Tensor) -> BaseActivations:
@@ -93,10 +93,7 @@ class FFN:
         return BaseActivations(projections, None if self._fused(ffn_input) else hidden, output)
 
     def memorized(self, ffn_input: Tensor, delta: Delta, base: BaseActivations) -> Tensor:
-        """Apply base weights plus ``delta`` (one row a sample) to ``(B, T, D)``; float32.
-
-        ``base``: :meth:`base` of the same input.
-        """
+        """Apply base weights plus ``delta`` to ``(B, T, D)``, given its :meth:`base`; float32."""
         ffn_input = ffn_input.to(self.dtype)
         changes = {name: DeltaProduct.apply(ffn_input, delta[name]) for name in base.projections}
         if base.hidden is None:
@@ -161,6 +158,5 @@ class DeltaProduct(torch.autograd.Function):
 
 
 def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether an activation is SiLU, by what it computes, whatever it is called."""
     probe = torch.linspace(-8, 8, 33)
     return torch.equal(activation(probe), F.silu(probe))

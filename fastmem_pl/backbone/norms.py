@@ -41,11 +41,9 @@ def with_fused_norms(module: nn.Module) -> nn.Module:
         return module
     replaced = {}
     for name, child in module.named_children():
-        norm = fused(child)
-        if norm is None and any(True for _ in child.children()):
-            norm = with_fused_norms(child)
-        if norm is not None and norm is not child:
-            replaced[name] = norm
+        twin = fused(child) or with_fused_norms(child)
+        if twin is not child:
+            replaced[name] = twin
     return shallow_copy(module, **replaced) if replaced else module
 
 

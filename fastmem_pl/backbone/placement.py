@@ -34,7 +34,7 @@ _FILLED, _WORKSPACE = 0.95, 1 << 29
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model that stays whole: a module, or a parameter that is in no other part.
+    """A piece of a model that stays whole: a block, or a module outside of them that has tensors of its own.
 
     ``size`` is in bytes, ``block`` the number of the block that it is. ``tail`` marks what shares the tail's
     device, ``entry`` the embeddings and what the body makes of positions, which is beside them.
@@ -42,41 +42,40 @@ class Part:
 
     name: str
     size: int
-    block: int | None = None
-    tail: bool = False
-    entry: bool = False
+    block: int | None
+    tail: bool
+    entry: bool
 
 
 def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None = None) -> list[Part]:
-    """The parts of a model with ``num_layers`` trained layers, in the order of its modules.
+    """The parts of a model, which may be on the meta device, with ``num_layers`` trained layers.
 
-    It may be on the meta device. ``stored``: bytes of a weight in linear maps of the trunk, if quantized.
+    ``stored``: bytes of a weight in linear maps of the trunk, if quantized.
     """
-    embedding = model.get_input_embeddings()
-    tied = embedding.weight is anatomy.head.weight or model.config.get_text_config().tie_word_embeddings
-    numbers = {id(block): i for i, block in enumerate(anatomy.blocks)}
-    first, parts = len(numbers) - num_layers, []
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        entry = module is anatomy.body
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                parts.append(Part(prefix + name, tensor.nbytes, None, entry and tied, entry))
-        for name, child in module.named_children():
-            number = numbers.get(id(child))
-            if number is None and any(id(inner) in numbers for inner in child.modules()):
-                walk(child, f"{prefix}{name}.")
-                continue
-            inside = set(child.modules())
-            embeds, ends = embedding in inside, {anatomy.head, anatomy.final_norm} & inside
-            begins = number is None and not ends and (embeds or entry)
-            # Tied embeddings are the head's weight, and are counted there.
-            in_tail = bool(ends) or (begins and tied) or (number is not None and number >= first)
-            size = 0 if embeds and tied else _size(child, None if number is None or in_tail else stored)
-            parts.append(Part(prefix + name, size, number, in_tail, begins))
-
-    walk(model, "")
-    return parts
+    names = {module: name for name, module in model.named_modules()}
+    body, blocks = f"{names[anatomy.body]}.", f"{names[anatomy.blocks]}."
+    embedding, ends = names[model.get_input_embeddings()], {names[anatomy.head], names[anatomy.final_norm]}
+    config = model.config.get_text_config()
+    tied = model.get_input_embeddings().weight is anatomy.head.weight or config.tie_word_embeddings
+    first, parts = len(anatomy.blocks) - num_layers, {}
+    tensors = (model.named_parameters, model.named_buffers)
+    for name, tensor in [found for each in tensors for found in each(remove_duplicate=False)]:
+        owner, block = name.rpartition(".")[0], None
+        if name.startswith(blocks):
+            number = name.removeprefix(blocks).partition(".")[0]
+            owner, block = blocks + number, int(number)
+        elif blocks.startswith(f"{owner}."):
+            owner = name
+        entry = owner == embedding or (owner.startswith(body) and block is None and owner not in ends)
+        tail = owner in ends or (entry and tied) or (block is not None and block >= first)
+        size = tensor.nbytes
+        if owner == embedding and tied:
+            size = 0  # it is the head's weight, and counted there
+        elif stored is not None and block is not None and not tail and tensor.ndim == 2:
+            size = int(tensor.numel() * stored)
+        before = parts[owner].size if owner in parts else 0
+        parts[owner] = Part(owner, before + size, block, tail, entry)
+    return list(parts.values())
 
 
 def device_plan(
@@ -96,9 +95,6 @@ def device_plan(
         precision: types of the weights and of the products.
         device: the program's; where a policy puts the tail.
         stored: as :func:`parts_of`.
-
-    Raises:
-        FastMemError: when the map does not fit the model, or the model does not fit the devices.
     """
     anatomy = find_anatomy(model)
     parts = parts_of(model, anatomy, num_layers, stored)
@@ -107,9 +103,7 @@ def device_plan(
         name = next(name for name, module in model.named_modules() if module is embedding)
         return _given_devices(device_map, parts, name)
     if device_map not in POLICIES:
-        raise unknown(
-            "model.backbone.device_map", device_map, [*POLICIES, "a mapping of module names to devices"]
-        )
+        raise unknown("model.backbone.device_map", device_map, [*POLICIES, "a mapping of modules to devices"])
     devices = _devices(device)
     if len(devices) == 1 and device.type != "cuda":
         return {part.name: devices[0] for part in parts}
@@ -122,21 +116,15 @@ def device_plan(
             some = [*devices[: count - 1], devices[-1]]
             found = lay_out(parts, some, free, reserve, balanced=device_map != "sequential")
             if found is not None:
-                used = list(dict.fromkeys(found.values()))
-                log.info(
-                    "model.backbone.device_map: %s, with room for %d samples",
-                    ", ".join(map(str, used)),
-                    samples,
-                )
+                used = ", ".join(map(str, dict.fromkeys(found.values())))
+                log.info("model.backbone.device_map: %s, with room for %d samples", used, samples)
                 return found
     needed = sum(part.size for part in parts) + reserve.tail
+    found = ", ".join(f"{one} ({max(size, 0) / 2**30:.1f} GiB)" for one, size in free.items())
     raise FastMemError(
         f"model.backbone.device_map: {device_map} finds no room for the model, {needed / 2**30:.1f} GiB "
-        "with one "
-        f"sample, on {', '.join(f'{d} ({max(b, 0) / 2**30:.1f} GiB)' for d, b in free.items())}; allowed: "
-        "--trainer.precision bf16-true, --model.backbone.quantization, more devices, or a mapping that "
-        "leaves some "
-        "blocks on the cpu"
+        f"with one sample, on {found}; allowed: --trainer.precision bf16-true, "
+        "--model.backbone.quantization, more devices, or a mapping that leaves some blocks on the cpu"
     )
 
 
@@ -224,13 +212,6 @@ def lay_out(
     return {part.name: of_block.get(part.name, devices[-1] if part.tail else devices[0]) for part in parts}
 
 
-def _size(module: nn.Module, stored: float | None) -> int:
-    size = 0.0
-    for tensor in (*module.parameters(), *module.buffers()):
-        size += tensor.numel() * stored if stored is not None and tensor.ndim == 2 else tensor.nbytes
-    return int(size)
-
-
 def _given_devices(
     device_map: Mapping[str, Any], parts: Sequence[Part], embedding: str
 ) -> dict[str, torch.device]:
@@ -242,17 +223,15 @@ def _given_devices(
             some = ", ".join(part.name for part in parts if part.block in (None, 0))
             raise FastMemError(
                 f"model.backbone.device_map: {name!r} is no module of the model, or a part of a block; "
-                "allowed: whole "
-                f"modules, such as {some}{nearest(name, known)}"
+                f"allowed: whole modules, such as {some}{nearest(name, known)}"
             )
     found = {}
     for part in parts:
         name = next((prefix for prefix in _prefixes(part.name) if prefix in wanted), None)
         if name is None:
             raise FastMemError(
-                f"model.backbone.device_map: {part.name!r} has no device; allowed: every module has one, "
-                "and '' gives "
-                "one to all that are not named"
+                f"model.backbone.device_map: {part.name!r} has no device; allowed: one for every module, "
+                "where '' is all that are not named"
             )
         found[part.name] = wanted[name]
     tail = [part.name for part in parts if part.tail and not part.entry]
@@ -262,9 +241,9 @@ def _given_devices(
             f"{', '.join(f'{found[name]} ({name})' for name in tail)}; allowed: one device for all of them"
         )
     # Tied embeddings go where the head goes, and what is beside them with them, whatever the mapping says.
-    home = next(part for part in parts if part.name in _prefixes(embedding))
-    device = found[tail[0] if home.tail else home.name]
-    return found | {part.name: device for part in parts if part.entry}
+    entry = [part for part in parts if part.entry]
+    device = found[tail[0] if entry[0].tail else embedding]
+    return found | {part.name: device for part in entry}
 
 
 def _device(name: str, value: Any) -> torch.device:
@@ -276,16 +255,12 @@ def _device(name: str, value: Any) -> torch.device:
     if given not in allowed:
         raise FastMemError(
             f"model.backbone.device_map: {value} of {name!r} is no device that computes here; allowed: "
-            f"{', '.join(allowed)}{nearest(str(value), allowed)}"
+            f"{', '.join(allowed)}"
         )
     return torch.device(given)
 
 
 def _prefixes(name: str) -> list[str]:
-    """A dotted name and all that it begins with, longest first.
-
-    >>> _prefixes("model.layers.0")
-    ['model.layers.0', 'model.layers', 'model', '']
-    """
+    """A dotted name and all that it begins with, longest first: ``["a.b", "a", ""]``."""
     words = name.split(".")
     return [".".join(words[:count]) for count in range(len(words), -1, -1)]

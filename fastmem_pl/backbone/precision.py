@@ -22,14 +22,7 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 
 
 def normalize_precision(precision: str | int) -> Precision:
-    """Map Lightning's spellings to one of the three supported precisions.
-
-    Raises:
-        FastMemError: for any other precision.
-
-    >>> normalize_precision(32)
-    '32-true'
-    """
+    """Map Lightning's spellings, such as 32 or bf16, to one of the three supported precisions."""
     name = _PRECISIONS.get(str(precision), str(precision))
     if name not in WEIGHT_DTYPE:
         raise unknown("trainer.precision", precision, WEIGHT_DTYPE)

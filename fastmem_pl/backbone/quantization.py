@@ -8,8 +8,6 @@ trunk, and get plain weights where memories act.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy, is_quantized
-from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, one_line, unknown
 from fastmem_pl.base.phases import is_out_of_memory
 
 _GROUP = 128  # weights that share a scale in torchao-int4
@@ -33,10 +31,8 @@ class Kind:
     """One way to quantize.
 
     Attributes:
-        package: that does it.
         config: makes the configuration of transformers from the compute type and the names of the modules
             that stay plain.
-        modules: types of modules that it quantizes.
         only: device type and precision that it is bound to, if it is.
         group: weights of a row that share a scale; the width of a row must be a multiple of it.
         has_gradients: whether its products have gradients, which blocks above a trained network need.
@@ -53,7 +49,6 @@ class Kind:
         """Whether a module is of a type and a width that it quantizes."""
         if not isinstance(module, self.modules):
             return False
-        # GPT-2's Conv1D stores its weight as (in, out).
         return module.weight.shape[0 if isinstance(module, Conv1D) else 1] % self.group == 0
 
 
@@ -158,14 +153,10 @@ def loading_options(
     linear = {n: m for n, m in modules.items() if isinstance(m, kind.modules) and n not in plain}
     plain += [name for name, module in linear.items() if not kind.takes(module)]
     if set(linear) <= set(plain):
-        top = {name for name, _ in plain_modules(model, anatomy, num_layers)}
-        trunk = [module for name, module in modules.items() if name not in top]
-        others = [name for name, other in KINDS.items() if any(map(other.takes, trunk))]
         width = f" whose width is a multiple of {kind.group}" if kind.group > 1 else ""
         raise FastMemError(
             f"model.backbone.quantization: {type(model).__name__} has no linear layers{width} for "
-            f"{quantization}; "
-            f"allowed here: {', '.join(others) or 'none'}"
+            f"{quantization}; allowed: {', '.join(name for name in KINDS if name != quantization)}, or none"
         )
     return {"quantization_config": kind.config(dtype, plain)}
 
@@ -199,7 +190,7 @@ def stored_size(quantized: str | None, config: Any) -> float | None:
 def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
     """Give a quantized model, right after it was loaded, plain weights where memories act.
 
-    What is not quantized becomes ``dtype``, the compute type; a checkpoint of bitsandbytes has it in its own.
+    All that is not quantized becomes ``dtype``, the compute type.
     """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -219,13 +210,12 @@ def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
 
 
 def hold_still(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep bitsandbytes from writing to weights, choosing a compute type, and warning in every product."""
+    """Keep bitsandbytes from writing to weights and from choosing a compute type."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # It would repack weights in place, in the first forward pass on a CPU.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = dtype, True
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -238,15 +228,12 @@ def must_run(name: str, method: str | None) -> Iterator[None]:
             raise
         raise FastMemError(
             f"model.backbone: the weights of {name!r}, quantized with {method}, do not run here: "
-            f"{_one_line(error)}; allowed: the plain model with model.backbone.quantization"
+            f"{one_line(error)}; allowed: the plain model with model.backbone.quantization"
         ) from error
 
 
 def waits_for_device(model: nn.Module) -> bool:
-    """Whether the host waits in a forward pass, so that no CUDA graph can hold it.
-
-    LLM.int8() looks for outliers among the activations of every product.
-    """
+    """Whether the host waits in a forward pass, as LLM.int8() does for outliers: no CUDA graph holds it."""
     return any(getattr(getattr(m, "state", None), "threshold", 0.0) > 0 for m in model.modules())
 
 
@@ -278,30 +265,15 @@ def _dequantized(module: nn.Module) -> Tensor:
         # Tensors packed for a kernel are only read by it.
         unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         return nn.functional.linear(unit, weight).t().contiguous()
-    from bitsandbytes import functional
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    if hasattr(weight, "quant_state"):
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    scale = weight.SCB if weight.SCB is not None else module.state.SCB
-    return functional.int8_vectorwise_dequant(weight.data, scale)
+    return dequantize_bnb_weight(weight, getattr(module, "state", None))
 
 
 def _check_package(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise FastMemError(f"{what} needs {package}; run: pip install 'fastmem-pl[{_EXTRAS[package]}]'")
-    before = logging.root.manager.disable
-    # When they are imported, they warn of kernels that another machine would have.
-    logging.disable(logging.WARNING)
     try:
         importlib.import_module(package)
     except Exception as error:
         # Compiled code of another version of torch or of the driver fails in many ways.
-        raise FastMemError(
-            f"{what}: {package} cannot be imported: {_one_line(error)}; install another version"
-        ) from error
-    finally:
-        logging.disable(before)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        install = f"run: pip install 'fastmem-pl[{_EXTRAS[package]}]'"
+        raise FastMemError(f"{what} needs {package}: {one_line(error)}; {install}") from error

@@ -44,10 +44,10 @@ class TailInputs:
     Attributes:
         residual: residual stream without the first trained FFN's output, ``(B, T, D)``.
         ffn_input: input of the first trained FFN, ``(B, T, D)``.
-        calls: arguments, hidden states aside, with which the model called each block above that FFN
-            (attention mask, position embeddings, cache); empty for ``num_layers == 1``.
-        early: hidden states at the last position by number, ``(B, 1, D)``, where the trunk was asked for
-            them: number ``l`` is the input of block ``l``, as in a model's ``hidden_states``.
+        calls: arguments (attention mask, position embeddings, cache) with which the model called each block
+            above that FFN; empty for ``num_layers == 1``.
+        early: hidden states at the last position by number, ``(B, 1, D)``, as in a model's
+            ``hidden_states``, where the trunk was asked for them.
     """
 
     residual: Tensor
@@ -57,32 +57,27 @@ class TailInputs:
 
     def last(self) -> TailInputs:
         """Keep the last position only; with blocks above the FFN, which attend to all, keep all."""
-        if self.calls:
-            return self
-        return TailInputs(self.residual[:, -1:], self.ffn_input[:, -1:], early=self.early)
+        return self if self.calls else self._each(lambda tensor: tensor[:, -1:])
 
     def expand(self, rows: int) -> TailInputs:
         """One sample's inputs as those of ``rows``, in the same memory."""
-        residual, ffn_input = (t.expand(rows, -1, -1) for t in (self.residual, self.ffn_input))
-        early = {number: hidden.expand(rows, -1, -1) for number, hidden in self.early.items()}
-        return TailInputs(residual, ffn_input, self.calls, early)
+        return self._each(lambda tensor: tensor.expand(rows, -1, -1), self.calls)
 
     def rows(self, index: Tensor) -> TailInputs:
         """Pick rows, repeats allowed; of the trunk's results, not of blocks above the first trained FFN."""
-        early = {number: hidden[index] for number, hidden in self.early.items()}
-        return TailInputs(self.residual[index], self.ffn_input[index], early=early)
+        return self._each(lambda tensor: tensor[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor], calls: tuple[BlockCall, ...] = ()) -> TailInputs:
+        early = {number: change(hidden) for number, hidden in self.early.items()}
+        return TailInputs(change(self.residual), change(self.ffn_input), calls, early)
 
 
 class Trunk:
     """The model's own body, with the first trained FFN tapped and all above it passed through.
 
     It is a shallow copy that shares every parameter with the model; the model itself is not altered.
-
-    Args:
-        anatomy: the model's parts.
-        num_layers: trained layers.
-        early: numbers of hidden states to hand over, none above the first trained block's input.
-        fuse_norms: on a GPU, replace RMS norms that the model's code spells out (see :mod:`.norms`).
+    ``early`` are numbers of hidden states to hand over, none above the first trained block's input.
+    ``fuse_norms`` replaces, on a GPU, RMS norms that the model's code spells out (:mod:`.norms`).
     """
 
     def __init__(
@@ -166,7 +161,7 @@ class Tail:
 
     @property
     def num_trained(self) -> int:
-        """Weights of the trained FFNs."""
+        """Number of weights of the trained FFNs."""
         return sum(shape.numel() for ffn in self.ffns for shape in ffn.shapes.values())
 
     def base(self, inputs: TailInputs) -> BaseActivations:
@@ -193,13 +188,9 @@ class Tail:
     ) -> list[Tensor]:
         """Return the residual stream above each trained block, lowest first, ``(B, T, D)`` float32.
 
-        Args:
-            inputs: of the trunk.
-            base: :meth:`base` of them.
-            deltas: one per trained layer, lowest first; ``None`` applies the base model.
-            cache: KV cache of the blocks above the first trained FFN (``num_layers > 1`` only).
-            norm_every_layer: apply the final norm between the trained blocks as well, as the published
-                code does from the second step on.
+        ``deltas`` are of the trained layers, lowest first; ``None`` applies the base model. ``cache`` is of
+        the blocks above the first trained FFN. ``norm_every_layer`` applies the final norm between the
+        trained blocks as well, as the published code does from the second step on.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
         states = [inputs.residual.float() + self._post_norm(output)]
