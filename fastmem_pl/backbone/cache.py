@@ -14,13 +14,10 @@ from transformers.cache_utils import Cache, StaticLayer
 
 
 class FixedLayer(StaticLayer):
-    """Keys and values of one block in ``room`` slots, with one position for all blocks.
+    """Keys and values ``(B, H, room, D)`` of one block, or ``None`` where the trunk does not run it.
 
     Layers of sliding attention keep all slots as well: the model's mask hides what has slid out, and no
-    step needs the host to know how far it is.
-
-    ``keys`` and ``values`` are ``(B, H, room, D)``, or ``None`` for a block that the trunk does not run;
-    ``position``, ``(1,)`` on the block's device, is the slot that the next token goes to.
+    step needs the host to know how far it is. ``position`` ``(1,)`` is the slot that the next token goes to.
     """
 
     def __init__(
@@ -33,10 +30,8 @@ class FixedLayer(StaticLayer):
         self.is_initialized = keys is not None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write one token's keys and values ``(B, H, 1, D)``; returns all slots.
-
-        The position moves when the whole step is done: blocks of the tail write to the same slot.
-        """
+        """Write one token's keys and values ``(B, H, 1, D)``; returns all slots."""
+        # The position moves when the whole step is done: blocks of the tail write to the same slot.
         self.keys.index_copy_(2, self.position, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.position, value_states.to(self.values.dtype))
         return self.keys, self.values

@@ -58,10 +58,6 @@ class Crossing:
         """Let go of the tensors of a pass."""
         self._moved.clear()
 
-    def carry(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A tensor on a device; nothing is kept."""
-        return tensor.to(device)
-
     def begin(self, device: torch.device, _: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Hook of the body: its arguments, on the device of the embeddings."""
         self.forget()
@@ -70,7 +66,7 @@ class Crossing:
     def enter(self, device: torch.device, _: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Hook of a block: its arguments, hidden states first, on its device."""
         # These change from block to block: kept for later, they would only hold memory.
-        hidden = [self.carry(value, device) for value in args[:1]]
+        hidden = [_carry(value, device) for value in args[:1]]
         return (*hidden, *self._move(list(args[1:]), device)), self._move(kwargs, device)
 
     def _move(self, value: Any, device: torch.device) -> Any:
@@ -83,15 +79,14 @@ class Crossing:
         key = (id(tensor), device)
         if key not in self._moved:
             # Beside the tensor itself: its id is its own for as long as it lives.
-            self._moved[key] = (tensor, self.carry(tensor, device))
+            self._moved[key] = (tensor, _carry(tensor, device))
         return self._moved[key][1]
 
 
 def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
     """Make a model that lies on several devices run; no hooks of Accelerate are left on it.
 
-    Masks, positions and position embeddings are made on the device of the embeddings. Logits come out where
-    the LM head is.
+    Masks, positions and position embeddings are made where the embeddings are; logits where the LM head is.
     """
     if hasattr(model, "_fastmem_crossing"):
         return
@@ -105,6 +100,10 @@ def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
     anatomy.body.register_forward_hook(crossing.forget)
     for block, device in zip(anatomy.blocks, placement.blocks, strict=True):
         block.register_forward_pre_hook(partial(crossing.enter, device), with_kwargs=True)
+
+
+def _carry(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device)
 
 
 def _device_of(name: str, modules: Sequence[nn.Module], default: torch.device) -> torch.device:

@@ -1,8 +1,6 @@
 """Where each model family keeps its last feed-forward networks, final norm and head.
 
-A family is recognized by the attribute names of its blocks, never by the model's name. Because the
-trunk hands over the FFN's *input* as the model itself computes it (see :mod:`.split`), a family need
-not say where the input norm is, nor whether the residual is sequential or parallel.
+A family is recognized by the attribute names of its blocks, never by the model's name.
 """
 
 from __future__ import annotations

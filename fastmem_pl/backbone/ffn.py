@@ -18,10 +18,10 @@ Delta = Mapping[str, Tensor]
 
 @dataclass
 class GradientFactors:
-    """A weight gradient of ``B`` samples as a product: ``outer^T @ inner``.
+    """A weight gradient of ``B`` samples as a product ``outer^T @ inner``.
 
-    A parameter with an attribute ``factors`` gets these from the backward pass instead of a gradient:
-    the gradient of the product's output, ``(B, T, out)``, and the product's input, ``(B, T, in)``.
+    A parameter with an attribute ``factors`` gets these from the backward pass instead of a gradient: that
+    of the product's output, ``(B, T, out)``, and the product's input, ``(B, T, in)``.
     """
 
     outer: Tensor
@@ -32,18 +32,13 @@ class GradientFactors:
 class BaseActivations:
     """What the base weights make of one FFN input; constant over all memorization steps.
 
-    Attributes:
-        projections: ``gate`` (if gated) and ``up`` pre-activations, ``(B, T, F)``.
-        hidden: input of the down projection, ``(B, T, F)`` float32; ``None`` where it is formed anew from
-            the projections each time.
-        output: ``(B, T, D)`` float32.
-        merged: add deltas to the down projection's weight before the product with it. Saves one product of
-            two, and rounds as editing float32 weights does.
+    ``merged``: add deltas to the down projection's weight before the product with it. Saves one product of
+    two, and rounds as editing float32 weights does.
     """
 
-    projections: dict[str, Tensor]
-    hidden: Tensor | None
-    output: Tensor
+    projections: dict[str, Tensor]  # gate (if gated) and up before the activation, (B, T, F)
+    hidden: Tensor | None  # (B, T, F) float32; formed anew from the projections each time if None
+    output: Tensor  # (B, T, D) float32
     merged: bool = False
 
     def expand(self, rows: int) -> BaseActivations:

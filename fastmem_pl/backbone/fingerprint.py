@@ -16,11 +16,7 @@ _SAMPLED, _STRIDE = 256, 1_000_003
 
 
 def fingerprint_of(model: Any) -> str:
-    """A short hash of a model's architecture, its constants, and a sample of every weight.
-
-    Weights are hashed as bfloat16, so a model loaded as float32 and as bfloat16 has one fingerprint; packed
-    ones as they are stored.
-    """
+    """A short hash of a model's architecture, its constants, and a sample of every weight."""
     config = model.config.get_text_config()
     constants = {name: getattr(config, name, None) for name in _CONSTANTS}
     digest = hashlib.sha256(f"{type(model).__name__}{constants}".encode())
@@ -31,6 +27,7 @@ def fingerprint_of(model: Any) -> str:
             # A stride prime to any row length, so that the sample is spread over rows and columns.
             places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
             sample = flat[places].cpu()
+            # As bfloat16, so that a model has one fingerprint in every precision; packed ones as stored.
             if sample.is_floating_point():
                 sample = sample.to(torch.bfloat16).view(torch.int16)
             digest.update(sample.numpy().tobytes())

@@ -18,21 +18,13 @@ _USABLE = {"cpu": 0.5, "cuda": 0.85}
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that memorizing and answering a batch takes beside the weights, from the model's shapes.
+    """Bytes that memorizing and answering a batch takes beside the weights, from the model's shapes."""
 
-    Attributes:
-        per_sample: deltas, moments, and what decoding copies of them.
-        per_token: activations, reference predictions and KV cache, for every padded position.
-        per_pair: Gram matrices of the clipping norm, for every two positions of a row.
-        fixed: buffers that do not grow with the batch.
-        elsewhere: what the trunk takes for every position on other devices, if it lies on several.
-    """
-
-    per_sample: int
-    per_token: int
-    per_pair: int
+    per_sample: int  # deltas, moments, and what decoding copies of them
+    per_token: int  # activations, reference predictions and KV cache, for every padded position
+    per_pair: int  # Gram matrices of the clipping norm, for every two positions of a row
     fixed: int
-    elsewhere: tuple[tuple[torch.device, int], ...] = ()
+    elsewhere: tuple[tuple[torch.device, int], ...] = ()  # a position's on the trunk's other devices
 
     @classmethod
     def of_tail(

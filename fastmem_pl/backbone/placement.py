@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy
 from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token, usable_bytes
@@ -34,17 +33,13 @@ _FILLED, _WORKSPACE = 0.95, 1 << 29
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model that stays whole: a block, or a module outside of them that has tensors of its own.
-
-    ``size`` is in bytes, ``block`` the number of the block that it is. ``tail`` marks what shares the tail's
-    device, ``entry`` the embeddings and what the body makes of positions, which is beside them.
-    """
+    """A piece of a model that stays whole: a block, or a module outside of them that has tensors of its own."""
 
     name: str
-    size: int
+    size: int  # bytes
     block: int | None
-    tail: bool
-    entry: bool
+    tail: bool  # shares the tail's device
+    entry: bool  # the embeddings, and what the body makes of positions, which is beside them
 
 
 def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None = None) -> list[Part]:
@@ -86,15 +81,10 @@ def device_plan(
     device: torch.device,
     stored: float | None = None,
 ) -> dict[str, torch.device]:
-    """A device for every part of a model.
+    """A device for every part of a model without weights.
 
-    Args:
-        device_map: one of :data:`POLICIES`, or devices by names of modules.
-        model: without weights, on the meta device.
-        num_layers: trained layers, which stay together.
-        precision: types of the weights and of the products.
-        device: the program's; where a policy puts the tail.
-        stored: as :func:`parts_of`.
+    ``precision`` is the types of the weights and of the products; ``device`` the program's, where a policy
+    puts the tail; ``stored`` as for :func:`parts_of`.
     """
     anatomy = find_anatomy(model)
     parts = parts_of(model, anatomy, num_layers, stored)

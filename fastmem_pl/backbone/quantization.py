@@ -28,22 +28,14 @@ _BLOCK = 64  # the same in bnb-4bit, whose kernels for CPUs read rows of most ot
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to quantize.
-
-    Attributes:
-        config: makes the configuration of transformers from the compute type and the names of the modules
-            that stay plain.
-        only: device type and precision that it is bound to, if it is.
-        group: weights of a row that share a scale; the width of a row must be a multiple of it.
-        has_gradients: whether its products have gradients, which blocks above a trained network need.
-    """
+    """One way to quantize; ``config`` takes the compute type and the names of the modules that stay plain."""
 
     package: str
     config: Callable[[torch.dtype, list[str]], Any]
     modules: tuple[type[nn.Module], ...] = (nn.Linear,)
-    only: tuple[str, str] | None = None
-    group: int = 1
-    has_gradients: bool = True
+    only: tuple[str, str] | None = None  # device type and precision
+    group: int = 1  # weights that share a scale: the width of a row must be a multiple
+    has_gradients: bool = True  # blocks above a trained network need them
 
     def takes(self, module: nn.Module) -> bool:
         """Whether a module is of a type and a width that it quantizes."""
@@ -164,10 +156,7 @@ def loading_options(
 def plain_modules(
     model: nn.Module, anatomy: Anatomy, num_layers: int, whole_blocks: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Names and modules of what must not be quantized: the last ``num_layers`` FFNs and the head.
-
-    With ``whole_blocks`` also all that gradients run through: the blocks above the lowest of these FFNs.
-    """
+    """Names and modules of the last FFNs and the head; with ``whole_blocks`` of all above the lowest FFN."""
     names = {module: name for name, module in model.named_modules()}
     total = len(anatomy.blocks)
     first = max(total - num_layers, 0)
@@ -188,10 +177,7 @@ def stored_size(quantized: str | None, config: Any) -> float | None:
 
 @torch.no_grad()
 def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
-    """Give a quantized model, right after it was loaded, plain weights where memories act.
-
-    All that is not quantized becomes ``dtype``, the compute type.
-    """
+    """Give a model that was loaded quantized plain weights where memories act; others become ``dtype``."""
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:

@@ -1,9 +1,8 @@
 """The trunk/tail split: what memorizing can change, and what it cannot.
 
-The trunk is everything up to the last FFN that is not trained. It gives, for every position, the
-residual stream without that FFN's contribution and the FFN's input. Both are constant while the FFN is
-trained, and so is the KV cache of the trunk. The tail is the rest: the trained FFN, for
-``num_layers > 1`` the blocks above it, the final norm and the LM head.
+The trunk is everything up to the first trained FFN. For every position it gives the residual stream without
+that FFN's contribution, and the FFN's input; both are constant while the FFN is trained, and so is the KV
+cache. The tail is the rest: the trained FFN, blocks above it, the final norm and the LM head.
 """
 
 from __future__ import annotations
@@ -39,15 +38,10 @@ class BlockCall:
 
 @dataclass
 class TailInputs:
-    """What the tail needs of a trunk pass.
+    """What the tail needs of a trunk pass: residual stream and input of the first trained FFN, ``(B, T, D)``.
 
-    Attributes:
-        residual: residual stream without the first trained FFN's output, ``(B, T, D)``.
-        ffn_input: input of the first trained FFN, ``(B, T, D)``.
-        calls: arguments (attention mask, position embeddings, cache) with which the model called each block
-            above that FFN; empty for ``num_layers == 1``.
-        early: hidden states at the last position by number, ``(B, 1, D)``, as in a model's
-            ``hidden_states``, where the trunk was asked for them.
+    ``calls`` are the arguments with which the model called each block above that FFN. ``early`` are hidden
+    states at the last position, ``(B, 1, D)``, by their numbers in a model's ``hidden_states``.
     """
 
     residual: Tensor
@@ -119,8 +113,7 @@ class Trunk:
     ) -> TailInputs:
         """Run the trunk on ``input_ids`` ``(B, T)``; a given ``cache`` grows by ``T``.
 
-        ``attention_mask`` is ``(B, past + T)``; without one the plain causal mask applies, which is
-        what right-padded rows need.
+        Without an ``attention_mask`` ``(B, past + T)`` the causal mask applies, as right-padded rows need it.
         """
         tapped, states, calls = self._seen
         try:

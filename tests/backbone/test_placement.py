@@ -10,7 +10,7 @@ from conftest import FAMILY_CONFIGS, make_model, make_tokenizer
 from fastmem_pl import Backbone, FastMemError, Memorizer
 from fastmem_pl.backbone import crossing, find_anatomy, placement
 from fastmem_pl.backbone.cache import FixedCache
-from fastmem_pl.backbone.crossing import Crossing, Placement
+from fastmem_pl.backbone.crossing import Placement
 from fastmem_pl.backbone.placement import device_plan, parts_of
 from fastmem_pl.backbone.quantization import stored_size
 from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
@@ -231,14 +231,13 @@ def crossings(monkeypatch):
         count = len(anatomy.blocks)
         return Placement(FIRST, (FIRST, *[LAST] * (count - 1 - tail_blocks), *[CPU] * tail_blocks), CPU)
 
-    def carry(self, tensor, device):
+    def carry(tensor, device):
         seen[device] += 1
         return tensor.clone()
 
     tail_blocks = 2
     monkeypatch.setattr(Placement, "of", of)
-    monkeypatch.setattr(Crossing, "carry", carry)
-    monkeypatch.setattr(crossing.Crossing, "carry", carry)
+    monkeypatch.setattr(crossing, "_carry", carry)
     return seen
 
 
@@ -295,12 +294,12 @@ def test_copies_of_a_position_follow():
     position = torch.tensor([3])
     cache = FixedCache.continuing(Backbone(make_model(), make_tokenizer()).new_cache(), 8, position, 3)
     elsewhere = torch.zeros(1, dtype=torch.long)
-    cache._places._copies[LAST] = elsewhere
+    cache._elsewhere[LAST] = elsewhere
     position += 1
     cache.move()
     assert elsewhere.item() == 4
-    assert cache._places.on(LAST) is elsewhere
-    assert cache._places.on(CPU) is position
+    assert cache._position_on(LAST) is elsewhere
+    assert cache._position_on(CPU) is position
 
 
 def test_other_devices_bound_the_batch(tiny, monkeypatch):
