@@ -23,9 +23,11 @@ from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
 from fastmem_pl.backbone.loading import load_model
 from fastmem_pl.backbone.placement import DeviceMap
 from fastmem_pl.backbone.precision import Precision, compute_dtype, fabric_settings, normalize_precision
+from fastmem_pl.backbone.settings import BackboneSettings
 from fastmem_pl.backbone.sharding import Shards, is_sharded, trained_part
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
-from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError, one_line
+from fastmem_pl.base.phases import is_out_of_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -71,8 +73,7 @@ class Backbone:
         if method:
             check_plain("the LM head", self.anatomy.head)
             quantizing.hold_still(model, self.compute_dtype)
-        with quantizing.must_run(name, method):
-            self._check_split()
+        self._check_split()
 
     @classmethod
     def load(
@@ -108,12 +109,16 @@ class Backbone:
         if device is None:
             on_gpu = device_map and fabric is None and torch.cuda.is_available()
             device = "cuda" if on_gpu else stated[1]
-        # Weights made under inference_mode could not take part in memorizing.
-        with torch.inference_mode(False):
-            model, tokenizer = load_model(
-                source, precision, device, num_layers, trust_remote_code, quantization, device_map, tp_plan
-            )
-        backbone = cls(model, tokenizer, precision, name=source)
+        settings = BackboneSettings(source, quantization, device_map, tp_plan, trust_remote_code)
+        try:
+            # Weights made under inference_mode could not take part in memorizing.
+            with torch.inference_mode(False):
+                model, tokenizer = load_model(settings, precision, device, num_layers)
+            backbone = cls(model, tokenizer, precision, name=source)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise FastMemError(f"model.backbone: {source!r} does not run here: {one_line(error)}") from error
         if backbone.shards.processes > 1:
             # Here all processes ask for it; later, one alone would wait for the others.
             backbone.fingerprint()
@@ -178,11 +183,6 @@ class Backbone:
     def tail(self, num_layers: int = 1) -> Tail:
         """The part of the model that memories act on, with the last ``num_layers`` FFNs trainable."""
         if num_layers not in self._tails:
-            if not 1 <= num_layers <= self.num_blocks:
-                allowed = f"1 to {self.num_blocks}"
-                raise FastMemError(
-                    f"model.memorize.num_layers: {num_layers} is out of range; allowed: {allowed}"
-                )
             self._check_layers(num_layers)
             self._tails[num_layers] = Tail(self.anatomy, num_layers, self.compute_dtype, self.device)
         return self._tails[num_layers]
@@ -207,7 +207,7 @@ class Backbone:
     def footprint(self, num_layers: int, reference: int, float32_state: bool = False) -> Footprint:
         """What memorizing and answering takes beside the weights (:meth:`Footprint.of_tail`)."""
         tail, config = self.tail(num_layers), self.model.config.get_text_config()
-        blocks, here, dtype = self.placement.blocks, self.placement.tail, self.compute_dtype
+        blocks, here, dtype = self.placement.blocks, self.device, self.compute_dtype
         kv_cache, passing = trunk_bytes_per_token(tail, config, dtype)
         others = [device for device in self.placement.devices if device != here]
         found = Footprint.of_tail(
@@ -266,29 +266,26 @@ class Backbone:
             torch.distributed.broadcast(tensor, src=0)
 
     def _check_layers(self, num_layers: int) -> None:
-        """Refuse trained blocks that are of another layout, elsewhere, or shared with other processes."""
-        first = self.num_blocks - num_layers
-        others = [
-            type(b.mlp).__name__ for b in self.anatomy.blocks[first:] if not self.anatomy.family.fits(b.mlp)
-        ]
-        elsewhere = [place for place in self.placement.blocks[first:] if place != self.device]
-        trained = [p for part in trained_part(self.anatomy, num_layers) for p in part.parameters()]
+        """Refuse trained blocks that differ, or are not with the LM head and whole."""
+        total = self.num_blocks
+        if not 1 <= num_layers <= total:
+            raise FastMemError(f"model.memorize.num_layers: {num_layers}; allowed: 1 to {total}")
+        first = total - num_layers
+        alike = all(self.anatomy.family.fits(block.mlp) for block in self.anatomy.blocks[first:])
+        together = all(place == self.device for place in self.placement.blocks[first:])
+        shares = [p for part in trained_part(self.anatomy, num_layers) for p in part.parameters()]
         # The model sizes an attention mask by the first cached layer of its type, which the trunk must hold.
         types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
         missing = set(types[first + 1 :]) - set(types[: first + 1])
-        if others:
-            problem = f"a block of the last {num_layers} has another feed-forward network ({others[0]})"
-        elif any(map(is_sharded, trained)):
-            problem = f"{num_layers} feed-forward networks are more than the model was loaded for"
-        elif elsewhere:
-            problem = (
-                f"of the last {num_layers} blocks one is on {elsewhere[0]}, the LM head on {self.device}"
-            )
+        problem = None
+        if not alike:
+            problem = "is too many, as the feed-forward networks of the last blocks differ; lower it"
         elif missing:
-            problem = f"{num_layers} leaves no {missing.pop()} block in the trunk"
-        else:
-            return
-        raise FastMemError(f"model.memorize.num_layers: {problem}; lower it, or load the model for as many")
+            problem = f"leaves no {missing.pop()} block in the trunk; lower it"
+        elif not together or any(map(is_sharded, shares)):
+            problem = "is more than the model was sharded or laid out for; load it with as many"
+        if problem:
+            raise FastMemError(f"model.memorize.num_layers: {num_layers} {problem}")
 
     @torch.no_grad()
     def _check_split(self) -> None:

@@ -127,8 +127,7 @@ class ChatEncoder:
         templated = self.settings.template and tokenizer.chat_template
         self.pieces = derive_pieces(tokenizer, templated)
         self._special = _special_pattern(tokenizer)
-        self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-        self._ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+        self._added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
         with_bos, without = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
         self._bos = with_bos[: len(with_bos) - len(without)] if with_bos[-1:] == without[-1:] else []
         if self._bos:
@@ -150,7 +149,7 @@ class ChatEncoder:
         return self.whole_context(*self.truncate(context, limit))
 
     def windows(self, text: str, window: int, overlap: int) -> list[EncodedContext]:
-        """Encode a text of any length in windows of up to ``window`` tokens, each with a loss in one of them.
+        """Encode a text of any length in windows of up to ``window`` tokens; each has a loss in one of them.
 
         A window repeats the last ``overlap`` tokens of the one before, after the header and like it without
         loss; the end of turn closes the last one only. A text that fits one is encoded as :meth:`context`.
@@ -219,10 +218,10 @@ class ChatEncoder:
             start = 0
             for match in self._special.finditer(text) if trusted else ():
                 plain += text[start : match.start()]
-                token = self._added[match.group()]
+                number, token = self._added[match.group()]
                 plain = plain.lstrip() if strip_next else plain
                 ids += self._plain(plain.rstrip() if token.lstrip else plain).input_ids
-                ids.append(self._ids[token.content])
+                ids.append(number)
                 plain, strip_next, start = "", token.rstrip, match.end()
             plain += text[start:]
         return ids + self._plain(plain.lstrip() if strip_next else plain).input_ids

@@ -108,13 +108,7 @@ def _carry(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _device_of(name: str, modules: Sequence[nn.Module], default: torch.device) -> torch.device:
     devices = list(dict.fromkeys(p.device for module in modules for p in module.parameters()))
-    if any(device.type == "meta" for device in devices):
-        raise FastMemError(
-            f"model.backbone.device_map: the weights of {name} are offloaded; allowed: devices that compute, "
-            "such as cuda:0 and cpu"
-        )
-    if len(devices) > 1:
-        raise FastMemError(
-            f"model.backbone.device_map: {name} is on {' and '.join(map(str, devices))}; allowed: one device"
-        )
+    if len(devices) > 1 or torch.device("meta") in devices:
+        found = " and ".join("no device (offloaded)" if d.type == "meta" else str(d) for d in devices)
+        raise FastMemError(f"model.backbone.device_map: {name} is on {found}; allowed: one that computes")
     return devices[0] if devices else default

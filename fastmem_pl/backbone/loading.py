@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
-from fastmem_pl.backbone.placement import DeviceMap, device_plan
+from fastmem_pl.backbone.placement import device_plan
 from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype
+from fastmem_pl.backbone.settings import BackboneSettings
 from fastmem_pl.base.errors import FastMemError, nearest, one_line
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
@@ -37,25 +38,22 @@ _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|inv_freq|po
 
 
 def load_model(
-    source: str,
+    settings: BackboneSettings,
     precision: Precision = "32-true",
     device: str | torch.device = "cpu",
     num_layers: int = 1,
-    trust_remote_code: bool = False,
-    quantization: str | None = None,
-    device_map: DeviceMap | None = None,
-    tp_plan: str | None = None,
 ) -> tuple[Any, Any]:
     """Load ``(model, tokenizer)``; arguments and errors are those of ``Backbone.load``."""
+    source, quantization, device_map = settings.source, settings.quantization, settings.device_map
     if quantization:
         quantizing.check_quantization(quantization, precision, device)
-    if tp_plan and (device_map or quantization):
+    if settings.tp_plan and (device_map or quantization):
         other = "device_map" if device_map else "quantization"
         raise FastMemError(
             f"model.backbone.tp_plan: it does not go with model.{other}; allowed: one of the two"
         )
-    path, device, dtype = _resolve(source), torch.device(device), WEIGHT_DTYPE[precision]
-    remote = {"trust_remote_code": trust_remote_code}
+    device, dtype = torch.device(device), WEIGHT_DTYPE[precision]
+    remote = {"trust_remote_code": settings.trust_remote_code}
 
     def fetch(auto: Any, **options: Any) -> Any:
         return cache_first(
@@ -63,7 +61,8 @@ def load_model(
         )
 
     try:
-        tokenizer, config, options = load_tokenizer(path, trust_remote_code), fetch(AutoConfig), {}
+        path = _resolve(source)
+        tokenizer, config, options = load_tokenizer(path, **remote), fetch(AutoConfig), {}
         method = quantizing.quantized_method(config)
         if method and quantization:
             raise FastMemError(
@@ -72,18 +71,20 @@ def load_model(
         if method:
             quantizing.check_method(source, method)
         elif quantization:
-            options = quantizing.loading_options(quantization, config, dtype, num_layers, trust_remote_code)
+            options = quantizing.loading_options(quantization, config, dtype, num_layers, **remote)
         kind = quantization or method
         if kind:
             # With its number, which the loaders of quantized weights take.
             options["device_map"] = {"": torch.empty(0, device=device).device}
-        if device_map or tp_plan:
+        if device_map or settings.tp_plan:
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
         if device_map:
             types, size = (dtype, compute_dtype(precision)), quantizing.stored_size(kind, config)
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
-        sharded = sharding.loading(tp_plan, empty, source, kind, device) if tp_plan else nullcontext({})
+        sharded = nullcontext({})
+        if settings.tp_plan:
+            sharded = sharding.loading(settings.tp_plan, empty, source, kind, device)
         with sharded as further, _without_report():
             # The type is always stated, since transformers would take the checkpoint's.
             options = {"dtype": dtype, "use_safetensors": True, **options, **further, **_REPORTED}
@@ -94,11 +95,10 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise FastMemError(f"model.backbone: cannot load {source!r}: {one_line(error)}") from error
     if kind:
-        with quantizing.must_run(source, kind):
-            quantizing.make_plain(model, dtype, num_layers)
-    if tp_plan:
+        quantizing.make_plain(model, dtype, num_layers)
+    if settings.tp_plan:
         sharding.make_tail_whole(model, num_layers)
-    return (model if kind or device_map or tp_plan else model.to(device)), tokenizer
+    return (model if kind or device_map or settings.tp_plan else model.to(device)), tokenizer
 
 
 # What does not fit comes back by name, for `_check_weights`.
@@ -147,21 +147,13 @@ def _resolve(source: str) -> str:
         if not path.is_file():
             raise FastMemError(f"model.backbone: no such GGUF file: {source}")
         return str(_converted(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FastMemError(
-                f"model.backbone: the folder {source} holds no config.json; of a GGUF file, give its own path"
-            )
-        return str(path)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise FastMemError(f"model.backbone: no such folder: {source}")
     # Hub ids without an owner exist (gpt2), but a slip of "demo" is likelier to be meant.
-    hint = nearest(source, [DEMO])
+    hint = "" if path.is_dir() else nearest(source, [DEMO])
     if hint:
         raise FastMemError(
             f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, a .gguf file{hint}"
         )
-    return source
+    return str(path) if path.is_dir() else source
 
 
 def _converted(gguf_file: Path) -> Path:
@@ -192,17 +184,10 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        with _without_report():
-            model, info = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **_REPORTED)
-        _check_weights(str(gguf_file), info)
-    except FastMemError:
-        raise
-    except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise FastMemError(
-            f"model.backbone: cannot read the GGUF file {gguf_file}: {one_line(error)}"
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    with _without_report():
+        model, info = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **_REPORTED)
+    _check_weights(str(gguf_file), info)
     _repair_tokenizer(tokenizer, gguf_file)
     tokenizer.save_pretrained(folder)
     # Its weights are plain by now, but as quantized ones of GGUF they would not be saved.

@@ -33,7 +33,7 @@ _FILLED, _WORKSPACE = 0.95, 1 << 29
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model that stays whole: a block, or a module outside of them that has tensors of its own."""
+    """A piece of a model that stays whole: a block, or a module outside of them with tensors of its own."""
 
     name: str
     size: int  # bytes

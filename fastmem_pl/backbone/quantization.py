@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy, is_quantized
 from fastmem_pl.base.errors import FastMemError, one_line, unknown
-from fastmem_pl.base.phases import is_out_of_memory
 
 _GROUP = 128  # weights that share a scale in torchao-int4
 _BLOCK = 64  # the same in bnb-4bit, whose kernels for CPUs read rows of most other widths wrongly
@@ -94,17 +92,16 @@ def check_quantization(quantization: str, precision: str, device: str | torch.de
     kind = KINDS[quantization]
     check_precision(quantization, precision)
     _check_package(kind.package, f"model.backbone.quantization: {quantization}")
-    found = (torch.device(device).type, precision)
-    if kind.only and found != kind.only:
+    found = torch.device(device).type
+    if kind.only and (found, precision) != kind.only:
         raise FastMemError(
             f"model.backbone.quantization: {quantization} needs a {kind.only[0].upper()} GPU and precision "
-            f"{kind.only[1]}, not {found[0]} and {found[1]}; allowed here: "
-            f"{', '.join(name for name, other in KINDS.items() if not other.only)}"
+            f"{kind.only[1]}, not {found} and {precision}"
         )
 
 
 def check_precision(method: str | None, precision: str) -> None:
-    """Refuse a precision that casts float32 weights where they are quantized."""
+    """Refuse, for a quantized model, a precision that casts float32 weights."""
     if method and precision == "bf16-mixed":
         raise FastMemError(
             f"trainer.precision: {precision} casts float32 weights in every product, and those of the trunk "
@@ -202,20 +199,6 @@ def hold_still(model: nn.Module, dtype: torch.dtype) -> None:
             # It would repack weights in place, in the first forward pass on a CPU.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = dtype, True
-
-
-@contextmanager
-def must_run(name: str, method: str | None) -> Iterator[None]:
-    """Say in one line that the weights of model ``name`` do not run on this machine."""
-    try:
-        yield
-    except Exception as error:
-        if not method or isinstance(error, FastMemError) or is_out_of_memory(error):
-            raise
-        raise FastMemError(
-            f"model.backbone: the weights of {name!r}, quantized with {method}, do not run here: "
-            f"{one_line(error)}; allowed: the plain model with model.backbone.quantization"
-        ) from error
 
 
 def waits_for_device(model: nn.Module) -> bool:

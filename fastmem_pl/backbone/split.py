@@ -23,17 +23,8 @@ from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
 from fastmem_pl.backbone.norms import shallow_copy, with_fused_norms
 
 
-@dataclass
-class BlockCall:
-    """Arguments of one call of a block, after the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def with_cache(self, cache: Cache | None) -> BlockCall:
-        """The same call with another KV cache."""
-        args = tuple(cache if isinstance(v, Cache) else v for v in self.args)
-        return BlockCall(args, {k: cache if isinstance(v, Cache) else v for k, v in self.kwargs.items()})
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of one call of a block, after the hidden states."""
 
 
 @dataclass
@@ -90,7 +81,7 @@ class Trunk:
             return block.forward(hidden_states, *args, **kwargs)
 
         def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls.append(BlockCall(args, kwargs))
+            calls.append((args, kwargs))
             return hidden_states
 
         blocks = [with_fused_norms(block) if fuse_norms else block for block in anatomy.blocks]
@@ -190,10 +181,11 @@ class Tail:
         if deltas is not None:
             self._upper_deltas[:] = deltas[1:]
         try:
-            for block, call in zip(self._upper, inputs.calls, strict=True):
-                call = call.with_cache(cache)
+            for block, (args, kwargs) in zip(self._upper, inputs.calls, strict=True):
+                args = [cache if isinstance(value, Cache) else value for value in args]
+                kwargs = {name: cache if isinstance(v, Cache) else v for name, v in kwargs.items()}
                 hidden = self.final_norm(states[-1]) if norm_every_layer else states[-1]
-                states.append(block(hidden.to(self._block_dtype), *call.args, **call.kwargs).float())
+                states.append(block(hidden.to(self._block_dtype), *args, **kwargs).float())
         finally:
             self._upper_deltas[:] = [None] * len(self._upper)
         return states
