@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from accelerate.utils import recursively_apply
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import nn
 
 from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.base.errors import FastMemError
@@ -48,62 +48,27 @@ class Placement:
         return len(self.devices) > 1
 
 
-class Crossing:
-    """Moves what a block needs to where the block is; per pass and device, every tensor once."""
-
-    def __init__(self) -> None:
-        self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def forget(self, *_: Any) -> None:
-        """Let go of the tensors of a pass."""
-        self._moved.clear()
-
-    def begin(self, device: torch.device, _: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Hook of the body: its arguments, on the device of the embeddings."""
-        self.forget()
-        return tuple(self._move(list(args), device)), self._move(kwargs, device)
-
-    def enter(self, device: torch.device, _: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Hook of a block: its arguments, hidden states first, on its device."""
-        # These change from block to block: kept for later, they would only hold memory.
-        hidden = [_carry(value, device) for value in args[:1]]
-        return (*hidden, *self._move(list(args[1:]), device)), self._move(kwargs, device)
-
-    def _move(self, value: Any, device: torch.device) -> Any:
-        # Tensors inside as well, but for those of caches, which are where their blocks are.
-        return recursively_apply(self._once, value, device)
-
-    def _once(self, tensor: Tensor, device: torch.device) -> Tensor:
-        if tensor.device == device:
-            return tensor
-        key = (id(tensor), device)
-        if key not in self._moved:
-            # Beside the tensor itself: its id is its own for as long as it lives.
-            self._moved[key] = (tensor, _carry(tensor, device))
-        return self._moved[key][1]
-
-
 def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
     """Make a model that lies on several devices run; no hooks of Accelerate are left on it.
 
     Masks, positions and position embeddings are made where the embeddings are; logits where the LM head is.
     """
-    if hasattr(model, "_fastmem_crossing"):
+    if getattr(model, "_fastmem_crosses", False):
         return
+    model._fastmem_crosses = True
     remove_hook_from_submodules(model)
     for module in model.modules():
         # It leaves the class's method on each module, bound to that one: copies would run the original.
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
-    model._fastmem_crossing = crossing = Crossing()
-    anatomy.body.register_forward_pre_hook(partial(crossing.begin, placement.entry), with_kwargs=True)
-    anatomy.body.register_forward_hook(crossing.forget)
-    for block, device in zip(anatomy.blocks, placement.blocks, strict=True):
-        block.register_forward_pre_hook(partial(crossing.enter, device), with_kwargs=True)
+    modules = [(anatomy.body, placement.entry), *zip(anatomy.blocks, placement.blocks, strict=True)]
+    for module, device in modules:
+        module.register_forward_pre_hook(partial(_send, device), with_kwargs=True)
 
 
-def _carry(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device)
+def _send(device: torch.device, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A cache has the tensors of each block where that block is.
+    return send_to_device(args, device), send_to_device(kwargs, device, skip_keys="past_key_values")
 
 
 def _device_of(name: str, modules: Sequence[nn.Module], default: torch.device) -> torch.device:

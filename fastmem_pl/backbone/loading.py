@@ -11,7 +11,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,6 @@ def load_model(
     source, quantization, device_map = settings.source, settings.quantization, settings.device_map
     if quantization:
         quantizing.check_quantization(quantization, precision, device)
-    if settings.tp_plan and (device_map or quantization):
-        other = "device_map" if device_map else "quantization"
-        raise FastMemError(
-            f"model.backbone.tp_plan: it does not go with model.{other}; allowed: one of the two"
-        )
     device, dtype = torch.device(device), WEIGHT_DTYPE[precision]
     remote = {"trust_remote_code": settings.trust_remote_code}
 
@@ -73,6 +68,11 @@ def load_model(
         elif quantization:
             options = quantizing.loading_options(quantization, config, dtype, num_layers, **remote)
         kind = quantization or method
+        if settings.tp_plan and (device_map or kind):
+            other = "device_map" if device_map else f"a quantized model ({kind})"
+            raise FastMemError(
+                f"model.backbone.tp_plan: it does not go with {other}; allowed: one of the two"
+            )
         if kind:
             # With its number, which the loaders of quantized weights take.
             options["device_map"] = {"": torch.empty(0, device=device).device}
@@ -84,7 +84,7 @@ def load_model(
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
         sharded = nullcontext({})
         if settings.tp_plan:
-            sharded = sharding.loading(settings.tp_plan, empty, source, kind, device)
+            sharded = sharding.loading(settings.tp_plan, empty, device)
         with sharded as further, _without_report():
             # The type is always stated, since transformers would take the checkpoint's.
             options = {"dtype": dtype, "use_safetensors": True, **options, **further, **_REPORTED}
@@ -166,12 +166,9 @@ def _converted(gguf_file: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as partial:
             _convert(gguf_file, Path(partial))
-            try:
+            # Where another process was first, its copy is as good as ours.
+            with suppress(OSError):
                 Path(partial).rename(target)
-            except OSError:
-                # Another process was first; its copy is as good as ours.
-                if not (target / "config.json").is_file():
-                    raise
     except OSError as error:
         raise FastMemError(
             f"cannot write the model cache {target}: {one_line(error)}; "

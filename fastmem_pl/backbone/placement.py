@@ -206,48 +206,31 @@ def _given_devices(
     device_map: Mapping[str, Any], parts: Sequence[Part], embedding: str
 ) -> dict[str, torch.device]:
     """The devices that a mapping names; the longest name that a part begins with counts, ``""`` for all."""
-    wanted = {str(name): _device(name, value) for name, value in device_map.items()}
+    places = {name: f"cuda:{place}" if str(place).isdigit() else place for name, place in device_map.items()}
+    there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for place in places.values():
+        if place not in ["cpu", *there]:
+            raise unknown("model.backbone.device_map", place, ["cpu", *there[1:]])
     known = {prefix for part in parts for prefix in _prefixes(part.name)}
-    for name in wanted:
-        if name not in known:
-            some = ", ".join(part.name for part in parts if part.block in (None, 0))
-            raise FastMemError(
-                f"model.backbone.device_map: {name!r} is no module of the model, or a part of a block; "
-                f"allowed: whole modules, such as {some}{nearest(name, known)}"
-            )
     found = {}
     for part in parts:
-        name = next((prefix for prefix in _prefixes(part.name) if prefix in wanted), None)
+        name = next((prefix for prefix in _prefixes(part.name) if prefix in places), None)
         if name is None:
             raise FastMemError(
                 f"model.backbone.device_map: {part.name!r} has no device; allowed: one for every module, "
                 "where '' is all that are not named"
             )
-        found[part.name] = wanted[name]
-    tail = [part.name for part in parts if part.tail and not part.entry]
-    if len({found[name] for name in tail}) > 1:
+        found[part.name] = torch.device(places[name])
+    for name in set(places) - known:
         raise FastMemError(
-            "model.backbone.device_map: trained blocks, final norm and LM head are on "
-            f"{', '.join(f'{found[name]} ({name})' for name in tail)}; allowed: one device for all of them"
+            f"model.backbone.device_map: {name!r} is no module of the model, or a part of a block; allowed: "
+            f"whole modules{nearest(name, known)}"
         )
     # Tied embeddings go where the head goes, and what is beside them with them, whatever the mapping says.
     entry = [part for part in parts if part.entry]
-    device = found[tail[0] if entry[0].tail else embedding]
+    ends = [part.name for part in parts if part.tail and not part.entry]
+    device = found[ends[-1] if entry[0].tail else embedding]
     return found | {part.name: device for part in entry}
-
-
-def _device(name: str, value: Any) -> torch.device:
-    """A device of a mapping, if it is there."""
-    allowed = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    given = f"cuda:{value}" if str(value).isdigit() else str(value)
-    if given == "cuda" and torch.cuda.is_available():
-        given = f"cuda:{torch.cuda.current_device()}"
-    if given not in allowed:
-        raise FastMemError(
-            f"model.backbone.device_map: {value} of {name!r} is no device that computes here; allowed: "
-            f"{', '.join(allowed)}"
-        )
-    return torch.device(given)
 
 
 def _prefixes(name: str) -> list[str]:

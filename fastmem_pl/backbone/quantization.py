@@ -217,11 +217,10 @@ def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
 
 def _plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     weight = _dequantized(module)
-    with torch.device("meta"):
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
-    for name, tensor in (("weight", weight), ("bias", module.bias)):
-        if tensor is not None:
-            setattr(plain, name, nn.Parameter(tensor.detach().to(dtype), requires_grad=False))
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    if module.bias is not None:
+        plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
     return plain
 
 

@@ -58,17 +58,10 @@ def check_processes(tp_plan: str, device: torch.device) -> int:
 
 
 @contextmanager
-def loading(
-    tp_plan: str, model: Any, source: str, quantized: str | None, device: torch.device
-) -> Iterator[dict[str, Any]]:
+def loading(tp_plan: str, model: Any, device: torch.device) -> Iterator[dict[str, Any]]:
     """Arguments of ``from_pretrained`` that keep this process's share only; ``model`` has no weights yet."""
     from transformers.distributed import DistributedConfig
 
-    if quantized:
-        raise FastMemError(
-            f"model.backbone.tp_plan: {source!r} is quantized ({quantized}); allowed: "
-            "--model.backbone.device_map auto"
-        )
     count = check_processes(tp_plan, device)
     _check_plan(model, count)
     # Where it looks which GPU is this process's; launchers other than torchrun do not say it there.

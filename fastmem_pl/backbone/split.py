@@ -22,7 +22,6 @@ from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
 from fastmem_pl.backbone.norms import shallow_copy, with_fused_norms
 
-
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a block, after the hidden states."""
 
