@@ -5,8 +5,8 @@ from fastmem_pl.backbone.cache import FixedCache, room_for
 from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings, EncodedContext, derive_pieces, pad
 from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, GradientFactors
-from fastmem_pl.backbone.fingerprint import fingerprint_of
 from fastmem_pl.backbone.footprint import Footprint, usable_bytes
+from fastmem_pl.backbone.loading import fingerprint_of
 from fastmem_pl.backbone.precision import normalize_precision
 from fastmem_pl.backbone.settings import BackboneSettings
 from fastmem_pl.backbone.split import Tail, TailInputs

@@ -16,12 +16,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
-from fastmem_pl.backbone.crossing import Placement, let_cross
 from fastmem_pl.backbone.families import check_plain, find_anatomy
-from fastmem_pl.backbone.fingerprint import fingerprint_of
 from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
-from fastmem_pl.backbone.loading import load_model
-from fastmem_pl.backbone.placement import DeviceMap
+from fastmem_pl.backbone.loading import fingerprint_of, load_model
+from fastmem_pl.backbone.placement import DeviceMap, Placement, let_cross
 from fastmem_pl.backbone.precision import Precision, compute_dtype, fabric_settings, normalize_precision
 from fastmem_pl.backbone.settings import BackboneSettings
 from fastmem_pl.backbone.sharding import Shards, is_sharded, trained_part

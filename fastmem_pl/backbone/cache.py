@@ -38,14 +38,11 @@ class FixedLayer(StaticLayer):
 
 
 class FixedCache(Cache):
-    """Fixed layers of all blocks, their tensors copied from a ``cache`` by ``copy``.
-
-    ``position`` ``(1,)`` is the slot of the next token; a copy of it follows on each further device.
-    """
+    """Fixed layers of all blocks, their tensors copied by ``copy``; ``position`` as in :class:`FixedLayer`."""
 
     def __init__(self, cache: Cache, copy: Callable[[Tensor], Tensor], position: Tensor) -> None:
         self._position = position
-        self._elsewhere: dict[torch.device, Tensor] = {}
+        self._elsewhere: dict[torch.device, Tensor] = {}  # copies that follow the position
         layers = []
         for layer in cache.layers:
             keys, values, place = None, None, position

@@ -88,7 +88,7 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase, use_template: bool = True)
     return ChatPieces(user_header, user_end, header, end_of_turn)
 
 
-def derive_system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+def _system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """Cut out what stands before and after the system prompt, up to the user's text, if it has a place."""
     turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _QUESTION}]
     try:
@@ -137,7 +137,7 @@ class ChatEncoder:
         self._opening = [(self.pieces.user_header, True)]
         if self.settings.system_prompt:
             system = self.settings.system_prompt
-            around = derive_system_turn(tokenizer) if templated else None
+            around = _system_turn(tokenizer) if templated else None
             if around is None:
                 self._opening += [(f"{system}\n\n", False)]
             else:

@@ -38,11 +38,10 @@ class Footprint:
         float32_state: bool = False,
         kv_shards: int = 1,
     ) -> Footprint:
-        """Count for the device of a tail, whose weights need not be loaded, and ``num_blocks`` on it.
+        """Count for the device of a tail, whose weights need not be loaded, and of ``num_blocks``.
 
-        ``reference``: bytes of the reference prediction that are kept for a label token. ``float32_state``:
-        keep deltas and moments in float32 where the kernel would take bfloat16. ``kv_shards``: processes
-        that share the KV heads.
+        ``reference``: bytes of a label token's reference prediction. ``float32_state``: deltas and moments are
+        float32 where the kernel would take bfloat16. ``kv_shards``: processes that share the KV heads.
         """
         size, kernel = dtype.itemsize, kernels.usable(device, dtype)
         # Delta, moments and a copy for the products; without the kernel also the gradient.

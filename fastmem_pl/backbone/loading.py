@@ -1,12 +1,11 @@
 """Loading a model and its tokenizer from a Hub id, a folder, a GGUF file, or the packaged demo.
 
-A GGUF file is dequantized once and the result kept as a plain safetensors folder in the cache
-(``$FASTMEM_CACHE``, else ``$XDG_CACHE_HOME/fastmem_pl``, else ``~/.cache/fastmem_pl``), so that the
-second start loads in seconds.
+A GGUF file is dequantized once and the result kept as a plain safetensors folder in the cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import tempfile
@@ -35,6 +34,9 @@ _SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
 # Masks and tables that old checkpoints hold beside their weights, and that models compute today.
 _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|inv_freq|position_ids)$")
+# What is hashed of the config, and how it samples the weights.
+_CONSTANTS = ("rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window", "num_attention_heads")
+_SAMPLED, _STRIDE = 256, 1_000_003
 
 
 def load_model(
@@ -99,6 +101,25 @@ def load_model(
     if settings.tp_plan:
         sharding.make_tail_whole(model, num_layers)
     return (model if kind or device_map or settings.tp_plan else model.to(device)), tokenizer
+
+
+def fingerprint_of(model: Any) -> str:
+    """A short hash of a model's architecture, its constants, and a sample of every weight."""
+    config = model.config.get_text_config()
+    constants = {name: getattr(config, name, None) for name in _CONSTANTS}
+    digest = hashlib.sha256(f"{type(model).__name__}{constants}".encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        for tensor in quantizing.stored_tensors(sharding.whole(parameter)):
+            flat = tensor.detach().flatten()
+            # A stride prime to any row length, so that the sample is spread over rows and columns.
+            places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
+            sample = flat[places].cpu()
+            # As bfloat16, so that a model has one fingerprint in every precision; packed ones as stored.
+            if sample.is_floating_point():
+                sample = sample.to(torch.bfloat16).view(torch.int16)
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # What does not fit comes back by name, for `_check_weights`.

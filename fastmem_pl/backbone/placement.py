@@ -1,4 +1,4 @@
-"""Which part of a model goes to which device, decided from its shapes before anything is loaded.
+"""Which part of a model goes to which device, decided before anything is loaded, and what crosses over then.
 
 Batches, memories and the products with the head are where the trained blocks, the final norm and the LM
 head are, so these share a device, the tail's, and the other devices get the more blocks for it. Accelerate's
@@ -10,9 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import send_to_device
+from torch import nn
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy
 from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token, usable_bytes
@@ -157,7 +161,7 @@ class Reserve:
 
 
 def _devices(device: torch.device) -> list[torch.device]:
-    """All GPUs, that of the program last; or what the program runs on."""
+    # All GPUs, that of the program last; or what the program runs on.
     if device.type != "cuda":
         return [device]
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -205,12 +209,12 @@ def lay_out(
 def _given_devices(
     device_map: Mapping[str, Any], parts: Sequence[Part], embedding: str
 ) -> dict[str, torch.device]:
-    """The devices that a mapping names; the longest name that a part begins with counts, ``""`` for all."""
+    # The longest name that a part begins with counts; transformers takes layers.1 for layers.10 as well.
     places = {name: f"cuda:{place}" if str(place).isdigit() else place for name, place in device_map.items()}
-    there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for place in places.values():
-        if place not in ["cpu", *there]:
-            raise unknown("model.backbone.device_map", place, ["cpu", *there[1:]])
+        if place not in there:
+            raise unknown("model.backbone.device_map", place, there)
     known = {prefix for part in parts for prefix in _prefixes(part.name)}
     found = {}
     for part in parts:
@@ -237,3 +241,63 @@ def _prefixes(name: str) -> list[str]:
     """A dotted name and all that it begins with, longest first: ``["a.b", "a", ""]``."""
     words = name.split(".")
     return [".".join(words[:count]) for count in range(len(words), -1, -1)]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Devices of the embeddings, of each block, and of the LM head (the tail's, where memories are)."""
+
+    entry: torch.device
+    blocks: tuple[torch.device, ...]
+    tail: torch.device
+
+    @classmethod
+    def of(cls, model: Any, anatomy: Anatomy) -> Placement:
+        """Look where parameters are."""
+        entry = model.get_input_embeddings().weight.device
+        blocks = [_device_of(f"block {i}", [block], entry) for i, block in enumerate(anatomy.blocks)]
+        ends = [anatomy.final_norm, anatomy.head]
+        return cls(entry, tuple(blocks), _device_of("the final norm with the LM head", ends, entry))
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices, each once, in the order of a pass."""
+        return tuple(dict.fromkeys((self.entry, *self.blocks, self.tail)))
+
+    @property
+    def spread(self) -> bool:
+        """Whether there are several."""
+        return len(self.devices) > 1
+
+
+def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
+    """Make a model that lies on several devices run; no hooks of Accelerate are left on it.
+
+    Masks, positions and position embeddings are made where the embeddings are; logits where the LM head is.
+    """
+    if getattr(model, "_fastmem_crosses", False):
+        return
+    model._fastmem_crosses = True
+    # Accelerate wraps the forward of every module, which copies of a module would run past: a hook of PyTorch
+    # is in a dict that shallow copies share, and a pass crosses at blocks only.
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        # It leaves the class's method on each module, bound to that one.
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+    modules = [(anatomy.body, placement.entry), *zip(anatomy.blocks, placement.blocks, strict=True)]
+    for module, device in modules:
+        module.register_forward_pre_hook(partial(_send, device), with_kwargs=True)
+
+
+def _send(device: torch.device, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A cache has the tensors of each block where that block is.
+    return send_to_device(args, device), send_to_device(kwargs, device, skip_keys="past_key_values")
+
+
+def _device_of(name: str, modules: Sequence[nn.Module], default: torch.device) -> torch.device:
+    devices = list(dict.fromkeys(p.device for module in modules for p in module.parameters()))
+    if len(devices) > 1 or torch.device("meta") in devices:
+        found = " and ".join("no device (offloaded)" if d.type == "meta" else str(d) for d in devices)
+        raise FastMemError(f"model.backbone.device_map: {name} is on {found}; allowed: one that computes")
+    return devices[0] if devices else default

@@ -1,8 +1,6 @@
 """Trunks in 4 or 8 bits, by bitsandbytes and torchao.
 
-Memorizing trains the last feed-forward network and needs the head's exact gradients, so these stay in the
-compute type; everything below them only has to be run. Checkpoints that are quantized already keep their
-trunk, and get plain weights where memories act.
+The trained feed-forward networks and the head stay in the compute type; all below them only has to be run.
 """
 
 from __future__ import annotations

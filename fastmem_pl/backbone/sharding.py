@@ -1,8 +1,7 @@
 """Tensor parallelism: every process holds a share of each matrix of the trunk, and all of the tail.
 
-The plan is the model's own, of transformers. Memories act on the tail, so its weights are put together
-again after loading: every process computes the same tail from the same residual stream, and nothing but
-the trunk needs the others.
+The plan is the model's own, of transformers. The tail's weights are put together again after loading: every
+process computes the same tail from the same residual stream.
 """
 
 from __future__ import annotations

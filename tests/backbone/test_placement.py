@@ -9,10 +9,9 @@ from accelerate.utils import recursively_apply
 from conftest import FAMILY_CONFIGS, make_model, make_tokenizer
 
 from fastmem_pl import Backbone, FastMemError, Memorizer
-from fastmem_pl.backbone import crossing, find_anatomy, placement
+from fastmem_pl.backbone import find_anatomy, placement
 from fastmem_pl.backbone.cache import FixedCache
-from fastmem_pl.backbone.crossing import Placement
-from fastmem_pl.backbone.placement import device_plan, parts_of
+from fastmem_pl.backbone.placement import Placement, device_plan, parts_of
 from fastmem_pl.backbone.quantization import stored_size
 from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
 from fastmem_pl.memory import MemorizationSettings, footprint_of
@@ -141,7 +140,7 @@ class TestMapping:
 
     def test_longest_name_counts(self):
         found = device_plan(
-            {"": "cuda", "model.layers.0": "cpu", "model.layers.1": 1}, empty(), 1, FLOAT, FIRST
+            {"": "cuda:0", "model.layers.0": "cpu", "model.layers.1": 1}, empty(), 1, FLOAT, FIRST
         )
         assert places(found, "layers.") == [CPU, LAST, FIRST]
         assert found["lm_head"] == found["model.embed_tokens"] == FIRST
@@ -245,7 +244,7 @@ def crossings(monkeypatch):
 
     tail_blocks = 2
     monkeypatch.setattr(Placement, "of", of)
-    monkeypatch.setattr(crossing, "send_to_device", send)
+    monkeypatch.setattr(placement, "send_to_device", send)
     return seen
 
 

@@ -164,7 +164,11 @@ def test_a_memory_of_another_quantization_is_refused(folder, contexts):
 @pytest.mark.parametrize(
     ("kind", "precision", "message"),
     [
-        ("bnb-4bits", "32-true", r"model\.backbone\.quantization: 'bnb-4bits' is unknown; .* did you mean 'bnb-4bit'"),
+        (
+            "bnb-4bits",
+            "32-true",
+            r"model\.backbone\.quantization: 'bnb-4bits' is unknown; .* did you mean 'bnb-4bit'",
+        ),
         ("torchao-int4", "bf16-true", "needs a CUDA GPU and precision bf16-true, not cpu and bf16-true"),
         ("bnb-4bit", "bf16-mixed", r"trainer\.precision: bf16-mixed .* allowed: 32-true, bf16-true"),
         ("torchao-int8", "bf16-mixed", r"trainer\.precision: bf16-mixed"),
