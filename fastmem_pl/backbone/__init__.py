@@ -7,8 +7,7 @@ from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, GradientFactors
 from fastmem_pl.backbone.footprint import Footprint, usable_bytes
 from fastmem_pl.backbone.loading import fingerprint_of
-from fastmem_pl.backbone.precision import normalize_precision
-from fastmem_pl.backbone.settings import BackboneSettings
+from fastmem_pl.backbone.settings import BackboneSettings, normalize_precision
 from fastmem_pl.backbone.split import Tail, TailInputs
 
 __all__ = [

@@ -38,7 +38,7 @@ class FixedLayer(StaticLayer):
 
 
 class FixedCache(Cache):
-    """Fixed layers of all blocks, their tensors copied by ``copy``; ``position`` as in :class:`FixedLayer`."""
+    """Fixed layers of all blocks, copied by ``copy``; ``position`` is that of :class:`FixedLayer`."""
 
     def __init__(self, cache: Cache, copy: Callable[[Tensor], Tensor], position: Tensor) -> None:
         self._position = position

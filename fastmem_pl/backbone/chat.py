@@ -89,7 +89,7 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase, use_template: bool = True)
 
 
 def _system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """Cut out what stands before and after the system prompt, up to the user's text, if it has a place."""
+    # What stands before and after the system prompt, up to the user's text, if it has a place.
     turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _QUESTION}]
     try:
         # Bos is the encoder's to add.
@@ -207,7 +207,7 @@ class ChatEncoder:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _encode(self, segments: list[tuple[str, bool]]) -> list[int]:
-        """Encode the joined segments; only those marked trusted may hold control tokens."""
+        # Of the joined segments, only those marked trusted may hold control tokens.
         untrusted = "".join(text for text, trusted in segments if not trusted)
         if self.settings.parse_special_tokens or not self._special.search(untrusted):
             return self.tokenizer("".join(t for t, _ in segments), add_special_tokens=False).input_ids

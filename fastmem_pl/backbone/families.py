@@ -43,7 +43,6 @@ FAMILIES = (
 )
 _LAYERS = ("layers", "h")
 _FINAL_NORM = ("norm", "final_layer_norm", "ln_f")
-_POST_NORM = "post_feedforward_layernorm"
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,6 @@ class Anatomy:
     def final_norm(self) -> nn.Module:
         """The norm before the head."""
         return getattr(self.body, self.norm_name)
-
-    def post_norm(self, layer: int) -> nn.Module | None:
-        """The norm on the FFN's output (Gemma 2 and 3, OLMo 2), or ``None``."""
-        return getattr(self.blocks[layer], _POST_NORM, None)
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
         """The nonlinearity of a block's FFN."""

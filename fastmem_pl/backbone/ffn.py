@@ -41,12 +41,6 @@ class BaseActivations:
     output: Tensor  # (B, T, D) float32
     merged: bool = False
 
-    def expand(self, rows: int) -> BaseActivations:
-        """One sample's activations as those of ``rows``, in the same memory."""
-        projections = {name: t.expand(rows, -1, -1) for name, t in self.projections.items()}
-        hidden = None if self.hidden is None else self.hidden.expand(rows, -1, -1)
-        return BaseActivations(projections, hidden, self.output.expand(rows, -1, -1), self.merged)
-
 
 class FFN:
     """A gated or plain FFN with frozen weights, shared by all samples of a batch.

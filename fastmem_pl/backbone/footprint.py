@@ -40,8 +40,8 @@ class Footprint:
     ) -> Footprint:
         """Count for the device of a tail, whose weights need not be loaded, and of ``num_blocks``.
 
-        ``reference``: bytes of a label token's reference prediction. ``float32_state``: deltas and moments are
-        float32 where the kernel would take bfloat16. ``kv_shards``: processes that share the KV heads.
+        ``reference``: bytes of a label token's reference prediction. ``float32_state``: deltas and moments
+        are not bfloat16 with the kernel. ``kv_shards``: processes that share the KV heads.
         """
         size, kernel = dtype.itemsize, kernels.usable(device, dtype)
         # Delta, moments and a copy for the products; without the kernel also the gradient.
@@ -99,7 +99,7 @@ def usable_bytes(device: torch.device, share: float | None = None) -> float:
 
 
 def _left_to_container() -> float:
-    """What a container may still take, which the system does not count as its own memory."""
+    # The system does not count a container's limit as its own memory.
     try:
         limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
         return float(limit) - float(used)

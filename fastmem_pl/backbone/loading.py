@@ -21,8 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
 from fastmem_pl.backbone.placement import device_plan
-from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype
-from fastmem_pl.backbone.settings import BackboneSettings
+from fastmem_pl.backbone.settings import WEIGHT_DTYPE, BackboneSettings, Precision, compute_dtype
 from fastmem_pl.base.errors import FastMemError, nearest, one_line
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 

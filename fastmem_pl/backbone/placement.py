@@ -7,7 +7,6 @@ head are, so these share a device, the tail's, and the other devices get the mor
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,6 @@ from fastmem_pl.backbone.families import Anatomy, find_anatomy
 from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token, usable_bytes
 from fastmem_pl.backbone.split import Tail
 from fastmem_pl.base.errors import FastMemError, nearest, unknown
-
-log = logging.getLogger(__name__)
 
 POLICIES = ("auto", "balanced", "sequential")
 DeviceMap = str | Mapping[str, Any]
@@ -110,8 +107,6 @@ def device_plan(
             some = [*devices[: count - 1], devices[-1]]
             found = lay_out(parts, some, free, reserve, balanced=device_map != "sequential")
             if found is not None:
-                used = ", ".join(map(str, dict.fromkeys(found.values())))
-                log.info("model.backbone.device_map: %s, with room for %d samples", used, samples)
                 return found
     needed = sum(part.size for part in parts) + reserve.tail
     found = ", ".join(f"{one} ({max(size, 0) / 2**30:.1f} GiB)" for one, size in free.items())
@@ -153,11 +148,9 @@ class Reserve:
         # Reference predictions as they are kept without the kernel: logits, and with a soft-cap two of them.
         reference = tail.head_weight.shape[0] * (4 if tail.softcap is None else 8)
         footprint = Footprint.of_tail(tail, config, num_layers, device, products, reference)
-        copies = 0
-        if products != weights:
-            copies = (tail.num_trained + tail.head_weight.numel()) * products.itemsize
+        copied = 0 if products == weights else tail.num_trained + tail.head_weight.numel()
         block, passing = (samples * tokens * size for size in trunk_bytes_per_token(tail, config, products))
-        return cls(footprint.cost(samples, tokens) + copies, block, passing)
+        return cls(footprint.cost(samples, tokens) + copied * products.itemsize, block, passing)
 
 
 def _devices(device: torch.device) -> list[torch.device]:
@@ -210,7 +203,8 @@ def _given_devices(
     device_map: Mapping[str, Any], parts: Sequence[Part], embedding: str
 ) -> dict[str, torch.device]:
     # The longest name that a part begins with counts; transformers takes layers.1 for layers.10 as well.
-    places = {name: f"cuda:{place}" if str(place).isdigit() else place for name, place in device_map.items()}
+    places = {name: str(place) for name, place in device_map.items()}
+    places = {name: f"cuda:{place}" if place.isdigit() else place for name, place in places.items()}
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for place in places.values():
         if place not in there:
@@ -220,10 +214,7 @@ def _given_devices(
     for part in parts:
         name = next((prefix for prefix in _prefixes(part.name) if prefix in places), None)
         if name is None:
-            raise FastMemError(
-                f"model.backbone.device_map: {part.name!r} has no device; allowed: one for every module, "
-                "where '' is all that are not named"
-            )
+            raise FastMemError(f"model.backbone.device_map: {part.name!r} has no device; give one to '', all")
         found[part.name] = torch.device(places[name])
     for name in set(places) - known:
         raise FastMemError(

@@ -33,12 +33,6 @@ class Kind:
     group: int = 1  # weights that share a scale: the width of a row must be a multiple
     has_gradients: bool = True  # blocks above a trained network need them
 
-    def takes(self, module: nn.Module) -> bool:
-        """Whether a module is of a type and a width that it quantizes."""
-        if not isinstance(module, self.modules):
-            return False
-        return module.weight.shape[0 if isinstance(module, Conv1D) else 1] % self.group == 0
-
 
 def _bnb_4bit(dtype: torch.dtype, plain: list[str]) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
@@ -122,8 +116,7 @@ def check_method(source: str, method: str) -> None:
     if method not in _EXTRAS:
         raise FastMemError(
             f"model.backbone: {source!r} is quantized with {method}, so its last feed-forward network cannot "
-            f"be made plain; allowed: checkpoints of {' and '.join(_EXTRAS)}, or the plain model with "
-            "model.backbone.quantization"
+            f"be made plain; allowed: checkpoints of {' and '.join(_EXTRAS)}, or a plain model"
         )
     _check_package(method, f"model.backbone: {source!r}")
 
@@ -138,12 +131,13 @@ def loading_options(
     anatomy, modules = find_anatomy(model), dict(model.named_modules())
     plain = [name for name, _ in plain_modules(model, anatomy, num_layers, not kind.has_gradients)]
     linear = {n: m for n, m in modules.items() if isinstance(m, kind.modules) and n not in plain}
-    plain += [name for name, module in linear.items() if not kind.takes(module)]
+    widths = {n: m.weight.shape[0 if isinstance(m, Conv1D) else 1] for n, m in linear.items()}
+    plain += [name for name, width in widths.items() if width % kind.group]
     if set(linear) <= set(plain):
-        width = f" whose width is a multiple of {kind.group}" if kind.group > 1 else ""
+        others = ", ".join(name for name in KINDS if name != quantization)
         raise FastMemError(
-            f"model.backbone.quantization: {type(model).__name__} has no linear layers{width} for "
-            f"{quantization}; allowed: {', '.join(name for name in KINDS if name != quantization)}, or none"
+            f"model.backbone.quantization: {type(model).__name__} has no linear layers for {quantization} "
+            f"(width a multiple of {kind.group}); allowed: {others}, or none"
         )
     return {"quantization_config": kind.config(dtype, plain)}
 
@@ -178,8 +172,7 @@ def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
         if state is not None and module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
             raise FastMemError(
                 f"model.backbone: {name} has rows of {state.shape[-1]} weights, which bitsandbytes reads "
-                f"wrongly in blocks of {state.blocksize} on a CPU; allowed: a GPU, or the plain model with "
-                "model.backbone.quantization"
+                f"wrongly in blocks of {state.blocksize} on a CPU; allowed: a GPU, or a plain model"
             )
     without_gradients = any(type(weight).__name__.startswith("Int4") for weight in model.parameters())
     for name, module in plain_modules(model, find_anatomy(model), num_layers, without_gradients):
@@ -223,7 +216,6 @@ def _plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
 
 
 def _dequantized(module: nn.Module) -> Tensor:
-    """The weight that a quantized linear map stands for, ``(out, in)``."""
     weight = module.weight
     if type(weight).__module__.startswith("torchao."):
         if hasattr(weight, "dequantize"):

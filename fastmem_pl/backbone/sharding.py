@@ -77,7 +77,6 @@ def loading(tp_plan: str, model: Any, device: torch.device) -> Iterator[dict[str
 
 
 def _check_plan(model: Any, count: int) -> None:
-    """Refuse a model without a plan, or whose heads cannot be shared by so many processes."""
     name, plan = type(model).__name__, model.tp_plan or {}
     layers = find_anatomy(model).layers_name
     if not any(f"{layers}.*" in rule for rule in plan):

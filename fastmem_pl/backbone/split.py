@@ -22,9 +22,6 @@ from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
 from fastmem_pl.backbone.norms import shallow_copy, with_fused_norms
 
-BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of one call of a block, after the hidden states."""
-
 
 @dataclass
 class TailInputs:
@@ -36,7 +33,7 @@ class TailInputs:
 
     residual: Tensor
     ffn_input: Tensor
-    calls: tuple[BlockCall, ...] = ()
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
     early: Mapping[int, Tensor] = field(default_factory=dict)
 
     def last(self) -> TailInputs:
@@ -51,17 +48,15 @@ class TailInputs:
         """Pick rows, repeats allowed; of the trunk's results, not of blocks above the first trained FFN."""
         return self._each(lambda tensor: tensor[index])
 
-    def _each(self, change: Callable[[Tensor], Tensor], calls: tuple[BlockCall, ...] = ()) -> TailInputs:
+    def _each(self, change: Callable[[Tensor], Tensor], calls: Sequence[Any] = ()) -> TailInputs:
         early = {number: change(hidden) for number, hidden in self.early.items()}
         return TailInputs(change(self.residual), change(self.ffn_input), calls, early)
 
 
 class Trunk:
-    """The model's own body, with the first trained FFN tapped and all above it passed through.
+    """A shallow copy of the model's own body, with the first trained FFN tapped and nothing run above it.
 
-    It is a shallow copy that shares every parameter with the model; the model itself is not altered.
     ``early`` are numbers of hidden states to hand over, none above the first trained block's input.
-    ``fuse_norms`` replaces, on a GPU, RMS norms that the model's code spells out (:mod:`.norms`).
     """
 
     def __init__(
@@ -89,10 +84,8 @@ class Trunk:
         for number in early:
             blocks[number] = _with_forward(blocks[number], partial(probe, blocks[number], number))
         blocks[first + 1 :] = [_with_forward(block, record) for block in blocks[first + 1 :]]
-        self.body = shallow_copy(
-            anatomy.body,
-            **{anatomy.layers_name: nn.ModuleList(blocks), anatomy.norm_name: nn.Identity()},
-        )
+        replaced = {anatomy.layers_name: nn.ModuleList(blocks), anatomy.norm_name: nn.Identity()}
+        self.body = shallow_copy(anatomy.body, **replaced)
 
     def __call__(
         self,
@@ -101,10 +94,7 @@ class Trunk:
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> TailInputs:
-        """Run the trunk on ``input_ids`` ``(B, T)``; a given ``cache`` grows by ``T``.
-
-        Without an ``attention_mask`` ``(B, past + T)`` the causal mask applies, as right-padded rows need it.
-        """
+        """Run on ``input_ids`` ``(B, T)``, with a mask ``(B, past + T)`` or the causal one."""
         tapped, states, calls = self._seen
         try:
             residual = self.body(
@@ -128,7 +118,10 @@ class Tail:
         total = len(anatomy.blocks)
         self.layers = list(range(total - num_layers, total))
         self.ffns = [FFN(anatomy.projections(i), anatomy.activation(i), dtype) for i in self.layers]
-        self._post_norm = _float_copy(anatomy.post_norm(self.layers[0]) or nn.Identity(), device)
+        # A norm on the FFN's output, as Gemma 2 and 3 and OLMo 2 have it.
+        lowest = anatomy.blocks[self.layers[0]]
+        post_norm = getattr(lowest, "post_feedforward_layernorm", nn.Identity())
+        self._post_norm = _float_copy(post_norm, device)
         self.final_norm = _float_copy(anatomy.final_norm, device)
         # Of the upper FFNs in the call in progress, lowest first.
         self._upper_deltas: list[Delta | None] = [None] * (num_layers - 1)
@@ -215,19 +208,17 @@ class Tail:
 
 
 def _float_copy(norm: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen float32 copy of a norm (a few KB), so that it takes float32 activations."""
     return deepcopy(norm).to(device=device, dtype=torch.float32).requires_grad_(False)
 
 
 def _with_forward(module: nn.Module, forward: Callable) -> nn.Module:
-    """A shallow copy that computes something else; the model still finds attributes and hooks on it."""
+    # The model still finds attributes and hooks on it.
     twin = shallow_copy(module)
     twin.forward = forward
     return twin
 
 
 def _memorized(ffn: FFN, deltas: Sequence[Delta | None], number: int, ffn_input: Tensor) -> Tensor:
-    """An FFN above the first trained one, with its delta of the call in progress."""
     base, delta = ffn.base(ffn_input), deltas[number]
     output = base.output if delta is None else ffn.memorized(ffn_input, delta, base)
     return output.to(ffn_input.dtype)

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 from fastmem_pl import DecodingSettings
-from fastmem_pl.backbone.precision import WEIGHT_DTYPE
 from fastmem_pl.backbone.quantization import KINDS
+from fastmem_pl.backbone.settings import WEIGHT_DTYPE
 from fastmem_pl.cli import ask, export, memorize, options
 from fastmem_pl.decoding import DECODERS
 from fastmem_pl.memory import POLICIES
