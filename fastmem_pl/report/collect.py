@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -23,15 +23,8 @@ from fastmem_pl.report.table import Result
 _PRIMARY = ("accuracy", "factkb", "bert_precision", "rougeL")
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Samples that are scored together: one task of one data file, or all tasks of a mixed one.
-
-    Attributes:
-        label: the task (or ``all``), and the run where two files have the same task.
-        task: name of the task; empty for all tasks of a file.
-        data_key: that of the runs that answered about it (:attr:`ReportRun.data_key`).
-    """
+class Dataset(NamedTuple):
+    """Samples that are scored together: a task of one data file, or all (``""``) of a mixed one."""
 
     label: str
     task: str
@@ -44,7 +37,7 @@ class Comparison:
 
     Attributes:
         runs: as given.
-        datasets: in the order of the runs; those of all tasks of a file come last.
+        datasets: all tasks of a file first, then single tasks, both in the order of the runs.
         answers: one row per answer, those of a mixed file once more in the data set of all its tasks: its
             place (``dataset``, ``run``, ``system``, ``model``, ``method``, ``index`` of the sample, and
             ``variant``, the row of the result tables: method and, where there are several, system), its
@@ -61,11 +54,6 @@ class Comparison:
     def tasks(self) -> list[int]:
         """Data sets of one task, which hold each sample once."""
         return [place for place, dataset in enumerate(self.datasets) if dataset.task]
-
-    @property
-    def order(self) -> list[int]:
-        """All data sets, those of all tasks of a file first."""
-        return sorted(range(len(self.datasets)), key=lambda place: bool(self.datasets[place].task))
 
     @cached_property
     def variants(self) -> list[str]:
@@ -99,8 +87,7 @@ class Comparison:
                         binary = find_score(score).binary
                         against = paired(*pairs.to_numpy().T, binary) if len(pairs) else None
                     paper = published(run, self.datasets[place].task, method, score)
-                    result = Result(estimate(values), against, paper, len(answers))
-                    found[place, variant, score] = result
+                    found[place, variant, score] = Result(estimate(values), against, paper, len(answers))
         return found
 
     def values(self, dataset: int, variant: str, score: str) -> pd.Series:
@@ -126,10 +113,6 @@ class Comparison:
         same = [other for other in others if other["system"] == own["system"]]
         same += [other for other in others if self.runs[other["run"]].asked == self.runs[own["run"]].asked]
         return same[0]["variant"] if same and own["method"] != BASELINE else None
-
-    def models(self, dataset: int) -> dict[str, pd.DataFrame]:
-        """Answers of a data set by model."""
-        return dict(list(self.answers[self.answers["dataset"] == dataset].groupby("model", sort=False)))
 
     @property
     def peak_memory(self) -> pd.DataFrame:
@@ -164,12 +147,11 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
     Raises:
         FastMemError: for a folder that is no run or holds no answers, and for damaged files.
     """
-    given = [Path(path) for path in paths]
-    resolved = [path.resolve() for path in given]
+    resolved = [Path(path).resolve() for path in paths]
     for place, path in enumerate(resolved):
         if path in resolved[:place]:
-            raise FastMemError(f"{given[place]} is given twice")
-    runs = [read_run(path, label) for path, label in zip(given, _labels(resolved), strict=True)]
+            raise FastMemError(f"{paths[place]} is given twice")
+    runs = [read_run(Path(path), label) for path, label in zip(paths, _labels(resolved), strict=True)]
     if data is not None and not Path(data).is_file():
         raise FastMemError(f"--data: no such file: {data}")
     if contexts:
@@ -180,9 +162,7 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
         raise FastMemError(f"--data: {data} is not the data of {listed} (its content differs)")
     datasets = _datasets(runs)
     answers = _answers(runs, datasets)
-    scores = pd.DataFrame(
-        [record["scores"] for record in answers["record"]], index=answers.index, dtype=float
-    )
+    scores = pd.DataFrame([r["scores"] for r in answers["record"]], index=answers.index, dtype=float)
     return Comparison(runs, datasets, answers, scores)
 
 
@@ -192,23 +172,22 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return next(labels for labels in options if len(set(labels)) == len(labels))
 
 
-def _systems(runs: Sequence[ReportRun]) -> list[str]:
-    """Name of each run's system: runs of one model over different data belong together.
+def _systems(runs: Sequence[ReportRun]) -> dict[str, str]:
+    """Name of the system by label of the run: runs of one model over different data belong together.
 
     The name is empty where there is one system, else its model, or its runs where models have one name.
     """
     found: list[list[ReportRun]] = []
     for run in runs:
-        fitting = (system for system in found if _belongs(run, system))
-        system = next(fitting, None)
+        system = next((system for system in found if _belongs(run, system)), None)
         if system is None:
-            found.append(system := [])
-        system.append(run)
+            found.append([run])
+        else:
+            system.append(run)
     names = [""] if len(found) == 1 else [system[0].model for system in found]
     if len(set(names)) < len(names):
         names = [", ".join(run.label for run in system) for system in found]
-    of = {id(run): name for name, system in zip(names, found, strict=True) for run in system}
-    return [of[id(run)] for run in runs]
+    return {run.label: name for name, system in zip(names, found, strict=True) for run in system}
 
 
 def _belongs(run: ReportRun, system: Sequence[ReportRun]) -> bool:
@@ -219,26 +198,23 @@ def _belongs(run: ReportRun, system: Sequence[ReportRun]) -> bool:
     )
 
 
-def _models(runs: Sequence[ReportRun]) -> list[str]:
-    """Name of each run's model, with the run where another model has the name."""
+def _models(runs: Sequence[ReportRun]) -> dict[str, str]:
+    """Names of models by their keys, with the run where another model has the name."""
     names: dict[str, str] = {}
     for run in runs:
         name = f"{run.model} ({run.label})" if run.model in names.values() else run.model
         names.setdefault(run.model_key, name)
-    return [names[run.model_key] for run in runs]
+    return names
 
 
 def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
     found: dict[tuple[str, str], str] = {}
     for run in runs:
-        for task in run.tasks:
+        for task in [*run.tasks, *([""] if len(run.tasks) > 1 else [])]:
             found.setdefault((task, run.data_key), run.label)
-    for run in runs:
-        if len(run.tasks) > 1:
-            found.setdefault(("", run.data_key), run.label)
     tasks, several = [task for task, _ in found], len({data_key for _, data_key in found}) > 1
     datasets = []
-    for (task, data_key), label in found.items():
+    for (task, data_key), label in sorted(found.items(), key=lambda item: item[0][0] != ""):
         # "all" is of one file, not of all that stand in the table.
         named = tasks.count(task) > 1 or (several and not task)
         datasets.append(Dataset(f"{task or 'all'} ({label})" if named else task or "all", task, data_key))
@@ -247,15 +223,21 @@ def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
 
 def _answers(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> pd.DataFrame:
     places = {(dataset.task, dataset.data_key): place for place, dataset in enumerate(datasets)}
+    systems, models = _systems(runs), _models(runs)
     rows: list[dict[str, Any]] = []
-    for number, (run, system, model) in enumerate(zip(runs, _systems(runs), _models(runs), strict=True)):
+    for number, run in enumerate(runs):
+        system, whole = systems[run.label], [""] if len(run.tasks) > 1 else []
         for record in run.records:
             method = record["method"]
             row = {
-                **{"run": number, "system": system, "model": model, "method": method, "record": record},
+                "run": number,
+                "system": system,
+                "model": models[run.model_key],
+                "method": method,
                 "variant": f"{method} · {system}" if system else method,
                 "memory": method in METHODS and METHODS[method].memory,
                 "index": record["index"],
+                "record": record,
                 "memorize": record["seconds"].get("memorize", 0.0),
                 "decode": record["seconds"].get("decode", 0.0),
                 "tokens": len(record.get("token_ids") or ()),
@@ -263,10 +245,6 @@ def _answers(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> pd.DataF
                 "length": record.get("n_context_tokens"),
                 "perplexity": perplexity(record),
             }
-            rows.append({"dataset": places[record["task"], run.data_key], **row})
-            if len(run.tasks) > 1:
-                rows.append({"dataset": places["", run.data_key], **row})
-    answers = pd.DataFrame(rows)
-    for name in ("length", "perplexity"):
-        answers[name] = pd.to_numeric(answers[name], errors="coerce").astype(float)
-    return answers
+            for task in (record["task"], *whole):
+                rows.append({"dataset": places[task, run.data_key], **row})
+    return pd.DataFrame(rows).astype({"length": float, "perplexity": float})

@@ -24,7 +24,7 @@ _SETTINGS = ("learning_rate", "steps", "kl_coeff", "num_layers", "alpha", "max_n
 
 def result_tables(comparison: Comparison) -> list[PageTable]:
     """Method by data set, then all scores of each data set."""
-    tables = [overview(comparison), *(dataset_table(comparison, place) for place in comparison.order)]
+    tables = [overview(comparison), *(dataset_table(comparison, place) for place in range(len(comparison.datasets)))]
     first, *others = (table for table in tables if table)
     # What the values mean is said once.
     return [first, *(replace(table, caption="") for table in others)]
@@ -120,7 +120,7 @@ def _run_table(runs: Sequence[ReportRun]) -> PageTable:
             run.precision or NONE,
         ]
         rows.append([*cells, *(_setting(run.settings.get(name)) for name in _SETTINGS)])
-    return PageTable.of("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")
+    return PageTable("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")
 
 
 def _setting(value: Any) -> str:

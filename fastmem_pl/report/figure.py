@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,37 +13,10 @@ import pandas as pd
 from fastmem_pl.report.page import Chart
 from fastmem_pl.report.table import PageTable
 
-# Colours that matplotlib writes and the page's variables take the place of.
-_COLOURS = {f"#0000c{n}": f"var(--c{n})" for n in range(8)}
-_INK, _MUTED, _GRID = "#010001", "#010002", "#010003"
-_VARIABLES = {**_COLOURS, _INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
-_SERIES = list(_COLOURS)
-_STYLES = ("-", "--", ":", "-.")
-_MARKERS = "osD^vPX*"
-_WIDTH, _HEIGHT = 6.0, 3.5
-_RC = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    # Names are the user's: a dollar sign in one begins no formula.
-    "text.parse_math": False,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
+_STYLE = Path(__file__).parent / "page" / "charts.mplstyle"
+# Colours of that style, and the page's variables that take their place.
+_VARIABLES = {f"#0000c{n}": f"var(--c{n})" for n in range(8)}
+_VARIABLES |= {"#010001": "var(--ink)", "#010002": "var(--muted)", "#010003": "var(--grid)"}
 
 
 def draw_chart(
@@ -51,51 +25,25 @@ def draw_chart(
     caption: str,
     draw: Callable[[Any], None],
     header: list[str],
-    rows: list[list[Any]],
-    legend: bool = True,
-    rows_shown: int = 0,
+    rows: Iterable[Iterable[Any]],
 ) -> Chart:
-    """Draw into an SVG of the page's colours, and keep the numbers as a table.
-
-    Args:
-        name: id on the page; the same numbers give the same bytes.
-        title: heading.
-        caption: below it.
-        draw: draws into the axes.
-        header: that of the table.
-        rows: values of the table.
-        legend: name the series.
-        rows_shown: bars one below the other, which need height.
-    """
+    """Let ``draw`` fill axes of an SVG in the page's colours; ``header`` and ``rows`` are its numbers."""
     # Slow to import, and only the page has pictures.
     from matplotlib import style
     from matplotlib.figure import Figure
 
     # Neither the user's matplotlibrc nor a random salt may change the picture.
-    with style.context(["default", {**_RC, "svg.hashsalt": f"fastmem-{name}"}]):
-        height = max(_HEIGHT, 0.9 + 0.3 * rows_shown)
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    with style.context(["default", _STYLE, {"svg.hashsalt": f"fastmem-{name}"}]):
+        figure = Figure()
         axes = figure.subplots()
         draw(axes)
-        if legend:
-            handles, labels = axes.get_legend_handles_labels()
-            # Below the axes: eight methods would cover the curves.
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        handles, labels = axes.get_legend_handles_labels()
+        # Below the axes: eight methods would cover the curves.
+        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(4, len(labels))))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match.group()], svg[svg.index("<svg") :])
-    return Chart(name, title, caption, svg, PageTable.of(title, header, rows))
-
-
-def line_look(number: int) -> dict[str, Any]:
-    """Colour and line of a series; lines tell apart what colours do not."""
-    return {"color": _SERIES[number % len(_SERIES)], "linestyle": _STYLES[number % len(_STYLES)], "lw": 1.6}
-
-
-def marker(number: int) -> str:
-    """Sign of a series' points."""
-    return _MARKERS[number % len(_MARKERS)]
+    svg = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match.group()], file.getvalue())
+    return Chart(name, title, caption, svg, PageTable(title, header, rows))
 
 
 def series_name(label: str) -> str:
@@ -103,35 +51,23 @@ def series_name(label: str) -> str:
     return f" {label}" if label.startswith("_") else label
 
 
-def grouped_bars(
-    axes: Any, values: pd.DataFrame, errors: pd.DataFrame | None = None, upright: bool = False
+def draw_bars(
+    axes: Any, values: pd.DataFrame, errors: pd.DataFrame | None = None, stacked: bool = False
 ) -> None:
-    """Draw bars side by side: a group per row, the first on top, and a series per column."""
-    width = 0.8 / len(values.columns)
+    """Draw a group of bars per row, the first on top, of a series per column: side by side, or stacked."""
+    side_by_side = 1 if stacked else len(values.columns)
+    width, ends = 0.8 / side_by_side, values.cumsum(axis=1)
     for number, name in enumerate(values):
         own = values[name].dropna()
-        places = values.index.get_indexer(own.index) + (number - (len(values.columns) - 1) / 2) * width
-        look = {"color": _SERIES[number % len(_SERIES)], "label": series_name(name)}
+        shift = 0.0 if stacked else (number - (side_by_side - 1) / 2) * width
+        look = {"color": f"C{number}", "label": series_name(name)}
+        if stacked:
+            look["left"] = ends[name] - own
         if errors is not None:
-            error_look = {"ecolor": _INK, "capsize": 2, "lw": 1}
-            look |= {"xerr": errors.loc[own.index, name], "error_kw": error_look}
-        (axes.bar if upright else axes.barh)(places, own, 0.9 * width, **look)
-    if upright:
-        axes.set_xticks(range(len(values)), values.index)
-    else:
-        _name_rows(axes, values.index)
-
-
-def stacked_bars(axes: Any, values: pd.DataFrame) -> None:
-    """Draw a bar per row, the first on top, of a part per column."""
-    ends = values.cumsum(axis=1)
-    for number, name in enumerate(values):
-        left = ends[name] - values[name]
-        axes.barh(range(len(values)), values[name], 0.72, left=left, label=name, color=_SERIES[number])
-    _name_rows(axes, values.index)
-
-
-def _name_rows(axes: Any, labels: Sequence[str]) -> None:
-    axes.set_yticks(range(len(labels)), labels)
+            look |= {"xerr": errors.loc[own.index, name], "ecolor": "#010001", "error_kw": {"lw": 1}}
+        axes.barh(values.index.get_indexer(own.index) + shift, own, 0.9 * width, **look)
+    axes.set_yticks(range(len(values)), values.index)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
+    # Names and bars need height.
+    axes.figure.set_figheight(max(3.5, 0.9 + 0.3 * max(len(values), values.size // 2)))

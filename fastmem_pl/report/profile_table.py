@@ -42,7 +42,7 @@ def profile_page_table(profile: Mapping[str, Any]) -> PageTable:
     peaks = [numbers.get("peak_memory_gib", 0.0) for numbers in profile["phases"].values()]
     rows.append(_row("all", {"seconds": wall, "share": 1.0, "peak_memory_gib": max(peaks)}))
     caption = "; ".join([_title(profile), *_notes(profile)])
-    return PageTable.of("", ["phase", *_COLUMNS], rows, caption)
+    return PageTable("", ["phase", *_COLUMNS], rows, caption)
 
 
 def profile_table(profile: Mapping[str, Any]) -> Table:

@@ -21,7 +21,7 @@ def overview(comparison: Comparison) -> PageTable | None:
     """Method by data set, one score each; ``None`` where there is one data set only."""
     if len(comparison.datasets) < 2:
         return None
-    chosen = [(place, score) for place in comparison.order if (score := comparison.primary_score(place))]
+    chosen = [(place, score) for place in range(len(comparison.datasets)) if (score := comparison.primary_score(place))]
     columns = [(score, f"{comparison.datasets[i].label}: {find_score(score).label}") for i, score in chosen]
     rows = {
         variant: [comparison.results.get((place, variant, score)) for place, score in chosen]
@@ -69,7 +69,7 @@ def cost_table(comparison: Comparison) -> PageTable:
         "in its milliseconds a token, too."
     )
     header = ["method", "data", "memorize, s", "decode, s", "sum, s", "tokens of the answer"]
-    return PageTable.of("Seconds a sample", [*header, "decode, ms a token"], rows, caption)
+    return PageTable("Seconds a sample", [*header, "decode, ms a token"], rows, caption)
 
 
 def memory_table(comparison: Comparison) -> PageTable | None:
@@ -82,7 +82,7 @@ def memory_table(comparison: Comparison) -> PageTable | None:
         name = str(device.get("name") or device.get("type") or NONE)
         rows.append([run.label, name, *(NONE if pd.isna(peak) else f"{peak:.2f}" for peak in own)])
     caption = "GiB, the weights included: allocated on a GPU, resident on a CPU."
-    return PageTable.of("Peak memory", ["run", "device", *peaks.columns], rows, caption) if rows else None
+    return PageTable("Peak memory", ["run", "device", *peaks.columns], rows, caption) if rows else None
 
 
 def curve_table(comparison: Comparison) -> PageTable | None:
@@ -101,4 +101,4 @@ def curve_table(comparison: Comparison) -> PageTable | None:
         "that the last update shows in none."
     )
     header = ["data", "samples", "steps", "cross-entropy, first step", "last step", "KL, last step"]
-    return PageTable.of("Memorizing", header, rows, caption) if rows else None
+    return PageTable("Memorizing", header, rows, caption) if rows else None

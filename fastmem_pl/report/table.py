@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
@@ -20,39 +20,31 @@ _NUMBER = re.compile(r"[<>=~+±−–-]?\s*\d.*|[-–—]?")
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: its value.
-        note: a second, smaller line.
-        best: mark it as the best of its column.
-    """
+    """A value, a smaller note below it, and whether it is marked as the best of its column."""
 
     text: str
     note: str = ""
     best: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class PageTable:
-    """A table; the first cell of a row is the row's heading."""
+    """A table of cells, or of plain values; the first cell of a row is the row's heading."""
 
     title: str
     header: list[str]
-    rows: list[list[Cell]]
+    rows: Sequence[Iterable[Any]]
     caption: str = ""
 
-    @classmethod
-    def of(
-        cls, title: str, header: Sequence[str], rows: Iterable[Iterable[Any]], caption: str = ""
-    ) -> PageTable:
-        """Make a table of plain values."""
-        return cls(title, list(header), [[Cell(str(value)) for value in row] for row in rows], caption)
+    def __post_init__(self) -> None:
+        self.rows: list[list[Cell]] = [
+            [cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows
+        ]
 
     def numeric(self, column: int) -> bool:
         """Whether all cells of a column look like numbers, which are aligned to the right.
 
-        >>> table = PageTable.of("", ["", "n", "why"], [["a", "71.7% ± 5.9", "gold"]])
+        >>> table = PageTable("", ["", "n", "why"], [["a", "71.7% ± 5.9", "gold"]])
         >>> [table.numeric(column) for column in range(3)]
         [False, True, False]
         """
@@ -65,15 +57,10 @@ class PageTable:
         return any(cell.best for row in self.rows for cell in row)
 
 
-@dataclass(frozen=True)
-class Result:
-    """One method's score on one data set.
+class Result(NamedTuple):
+    """One method's score on one data set; ``total`` counts its answers, with or without the score.
 
-    Attributes:
-        estimate: mean over the samples that have the score.
-        against: comparison with zero-shot on the same samples; ``None`` for zero-shot itself, or without it.
-        published: the paper's value, where settings are the paper's.
-        total: samples that the method answered; where the score is of fewer, the cell says of how many.
+    ``against`` compares with zero-shot on the same samples; ``published`` is the paper's value.
     """
 
     estimate: Estimate
@@ -88,14 +75,7 @@ def score_table(
     rows: Mapping[str, Sequence[Result | None]],
     caption: str = "",
 ) -> PageTable:
-    """Build a table of scores, one row per method.
-
-    Args:
-        title: heading.
-        columns: score and heading of each column.
-        rows: results by name of the method, one per column, ``None`` where there is none.
-        caption: what the values mean.
-    """
+    """Build a table of scores: a column per ``(score, heading)``, a row per method."""
     best = [_best(score, [row[i] for row in rows.values()]) for i, (score, _) in enumerate(columns)]
     body = [
         [Cell(name), *(_cell(score, *found) for (score, _), *found in zip(columns, row, best, strict=True))]
@@ -114,22 +94,16 @@ def _best(score: str, results: Iterable[Result | None]) -> float | None:
 def _cell(score: str, found: Result | None, best: float | None) -> Cell:
     if found is None:
         return Cell(NONE)
+    value, against = found.estimate.value, found.against
     notes = [f"n = {found.estimate.n}"] if found.estimate.n < found.total else []
-    if found.against and found.against.gained + found.against.lost:
-        notes.append(_change(score, found.against))
+    if against and against.gained + against.lost:
+        change = f"+{against.gained} −{against.lost}"
+        if against.test != "exact McNemar":
+            change = format_score(score, against.difference, sign="+").rstrip("%").replace("-", "−")
+        notes.append(f"{change}, {format_p(against.p_value)}")
     if found.published is not None:
         notes.append(f"paper {format_score(score, found.published)}")
-    text = format_score(score, found.estimate.value, found.estimate.error)
-    return Cell(text, "; ".join(notes), found.estimate.value == best)
-
-
-def _change(score: str, against: Paired) -> str:
-    """``+11 −1, p = 0.006`` or ``+1.2, p = 0.300``."""
-    if against.test == "exact McNemar":
-        change = f"+{against.gained} −{against.lost}"
-    else:
-        change = format_score(score, against.difference, sign="+").rstrip("%").replace("-", "−")
-    return f"{change}, {format_p(against.p_value)}"
+    return Cell(format_score(score, value, found.estimate.error), "; ".join(notes), value == best)
 
 
 def method_table(methods: Mapping[str, Any], group: str = "") -> PageTable:
@@ -151,12 +125,7 @@ def method_table(methods: Mapping[str, Any], group: str = "") -> PageTable:
 
 
 def rich_table(table: PageTable, stacked: bool = False) -> Table:
-    """A table for the terminal.
-
-    Args:
-        table: to show.
-        stacked: put the words of headings below each other, for tables of many columns.
-    """
+    """A table for the terminal; ``stacked`` puts the words of headings below each other."""
     shown = Table(title=escape(table.title), title_justify="left")
     for number, name in enumerate(table.header):
         heading = name.replace(": ", ":\n").replace(" ", "\n") if stacked else name
@@ -168,22 +137,19 @@ def rich_table(table: PageTable, stacked: bool = False) -> Table:
 
 def _rich_cell(cell: Cell) -> Text:
     text = Text(cell.text, style="bold" if cell.best else "")
-    if cell.note:
-        # Narrow columns: the samples in one line, the p-value in the next.
-        text.append("\n" + re.sub("[,;] ", "\n", cell.note), style="not bold dim")
-    return text
+    # Narrow columns: the samples in one line, the p-value in the next.
+    note = re.sub("[,;] ", "\n", cell.note)
+    return text.append(f"\n{note}", style="not bold dim") if note else text
 
 
 def markdown_table(table: PageTable) -> str:
     """A table as Markdown; the best cells are bold, notes stand in parentheses."""
     lines = [[escaped(name) for name in table.header], ["---", *(["---:"] * (len(table.header) - 1))]]
-    lines += [[_markdown_cell(cell) for cell in row] for row in table.rows]
+    for row in table.rows:
+        texts = (f"**{escaped(cell.text)}**" if cell.best else escaped(cell.text) for cell in row)
+        notes = (f" ({escaped(cell.note)})" if cell.note else "" for cell in row)
+        lines.append([text + note for text, note in zip(texts, notes, strict=True)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = f"**{escaped(cell.text)}**" if cell.best else escaped(cell.text)
-    return f"{text} ({escaped(cell.note)})" if cell.note else text
 
 
 def escaped(text: str) -> str:
@@ -194,9 +160,5 @@ def escaped(text: str) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """A number with its noun.
-
-    >>> count_of(1, "sample"), count_of(1200, "sample")
-    ('1 sample', '1,200 samples')
-    """
+    """A number with its noun, as ``1,200 samples``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
