@@ -41,11 +41,6 @@ class ShareSampler(DistributedSampler):
 
     Lightning would put in a sampler of its own, which refuses an empty share, for anything that is no
     :class:`DistributedSampler`.
-
-    Args:
-        batches: of all processes.
-        num_replicas: processes that share them out.
-        rank: of this one.
     """
 
     def __init__(self, batches: Sequence[Any], num_replicas: int = 1, rank: int = 0) -> None:
@@ -61,17 +56,8 @@ class ShareSampler(DistributedSampler):
 
 
 def plan(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
-    """Divide items into batches, the longest first: what does not fit shows at the start.
+    """Divide items of these lengths into batches of their numbers, the longest first.
 
-    Args:
-        lengths: tokens of each item.
-        limits: of a batch.
-
-    Returns:
-        the items' numbers by batch.
-
-    >>> plan([5, 100, 7, 90], BatchLimits(samples=3, tokens=200))
-    [[1, 3], [2, 0]]
     >>> plan([5, 100, 7, 90], BatchLimits(samples=3, shortest=0.5))
     [[1, 3], [2, 0]]
     """

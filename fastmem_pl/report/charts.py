@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import re
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -11,20 +13,21 @@ import pandas as pd
 
 from fastmem_pl.metrics import estimate, find_score
 from fastmem_pl.report.collect import Comparison
-from fastmem_pl.report.figure import draw_bars, draw_chart, series_name
-from fastmem_pl.report.page import Chart
+from fastmem_pl.report.page import FOLDER, Chart
+from fastmem_pl.report.table import PageTable
 
+# Colours of charts.mplstyle, and the page's variables that take their place.
+_VARIABLES = {f"#0000c{n}": f"var(--c{n})" for n in range(8)}
+_VARIABLES |= {"#010001": "var(--ink)", "#010002": "var(--muted)", "#010003": "var(--grid)"}
 _BINS, _LEAST_OF_BIN, _MOST_BARS = 5, 4, 4
 
 
 def make_charts(comparison: Comparison) -> list[Chart]:
     """All charts that the records have numbers for."""
-    return [chart for chart in _all(comparison) if chart is not None]
-
-
-def _all(comparison: Comparison) -> Iterator[Chart | None]:
-    yield _curve_chart(comparison, "cross_entropy", "Loss over the steps", "cross-entropy, nats a token")
-    yield _curve_chart(comparison, "kl", "Distance from the model itself", "KL(p₀ ‖ pₙ), nats a token")
+    charts = [
+        _curve_chart(comparison, "cross_entropy", "Loss over the steps", "cross-entropy, nats a token"),
+        _curve_chart(comparison, "kl", "Distance from the model itself", "KL(p₀ ‖ pₙ), nats a token"),
+    ]
     for kind, label, about in (
         ("length", "context tokens", "context length"),
         ("perplexity", "perplexity of the context (base model)", "perplexity of the context"),
@@ -36,7 +39,7 @@ def _all(comparison: Comparison) -> Iterator[Chart | None]:
                 name = f"{kind}-{place}" + (f"-{number}" if number else "")
                 data = [comparison.datasets[place].label] if len(comparison.tasks) > 1 else []
                 where = ", ".join([about, *data, *([model] if models.ngroups > 1 else [])])
-                yield _binned_chart(comparison, place, answers, kind, name, label, where)
+                charts.append(_binned_chart(comparison, place, answers, kind, name, label, where))
     for score, title, caption in (
         ("format_failure", "Format failures", 'Answers without "The answer is:".'),
         (
@@ -47,13 +50,13 @@ def _all(comparison: Comparison) -> Iterator[Chart | None]:
         ),
     ):
         caption += " Lower is better; bars show standard errors."
-        yield _score_chart(comparison, score, title, caption)
-    yield _seconds_chart(comparison)
+        charts.append(_score_chart(comparison, score, title, caption))
+    charts.append(_seconds_chart(comparison))
     peaks = comparison.peak_memory.rename(lambda number: comparison.runs[number].label).T
     caption = "The weights included: allocated on a GPU, resident on a CPU."
-    yield _bar_chart("memory", "Memory", caption, peaks, ["run", "phase", "peak GiB"], 2)
-    for place in comparison.tasks:
-        yield _layer_chart(comparison, place)
+    charts.append(_bar_chart("memory", "Memory", caption, peaks, ["run", "phase", "peak GiB"], 2))
+    charts += [_layer_chart(comparison, place) for place in comparison.tasks]
+    return [chart for chart in charts if chart is not None]
 
 
 def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> Chart | None:
@@ -70,7 +73,7 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
     def draw(axes: Any) -> None:
         for number, (data, bands) in enumerate(found.items()):
             steps = np.arange(bands.shape[1])
-            axes.plot(steps, bands[2], marker="", label=series_name(data))
+            axes.plot(steps, bands[2], marker="", label=_series_name(data))
             for low, high, alpha in ((0, 4, 0.12), (1, 3, 0.2)):
                 axes.fill_between(steps, bands[low], bands[high], color=f"C{number}", alpha=alpha, lw=0)
         axes.set_xlabel("updates so far")
@@ -115,7 +118,7 @@ def _binned_chart(
             places = np.asarray(list(points)) + (number - (len(shown) - 1) / 2) * 0.08
             # Bars of many methods would hide the lines; they are in the numbers.
             bars = [one.error or 0.0 for one in points.values()] if len(shown) <= _MOST_BARS else None
-            axes.errorbar(places, [one.value for one in points.values()], bars, label=series_name(variant))
+            axes.errorbar(places, [one.value for one in points.values()], bars, label=_series_name(variant))
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlabel(label)
         axes.set_ylabel(heading)
@@ -147,22 +150,16 @@ def _score_chart(comparison: Comparison, score: str, title: str, caption: str) -
     return _bar_chart(score, title, caption, values, ["data", "method", heading], 1, errors)
 
 
-def _seconds_chart(comparison: Comparison) -> Chart:
+def _seconds_chart(comparison: Comparison) -> Chart | None:
     """Memorizing and decoding stacked, by data set and method."""
     means = {}
     for place in comparison.tasks:
         data = f"{comparison.datasets[place].label}: " if len(comparison.tasks) > 1 else ""
         for variant, answers in comparison.groups[place].items():
             means[f"{data}{variant}"] = answers[["memorize", "decode"]].mean()
-    frame = pd.DataFrame(means).T
-
-    def draw(axes: Any) -> None:
-        draw_bars(axes, frame, stacked=True)
-        axes.set_xlabel("seconds a sample")
-
-    rows = [[label, *(f"{value:.3f}" for value in own)] for label, own in frame.iterrows()]
     caption = "A batch's seconds are shared out among its samples; decoding counts the prompt's pass."
-    return draw_chart("seconds", "Time", caption, draw, ["method", "memorize, s", "decode, s"], rows)
+    header = ["phase", "method", "seconds a sample"]
+    return _bar_chart("seconds", "Time", caption, pd.DataFrame(means).T, header, 3, stacked=True)
 
 
 def _layer_chart(comparison: Comparison, place: int) -> Chart | None:
@@ -179,6 +176,44 @@ def _layer_chart(comparison: Comparison, place: int) -> Chart | None:
     return _bar_chart(f"layers-{place}", title, caption, pd.DataFrame(shares).sort_index(), header)
 
 
+def _scale(score: str) -> tuple[float, str]:
+    """Factor of a score's values on a chart, and its heading there."""
+    found = find_score(score)
+    return (100.0, f"{found.label}, %") if found.percent else (1.0, found.label)
+
+
+def draw_chart(
+    name: str,
+    title: str,
+    caption: str,
+    draw: Callable[[Any], None],
+    header: list[str],
+    rows: Iterable[Iterable[Any]],
+) -> Chart:
+    """Let ``draw`` fill axes of an SVG in the page's colours; ``header`` and ``rows`` are its numbers."""
+    # Slow to import, and only the page has pictures.
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    # Neither the user's matplotlibrc nor a random salt may change the picture.
+    with style.context(["default", FOLDER / "charts.mplstyle", {"svg.hashsalt": f"fastmem-{name}"}]):
+        figure = Figure()
+        axes = figure.subplots()
+        draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        # Below the axes: eight methods would cover the curves.
+        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(4, len(labels))))
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match.group()], file.getvalue())
+    return Chart(name, title, caption, svg, PageTable(title, header, rows))
+
+
+def _series_name(label: str) -> str:
+    """A label as legends show it: matplotlib leaves out those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
+
+
 def _bar_chart(
     name: str,
     title: str,
@@ -187,26 +222,38 @@ def _bar_chart(
     header: list[str],
     digits: int = 1,
     errors: pd.DataFrame | None = None,
+    stacked: bool = False,
 ) -> Chart | None:
-    """Bars of a row by column; the table says them one by one, ``header`` names column, row and value."""
+    """A group of bars per row, the first on top, of a series per column: side by side, or stacked.
+
+    The table says them one by one; ``header`` names column, row and value.
+    """
     if values.empty:
         return None
-
-    def draw(axes: Any) -> None:
-        draw_bars(axes, values, errors)
-        axes.set_xlim(left=0)
-        axes.set_ylabel(header[1])
-        axes.set_xlabel(header[2])
-
-    rows = []
+    side_by_side = 1 if stacked else len(values.columns)
+    width, ends, rows = 0.8 / side_by_side, values.cumsum(axis=1), []
     for column in values:
         for row, value in values[column].dropna().items():
             error = "" if errors is None else f" ± {errors.loc[row, column]:.{digits}f}"
             rows.append([column, row, f"{value:.{digits}f}{error}"])
+
+    def draw(axes: Any) -> None:
+        for number, column in enumerate(values):
+            own = values[column].dropna()
+            shift = 0.0 if stacked else (number - (side_by_side - 1) / 2) * width
+            look = {"color": f"C{number}", "label": _series_name(column)}
+            if stacked:
+                look["left"] = ends[column] - own
+            if errors is not None:
+                look |= {"xerr": errors.loc[own.index, column], "ecolor": "#010001", "error_kw": {"lw": 1}}
+            axes.barh(values.index.get_indexer(own.index) + shift, own, 0.9 * width, **look)
+        axes.set_yticks(range(len(values)), values.index)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(left=0)
+        axes.set_ylabel(header[1])
+        axes.set_xlabel(header[2])
+        # Names and bars need height.
+        axes.figure.set_figheight(max(3.5, 0.9 + 0.3 * max(len(values), values.size // 2)))
+
     return draw_chart(name, title, caption, draw, header, rows)
-
-
-def _scale(score: str) -> tuple[float, str]:
-    """Factor of a score's values on a chart, and its heading there."""
-    found = find_score(score)
-    return (100.0, f"{found.label}, %") if found.percent else (1.0, found.label)

@@ -36,12 +36,9 @@ class Comparison:
     """Runs side by side; numbers of runs and data sets are their places in these lists.
 
     Attributes:
-        runs: as given.
         datasets: all tasks of a file first, then single tasks, both in the order of the runs.
-        answers: one row per answer, those of a mixed file once more in the data set of all its tasks: its
-            place (``dataset``, ``run``, ``system``, ``model``, ``method``, ``index`` of the sample, and
-            ``variant``, the row of the result tables: method and, where there are several, system), its
-            ``record``, and numbers of it (``memorize`` and ``decode`` in seconds, ``length`` in tokens).
+        answers: one row per answer, those of a mixed file once more in the data set of all its tasks. A
+            ``variant`` is a row of the result tables: method and, where there are several, system.
         scores: the same rows, one column per score; NaN where an answer has none.
     """
 
@@ -107,12 +104,14 @@ class Comparison:
 
     def baseline(self, dataset: int, variant: str) -> str | None:
         """Zero-shot to compare with: that of the variant's system, or of another run that asked the same."""
-        groups = self.groups[dataset]
-        own = groups[variant].iloc[0]
-        others = [rows.iloc[0] for rows in groups.values() if rows["method"].iat[0] == BASELINE]
+        firsts = {name: rows.iloc[0] for name, rows in self.groups[dataset].items()}
+        own = firsts.get(variant)
+        if own is None or own["method"] == BASELINE:
+            return None
+        others = [first for first in firsts.values() if first["method"] == BASELINE]
         same = [other for other in others if other["system"] == own["system"]]
         same += [other for other in others if self.runs[other["run"]].asked == self.runs[own["run"]].asked]
-        return same[0]["variant"] if same and own["method"] != BASELINE else None
+        return same[0]["variant"] if same else None
 
     @property
     def peak_memory(self) -> pd.DataFrame:
@@ -137,12 +136,7 @@ class Comparison:
 
 
 def collect(paths: Sequence[str | Path], data: str | Path | None = None, contexts: bool = True) -> Comparison:
-    """Read run folders.
-
-    Args:
-        paths: run folders.
-        data: file that holds the samples, where it is not where the runs found it.
-        contexts: read the data, too.
+    """Read run folders, and with ``contexts`` their samples: from ``data``, or where the runs found them.
 
     Raises:
         FastMemError: for a folder that is no run or holds no answers, and for damaged files.
@@ -177,25 +171,19 @@ def _systems(runs: Sequence[ReportRun]) -> dict[str, str]:
 
     The name is empty where there is one system, else its model, or its runs where models have one name.
     """
-    found: list[list[ReportRun]] = []
+    found: list[tuple[Any, set[tuple[str, str]], list[ReportRun]]] = []
     for run in runs:
-        system = next((system for system in found if _belongs(run, system)), None)
+        key, about = (run.model_key, run.precision), {(run.data_key, task) for task in run.tasks}
+        system = next((system for system in found if system[0] == key and not system[1] & about), None)
         if system is None:
-            found.append([run])
-        else:
-            system.append(run)
-    names = [""] if len(found) == 1 else [system[0].model for system in found]
+            found.append(system := (key, set(), []))
+        system[1].update(about)
+        system[2].append(run)
+    systems = [members for _, _, members in found]
+    names = [""] if len(systems) == 1 else [members[0].model for members in systems]
     if len(set(names)) < len(names):
-        names = [", ".join(run.label for run in system) for system in found]
-    return {run.label: name for name, system in zip(names, found, strict=True) for run in system}
-
-
-def _belongs(run: ReportRun, system: Sequence[ReportRun]) -> bool:
-    """Whether a run is of the system's model, and about other data."""
-    same = (run.model_key, run.precision) == (system[0].model_key, system[0].precision)
-    return same and not any(
-        run.data_key == other.data_key and set(run.tasks) & set(other.tasks) for other in system
-    )
+        names = [", ".join(run.label for run in members) for members in systems]
+    return {run.label: name for name, members in zip(names, systems, strict=True) for run in members}
 
 
 def _models(runs: Sequence[ReportRun]) -> dict[str, str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fastmem_pl.report.table import PageTable
 
-_FOLDER = Path(__file__).parent / "page"
+FOLDER = Path(__file__).parent / "page"
 # Print comes last, in page.css.
 _STYLES = ("samples.css", "page.css")
 _SCRIPTS = ("filters.js", "list.js", "detail.js", "page.js")
@@ -39,13 +37,8 @@ _UNSAFE_JSON = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 class Chart:
     """A chart of this package's own making: its markup is trusted.
 
-    Attributes:
-        id: unique on the page; the prefix of all ids in the SVG.
-        title: heading, and the name of the picture to those who do not see it.
-        caption: what the chart shows.
-        svg: ``<svg ...>`` without XML prolog, in the page's CSS variables ``--c0`` ... ``--c7``, ``--ink``,
-            ``--muted``, ``--grid`` and ``--panel``; ``style`` elements in it are left out.
-        table: the numbers.
+    ``svg`` uses the page's CSS variables ``--c0`` ... ``--c7``, ``--ink``, ``--muted`` and ``--grid``; XML
+    prolog and ``style`` elements are left out, and ``id`` is the prefix of all ids in it.
     """
 
     id: str
@@ -72,15 +65,10 @@ class Page:
 def render_page(page: Page) -> str:
     """Return the page as one self-contained HTML document, to be written as UTF-8."""
     style, script = (
-        "\n".join((_FOLDER / n).read_text("utf-8") for n in names) for names in (_STYLES, _SCRIPTS)
+        "\n".join((FOLDER / n).read_text("utf-8") for n in names) for names in (_STYLES, _SCRIPTS)
     )
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, **options)
     html = environment.get_template("page.html").render(
         page=page,
         style=style,
@@ -105,19 +93,6 @@ def _inline_svg(chart: Chart) -> str:
 
 
 def _embedded_json(data: dict[str, Any]) -> str:
-    """Return data as JSON that can stand in a script element; what is not finite becomes null."""
-    try:
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except ValueError:
-        text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Return data as JSON that can stand in a script element."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(entry) for entry in value]
-    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from rich.markup import escape
@@ -27,60 +26,44 @@ _COLUMNS = {
 
 
 def profile_page_table(profile: Mapping[str, Any]) -> PageTable:
-    """The phases of a run, decoding by method where there are several, and the sum.
-
-    Args:
-        profile: content of ``profile.json``.
-    """
-    rows = []
+    """The phases of a ``profile.json``, decoding by method where there are several, and the sum."""
+    phases = {}
     for phase, numbers in profile["phases"].items():
-        rows.append(_row(phase, numbers))
+        phases[phase] = numbers
         methods = numbers.get("methods", {})
         if len(methods) > 1:
-            rows += [_row(f"{phase}: {method}", own) for method, own in methods.items()]
-    wall = profile["wall_seconds"]
-    peaks = [numbers.get("peak_memory_gib", 0.0) for numbers in profile["phases"].values()]
-    rows.append(_row("all", {"seconds": wall, "share": 1.0, "peak_memory_gib": max(peaks)}))
-    caption = "; ".join([_title(profile), *_notes(profile)])
-    return PageTable("", ["phase", *_COLUMNS], rows, caption)
+            phases |= {f"{phase}: {method}": own for method, own in methods.items()}
+    peak = max(numbers.get("peak_memory_gib", 0.0) for numbers in profile["phases"].values())
+    phases["all"] = {"seconds": profile["wall_seconds"], "share": 1.0, "peak_memory_gib": peak}
+    rows = [
+        [phase, *(_shown(name, numbers.get(name)) for name in _COLUMNS.values())]
+        for phase, numbers in phases.items()
+    ]
+    device, settings = profile["environment"]["device"], profile["settings"]
+    processes, traced, notes = len(profile["processes"]), profile["traced_batches"], []
+    title = (
+        f"profile of {profile['mode']}: {count_of(profile['num_samples'], 'sample')}, "
+        f"{settings['model']['backbone']['source']} in {settings['trainer']['precision']} on "
+        f"{f'{processes} processes, ' if processes > 1 else ''}{device['name']}"
+        + (f", {count_of(device['threads'], 'thread')}" if device["type"] == "cpu" else "")
+    )
+    if processes > 1:
+        notes.append("seconds are those of the slowest process, tokens those of all")
+    if traced:
+        watched = "batch was" if traced == 1 else "batches were"
+        notes.append(f"{traced} {watched} watched by torch.profiler, which slows them")
+    if profile["files"]:
+        notes.append(f"beside profile.json: {', '.join(profile['files'])}")
+    return PageTable(title, ["phase", *_COLUMNS], rows, "; ".join(notes))
 
 
 def profile_table(profile: Mapping[str, Any]) -> Table:
     """The same for the terminal."""
-    table = rich_table(replace(profile_page_table(profile), title=_title(profile)), stacked=True)
+    made = profile_page_table(profile)
+    table = rich_table(made, stacked=True)
     table.rows[-1].style = "bold"
-    table.caption, table.caption_justify = escape("; ".join(_notes(profile))) or None, "left"
+    table.caption, table.caption_justify = escape(made.caption) or None, "left"
     return table
-
-
-def _title(profile: Mapping[str, Any]) -> str:
-    """What was measured, by what model, and on what."""
-    device, settings = profile["environment"]["device"], profile["settings"]
-    count = len(profile["processes"])
-    return (
-        f"profile of {profile['mode']}: {count_of(profile['num_samples'], 'sample')}, "
-        f"{settings['model']['backbone']['source']} in {settings['trainer']['precision']} on "
-        f"{f'{count} processes, ' if count > 1 else ''}{device['name']}"
-        + (f", {count_of(device['threads'], 'thread')}" if device["type"] == "cpu" else "")
-    )
-
-
-def _notes(profile: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know of the numbers, and the files that lie beside them."""
-    notes = []
-    if len(profile["processes"]) > 1:
-        notes.append("seconds are those of the slowest process, tokens those of all")
-    if profile["traced_batches"]:
-        count = profile["traced_batches"]
-        watched = "batch was" if count == 1 else "batches were"
-        notes.append(f"{count} {watched} watched by torch.profiler, which slows them")
-    if profile["files"]:
-        notes.append(f"beside profile.json: {', '.join(profile['files'])}")
-    return notes
-
-
-def _row(phase: str, numbers: Mapping[str, Any]) -> list[str]:
-    return [phase, *(_shown(name, numbers.get(name)) for name in _COLUMNS.values())]
 
 
 def _shown(name: str, value: float | None) -> str:

@@ -33,14 +33,11 @@ class ReportRun:
     """One run folder as a report sees it.
 
     Attributes:
-        label: short name, unlike that of any other run of the report.
         identity: nested settings that the results depend on (``run.json``).
         records: answers to the samples that all methods have answered, in the order of the data.
         metrics: content of ``metrics.json``; empty while the run is not complete.
         samples: the data by index, where the file was found unchanged.
-        notices: lines for the reader.
         settings: those of the model by their short names, which differ between groups.
-        tasks: of the answers, in the order of the data.
         data_key: names the samples: hash of the file, and the fields of it that were read.
         model_key: hash of the model's weights, or its name where a run does not state them.
         asked: what zero-shot answers depend on beside the sample: runs that agree in it have the same ones.
@@ -159,17 +156,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def notices_of(records: Sequence[Record], total: int | None) -> list[str]:
     """What a reader should know of answers, where ``total`` samples were to be answered."""
-    answered = len({record["index"] for record in records})
+    answered = {record["index"] for record in records}
     failed = {record["index"] for record in records if record.get("status", "ok") != "ok"}
     cut = {record["index"] for record in records if record.get("n_truncated_tokens")}
     lines = []
-    if total and answered < total:
-        lines.append(f"only {answered} of {total} samples are answered so far")
-    if failed:
-        shown = count_of(len(failed), "sample")
-        lines.append(f"{shown} could not be memorized; the base model answered (see 'status')")
-    if cut:
-        lines.append(f"{count_of(len(cut), 'sample')} had a context over the limit, which was cut off")
+    if total and len(answered) < total:
+        lines.append(f"only {len(answered)} of {total} samples are answered so far")
+    for what, samples in (
+        ("could not be memorized; the base model answered (see 'status')", failed),
+        ("had a context over the limit, which was cut off", cut),
+    ):
+        if samples:
+            lines.append(f"{count_of(len(samples), 'sample')} {what}")
     return lines
 
 

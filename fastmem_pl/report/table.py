@@ -73,7 +73,6 @@ def score_table(
     title: str,
     columns: Sequence[tuple[str, str]],
     rows: Mapping[str, Sequence[Result | None]],
-    caption: str = "",
 ) -> PageTable:
     """Build a table of scores: a column per ``(score, heading)``, a row per method."""
     best = [_best(score, [row[i] for row in rows.values()]) for i, (score, _) in enumerate(columns)]
@@ -81,7 +80,7 @@ def score_table(
         [Cell(name), *(_cell(score, *found) for (score, _), *found in zip(columns, row, best, strict=True))]
         for name, row in rows.items()
     ]
-    return PageTable(title, ["method", *(heading for _, heading in columns)], body, caption)
+    return PageTable(title, ["method", *(heading for _, heading in columns)], body)
 
 
 def _best(score: str, results: Iterable[Result | None]) -> float | None:
@@ -140,16 +139,6 @@ def _rich_cell(cell: Cell) -> Text:
     # Narrow columns: the samples in one line, the p-value in the next.
     note = re.sub("[,;] ", "\n", cell.note)
     return text.append(f"\n{note}", style="not bold dim") if note else text
-
-
-def markdown_table(table: PageTable) -> str:
-    """A table as Markdown; the best cells are bold, notes stand in parentheses."""
-    lines = [[escaped(name) for name in table.header], ["---", *(["---:"] * (len(table.header) - 1))]]
-    for row in table.rows:
-        texts = (f"**{escaped(cell.text)}**" if cell.best else escaped(cell.text) for cell in row)
-        notes = (f" ({escaped(cell.note)})" if cell.note else "" for cell in row)
-        lines.append([text + note for text, note in zip(texts, notes, strict=True)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def escaped(text: str) -> str:
