@@ -19,6 +19,8 @@ from fastmem_pl.report.table import PageTable
 # Colours of charts.mplstyle, and the page's variables that take their place.
 _VARIABLES = {f"#0000c{n}": f"var(--c{n})" for n in range(8)}
 _VARIABLES |= {"#010001": "var(--ink)", "#010002": "var(--muted)", "#010003": "var(--grid)"}
+# Before the label of a series: matplotlib leaves out those that begin with an underscore.
+_SHOWN = " "
 _BINS, _LEAST_OF_BIN, _MOST_BARS = 5, 4, 4
 
 
@@ -73,7 +75,7 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
     def draw(axes: Any) -> None:
         for number, (data, bands) in enumerate(found.items()):
             steps = np.arange(bands.shape[1])
-            axes.plot(steps, bands[2], marker="", label=_series_name(data))
+            axes.plot(steps, bands[2], marker="", label=_SHOWN + data)
             for low, high, alpha in ((0, 4, 0.12), (1, 3, 0.2)):
                 axes.fill_between(steps, bands[low], bands[high], color=f"C{number}", alpha=alpha, lw=0)
         axes.set_xlabel("updates so far")
@@ -118,7 +120,7 @@ def _binned_chart(
             places = np.asarray(list(points)) + (number - (len(shown) - 1) / 2) * 0.08
             # Bars of many methods would hide the lines; they are in the numbers.
             bars = [one.error or 0.0 for one in points.values()] if len(shown) <= _MOST_BARS else None
-            axes.errorbar(places, [one.value for one in points.values()], bars, label=_series_name(variant))
+            axes.errorbar(places, [one.value for one in points.values()], bars, label=_SHOWN + variant)
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlabel(label)
         axes.set_ylabel(heading)
@@ -209,11 +211,6 @@ def draw_chart(
     return Chart(name, title, caption, svg, PageTable(title, header, rows))
 
 
-def _series_name(label: str) -> str:
-    """A label as legends show it: matplotlib leaves out those that begin with an underscore."""
-    return f" {label}" if label.startswith("_") else label
-
-
 def _bar_chart(
     name: str,
     title: str,
@@ -241,7 +238,7 @@ def _bar_chart(
         for number, column in enumerate(values):
             own = values[column].dropna()
             shift = 0.0 if stacked else (number - (side_by_side - 1) / 2) * width
-            look = {"color": f"C{number}", "label": _series_name(column)}
+            look = {"color": f"C{number}", "label": _SHOWN + column}
             if stacked:
                 look["left"] = ends[column] - own
             if errors is not None:

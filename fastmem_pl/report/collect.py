@@ -75,14 +75,13 @@ class Comparison:
                 baseline = self.baseline(place, variant)
                 run, method = self.runs[answers["run"].iat[0]], answers["method"].iat[0]
                 for score in self.scores_of(place):
-                    values = self.values(place, variant, score)
+                    values, against = self.values(place, variant, score), None
                     if values.empty:
                         continue
-                    against = None
                     if baseline is not None:
                         pairs = pd.concat([self.values(place, baseline, score), values], axis=1, join="inner")
-                        binary = find_score(score).binary
-                        against = paired(*pairs.to_numpy().T, binary) if len(pairs) else None
+                        if len(pairs):
+                            against = paired(*pairs.to_numpy().T, find_score(score).binary)
                     paper = published(run, self.datasets[place].task, method, score)
                     found[place, variant, score] = Result(estimate(values), against, paper, len(answers))
         return found
@@ -124,15 +123,13 @@ class Comparison:
         """Loss curves of all memorized samples by data set, and by system where there are several."""
         # All methods of a system share the memory.
         memories = self.answers[self.answers["memory"]].drop_duplicates(["dataset", "system", "index"])
-        found = {}
-        groups = memories.groupby(["dataset", "system"], sort=False)
-        for (place, system), answers in sorted(groups, key=lambda group: group[0][0]):
-            whole = [r["curve"] for r in answers["record"] if r.get("curve") and r.get("status") == "ok"]
-            curves = [curve for curve in whole if curve.get("cross_entropy")]
-            if curves and self.datasets[place].task:
-                label = self.datasets[place].label
-                found[f"{label} · {system}" if system else label] = curves
-        return found
+        found: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+        for place in self.tasks:
+            label = self.datasets[place].label
+            for system, answers in memories[memories["dataset"] == place].groupby("system", sort=False):
+                whole = [r["curve"] for r in answers["record"] if r.get("curve") and r.get("status") == "ok"]
+                found[f"{label} · {system}" if system else label] = [c for c in whole if c["cross_entropy"]]
+        return {label: curves for label, curves in found.items() if curves}
 
 
 def collect(paths: Sequence[str | Path], data: str | Path | None = None, contexts: bool = True) -> Comparison:

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader
 
 from fastmem_pl.data import TASKS
 from fastmem_pl.metrics import Estimate, estimate, find_score
 from fastmem_pl.report.browser import browser_data
 from fastmem_pl.report.charts import make_charts
 from fastmem_pl.report.collect import Comparison
-from fastmem_pl.report.page import FOLDER, Page, render_page
+from fastmem_pl.report.page import render, render_page
 from fastmem_pl.report.profile_table import profile_page_table
 from fastmem_pl.report.runs import ReportRun
 from fastmem_pl.report.table import EFFORT, NONE, PageTable, Result, count_of, escaped, score_table
@@ -162,7 +161,7 @@ def html(comparison: Comparison, title: str) -> str:
     # Each once, whoever answered about it.
     answered = {(run.data_key, r["task"], r["index"]) for run in runs for r in run.records}
     counts = {"sample": len(answered), "method": comparison.answers["method"].nunique(), "run": len(runs)}
-    page = Page(
+    return render_page(
         title=title,
         subtitle=", ".join(count_of(number, noun) for noun, number in counts.items()),
         facts=_facts(runs),
@@ -172,24 +171,13 @@ def html(comparison: Comparison, title: str) -> str:
         browser=browser_data(comparison),
         footer="Made by fastmem report. FastMem: Zhu et al., Findings of EMNLP 2024, arXiv 2406.16069.",
     )
-    return render_page(page)
 
 
 def markdown(comparison: Comparison, title: str) -> str:
     """The tables as Markdown."""
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        finalize=lambda value: escaped(str(value)),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("tables.md").render(
-        title=title,
-        facts=_facts(comparison.runs),
-        notices=notices(comparison),
-        tables=all_tables(comparison),
-    )
+    facts, tables = _facts(comparison.runs), all_tables(comparison)
+    values = {"title": title, "facts": facts, "notices": notices(comparison), "tables": tables}
+    return render("tables.md", lambda value: escaped(str(value)), **values) + "\n"
 
 
 def is_ours(path: Path) -> bool:

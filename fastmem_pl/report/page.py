@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,34 +49,31 @@ class Chart:
     table: PageTable | None = None
 
 
-@dataclass(frozen=True)
-class Page:
-    """All that stands in a report, from top to bottom; ``browser`` is described in ``page/filters.js``."""
-
-    title: str
-    subtitle: str
-    facts: list[tuple[str, str]]
-    notices: list[str]
-    tables: list[PageTable]
-    charts: list[Chart]
-    browser: dict[str, Any]
-    footer: str
+def render(template: str, escape: Callable[[Any], str] | None = None, **values: Any) -> str:
+    """Fill a template of the page's folder; without ``escape``, texts are escaped for HTML."""
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    loader = FileSystemLoader(FOLDER)
+    environment = Environment(loader=loader, autoescape=escape is None, finalize=escape, **options)
+    return environment.get_template(template).render(**values)
 
 
-def render_page(page: Page) -> str:
-    """Return the page as one self-contained HTML document, to be written as UTF-8."""
+def render_page(**page: Any) -> str:
+    """Return one self-contained HTML document, to be written as UTF-8.
+
+    From top to bottom: texts ``title`` and ``subtitle``, ``facts`` (pairs of texts), ``notices`` (texts),
+    ``tables``, ``charts``, ``browser`` (see ``page/filters.js``), ``footer``.
+    """
     style, script = (
         "\n".join((FOLDER / n).read_text("utf-8") for n in names) for names in (_STYLES, _SCRIPTS)
     )
-    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, **options)
-    html = environment.get_template("page.html").render(
+    html = render(
+        "page.html",
         page=page,
         style=style,
         script=script,
         policy=_POLICY.format(script=_digest(script), style=_digest(style)),
-        charts=[(chart, _inline_svg(chart)) for chart in page.charts],
-        data=_embedded_json(page.browser) if page.browser.get("samples") else "",
+        charts=[(chart, _inline_svg(chart)) for chart in page["charts"]],
+        data=_embedded_json(page["browser"]) if page["browser"].get("samples") else "",
     )
     # A lone surrogate, half a character that a model or a file broke, cannot be written as UTF-8.
     return html.encode("utf-8", "replace").decode("utf-8")

@@ -37,10 +37,6 @@ class ReportRun:
         records: answers to the samples that all methods have answered, in the order of the data.
         metrics: content of ``metrics.json``; empty while the run is not complete.
         samples: the data by index, where the file was found unchanged.
-        settings: those of the model by their short names, which differ between groups.
-        data_key: names the samples: hash of the file, and the fields of it that were read.
-        model_key: hash of the model's weights, or its name where a run does not state them.
-        asked: what zero-shot answers depend on beside the sample: runs that agree in it have the same ones.
     """
 
     path: Path
@@ -56,16 +52,23 @@ class ReportRun:
         data, self.settings = self.identity["data"], flat_settings(self.identity["model"])
         self.tasks = list(dict.fromkeys(record["task"] for record in self.records))
         self.answered = len({record["index"] for record in self.records})
-        self.data_hash, fields = str(data.get("file_hash")), data.get("fields")
-        self.data_key = f"{self.data_hash} {json.dumps(fields, sort_keys=True)}" if fields else self.data_hash
+        self.data_hash = str(data.get("file_hash"))
+        # The samples: the file, and the fields of it that were read.
+        self.data_key = f"{self.data_hash} {json.dumps(data.get('fields') or '', sort_keys=True)}"
         source, quantization = str(self.settings.get("source", "model")), self.settings.get("quantization")
         name = "SmolLM2-135M-Instruct" if source == "demo" else Path(source).name
         self.model = f"{name} ({quantization})" if quantization else name
         self.model_key = str(self.settings.get("fingerprint") or source)
         self.precision = str(self.identity.get("trainer", {}).get("precision") or "")
-        settings = [self.settings.get(name) for name in _ZERO_SHOT]
-        asked = (self.model_key, self.precision, self.data_key, data.get("task"), data.get("answer_prefix"))
-        self.asked = (*asked, *settings)
+        # What zero-shot answers depend on beside the sample: runs that agree in it have the same ones.
+        self.asked = [
+            self.model_key,
+            self.precision,
+            self.data_key,
+            data.get("task"),
+            data.get("answer_prefix"),
+        ]
+        self.asked += [self.settings.get(name) for name in _ZERO_SHOT]
 
 
 def flat_settings(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,10 +85,9 @@ def read_run(path: Path, label: str = "") -> ReportRun:
     Raises:
         FastMemError: when it is no run, holds no answers, or a file of it is damaged.
     """
-    if not path.is_dir():
-        raise FastMemError(f"no such run folder: {path}")
     if not (path / "run.json").is_file():
-        raise FastMemError(f"{path} is no run folder (it holds no run.json)")
+        wrong = f"{path} is no run folder (it holds no run.json)"
+        raise FastMemError(wrong if path.is_dir() else f"no such run folder: {path}")
     identity = _read_json(path / "run.json").get("identity")
     if not (isinstance(identity, dict) and all(isinstance(identity.get(k), dict) for k in ("model", "data"))):
         raise FastMemError(f"{path / 'run.json'} is damaged (no settings in it)")
@@ -189,8 +191,7 @@ def find_samples(run: ReportRun, given: str | Path | None) -> None:
         return
     data = run.identity["data"]
     prefix, limit = data.get("answer_prefix", ""), data.get("limit")
-    samples = read_samples(path, data["task"], data.get("fields"), prefix, limit)
-    run.samples = {sample.index: sample for sample in samples}
+    run.samples = dict(enumerate(read_samples(path, data["task"], data.get("fields"), prefix, limit)))
 
 
 def perplexity(record: Mapping[str, Any]) -> float | None:
