@@ -17,7 +17,7 @@ from fastmem_pl.base.errors import FastMemError, nearest
 from fastmem_pl.cli import COMMANDS, USAGE
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.report import print_run
-from fastmem_pl.report.profile_table import profile_table
+from fastmem_pl.report.table import profile_table
 from fastmem_pl.report.terminal import make_console
 from fastmem_pl.run.loggers import NAMES as LOGGERS
 from fastmem_pl.run.predict import FastMemModule

@@ -14,7 +14,6 @@ class BatchLimits:
     """What bounds a batch.
 
     Attributes:
-        samples: most samples.
         tokens: most padded tokens, samples times the longest; ``None`` for no bound.
         fitting: how many samples fit in memory, given the tokens of the longest; ``None`` for no bound.
         shortest: least length of a sample as a share of the longest; what is shorter starts a batch of its

@@ -42,7 +42,6 @@ def read_samples(
     Args:
         task: name of the task, or ``"mixed"`` where every record names its own.
         fields: for the tasks ``qa`` and ``summary``, the file's own names of their fields.
-        answer_prefix: opens the assistant's turn.
 
     Raises:
         FastMemError: naming file, line and field of the first record that does not fit.

@@ -99,7 +99,7 @@ class Task:
     """A kind of data with its prompts and scores; the shipped ones stand in ``tasks.yaml``.
 
     Attributes:
-        format: name of the record format in :data:`FORMATS`.
+        format: how a record is read, a name in :data:`FORMATS`.
         prompt: user turn with the places ``{context}`` and, where the task has questions, ``{question}``.
         one_shot: the same with one worked example before it.
         without_context: the same with nothing of the context.
@@ -229,4 +229,4 @@ OWN_FIELDS = {
 """Fields of the tasks for a user's own file, which may have other names there."""
 
 MIXED = "mixed"
-"""Pseudo task of files whose records name their own task in the field ``task``."""
+"""Pseudo task of files whose records name their own task."""

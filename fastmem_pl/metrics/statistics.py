@@ -24,9 +24,8 @@ class Estimate(NamedTuple):
 class Paired(NamedTuple):
     """A method against a baseline on the ``n`` samples that both answered.
 
-    ``difference`` is the mean of method minus baseline; ``test`` is ``"exact McNemar"`` for scores of 0 and
-    1, else ``"paired bootstrap"``, its ``p_value`` two-sided; ``gained`` and ``lost`` count the samples that
-    rose and fell.
+    ``difference``: mean of method minus baseline; ``test``: ``"exact McNemar"`` for scores of 0 and 1, else
+    ``"paired bootstrap"``, its ``p_value`` two-sided; ``gained`` samples rose, ``lost`` ones fell.
     """
 
     difference: float

@@ -18,8 +18,6 @@ def normalize_answer(text: str) -> str:
 
     >>> normalize_answer("The Beatles, (1960)")
     'beatles 1960'
-    >>> normalize_answer("Rolls - Royce")
-    'rolls  royce'
     """
     text = _ARTICLES.sub("", text.lower())
     text = " ".join(text.split())

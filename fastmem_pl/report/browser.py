@@ -14,7 +14,6 @@ from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding.methods import METHODS
 from fastmem_pl.metrics import find_score
 from fastmem_pl.report.collect import Comparison
-from fastmem_pl.run.records import Record
 
 
 def browser_data(comparison: Comparison) -> dict[str, Any]:
@@ -48,8 +47,8 @@ def browser_data(comparison: Comparison) -> dict[str, Any]:
 
 def _samples(comparison: Comparison, place: int) -> Iterator[dict[str, Any]]:
     answers = comparison.answers[comparison.answers["dataset"] == place]
-    answers = answers.assign(number=answers["variant"].map(comparison.variants.index))
-    answers = answers.sort_values(["index", "number"])
+    numbers = answers["variant"].map(comparison.variants.index)
+    answers = answers.assign(number=numbers).sort_values(["index", "number"])
     known: dict[int, ContextSample] = {}
     for number in sorted(answers["run"].unique(), reverse=True):
         known |= comparison.runs[number].samples
@@ -66,32 +65,29 @@ def _samples(comparison: Comparison, place: int) -> Iterator[dict[str, Any]]:
     records = zip(answers["index"], answers["number"], answers["record"], strict=True)
     for index, group in groupby(records, key=itemgetter(0)):
         answered = [(number, record) for _, number, record in group]
-        yield _sample(answered, known.get(index)) | {"measures": measures[index]}
-
-
-def _sample(records: Sequence[tuple[int, Record]], sample: ContextSample | None) -> dict[str, Any]:
-    first = records[0][1]
-    references, originals = first.get("references") or [], first.get("originals") or []
-    return {
-        "id": str(first.get("id", first["index"])),
-        "question": first.get("question", ""),
-        "context": sample and marked(sample.context, references, originals),
-        "prompt": sample and _prompt(sample, first["method"]),
-        "references": references,
-        "originals": originals,
-        "answers": [
-            {
-                "v": number,
-                "text": record["prediction"],
-                "scores": {name: round(value, 4) for name, value in record["scores"].items()},
-                "status": record.get("status", "ok"),
-                "cut": record.get("n_truncated_tokens", 0),
-                "words": record["output_words"],
-                "seconds": round(sum(record["seconds"].values()), 2),
-            }
-            for number, record in records
-        ],
-    }
+        sample, first = known.get(index), answered[0][1]
+        references, originals = first.get("references") or [], first.get("originals") or []
+        yield {
+            "id": str(first.get("id", index)),
+            "question": first.get("question", ""),
+            "context": sample and marked(sample.context, references, originals),
+            "prompt": sample and _prompt(sample, first["method"]),
+            "references": references,
+            "originals": originals,
+            "measures": measures[index],
+            "answers": [
+                {
+                    "v": number,
+                    "text": record["prediction"],
+                    "scores": {name: round(value, 4) for name, value in record["scores"].items()},
+                    "status": record.get("status", "ok"),
+                    "cut": record.get("n_truncated_tokens", 0),
+                    "words": record["output_words"],
+                    "seconds": round(sum(record["seconds"].values()), 2),
+                }
+                for number, record in answered
+            ],
+        }
 
 
 def _prompt(sample: ContextSample, method: str) -> str:

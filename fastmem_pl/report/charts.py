@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -53,7 +54,14 @@ def make_charts(comparison: Comparison) -> list[Chart]:
     ):
         caption += " Lower is better; bars show standard errors."
         charts.append(_score_chart(comparison, score, title, caption))
-    charts.append(_seconds_chart(comparison))
+    means = {}
+    for place in comparison.tasks:
+        data = f"{comparison.datasets[place].label}: " if len(comparison.tasks) > 1 else ""
+        for variant, answers in comparison.groups[place].items():
+            means[f"{data}{variant}"] = answers[["memorize", "decode"]].mean()
+    caption = "A batch's seconds are shared out among its samples; decoding counts the prompt's pass."
+    header = ["phase", "method", "seconds a sample"]
+    charts.append(_bar_chart("seconds", "Time", caption, pd.DataFrame(means).T, header, 3, stacked=True))
     peaks = comparison.peak_memory.rename(lambda number: comparison.runs[number].label).T
     caption = "The weights included: allocated on a GPU, resident on a CPU."
     charts.append(_bar_chart("memory", "Memory", caption, peaks, ["run", "phase", "peak GiB"], 2))
@@ -89,7 +97,7 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
     ]
     header = ["data", "10%", "25%", "median", "75%", "90%"]
     caption = "Line: median over samples; bands: the middle 50% and 80%."
-    return draw_chart(f"curve-{name}", title, caption, draw, header, rows)
+    return draw_chart(f"curve-{name}", draw, PageTable(title, header, rows, caption))
 
 
 def _binned_chart(
@@ -135,7 +143,8 @@ def _binned_chart(
     caption = (
         f"Bins of about equally many samples{'; bars show standard errors' * (len(series) <= _MOST_BARS)}."
     )
-    return draw_chart(name, title, caption, draw, ["method", label, heading, "samples"], rows)
+    header = ["method", label, heading, "samples"]
+    return draw_chart(name, draw, PageTable(title, header, rows, caption))
 
 
 def _score_chart(comparison: Comparison, score: str, title: str, caption: str) -> Chart | None:
@@ -150,18 +159,6 @@ def _score_chart(comparison: Comparison, score: str, title: str, caption: str) -
     # All zeros would be an empty picture; the table says so.
     values = values.loc[:, (values > 0).any()].dropna(how="all")
     return _bar_chart(score, title, caption, values, ["data", "method", heading], 1, errors)
-
-
-def _seconds_chart(comparison: Comparison) -> Chart | None:
-    """Memorizing and decoding stacked, by data set and method."""
-    means = {}
-    for place in comparison.tasks:
-        data = f"{comparison.datasets[place].label}: " if len(comparison.tasks) > 1 else ""
-        for variant, answers in comparison.groups[place].items():
-            means[f"{data}{variant}"] = answers[["memorize", "decode"]].mean()
-    caption = "A batch's seconds are shared out among its samples; decoding counts the prompt's pass."
-    header = ["phase", "method", "seconds a sample"]
-    return _bar_chart("seconds", "Time", caption, pd.DataFrame(means).T, header, 3, stacked=True)
 
 
 def _layer_chart(comparison: Comparison, place: int) -> Chart | None:
@@ -184,15 +181,8 @@ def _scale(score: str) -> tuple[float, str]:
     return (100.0, f"{found.label}, %") if found.percent else (1.0, found.label)
 
 
-def draw_chart(
-    name: str,
-    title: str,
-    caption: str,
-    draw: Callable[[Any], None],
-    header: list[str],
-    rows: Iterable[Iterable[Any]],
-) -> Chart:
-    """Let ``draw`` fill axes of an SVG in the page's colours; ``header`` and ``rows`` are its numbers."""
+def draw_chart(name: str, draw: Callable[[Any], None], table: PageTable) -> Chart:
+    """Let ``draw`` fill axes of an SVG in the page's colours; ``table`` holds title, caption and numbers."""
     # Slow to import, and only the page has pictures.
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -208,7 +198,7 @@ def draw_chart(
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match.group()], file.getvalue())
-    return Chart(name, title, caption, svg, PageTable(title, header, rows))
+    return Chart(name, table.title, table.caption, svg, replace(table, caption=""))
 
 
 def _bar_chart(
@@ -253,4 +243,4 @@ def _bar_chart(
         # Names and bars need height.
         axes.figure.set_figheight(max(3.5, 0.9 + 0.3 * max(len(values), values.size // 2)))
 
-    return draw_chart(name, title, caption, draw, header, rows)
+    return draw_chart(name, draw, PageTable(title, header, rows, caption))

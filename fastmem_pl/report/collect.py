@@ -115,8 +115,8 @@ class Comparison:
     @property
     def peak_memory(self) -> pd.DataFrame:
         """Peak GiB by run and phase, of the runs that measured it."""
-        found = {number: run.metrics.get("peak_memory_gib") for number, run in enumerate(self.runs)}
-        return pd.DataFrame.from_dict({n: peaks for n, peaks in found.items() if peaks}, orient="index")
+        peaks = [run.metrics.get("peak_memory_gib") or {} for run in self.runs]
+        return pd.DataFrame(peaks).dropna(how="all")
 
     @cached_property
     def curves(self) -> dict[str, list[Mapping[str, Sequence[float]]]]:
@@ -164,9 +164,9 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _systems(runs: Sequence[ReportRun]) -> dict[str, str]:
-    """Name of the system by label of the run: runs of one model over different data belong together.
+    """Name of a run's system by its label; empty where there is one system.
 
-    The name is empty where there is one system, else its model, or its runs where models have one name.
+    Runs of one model over different data belong together. Models of one name are named by their runs.
     """
     found: list[tuple[Any, set[tuple[str, str]], list[ReportRun]]] = []
     for run in runs:
@@ -181,15 +181,6 @@ def _systems(runs: Sequence[ReportRun]) -> dict[str, str]:
     if len(set(names)) < len(names):
         names = [", ".join(run.label for run in members) for members in systems]
     return {run.label: name for name, members in zip(names, systems, strict=True) for run in members}
-
-
-def _models(runs: Sequence[ReportRun]) -> dict[str, str]:
-    """Names of models by their keys, with the run where another model has the name."""
-    names: dict[str, str] = {}
-    for run in runs:
-        name = f"{run.model} ({run.label})" if run.model in names.values() else run.model
-        names.setdefault(run.model_key, name)
-    return names
 
 
 def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
@@ -208,16 +199,19 @@ def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
 
 def _answers(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> pd.DataFrame:
     places = {(dataset.task, dataset.data_key): place for place, dataset in enumerate(datasets)}
-    systems, models = _systems(runs), _models(runs)
+    systems, models = _systems(runs), dict[str, str]()
     rows: list[dict[str, Any]] = []
     for number, run in enumerate(runs):
         system, whole = systems[run.label], [""] if len(run.tasks) > 1 else []
+        # With the run where another model has the name.
+        model = f"{run.model} ({run.label})" if run.model in models.values() else run.model
+        model = models.setdefault(run.model_key, model)
         for record in run.records:
             method = record["method"]
             row = {
                 "run": number,
                 "system": system,
-                "model": models[run.model_key],
+                "model": model,
                 "method": method,
                 "variant": f"{method} · {system}" if system else method,
                 "memory": method in METHODS and METHODS[method].memory,

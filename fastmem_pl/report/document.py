@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,8 @@ from fastmem_pl.report.browser import browser_data
 from fastmem_pl.report.charts import make_charts
 from fastmem_pl.report.collect import Comparison
 from fastmem_pl.report.page import render, render_page
-from fastmem_pl.report.profile_table import profile_page_table
 from fastmem_pl.report.runs import ReportRun
-from fastmem_pl.report.table import EFFORT, NONE, PageTable, Result, count_of, escaped, score_table
+from fastmem_pl.report.table import EFFORT, NONE, PageTable, Result, count_of, phase_table, score_table
 
 # By these a file is known that may be replaced; they stand in page.html and tables.md.
 _HTML_MARK = b'<meta name="generator" content="fastmem report">'
@@ -33,8 +32,7 @@ _SETTINGS = ("learning_rate", "steps", "kl_coeff", "num_layers", "alpha", "max_n
 
 def result_tables(comparison: Comparison) -> list[PageTable]:
     """Method by data set, then all scores of each data set."""
-    several = len(comparison.datasets) > 1
-    tables = [overview(comparison)] if several else []
+    tables = [overview(comparison)] if len(comparison.datasets) > 1 else []
     tables += [dataset_table(comparison, place) for place in range(len(comparison.datasets))]
     # What the values mean is said once.
     tables[0].caption = _LEGEND
@@ -47,7 +45,7 @@ def all_tables(comparison: Comparison) -> list[PageTable]:
     tables.append(_memory_table(comparison))
     for run in comparison.runs:
         if run.profile:
-            table = profile_page_table(run.profile)
+            table = phase_table(run.profile)
             table.caption = "; ".join(filter(None, (table.title, table.caption)))
             table.title = f"Profile of {run.label}"
             tables.append(table)
@@ -140,14 +138,12 @@ def _run_table(runs: Sequence[ReportRun]) -> PageTable:
     rows = []
     for run in runs:
         task, precision = run.identity["data"].get("task", ""), run.precision or NONE
-        settings = (_setting(run.settings.get(name)) for name in _SETTINGS)
+        values = [run.settings.get(name) for name in _SETTINGS]
+        numbers = [f"{value:g}" if isinstance(value, (int, float)) else value for value in values]
+        settings = [NONE if value is None else value for value in numbers]
         rows.append([run.label, run.model, task, run.answered, precision, *settings])
     header = ["run", "model", "task", "samples", "precision", *(name.replace("_", " ") for name in _SETTINGS)]
     return PageTable("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")
-
-
-def _setting(value: Any) -> str:
-    return NONE if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def notices(comparison: Comparison) -> list[str]:
@@ -176,18 +172,17 @@ def html(comparison: Comparison, title: str) -> str:
 def markdown(comparison: Comparison, title: str) -> str:
     """The tables as Markdown."""
     facts, tables = _facts(comparison.runs), all_tables(comparison)
-    values = {"title": title, "facts": facts, "notices": notices(comparison), "tables": tables}
-    return render("tables.md", lambda value: escaped(str(value)), **values) + "\n"
+    lines = notices(comparison)
+    return render("tables.md", title=title, facts=facts, notices=lines, tables=tables) + "\n"
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file is a page or tables that :func:`html` or :func:`markdown` made."""
-    try:
+    with suppress(OSError):
         content = path.read_bytes()
-    except OSError:
-        return False
-    # The last line: tables that somebody put into a text of their own are not ours any more.
-    return content.rstrip().endswith(_MARKDOWN_MARK) if path.suffix == ".md" else _HTML_MARK in content
+        # The last line: tables that somebody put into a text of their own are not ours any more.
+        return content.rstrip().endswith(_MARKDOWN_MARK) if path.suffix == ".md" else _HTML_MARK in content
+    return False
 
 
 def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:

@@ -6,14 +6,13 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fastmem_pl.report.table import PageTable
+from fastmem_pl.report.table import PageTable, escaped
 
 FOLDER = Path(__file__).parent / "page"
 # Print comes last, in page.css.
@@ -49,11 +48,11 @@ class Chart:
     table: PageTable | None = None
 
 
-def render(template: str, escape: Callable[[Any], str] | None = None, **values: Any) -> str:
-    """Fill a template of the page's folder; without ``escape``, texts are escaped for HTML."""
+def render(template: str, **values: Any) -> str:
+    """Fill a template of the page's folder, with texts escaped for HTML or Markdown."""
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    loader = FileSystemLoader(FOLDER)
-    environment = Environment(loader=loader, autoescape=escape is None, finalize=escape, **options)
+    escape = {"finalize": escaped} if template.endswith(".md") else {"autoescape": True}
+    environment = Environment(loader=FileSystemLoader(FOLDER), **options, **escape)
     return environment.get_template(template).render(**values)
 
 

@@ -16,6 +16,7 @@ from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.memory.settings import MemorizationSettings
 from fastmem_pl.report.runs import ReportRun, flat_settings
 
+PUBLISHED = Path(__file__).with_name("published.yaml")
 # Settings of decoding that only some methods look at.
 _OF_DECODER = {"alpha": ("cd", "cad"), "dola_layers": ("dola",), "relative_top": ("dola",)}
 _NO_MATTER = ("seed", "optimizer_state", "norm_every_layer", "round_weights", "dola_unlimited")
@@ -24,12 +25,11 @@ _NO_MATTER = ("seed", "optimizer_state", "norm_every_layer", "round_weights", "d
 def published(run: ReportRun, task: str, method: str, score: str) -> float | None:
     """The paper's value, where there is one and the run's settings for this method are the paper's.
 
-    The paper's settings are those of the packaged configs ``base``, the task, and the task with the decoder
-    (``xsum+cd``); all samples have to be asked, by prompts without an opened answer.
+    Those are in the packaged configs ``base``, of the task, and of both with the decoder (``xsum+cd``).
     """
     settings, data = run.settings, run.identity["data"]
     name = Path(str(settings.get("source"))).name
-    value = _table().get(name, {}).get(task, {}).get(score, {}).get(method)
+    value = _read(PUBLISHED).get(name, {}).get(task, {}).get(score, {}).get(method)
     changed = data.get("limit") is not None or data.get("answer_prefix") or data.get("fields")
     if value is None or method not in METHODS or not run.metrics or changed:
         return None
@@ -48,17 +48,12 @@ def _paper_settings(task: str, method: str) -> dict[str, Any]:
     for name in _NO_MATTER:
         used.pop(name, None)
     for config in ("base", task, f"{task}+{decoder}" if memory else ""):
-        given = _config_model(config)
+        path = packaged_configs().get(config)
+        given = flat_settings(_read(path).get("model", {})) if path else {}
         used |= {name: value for name, value in given.items() if name in used}
     return used
 
 
 @cache
-def _config_model(name: str) -> Mapping[str, Any]:
-    path = packaged_configs().get(name)
-    return flat_settings(yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {})) if path else {}
-
-
-@cache
-def _table() -> Mapping[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+def _read(path: Path) -> Mapping[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -114,15 +114,11 @@ def read_run(path: Path, label: str = "") -> ReportRun:
 def _check(record: Record, path: Path) -> None:
     """Refuse a record that is not as a run writes them."""
     for name, fits in _FITS.items():
-        try:
-            fit = fits(record)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            fit = False
-        if not fit:
-            raise FastMemError(
-                f"{path / 'predictions.jsonl'} is damaged: {name!r} of sample {record['index']} is "
-                "not as a run writes it"
-            )
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            if fits(record):
+                continue
+        where = f"{name!r} of sample {record['index']} is not as a run writes it"
+        raise FastMemError(f"{path / 'predictions.jsonl'} is damaged: {where}")
 
 
 def _is_finite(numbers: Mapping[str, Any]) -> bool:
@@ -142,6 +138,7 @@ _FITS: dict[str, Callable[[Record], bool]] = {
     "task": lambda record: isinstance(record["task"], str),
     "prediction": lambda record: isinstance(record["prediction"], str),
     "output_words": lambda record: isinstance(record["output_words"], int),
+    "n_context_tokens": lambda record: isinstance(record.get("n_context_tokens", 0), int),
     "scores": lambda record: _is_finite(record["scores"]),
     "seconds": lambda record: _is_finite(record["seconds"]),
     "curve": _has_curve,

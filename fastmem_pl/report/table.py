@@ -15,6 +15,19 @@ from fastmem_pl.metrics import SCORES, Estimate, Paired, find_score, format_p, f
 
 NONE = "–"
 EFFORT = ("output_words", "seconds")
+# Heading and name of each number of a phase.
+_PHASE_COLUMNS = {
+    "seconds": "seconds",
+    "share": "share",
+    "calls": "calls",
+    "first call": "first_seconds",
+    "others (median)": "median_seconds",
+    "tokens": "tokens",
+    "tokens/s": "tokens_per_second",
+    "ms/token": "ms_per_token",
+    "ms/step": "ms_per_step",
+    "peak GiB": "peak_memory_gib",
+}
 _NUMBER = re.compile(r"[<>=~+±−–-]?\s*\d.*|[-–—]?")
 
 
@@ -42,26 +55,13 @@ class PageTable:
         ]
 
     def numeric(self, column: int) -> bool:
-        """Whether all cells of a column look like numbers, which are aligned to the right.
-
-        >>> table = PageTable("", ["", "n", "why"], [["a", "71.7% ± 5.9", "gold"]])
-        >>> [table.numeric(column) for column in range(3)]
-        [False, True, False]
-        """
+        """Whether all cells of a column look like numbers, which are aligned to the right."""
         cells = (row[column].text.strip() for row in self.rows if column < len(row))
         return column > 0 and all(_NUMBER.fullmatch(text) for text in cells)
 
-    @property
-    def has_best(self) -> bool:
-        """Whether a cell is marked as the best."""
-        return any(cell.best for row in self.rows for cell in row)
-
 
 class Result(NamedTuple):
-    """One method's score on one data set; ``total`` counts its answers, with or without the score.
-
-    ``against`` compares with zero-shot on the same samples; ``published`` is the paper's value.
-    """
+    """One method's score on one data set, beside zero-shot's and the paper's; ``total`` are its answers."""
 
     estimate: Estimate
     against: Paired | None = None
@@ -123,6 +123,49 @@ def method_table(methods: Mapping[str, Any], group: str = "") -> PageTable:
     return score_table(title, [(name, find_score(name).label) for name in names], rows)
 
 
+def phase_table(profile: Mapping[str, Any]) -> PageTable:
+    """The phases of a ``profile.json``, decoding by method where there are several, and the sum."""
+    phases = {}
+    for phase, numbers in profile["phases"].items():
+        phases[phase] = numbers
+        methods = numbers.get("methods", {})
+        if len(methods) > 1:
+            phases |= {f"{phase}: {method}": own for method, own in methods.items()}
+    peak = max(numbers.get("peak_memory_gib", 0.0) for numbers in profile["phases"].values())
+    phases["all"] = {"seconds": profile["wall_seconds"], "share": 1.0, "peak_memory_gib": peak}
+    rows = [
+        [phase, *(_shown(name, numbers.get(name)) for name in _PHASE_COLUMNS.values())]
+        for phase, numbers in phases.items()
+    ]
+    device, settings = profile["environment"]["device"], profile["settings"]
+    processes, traced, notes = len(profile["processes"]), profile["traced_batches"], []
+    title = (
+        f"profile of {profile['mode']}: {count_of(profile['num_samples'], 'sample')}, "
+        f"{settings['model']['backbone']['source']} in {settings['trainer']['precision']} on "
+        f"{f'{processes} processes, ' if processes > 1 else ''}{device['name']}"
+        + (f", {count_of(device['threads'], 'thread')}" if device["type"] == "cpu" else "")
+    )
+    if processes > 1:
+        notes.append("seconds are those of the slowest process, tokens those of all")
+    if traced:
+        watched = "batch was" if traced == 1 else "batches were"
+        notes.append(f"{traced} {watched} watched by torch.profiler, which slows them")
+    if profile["files"]:
+        notes.append(f"beside profile.json: {', '.join(profile['files'])}")
+    return PageTable(title, ["phase", *_PHASE_COLUMNS], rows, "; ".join(notes))
+
+
+def _shown(name: str, value: float | None) -> str:
+    """Counts as they are; of other numbers three digits that count, and all of those before the point."""
+    if value is None:
+        return NONE
+    if name == "share":
+        return f"{value:.1%}"
+    bounds = () if name in ("calls", "tokens") else ((0.0995, 3), (9.95, 2), (99.5, 1))
+    digits = next((digits for bound, digits in bounds if abs(value) < bound), 0)
+    return f"{value:,.{digits}f}"
+
+
 def rich_table(table: PageTable, stacked: bool = False) -> Table:
     """A table for the terminal; ``stacked`` puts the words of headings below each other."""
     shown = Table(title=escape(table.title), title_justify="left")
@@ -130,20 +173,26 @@ def rich_table(table: PageTable, stacked: bool = False) -> Table:
         heading = name.replace(": ", ":\n").replace(" ", "\n") if stacked else name
         shown.add_column(escape(heading), justify="left" if number == 0 else "right")
     for row in table.rows:
-        shown.add_row(*map(_rich_cell, row))
+        cells = [Text(cell.text, style="bold" if cell.best else "") for cell in row]
+        for text, note in ((text, cell.note) for text, cell in zip(cells, row, strict=True) if cell.note):
+            # Narrow columns: the samples in one line, the p-value in the next.
+            text.append("\n" + re.sub("[,;] ", "\n", note), style="not bold dim")
+        shown.add_row(*cells)
     return shown
 
 
-def _rich_cell(cell: Cell) -> Text:
-    text = Text(cell.text, style="bold" if cell.best else "")
-    # Narrow columns: the samples in one line, the p-value in the next.
-    note = re.sub("[,;] ", "\n", cell.note)
-    return text.append(f"\n{note}", style="not bold dim") if note else text
+def profile_table(profile: Mapping[str, Any]) -> Table:
+    """The same for the terminal."""
+    made = phase_table(profile)
+    table = rich_table(made, stacked=True)
+    table.rows[-1].style = "bold"
+    table.caption, table.caption_justify = escape(made.caption) or None, "left"
+    return table
 
 
-def escaped(text: str) -> str:
+def escaped(value: Any) -> str:
     """Text that Markdown leaves as it is, and in its table cell."""
-    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(str(value).split()))
     # A sign that something follows might begin HTML.
     return re.sub(r"<(?=\S)", "&lt;", text)
 

@@ -69,10 +69,16 @@ def _comparison_lines(methods: Mapping[str, Any]) -> list[str]:
 
 
 def _print_differences(records: Sequence[Record], console: Console) -> None:
-    samples = _differing_samples(records, 3)
-    if samples:
+    """Print three samples whose methods disagree: first on correctness, then in words."""
+    samples: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        samples[record["index"]].append(record)
+    by_score = [s for s in samples.values() if len({r["scores"].get("contained") for r in s}) > 1]
+    by_text = [s for s in samples.values() if len({normalize_answer(r["prediction"]) for r in s}) > 1]
+    shown = (by_score + [sample for sample in by_text if sample not in by_score])[:3]
+    if shown:
         console.print("\nsamples where the methods differ:")
-    for answers in samples:
+    for answers in shown:
         first = answers[0]
         wanted = f"(expected: {', '.join(first['references'])})" if first["references"] else ""
         about = first["question"] or f"sample {first['id']}"
@@ -81,16 +87,6 @@ def _print_differences(records: Sequence[Record], console: Console) -> None:
         for record in answers:
             mark = {None: " ", 0.0: "✗", 1.0: "✓"}[record["scores"].get("contained")]
             console.print(f"    {mark} {record['method']:<{width}}  {escape(_line(record['prediction']))}")
-
-
-def _differing_samples(records: Sequence[Record], count: int) -> list[list[Record]]:
-    """Records of samples whose methods disagree: first on correctness, then in words."""
-    samples: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        samples[record["index"]].append(record)
-    by_score = [s for s in samples.values() if len({r["scores"].get("contained") for r in s}) > 1]
-    by_text = [s for s in samples.values() if len({normalize_answer(r["prediction"]) for r in s}) > 1]
-    return (by_score + [sample for sample in by_text if sample not in by_score])[:count]
 
 
 def _line(text: str, limit: int = 90) -> str:

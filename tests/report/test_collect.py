@@ -276,6 +276,7 @@ def test_what_is_no_run(make_run, two_methods, tmp_path):
         ("scores", "high"),
         ("scores", {"accuracy": "yes"}),
         ("scores", {"accuracy": None}),
+        ("scores", {"accuracy": math.nan}),
         ("seconds", "long"),
         ("seconds", {"decode": None}),
         ("curve", [1, "a"]),

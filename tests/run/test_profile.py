@@ -18,7 +18,7 @@ from fastmem_pl import FastMemDataModule, FastMemError, FastMemTrainer
 from fastmem_pl.base.phases import PhaseCall
 from fastmem_pl.cli import main
 from fastmem_pl.data.reader import PACKAGED, read_samples
-from fastmem_pl.report.profile_table import profile_table
+from fastmem_pl.report.table import profile_table
 from fastmem_pl.run.callbacks import tracing
 from fastmem_pl.run.profile import PHASES, Profiler, merge, profile_path, read_profile
 
