@@ -138,7 +138,7 @@ def phase_table(profile: Mapping[str, Any]) -> PageTable:
         for phase, numbers in phases.items()
     ]
     device, settings = profile["environment"]["device"], profile["settings"]
-    processes, traced, notes = len(profile["processes"]), profile["traced_batches"], []
+    processes, traced, notes = profile["environment"]["processes"], profile["traced_batches"], []
     title = (
         f"profile of {profile['mode']}: {count_of(profile['num_samples'], 'sample')}, "
         f"{settings['model']['backbone']['source']} in {settings['trainer']['precision']} on "
