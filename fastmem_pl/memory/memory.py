@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,16 +23,13 @@ from fastmem_pl.memory.attach import attached, check_shapes, spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Attributes of a memory that hold a value for each row.
+# Attributes that hold a value for each row.
 _BY_ROW = ("curves", "status", "texts", "context_hashes")
 
 
 @dataclass
 class Curve:
-    """One value a step, taken before that step's update, as the paper reports them.
-
-    ``kl_coeff`` is kept where it is adapted from step to step.
-    """
+    """One value a step, from before its update; ``kl_coeff`` only where it is adapted."""
 
     cross_entropy: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -49,7 +47,7 @@ class Curve:
     @classmethod
     def from_dict(cls, values: dict[str, list[float | None]]) -> Curve:
         """Inverse of :meth:`as_dict`."""
-        return cls(**{n: [math.nan if v is None else v for v in values[n]] for n in values})
+        return cls(**{n: [math.nan if v is None else v for v in row] for n, row in values.items()})
 
     @classmethod
     def joined(cls, curves: Sequence[Curve]) -> Curve:
@@ -66,10 +64,10 @@ class Memory:
         curves: one a row.
         status: ``"ok"`` or what failed, one a row; a failed row holds zero deltas (the base model).
         settings: those of memorizing; a list where rows differ.
-        fingerprint: identifies the backbone that the deltas belong to.
+        fingerprint: of the backbone that the deltas belong to.
         texts: what was memorized, one a row, where it is known.
-        context_hashes: hashes of the memorized token ids, one a row, where they are known.
-        backbone: name of the model.
+        context_hashes: of the memorized token ids, one a row, where they are known.
+        backbone: its name.
         windows: how a long text was cut, on the memory of a document.
     """
 
@@ -93,8 +91,8 @@ class Memory:
     def __repr__(self) -> str:
         rows = "1 context" if len(self) == 1 else f"{len(self)} contexts"
         losses = [curve.cross_entropy for curve in self.curves if curve.cross_entropy]
-        means = [sum(loss[i] for loss in losses) / len(losses) for i in (0, -1)] if losses else []
-        fell = f", cross-entropy {means[0]:.2f} -> {means[1]:.2f}" if means else ""
+        means = [f"{fmean(loss[i] for loss in losses):.2f}" for i in (0, -1)] if losses else []
+        fell = f", cross-entropy {' -> '.join(means)}" if means else ""
         megabytes = sum(tensor.nbytes for layer in self.deltas for tensor in layer.values()) / 1e6
         steps = f"{self.settings.get('steps')} steps"
         return f"Memory({rows}, {steps}{fell}, {megabytes:.1f} MB, model {self.backbone!r})"
@@ -106,7 +104,7 @@ class Memory:
 
     @property
     def curve(self) -> Curve:
-        """The curve of a memory of one row; FastMemError when there are several."""
+        """The curve of a memory of one row."""
         if len(self) != 1:
             raise FastMemError(f"memory.curve: there are {len(self)}; take one of memory.curves")
         return self.curves[0]
@@ -145,43 +143,28 @@ class Memory:
 
     @classmethod
     def stack(cls, memories: Sequence[Memory]) -> Memory:
-        """Join memories of one backbone into one batch, one row after the other.
-
-        Raises:
-            FastMemError: when they are of several models, or of different layers.
-        """
+        """Join memories of one backbone and number of layers into one batch, one row after the other."""
         if not memories:
             raise FastMemError("Memory.stack: no memories; give one or more")
         first = memories[0]
-        for other in memories[1:]:
-            if other.fingerprint != first.fingerprint:
-                raise FastMemError(
-                    f"Memory.stack: memories of two models, {first.fingerprint} and {other.fingerprint}; "
-                    "a batch has one"
-                )
-            if other.num_layers != first.num_layers:
-                raise FastMemError(
-                    f"Memory.stack: memories of {first.num_layers} and of {other.num_layers} trained layers; "
-                    "a batch has one number"
-                )
+        for what in ("fingerprint", "num_layers"):
+            values = sorted({getattr(memory, what) for memory in memories})
+            if len(values) > 1:
+                raise FastMemError(f"Memory.stack: {what}: {values} differ; a batch has one")
         deltas = [
-            {name: torch.cat([m.deltas[layer][name] for m in memories]) for name in first.deltas[layer]}
-            for layer in range(first.num_layers)
+            {name: torch.cat([layer[name] for layer in layers]) for name in layers[0]}
+            for layers in zip(*(memory.deltas for memory in memories), strict=True)
         ]
         settings = joined_settings([m._settings_of(row) for m in memories for row in range(len(m))])
         joined = {name: [value for memory in memories for value in getattr(memory, name)] for name in _BY_ROW}
         return replace(first, deltas=deltas, settings=settings, windows=None, **joined)
 
     def check(self, backbone: Backbone) -> None:
-        """Refuse another model, by a FastMemError with both fingerprints or the shapes that differ."""
+        """Refuse another model, with both fingerprints or the shapes that differ."""
         self._check(backbone.fingerprint(), backbone.anatomy)
 
     def serving(self, backbone: Backbone, count: int) -> list[dict[str, Tensor]]:
-        """The deltas for ``count`` sequences, a multiple of the rows, in the type of the backbone's products.
-
-        Raises:
-            FastMemError: when the memory is of another model, or the rows do not share out evenly.
-        """
+        """The deltas for ``count`` sequences, a multiple of the rows, in the backbone's compute type."""
         self.check(backbone)
         placed = self.to(backbone.compute_dtype, backbone.device)
         return [spread(layer, count) for layer in placed.deltas]
@@ -191,10 +174,8 @@ class Memory:
 
         A trained last block feeds no attention, so a memory may come and go in the middle of a ``generate``
         call: the KV cache is the same with and without it. With several trained layers it is not, and a
-        backbone of the same model must not be asked meanwhile.
-
-        One row serves all sequences; of ``B`` rows, each serves one of ``B`` sequences, or all beams and
-        returned sequences of its prompt. The model may be given as a :class:`~fastmem_pl.Backbone`.
+        backbone of the same model must not be asked meanwhile. One row serves all sequences; of ``B`` rows,
+        each serves all beams and returned sequences of its prompt. ``model`` may be a ``Backbone``.
 
         Raises:
             FastMemError: when the memory is of another model, or one is attached already; inside, when the
@@ -289,10 +270,6 @@ class Memory:
 
 
 def joined_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings of several rows as one mapping: a list where they differ.
-
-    >>> joined_settings([{"steps": 10, "kl_coeff": 0.1}, {"steps": 10, "kl_coeff": 1.0}])
-    {'steps': 10, 'kl_coeff': [0.1, 1.0]}
-    """
+    """Settings of several rows as one mapping, with a list where they differ."""
     joined = {name: [settings.get(name) for settings in rows] for name in rows[0]}
     return {n: values[0] if all(v == values[0] for v in values) else values for n, values in joined.items()}
