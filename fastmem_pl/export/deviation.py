@@ -27,27 +27,18 @@ _LABELS = 512
 
 @dataclass
 class ExportReport:
-    """What was written, and what of the memory it keeps.
+    """What was written, and what of the memory it keeps."""
 
-    Attributes:
-        to: ``lora``, ``checkpoint`` or ``memory``.
-        relative_error: norm of what the deltas lose, relative to theirs.
-        kl: ``KL(exact memory || export)`` on the memorized text, nats a token, where that is known.
-        kl_base: the same for the base model, which holds nothing of the memory.
-        memory: what the export holds, to answer with.
-        tried: ranks that ``auto`` looked at, with their KL.
-    """
-
-    to: str
+    to: str  # "lora", "checkpoint" or "memory"
     path: Path
-    form: str
+    form: str  # of the numbers
     bytes: int
-    relative_error: float
-    kl: float | None
-    kl_base: float | None
-    memory: Memory
+    relative_error: float  # norm of what the deltas lose, relative to theirs
+    kl: float | None  # KL(exact memory || export) on the memorized text, nats a token, where that is known
+    kl_base: float | None  # the same for the base model, which holds nothing of the memory
+    memory: Memory  # what the export holds, to answer with
     rank: int | None = None
-    tried: list[dict[str, float]] = field(default_factory=list)
+    tried: list[dict[str, float]] = field(default_factory=list)  # ranks that "auto" looked at, with their KL
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for export.json."""

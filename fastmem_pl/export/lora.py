@@ -77,7 +77,6 @@ def to_lora(
         write_atomic(folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
         # As its save_pretrained writes it, but with the set of modules in an order that does not change.
         stated = {**config.to_dict(), "target_modules": sorted(targets)}
-        text = json.dumps(stated, indent=2, sort_keys=True) + "\n"
-        (folder / "adapter_config.json").write_text(text)
+        write_atomic(folder / "adapter_config.json", json.dumps(stated, indent=2, sort_keys=True) + "\n")
         deltas = low_rank.memory(rank).deltas
         return deviation.report("lora", out, dtype, deltas, folder, rank=rank, tried=tried)

@@ -29,10 +29,7 @@ def check_shapes(shapes: Sequence[Mapping[str, tuple[int, ...]]], anatomy: Anato
 
 
 def spread(deltas: Delta, count: int) -> dict[str, Tensor]:
-    """Deltas of ``B`` rows for ``count`` sequences, a multiple of ``B``.
-
-    One row serves all of them without copies; each of several rows serves as many, side by side.
-    """
+    """Deltas of ``B`` rows for ``count`` sequences; each row serves as many, side by side."""
     rows = len(next(iter(deltas.values())))
     if count % rows:
         raise FastMemError(

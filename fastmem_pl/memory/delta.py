@@ -17,9 +17,8 @@ _WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >
 class FFNDelta(nn.ParameterDict):
     """Weight changes of one FFN for ``B`` samples: ``gate``, ``up`` ``(B, F, D)``, ``down`` ``(B, D, F)``.
 
-    They keep their type whatever precision plugin converts the surrounding module. With ``factored``,
-    gradients are left as the factors they are products of (GradientFactors), for the kernel that updates a
-    delta without storing its gradient. They are zero, or copies of ``start``.
+    They keep their type whatever precision plugin converts the module around them. With ``factored``, their
+    gradients are left as factors (GradientFactors) for the kernel. They are zero, or copies of ``start``.
     """
 
     def __init__(
@@ -51,18 +50,15 @@ class DeltaAdamW(torch.optim.AdamW):
     """AdamW on deltas that decays the weights they belong to.
 
     Training ``W + delta`` with decoupled decay ``c = lr * weight_decay`` maps ``delta`` to
-    ``(1 - c) * delta - c * W - update``: plain AdamW on the delta would leave out ``c * W``.
-
-    Deltas whose gradient is left in factors are updated by :mod:`fastmem_pl.kernels.adamw`, the others by
-    PyTorch.
+    ``(1 - c) * delta - c * W - update``: plain AdamW on the delta would leave out ``c * W``. Deltas whose
+    gradient is left in factors are updated by :mod:`fastmem_pl.kernels.adamw`, the others by PyTorch.
 
     Args:
         pairs: ``(delta (B, out, in), base weight (out, in))``.
         lr: constant learning rate of each sample.
-        weight_decay: decoupled weight decay.
         round_weights: keep ``W + delta`` at what float32 weights can hold, as editing them does. Updates of
             one size then round alike (at 1e-5, by +0.14% wherever the weight is between 0.25 and 1).
-        last_step: number of the step that no other follows, whose moments need not be kept.
+        last_step: number of the last step, whose moments need not be kept.
         from_zero: deltas are zero before the first step, which need not read them.
     """
 
@@ -158,23 +154,12 @@ class DeltaAdamW(torch.optim.AdamW):
             # decay of 0.999, would not. A first step from zero fills both and reads neither.
             new = torch.empty_like if self._from_zero else torch.zeros_like
             state["exp_avg"], state["exp_avg_sq"] = new(delta), new(delta, dtype=torch.float32)
-        scale = self._scale
-        factored_adamw_(
-            delta.detach(),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            base,
-            factors.outer,
-            factors.inner,
-            delta.new_ones(len(delta), dtype=torch.float32) if scale is None else scale,
-            self._steps,
-            self._lr,
-            self.defaults["betas"],
-            self.defaults["eps"],
-            self._weight_decay,
-            first_step=self._from_zero and self._steps == 1,
-            last=self._steps == self._last_step,
-        )
+        sides = base, factors.outer, factors.inner
+        scale = delta.new_ones(len(delta), dtype=torch.float32) if self._scale is None else self._scale
+        constants = self._lr, self.defaults["betas"], self.defaults["eps"], self._weight_decay
+        order = {"first_step": self._from_zero and self._steps == 1, "last": self._steps == self._last_step}
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        factored_adamw_(delta.detach(), *moments, *sides, scale, self._steps, *constants, **order)
 
 
 def squared_norm(factors: GradientFactors) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -23,10 +23,7 @@ BETWEEN = "\n\n"
 class DocumentFit:
     """Memorizes one text, or several, as one memory, update by update; see :func:`memorize_document`.
 
-    Attributes:
-        encoded: the windows.
-        num_updates: updates in all.
-        num_done: updates taken.
+    ``encoded`` are the windows; ``num_done`` of ``num_updates`` are taken.
     """
 
     def __init__(
@@ -44,6 +41,7 @@ class DocumentFit:
             self.encoded = [part for text in self._texts for part in chat.windows(text, window, overlap)]
         if not all(part.header_length < len(part.input_ids) for part in self.encoded):
             raise FastMemError(f"window: {window} leaves windows without a token to learn; give a larger one")
+        self.num_tokens = sum(part.context_tokens for part in self.encoded)
         self._layout = {"policy": windows.policy, "window": window, "overlap": overlap}
         # To find the texts again in the one that is kept.
         self._layout["lengths"] = [len(text) for text in self._texts]
@@ -59,11 +57,6 @@ class DocumentFit:
         self._module: MemorizationModule | None = None
         # Of the windows before the one in progress.
         self._earlier: list[Curve] = []
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the text that are memorized."""
-        return sum(part.context_tokens for part in self.encoded)
 
     def run(self) -> Iterator[int]:
         """Take the updates one by one; yields how many are done. It may be left before the end."""
@@ -90,7 +83,8 @@ class DocumentFit:
         memory = (self._module or MemorizationModule(memorizer.backbone, 1, memorizer.settings)).memory()
         # The module may go on training its own.
         memory.deltas = [{n: t.clone() for n, t in layer.items()} for layer in memory.deltas]
-        memory.curves = [Curve.joined([*self._earlier, memory.curve])]
+        curves = [*self._earlier, memory.curve]
+        memory.curves = [Curve(*([v for c in curves for v in getattr(c, f.name)] for f in fields(Curve)))]
         if len(self._groups) == 1 and memory.status[0] == "ok":
             # Fewer updates are the beginning of more; of windows one after the other they are not.
             memory.settings["steps"] = self.num_done
@@ -129,18 +123,14 @@ class DocumentFit:
 def memorize_document(
     memorizer: Memorizer, texts: str | Sequence[str], windows: WindowSettings | None = None
 ) -> Memory:
-    """Memorize a text of any length, or several, as one memory.
+    """Memorize a text of any length, or several, as one memory of one row.
+
+    A text that fits one window is memorized as by ``memorizer(text)``.
 
     Args:
         memorizer: fits it.
         texts: what to memorize; each text begins a window of its own.
         windows: how they are cut.
-
-    Returns:
-        a memory of one row. Of a text that fits one window, the same as that of ``memorizer(text)``.
-
-    Raises:
-        FastMemError: when there is nothing to memorize, or the policy does not fit the settings.
     """
     fit = DocumentFit(memorizer, texts, windows)
     for _ in fit.run():

@@ -127,10 +127,7 @@ class KernelPrediction:
         return soft_target_loss_(out, *before, self._labels, kl_coeff, weights)
 
 
-Prediction = PlainPrediction | KernelPrediction
-
-
-def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> Prediction:
+def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> PlainPrediction | KernelPrediction:
     """The prediction from the head's input ``(n, D)``, for the kernel where that can run."""
     return (KernelPrediction if _kernel_fits(tail) else PlainPrediction)(tail, hidden, labels)
 
@@ -153,7 +150,7 @@ class MemorizationBatch(SimpleNamespace):
     weights: Tensor  # (N,): 1 / label tokens of that sample
     hidden: Tensor  # (N, D) float32: the head's input at step 0
     # Of step 0, by token chunk; None for those made anew at every step, as they did not fit the budget.
-    predictions: list[Prediction | None]
+    predictions: list[PlainPrediction | KernelPrediction | None]
     # (n, V): room for the head's products of one chunk, which takes the system time to hand out.
     scratch: Tensor
 
@@ -167,8 +164,7 @@ def prepare(
     rows = positions // labels.shape[1]
     labels = labels.flatten()[positions]
     hidden = tail.hidden(inputs, base).flatten(0, 1)[positions]
-    predictions: list[Prediction | None] = []
-    parts = _parts(tail, hidden)
+    predictions, parts = [], _parts(tail, hidden)
     for part in parts:
         prediction = predict(tail, hidden[part], labels[part]) if reference_budget > 0 else None
         reference_budget -= prediction.nbytes if prediction else 0
@@ -191,8 +187,8 @@ def footprint_of(backbone: Backbone, settings: MemorizationSettings) -> Footprin
     tail = backbone.tail(settings.num_layers)
     # Of a label token's reference: logits or probabilities.
     kept = tail.head_weight.element_size() if _kernel_fits(tail) else 4 if tail.softcap is None else 8
-    float32_state = settings.optimizer_state == "float32"
-    return backbone.footprint(settings.num_layers, tail.head_weight.shape[0] * kept, float32_state)
+    reference = tail.head_weight.shape[0] * kept
+    return backbone.footprint(settings.num_layers, reference, settings.optimizer_state == "float32")
 
 
 class Losses(NamedTuple):

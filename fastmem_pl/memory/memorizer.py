@@ -53,9 +53,6 @@ class Memorizer:
         settings: keyword arguments of :class:`MemorizationSettings` do as well.
         fabric: drives the fit; by default one for the backbone's device.
 
-    Attributes:
-        meter: of the trunk's passes, which a profile lists apart; by default it measures nothing.
-
     Raises:
         FastMemError: when the Fabric is for another device or precision than the backbone's, or for several
             processes.
@@ -70,10 +67,9 @@ class Memorizer:
     ) -> None:
         self.backbone = backbone
         if settings is not None and kwargs:
-            raise FastMemError(
-                f"Memorizer: give settings or keyword arguments, not both ({', '.join(kwargs)})"
-            )
+            raise FastMemError(f"Memorizer: give settings or {', '.join(kwargs)}, not both")
         self.settings = settings or MemorizationSettings(**kwargs)
+        # Of the trunk's passes, which a profile lists apart; this one measures nothing.
         self.meter = PhaseMeter(backbone.device)
         backbone.tail(self.settings.num_layers)
         if fabric is not None:
@@ -106,11 +102,8 @@ class Memorizer:
         return self.backbone.chat.context(context, self.context_limit)
 
     def read(self, encoded: Sequence[EncodedContext]) -> tuple[TailInputs, Tensor, Tensor]:
-        """Run the trunk on encoded contexts.
-
-        Returns:
-            inputs of the tail, ``(B, T, D)``; the token that each position predicts, ``(B, T)``; and a mask
-            that is true where it counts, ``(B, T)``.
+        """Run the trunk: gives inputs of the tail, ``(B, T, D)``, and by position, ``(B, T)``, the token that
+        it predicts and whether that counts.
         """
         backbone = self.backbone
         tokens = sum(item.context_tokens for item in encoded)
@@ -127,8 +120,7 @@ class Memorizer:
     def read_windows(self, encoded: Sequence[EncodedContext]) -> Iterator[tuple[TailInputs, Tensor, Tensor]]:
         """As :meth:`read`, of as many contexts at a time as one pass takes.
 
-        With one trained layer, the positions that have a label become one row, and others are left out: above
-        the trunk there is no attention then.
+        With one trained layer, above which is no attention, the positions that have a label become one row.
         """
         count = max(1, _TOKENS_AT_ONCE // max(len(part.input_ids) for part in encoded))
         for start in range(0, len(encoded), count):
@@ -160,10 +152,7 @@ class Memorizer:
         return module.memory()
 
     def run(self, module: MemorizationModule, parts: Sequence[MemorizationBatch]) -> Iterator[int]:
-        """Fit a module step by step, as many as its settings say; yields the number of steps taken so far.
-
-        The losses of the ``parts`` add up to that of one step; usually there is one.
-        """
+        """Take the steps of a module's settings, each on all parts; yields the number taken so far."""
         numerics = partial(self.backbone.numerics, grad=True)
         with numerics():
             plain = module.configure_optimizers()
@@ -206,9 +195,8 @@ class ContextReader:
     ) -> Iterator[tuple[int, Memory]]:
         """Memorize under the settings of each row, which may differ in learning rate and kl_coeff.
 
-        With a constant learning rate, fewer steps are the beginning of more (paper, section 4.1). Yields each
-        of the ``stops``, numbers of steps in ascending order, with the memory of all rows at that time. Its
-        deltas go on being trained: use or copy them before the next.
+        Yields each of the ``stops``, ascending numbers of steps, with the memory of all rows then: fewer
+        steps are the beginning of more. Its deltas go on being trained: use or copy them before the next.
         """
         memorizer, count = self._memorizer, len(rows)
         settings = replace(memorizer.settings, steps=max(stops))

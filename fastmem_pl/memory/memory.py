@@ -49,11 +49,6 @@ class Curve:
         """Inverse of :meth:`as_dict`."""
         return cls(**{n: [math.nan if v is None else v for v in row] for n, row in values.items()})
 
-    @classmethod
-    def joined(cls, curves: Sequence[Curve]) -> Curve:
-        """Curves of fits that went on from each other, as one."""
-        return cls(*([v for c in curves for v in getattr(c, field.name)] for field in fields(cls)))
-
 
 @dataclass(repr=False)
 class Memory:
@@ -94,8 +89,8 @@ class Memory:
         means = [f"{fmean(loss[i] for loss in losses):.2f}" for i in (0, -1)] if losses else []
         fell = f", cross-entropy {' -> '.join(means)}" if means else ""
         megabytes = sum(tensor.nbytes for layer in self.deltas for tensor in layer.values()) / 1e6
-        steps = f"{self.settings.get('steps')} steps"
-        return f"Memory({rows}, {steps}{fell}, {megabytes:.1f} MB, model {self.backbone!r})"
+        steps = self.settings.get("steps")
+        return f"Memory({rows}, {steps} steps{fell}, {megabytes:.1f} MB, model {self.backbone!r})"
 
     @property
     def num_layers(self) -> int:
@@ -116,11 +111,10 @@ class Memory:
         figure, panels = pyplot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
         # Notebooks show what is returned, and what pyplot keeps once more.
         pyplot.close(figure)
-        titles = {"cross_entropy": "cross-entropy of the context", "kl": "KL from the base model"}
-        for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for axes, name in zip(panels, ("cross_entropy", "kl"), strict=True):
             for row, curve in enumerate(self.curves):
                 axes.plot(getattr(curve, name), marker=".", label=f"row {row}")
-            axes.set(title=title, xlabel="step", ylabel="nats a token")
+            axes.set(title=name.replace("_", "-"), xlabel="step", ylabel="nats a token")
             if 1 < len(self) <= 10:
                 axes.legend(fontsize="small")
         return figure
@@ -159,9 +153,15 @@ class Memory:
         joined = {name: [value for memory in memories for value in getattr(memory, name)] for name in _BY_ROW}
         return replace(first, deltas=deltas, settings=settings, windows=None, **joined)
 
-    def check(self, backbone: Backbone) -> None:
-        """Refuse another model, with both fingerprints or the shapes that differ."""
-        self._check(backbone.fingerprint(), backbone.anatomy)
+    def check(self, model: Any) -> Anatomy:
+        """Refuse another model, with both fingerprints or the shapes that differ; returns its anatomy."""
+        loaded = isinstance(model, Backbone)
+        fingerprint = model.fingerprint() if loaded else fingerprint_of(model)
+        if self.fingerprint != fingerprint:
+            raise files.other_model("the memory", self.backbone, self.fingerprint, fingerprint)
+        anatomy = model.anatomy if loaded else find_anatomy(model)
+        check_shapes([{n: tuple(t.shape[1:]) for n, t in layer.items()} for layer in self.deltas], anatomy)
+        return anatomy
 
     def serving(self, backbone: Backbone, count: int) -> list[dict[str, Tensor]]:
         """The deltas for ``count`` sequences, a multiple of the rows, in the backbone's compute type."""
@@ -178,15 +178,10 @@ class Memory:
         each serves all beams and returned sequences of its prompt. ``model`` may be a ``Backbone``.
 
         Raises:
-            FastMemError: when the memory is of another model, or one is attached already; inside, when the
-                rows do not fit the batch.
+            FastMemError: where one is attached already; inside, where the rows do not fit the batch.
         """
-        if isinstance(model, Backbone):
-            self.check(model)
-            return attached(model.anatomy, self.deltas, model.compute_dtype)
-        anatomy = find_anatomy(model)
-        self._check(fingerprint_of(model), anatomy)
-        return attached(anatomy, self.deltas)
+        anatomy = self.check(model)
+        return attached(anatomy, self.deltas, model.compute_dtype if isinstance(model, Backbone) else None)
 
     def save(
         self,
@@ -208,9 +203,6 @@ class Memory:
             text: keep the memorized text, where it is known, in the file.
             factors: of every delta by layer, ``(out, r)`` and ``(r, in)``, for ``low-rank``.
             extra: further text for the header.
-
-        Raises:
-            FastMemError: when the file cannot be written.
         """
         form = str(form).removeprefix("torch.")
         tensors: dict[str, Tensor] = {}
@@ -241,10 +233,8 @@ class Memory:
     ) -> Memory:
         """Read one memory (nothing in the file is executed); its deltas go to ``device``.
 
-        With a ``fingerprint``, a memory of another backbone is refused; with a backbone, also other shapes.
-
-        Raises:
-            FastMemError: when the file is missing, damaged, altered, or belongs to another model.
+        A damaged or altered file is refused, with a ``fingerprint`` also a memory of another backbone, and
+        with a backbone also other shapes.
         """
         anatomy = None
         if isinstance(fingerprint, Backbone):
@@ -258,12 +248,6 @@ class Memory:
             context_hashes=[values["context_hash"]],
             **{name: values[name] for name in ("settings", "fingerprint", "backbone", "windows")},
         )
-
-    def _check(self, fingerprint: str, anatomy: Anatomy) -> None:
-        if self.fingerprint != fingerprint:
-            raise files.other_model("the memory", self.backbone, self.fingerprint, fingerprint)
-        shapes = [{name: tuple(t.shape[1:]) for name, t in layer.items()} for layer in self.deltas]
-        check_shapes(shapes, anatomy)
 
     def _settings_of(self, row: int) -> dict[str, Any]:
         return {name: v[row] if isinstance(v, list) else v for name, v in self.settings.items()}

@@ -26,7 +26,6 @@ class MemorizationModule(LightningModule):
 
     Args:
         backbone: whose last FFNs the deltas change.
-        num_samples: ``B``.
         settings: those of all samples.
         rows: settings of each sample, which may differ in ``learning_rate`` and ``kl_coeff``.
         start: a memory to go on from; its KL is still from the base model.
@@ -99,10 +98,7 @@ class MemorizationModule(LightningModule):
         return DeltaAdamW(pairs, rates, settings.weight_decay, settings.round_weights, **moments)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``; ends the step.
-
-        The ``optimizer`` is that of :meth:`configure_optimizers`, as it is or set up by Fabric.
-        """
+        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``; ends the step."""
         settings = self.settings
         plain = optimizer if isinstance(optimizer, DeltaAdamW) else optimizer.optimizer
         norms = plain.clip(settings.max_grad_norm)

@@ -35,9 +35,6 @@ class MemorizationSettings:
         optimizer_state: ``auto`` keeps deltas and first moments in bfloat16 where the kernel updates them
             (bfloat16 on CUDA); ``float32`` keeps everything in float32, which takes more of both time and
             memory.
-
-    Raises:
-        FastMemError: when a value is out of its range.
     """
 
     steps: int = 10
@@ -84,9 +81,6 @@ class WindowSettings:
         window: most tokens of the text in a window; as many as model and settings allow by default.
         overlap: tokens that a window repeats from the one before, as context without loss; an eighth of a
             window by default.
-
-    Raises:
-        FastMemError: when a value is out of its range.
     """
 
     policy: str = "joint"
