@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     to_lora(memory, tiny, target, rank=2)
     before = contents(target)
     with monkeypatch.context() as patched:
-        patched.setattr("fastmem_pl.export.lora.write_tensors", full)
+        patched.setattr("fastmem_pl.export.lora.write_atomic", full)
         with pytest.raises(FastMemError, match=r"cannot write .*lora: No space left on device"):
             to_lora(memory, tiny, target, force=True)
     assert (list(tmp_path.iterdir()), contents(target)) == ([target], before)

@@ -10,6 +10,7 @@ from memories import assert_deltas, loss_of, plain_fit, prose
 from fastmem_pl import FastMemError, Memorizer, WindowSettings, memorize_document
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.memory import DocumentFit, document
+from fastmem_pl.memory import memorizer as memorizing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = (
@@ -43,7 +44,7 @@ def test_joint_is_one_loss_over_all_windows(make_tiny, family, texts, windows):
 def test_parts_of_a_document_add_up(tiny, monkeypatch):
     memorizer = Memorizer(tiny, **STRONG)
     whole = memorize_document(memorizer, TEXT, SMALL)
-    monkeypatch.setattr(document, "_TOKENS_AT_ONCE", 30)
+    monkeypatch.setattr(memorizing, "_TOKENS_AT_ONCE", 30)
     parts = DocumentFit(memorizer, TEXT, SMALL)
     assert len(parts._parts(parts.encoded)) > 3
     list(parts.run())

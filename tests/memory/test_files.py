@@ -102,7 +102,7 @@ def test_a_failed_save_leaves_the_old_file(memory: Memory, tmp_path: Path) -> No
 def test_foreign_and_missing_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert_refused(tmp_path / "x.safetensors", "is not a FastMem memory")
-    assert_refused(tmp_path / "y.safetensors", "no such memory")
+    assert_refused(tmp_path / "y.safetensors", "No such file")
 
 
 def header_end(content: bytes) -> int:

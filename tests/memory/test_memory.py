@@ -29,8 +29,8 @@ def test_stack_refuses_what_does_not_belong_together(backbone, memory: Memory, s
     other = Memorizer(Backbone.load(str(stranger)), **STRONG)([TEXT])
     deep = Memorizer(backbone, **STRONG, num_layers=2)([TEXT])
     for wrong, words in (
-        ([memory, other], "two models"),
-        ([memory, deep], "of 1 and of 2"),
+        ([memory, other], "fingerprint"),
+        ([memory, deep], "num_layers"),
         ([], "give one"),
     ):
         with pytest.raises(FastMemError, match=words):
