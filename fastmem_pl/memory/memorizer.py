@@ -14,7 +14,7 @@ from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs, pad, usable_bytes
-from fastmem_pl.backbone.precision import fabric_settings
+from fastmem_pl.backbone.settings import fabric_settings
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.phases import PhaseMeter
 from fastmem_pl.memory.loss import MemorizationBatch, prepare

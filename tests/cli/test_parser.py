@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 
 from fastmem_pl import FastMemError
-from fastmem_pl.backbone.precision import WEIGHT_DTYPE
+from fastmem_pl.backbone.settings import WEIGHT_DTYPE
 from fastmem_pl.backbone.quantization import KINDS
 from fastmem_pl.cli import COMMANDS, main
 from fastmem_pl.cli.export import export
