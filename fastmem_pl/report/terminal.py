@@ -85,7 +85,8 @@ def _print_differences(records: Sequence[Record], console: Console) -> None:
         console.print(f"  [bold]{escape(_line(about))}[/bold]  {escape(_line(wanted, 120))}")
         width = max(len(record["method"]) for record in answers)
         for record in answers:
-            mark = {None: " ", 0.0: "✗", 1.0: "✓"}[record["scores"].get("contained")]
+            correct = record["scores"].get("contained")
+            mark = " " if correct is None else "✓" if correct else "✗"
             console.print(f"    {mark} {record['method']:<{width}}  {escape(_line(record['prediction']))}")
 
 
