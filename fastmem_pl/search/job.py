@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,17 @@ from lightning.pytorch import Callback
 
 from fastmem_pl.base.errors import RunStoppedError
 from fastmem_pl.base.files import write_atomic
-from fastmem_pl.data import BatchLimits, ContextSample, FastMemDataModule
+from fastmem_pl.data import BatchLimits, FastMemDataModule
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.metrics import METRIC_MODELS, format_score
-from fastmem_pl.run.callbacks import PredictionWriter
-from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
+from fastmem_pl.run.callbacks import PredictionWriter, SampleProgress
+from fastmem_pl.run.folder import SCHEMA_VERSION
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.provenance import describe_run
 from fastmem_pl.run.records import Record
 from fastmem_pl.run.scoring import score_records
 from fastmem_pl.run.trainer import FastMemTrainer
-from fastmem_pl.search.evaluate import AnswerProgress, SearchModule
+from fastmem_pl.search.evaluate import SearchModule
 from fastmem_pl.search.grid import AXES, MEMORY_AXES, SearchSettings, Todo
 from fastmem_pl.search.ranking import Ranking
 from fastmem_pl.search.summary import heat_map, markdown
@@ -50,28 +50,30 @@ class SearchResult:
     ranking: Ranking
     num_samples: int
     num_new: int
-    mode: str = "search"
-    files: tuple[str, ...] = ("search.md", "heatmap.svg", "search.json")
+    files: tuple[str, ...]
 
 
-@dataclass
 class SearchJob:
-    """One search, from its settings to its files; ``model`` has the settings of all that is no axis."""
+    """One search, from its settings to its files; ``model`` has the settings of all that is no axis.
 
-    trainer: FastMemTrainer
-    model: FastMemModule
-    datamodule: FastMemDataModule
-    settings: SearchSettings
-    path: Path
-    run: RunFolder | None = None
-    _start: float = field(default_factory=time.perf_counter)
+    Making one refuses what can be refused before the model is loaded, and writes nothing.
+    """
 
-    @property
-    def samples(self) -> list[ContextSample]:
-        """Those that are searched on."""
-        return self.datamodule.samples
+    def __init__(
+        self,
+        trainer: FastMemTrainer,
+        model: FastMemModule,
+        datamodule: FastMemDataModule,
+        settings: SearchSettings,
+        path: Path,
+    ) -> None:
+        self.trainer, self.model, self.datamodule = trainer, model, datamodule
+        self.settings, self.path = settings, path
+        self.samples = datamodule.samples
+        self.run = trainer.prepare_run(path, self._identity(), [], model)
+        self._start = time.perf_counter()
 
-    def identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What the records depend on beside their points and, of trials, all that the study depends on.
 
         A folder may hold the points of several grids, but those of one study only.
@@ -90,16 +92,10 @@ class SearchJob:
                 "samples": len(self.samples),
                 "space": {name: [AXES[name].tidy(end) for end in ends] for name, ends in axes.items()},
             }
-        return json.loads(json.dumps(identity))
-
-    def prepare(self) -> RunFolder:
-        """Refuse what can be refused before the model is loaded and anything is written."""
-        self.run = self.trainer.prepare_run(self.path, self.identity(), [], self.model)
-        return self.run
+        return identity
 
     def answer(
         self,
-        bar: AnswerProgress,
         look: Callable[[], Todo],
         callbacks: Sequence[Callback] = (),
         trials: Mapping[Any, int] | None = None,
@@ -110,23 +106,29 @@ class SearchJob:
         on disk.
         """
         model, data, ranks = self.model, self.datamodule, self.trainer.ranks
-        search = SearchModule(model, self.settings.chosen_method(), trials)
-        left: list[int] = []
+        search, missing = SearchModule(model, self.settings.chosen_method(), trials), 0
 
         def plan() -> None:
+            nonlocal missing
             search.todo = look()
-            left.append(sum(map(len, search.todo.values())))
+            missing, there = sum(map(len, search.todo.values())), self.run.count_lines()
             data.skip({sample.index for sample in self.samples} - search.todo.keys())
+            left, done = len(data.remaining), len(self.samples) - len(data.remaining)
             lengths = model.context_lengths(data.remaining)
             data.use_plan(ranks.first(lambda: data.plan(lengths, BatchLimits(1))))
-            bar.count = self.run.count_lines if ranks.count > 1 else None
+
+            def count() -> int:
+                return done + (self.run.count_lines() - there) * left // max(1, missing)
+
+            for bar in (c for c in self.trainer.callbacks if isinstance(c, SampleProgress)):
+                bar.count = count if ranks.count > 1 else None
 
         try:
-            self.trainer.run_loop(search, data, plan, [PredictionWriter(self.run), *callbacks], bar)
+            self.trainer.run_loop(search, data, plan, [PredictionWriter(self.run), *callbacks])
         finally:
             if model.is_loaded:
                 model.graphs.clear()
-        return sum(left)
+        return missing
 
     def scored_records(self) -> list[Record]:
         """Records of the samples that are searched on, with the scores that need a model of their own."""
@@ -134,16 +136,14 @@ class SearchJob:
         wanted = {sample.index for sample in self.samples}
         return [record for record in self.run.records() if record["index"] in wanted]
 
-    def write(
-        self, ranking: Ranking, new: bool, study: Mapping[str, Any] | None = None, plots: Sequence[str] = ()
-    ) -> None:
-        """Write ``search.json``, ``search.md``, ``best.yaml`` and, but for trials, ``heatmap.svg``.
-
-        Where nothing was left to do, ``search.json`` keeps what was measured while there was.
-
-        Raises:
-            RunStoppedError: when the folder cannot be written.
-        """
+    def finish(
+        self,
+        ranking: Ranking,
+        num_new: int,
+        study: Mapping[str, Any] | None = None,
+        plots: Sequence[str] = (),
+    ) -> SearchResult:
+        """Write ``search.json``, ``search.md``, ``best.yaml`` and, but for trials, ``heatmap.svg``."""
         summary = self.path / "search.json"
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -154,9 +154,10 @@ class SearchJob:
             **({"study": study} if study else {}),
             **describe_run(self.model, self.run.identity),
         }
-        if new:
+        if num_new:
             content["seconds_of_last_session"] = round(time.perf_counter() - self._start, 2)
         elif summary.is_file():
+            # Nothing was left to do, so what was measured while there was stays.
             kept = json.loads(summary.read_text())
             content |= {name: kept[name] for name in _MEASURED if name in kept}
         config = self.trainer.config_of(self.model, self.datamodule, self.path)
@@ -171,6 +172,8 @@ class SearchJob:
                 f"cannot write {self.path}: {error.strerror}; the answers are kept, and the same command "
                 "writes the results"
             ) from error
+        files = ("search.md", *(plots if study else ["heatmap.svg"]), "search.json")
+        return SearchResult(self.path, ranking, len(self.samples), num_new, files)
 
 
 def best_config(config_text: str, ranking: Ranking, settings: SearchSettings, path: Path) -> str:

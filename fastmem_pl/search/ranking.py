@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.metrics import format_score, lower_is_better
+from fastmem_pl.metrics import estimate, format_score, lower_is_better
 from fastmem_pl.search.grid import AXES, Point, key_of
 
 # A value nearer to the end of a range than this share of it is at the end.
@@ -59,10 +59,7 @@ class RankedPoint(Baseline):
 
 @dataclass(frozen=True)
 class Ranking:
-    """All points, best first; ``axes`` holds the values that occur, ascending.
-
-    ``ranges`` are those of a search by trials.
-    """
+    """All points, best first; ``axes`` are the values that occur, ascending, ``ranges`` those of trials."""
 
     objective: str
     axes: dict[str, list[float]]
@@ -101,30 +98,23 @@ def rank(
     Raises:
         FastMemError: when no point has a sample with the objective in common with zero-shot.
     """
-    scored = [record for record in records if objective in record["scores"]]
     by_key = {key_of(point): dict(point) for point in points}
-    zero_shot = _table([record for record in scored if record["point"] is None], objective)
-    table = _table([record for record in scored if key_of(record["point"]) in by_key], objective)
-    pairs = table.merge(zero_shot[["index", "value"]], on="index", suffixes=("", "_before"))
+    table = _table(records, objective)
+    zero_shot = table[table["key"].isna()].set_index("index")
+    pairs = table[table["key"].isin(by_key) & table["index"].isin(zero_shot.index)]
     if pairs.empty:
         raise FastMemError(f"search.objective: zero-shot and the search share no sample with {objective!r}")
-    pairs["gain"] = pairs["value"] - pairs["value_before"]
-    ranked = [
-        RankedPoint(
-            point=by_key[key],
-            gain=_mean(rows["gain"]),
-            gain_error=_error(rows["gain"]),
-            failed=int(rows["failed"].sum()),
-            **_results(rows),
-        )
-        for key, rows in pairs.groupby("key", sort=False)
-    ]
+    ranked = []
+    for key, rows in pairs.groupby("key", sort=False):
+        gain = estimate(rows["value"] - rows["index"].map(zero_shot["value"]))
+        own = {"point": by_key[key], "failed": int(rows["failed"].sum())}
+        ranked.append(RankedPoint(**own, gain=gain.value, gain_error=gain.error, **_results(rows)))
     sign = 1 if lower_is_better(objective) else -1
     ranked.sort(key=lambda p: (-p.n, p.failed > 0, sign * p.value, _precedence(p.point)))
     axes = {name: sorted({p.point[name] for p in ranked}) for name in points[0]}
-    baseline = Baseline(**_results(zero_shot))
+    ranges = dict(ranges) if ranges else None
     warnings = _warnings(objective, axes, ranked, ranges)
-    return Ranking(objective, axes, baseline, ranked, warnings, dict(ranges) if ranges else None)
+    return Ranking(objective, axes, Baseline(**_results(zero_shot)), ranked, warnings, ranges)
 
 
 def format_setting(value: float, digits: int = 10) -> str:
@@ -132,42 +122,33 @@ def format_setting(value: float, digits: int = 10) -> str:
     return f"{value:.{digits}g}"
 
 
-def _table(records: Iterable[Mapping[str, Any]], objective: str) -> pd.DataFrame:
-    """One row a record, in the order of the data."""
+def _table(records: Sequence[Mapping[str, Any]], objective: str) -> pd.DataFrame:
+    """One row a record with the objective, in the order of the data."""
     rows = [
-        (
-            record["index"],
-            key_of(record["point"]),
-            record["scores"][objective],
-            {**record["scores"], "output_words": record["output_words"]},
-            record["status"] != "ok",
-            sum(record["seconds"].values()),
-        )
+        {
+            "index": record["index"],
+            "key": key_of(record["point"]),
+            "value": record["scores"][objective],
+            "scores": {**record["scores"], "output_words": record["output_words"]},
+            "failed": record["status"] != "ok",
+            "seconds": sum(record["seconds"].values()),
+        }
         for record in records
+        if objective in record["scores"]
     ]
-    return pd.DataFrame(rows, columns=["index", "key", "value", "scores", "failed", "seconds"]).sort_values(
-        "index"
-    )
+    columns = ["index", "key", "value", "scores", "failed", "seconds"]
+    return pd.DataFrame(rows, columns=columns).sort_values("index")
 
 
 def _results(rows: pd.DataFrame) -> dict[str, Any]:
-    scores = pd.DataFrame(list(rows["scores"]))
+    mean = estimate(rows["value"])
     return {
-        "n": len(rows),
-        "value": _mean(rows["value"]),
-        "standard_error": _error(rows["value"]),
-        "scores": {name: _mean(scores[name]) for name in scores},
-        "seconds": _mean(rows["seconds"]),
+        "n": mean.n,
+        "value": mean.value,
+        "standard_error": mean.error,
+        "scores": pd.DataFrame(list(rows["scores"])).mean().to_dict(),
+        "seconds": float(rows["seconds"].mean()),
     }
-
-
-def _mean(values: pd.Series) -> float:
-    # Rounded, as the same scores summed in another order are the same value, and tie.
-    return round(float(values.mean()), 12)
-
-
-def _error(values: pd.Series) -> float | None:
-    return float(values.sem()) if len(values) > 1 else None
 
 
 def _precedence(point: Point) -> list[float]:
@@ -181,9 +162,9 @@ def _warnings(
     points: Sequence[RankedPoint],
     ranges: Mapping[str, Range] | None,
 ) -> list[str]:
-    best = points[0]
+    best, total = points[0], len(points)
     tied = [p for p in points if p.n == best.n and p.value == best.value]
-    lines = _at_an_end(tied, axes, ranges)
+    lines = [_end_warning(name, tied, values, ranges) for name, values in (ranges or axes).items()]
     if best.n < 2:
         lines.append(f"a single sample gives no standard error and no ranking to rely on: {_MORE_SAMPLES}")
     if (-best.gain if lower_is_better(objective) else best.gain) <= (best.gain_error or 0.0):
@@ -197,42 +178,30 @@ def _warnings(
             f"{ties} more point{'s tie' if ties > 1 else ' ties'} with the best; first is the one of fewest "
             f"steps, then of smallest learning_rate and largest kl_coeff: to tell them apart, {_MORE_SAMPLES}"
         )
-    short = [p for p in points if p.n < best.n]
-    if short and ranges is not None:
+    if short := sum(p.n < best.n for p in points):
+        lines.append(f"{short} of {total} points were given up before the last sample and are ranked last")
+    if failed := [p.failed for p in points if p.failed]:
         lines.append(
-            f"{len(short)} of {len(points)} points were given up before the last sample and are ranked last"
+            f"the loss was not finite in {len(failed)} of {total} points, where the base model gave "
+            f"{sum(failed)} answers (see 'status'): leave out the largest learning rates"
         )
-    elif short:
-        named = ["/".join(map(format_setting, p.point.values())) + f" ({p.n})" for p in short[:3]]
-        lines.append(
-            f"{len(short)} of {len(points)} points lack some of the {best.n} samples and are ranked last, "
-            f"{'/'.join(axes)} {', '.join(named)}{', ...' if len(short) > 3 else ''}: "
-            "run the same command again to complete them"
-        )
-    if failed := [p for p in points if p.failed]:
-        lines.append(
-            f"the loss was not finite in {len(failed)} of {len(points)} points, where the base model gave "
-            f"{sum(p.failed for p in failed)} answers (see 'status'): leave out the largest learning rates"
-        )
-    return lines
+    return list(filter(None, lines))
 
 
-def _at_an_end(
-    tied: Sequence[RankedPoint], axes: Mapping[str, list[float]], ranges: Mapping[str, Range] | None
-) -> list[str]:
-    """Axes on whose end the best point lies; of a grid, where no other value does as well."""
-    lines = []
-    for name, values in axes.items() if ranges is None else ranges.items():
-        low, high = values[0], values[1 if ranges else -1]
-        best = tied[0].point[name]
-        near = _NEAR if ranges else 0.0
-        scale = math.log if ranges and values[2] else float
-        share = (scale(best) - scale(low)) / (scale(high) - scale(low)) if high > low else 0.5
-        alone = ranges is not None or all(point.point[name] == best for point in tied)
-        bound, end, further = (low, "lower", "smaller") if share < 0.5 else (high, "upper", "larger")
-        if alone and not near < share < 1 - near and bound != AXES[name].bound:
-            lines.append(
-                f"the best {name}, {format_setting(best, 4)}, is at the {end} end; the optimum may lie "
-                f"beyond {format_setting(bound)}: search {further} values, too"
-            )
-    return lines
+def _end_warning(
+    name: str, tied: Sequence[RankedPoint], values: Sequence[float], ranges: Mapping[str, Range] | None
+) -> str | None:
+    """Where the best value of an axis lies at an end of what was searched, and, in a grid, no other ties."""
+    best, low, high = tied[0].point[name], values[0], values[1 if ranges else -1]
+    if high <= low or (ranges is None and any(point.point[name] != best for point in tied)):
+        return None
+    near = _NEAR if ranges else 0.0
+    scale = math.log if ranges and values[2] else float
+    share = (scale(best) - scale(low)) / (scale(high) - scale(low))
+    bound, end, further = (low, "lower", "smaller") if share < 0.5 else (high, "upper", "larger")
+    if near < share < 1 - near or bound == AXES[name].bound:
+        return None
+    return (
+        f"the best {name}, {format_setting(best, 4)}, is at the {end} end; the optimum may lie beyond "
+        f"{format_setting(bound)}: search {further} values, too"
+    )

@@ -109,7 +109,7 @@ def test_text_contrasts_with_every_colour():
 
     for i in range(256):
         behind = luminance(colormaps["viridis"](i)[:3])
-        ink = {"#000000": 0.0, "#ffffff": 1.0}[summary._contrast(*colormaps["viridis"](i)[:3])]
+        ink = {"#000000": 0.0, "#ffffff": 1.0}[summary._ink(colormaps["viridis"](i))]
         high, low = max(behind, ink), min(behind, ink)
         assert (high + 0.05) / (low + 0.05) >= 4.5
 
