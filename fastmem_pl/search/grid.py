@@ -52,12 +52,11 @@ AXES = {
 MEMORY_AXES = tuple(name for name, axis in AXES.items() if axis.group == "memorize")
 
 
-def _paper_grid() -> dict[str, list[float]]:
-    return {
-        "learning_rate": [1e-6, 3e-6, 1e-5, 3e-5],
-        "steps": [10, 20, 50],
-        "kl_coeff": [0.01, 0.03, 0.1, 0.3, 1.0],
-    }
+_PAPER_GRID = {
+    "learning_rate": [1e-6, 3e-6, 1e-5, 3e-5],
+    "steps": [10, 20, 50],
+    "kl_coeff": [0.01, 0.03, 0.1, 0.3, 1.0],
+}
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,6 @@ class OptunaSettings:
         """Refuse a missing package, ranges that are none, and numbers out of range."""
         if importlib.util.find_spec("optuna") is None:
             raise FastMemError('search.optuna: it is not installed; pip install "fastmem-pl[optuna]"')
-        if not self.space:
-            raise FastMemError("search.optuna.space: empty; such as '{learning_rate: [1e-6, 1e-3]}'")
         for name, values in self.space.items():
             where = f"search.optuna.space.{name}"
             if len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]:
@@ -109,9 +106,7 @@ class OptunaSettings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What to search, and by what to judge.
-
-    Defaults are the paper's (arXiv 2406.16069, appendix).
+    """What to search, and by what to judge; defaults are the paper's (arXiv 2406.16069, appendix).
 
     Args:
         grid: values of each axis; every combination is a point. Axes: learning_rate, steps, kl_coeff, and of
@@ -124,7 +119,7 @@ class SearchSettings:
         optuna: search a larger space by trials of Optuna instead of the grid.
     """
 
-    grid: dict[str, list[float]] = field(default_factory=_paper_grid)
+    grid: dict[str, list[float]] = field(default_factory=lambda: dict(_PAPER_GRID))
     objective: str = "accuracy"
     every: int = 5
     method: str | None = None
@@ -146,12 +141,12 @@ class SearchSettings:
     def check(self, model: FastMemModule, samples: Sequence[ContextSample]) -> None:
         """Refuse a search that cannot be done, before anything is."""
         where = "search.optuna.space" if self.optuna else "search.grid"
+        if not self.values:
+            raise FastMemError(f"{where}: empty; such as --{where} '{{learning_rate: [1e-5, 1e-4]}}'")
         for name in self.values:
             self._check_axis(name, model, where)
         if self.optuna:
             self.optuna.check()
-        elif not self.grid:
-            raise FastMemError("search.grid: empty; such as '{learning_rate: [1e-5, 1e-4], steps: [10, 20]}'")
         for name, values in self.values.items():
             if not values:
                 raise FastMemError(f"{where}.{name}: empty; give one value or more, or leave the axis out")
@@ -205,7 +200,7 @@ def missing(
 
 
 def _check_value(model: FastMemModule, name: str, value: float, where: str) -> None:
-    if AXES[name].whole and (not math.isfinite(value) or value != int(value)):
+    if AXES[name].whole and not float(value).is_integer():
         raise FastMemError(f"{where}.{name}: {value} is no whole number")
     if name == "steps" and value < 1:
         raise FastMemError(f"{where}.steps: {int(value)} is out of range; allowed: at least 1")
@@ -225,13 +220,9 @@ def _check_objective(objective: str, model: FastMemModule, samples: Sequence[Con
         if objective not in TASKS[task].scores:
             allowed = ", ".join(TASKS[task].scores)
             raise FastMemError(f"{where} is no score of task {task}; allowed: {allowed}")
-    if objective in METRIC_MODELS:
-        setting = METRIC_MODELS[objective].setting
-        if not model.metric_models[setting.removeprefix("model.")]:
-            raise FastMemError(f"{where} needs a model of its own; set --{setting}")
-    function = SCORES[objective].function
-    if not any(
-        sample.references and (not function or function("", sample.references, sample.originals) is not None)
-        for sample in samples
-    ):
+    setting = METRIC_MODELS[objective].setting if objective in METRIC_MODELS else None
+    if setting and not model.metric_models[setting.removeprefix("model.")]:
+        raise FastMemError(f"{where} needs a model of its own; set --{setting}")
+    function = SCORES[objective].function or (lambda *texts: 0.0)
+    if all(not s.references or function("", s.references, s.originals) is None for s in samples):
         raise FastMemError(f"{where}: no sample has an answer to score against; add some to the data")

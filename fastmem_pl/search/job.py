@@ -36,15 +36,7 @@ _MEASURED = ("seconds_of_last_session", "peak_memory_gib", "environment")
 
 @dataclass
 class SearchResult:
-    """What a search leaves.
-
-    Attributes:
-        path: the run folder.
-        ranking: all points, best first.
-        num_samples: that were searched on.
-        num_new: answers that were not there before this session.
-        files: of the run folder that show the result.
-    """
+    """What a search leaves: ``num_new`` answers are of this session, ``files`` show the result."""
 
     path: Path
     ranking: Ranking
@@ -54,10 +46,7 @@ class SearchResult:
 
 
 class SearchJob:
-    """One search, from its settings to its files; ``model`` has the settings of all that is no axis.
-
-    Making one refuses what can be refused before the model is loaded, and writes nothing.
-    """
+    """One search, from its settings to its files; making one refuses what needs no model to be refused."""
 
     def __init__(
         self,
@@ -74,10 +63,7 @@ class SearchJob:
         self._start = time.perf_counter()
 
     def _identity(self) -> dict[str, Any]:
-        """What the records depend on beside their points and, of trials, all that the study depends on.
-
-        A folder may hold the points of several grids, but those of one study only.
-        """
+        """What records depend on; a folder may hold the points of several grids, but of one study only."""
         settings, identity = self.settings, self.trainer.identity(self.model, self.datamodule, answers=True)
         axes = settings.optuna.space if settings.optuna else {*MEMORY_AXES, *settings.grid}
         for name in axes:
@@ -102,8 +88,7 @@ class SearchJob:
     ) -> int:
         """Run Lightning's predict loop, one sample a batch; returns the number of answers that were missing.
 
-        ``look`` returns them once the model is loaded, the same in all processes. Callbacks find the answers
-        on disk.
+        ``look`` returns them once the model is loaded, the same in all processes.
         """
         model, data, ranks = self.model, self.datamodule, self.trainer.ranks
         search, missing = SearchModule(model, self.settings.chosen_method(), trials), 0
@@ -113,12 +98,11 @@ class SearchJob:
             search.todo = look()
             missing, there = sum(map(len, search.todo.values())), self.run.count_lines()
             data.skip({sample.index for sample in self.samples} - search.todo.keys())
-            left, done = len(data.remaining), len(self.samples) - len(data.remaining)
-            lengths = model.context_lengths(data.remaining)
+            left, lengths = len(data.remaining), model.context_lengths(data.remaining)
             data.use_plan(ranks.first(lambda: data.plan(lengths, BatchLimits(1))))
 
             def count() -> int:
-                return done + (self.run.count_lines() - there) * left // max(1, missing)
+                return len(self.samples) - left + (self.run.count_lines() - there) * left // max(1, missing)
 
             for bar in (c for c in self.trainer.callbacks if isinstance(c, SampleProgress)):
                 bar.count = count if ranks.count > 1 else None
@@ -169,8 +153,7 @@ class SearchJob:
             write_atomic(self.path / "best.yaml", best_config(config, ranking, self.settings, self.path))
         except OSError as error:
             raise RunStoppedError(
-                f"cannot write {self.path}: {error.strerror}; the answers are kept, and the same command "
-                "writes the results"
+                f"cannot write {self.path}: {error.strerror}; answers stay, and the same command goes on"
             ) from error
         files = ("search.md", *(plots if study else ["heatmap.svg"]), "search.json")
         return SearchResult(self.path, ranking, len(self.samples), num_new, files)

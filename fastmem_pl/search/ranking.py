@@ -17,20 +17,14 @@ from fastmem_pl.search.grid import AXES, Point, key_of
 _NEAR = 0.02
 _MORE_SAMPLES = "lower search.every or give more data"
 
-Range = tuple[float, float, bool]
-"""Lowest and highest value of an axis, and whether its scale is logarithmic."""
+Range = tuple[float, float, bool]  # lowest and highest value, and whether the scale is logarithmic
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """Results of zero-shot on the samples of the search.
+    """Results of zero-shot: means over the ``n`` samples of the search that have the objective.
 
-    Attributes:
-        n: samples with the objective.
-        value: mean of the objective.
-        standard_error: of ``value``; ``None`` below two samples.
-        scores: mean of every score, and of ``output_words``.
-        seconds: mean time of memorizing and decoding a sample.
+    ``value`` is that of the objective; standard errors are ``None`` below two samples.
     """
 
     n: int
@@ -45,9 +39,7 @@ class RankedPoint(Baseline):
     """Results of one point.
 
     Attributes:
-        point: setting of every axis.
-        gain: mean difference to zero-shot on the same samples; a negative one is good where lower is better.
-        gain_error: standard error of ``gain``, of the paired differences; ``None`` below two samples.
+        gain: mean of the paired differences to zero-shot; a negative one is good where lower is better.
         failed: samples that could not be memorized and were answered by the base model.
     """
 
@@ -89,14 +81,8 @@ def rank(
     Before them come points that failed on a sample: it is the base model's answer that was scored there.
     Ties go to fewer steps, then smaller learning rates, then larger KL weights: nearest to the model.
 
-    Args:
-        records: of points and of zero-shot; a sample counts where zero-shot has answered it as well.
-        objective: name of a score.
-        points: to rank. Records of others, as of an earlier and larger grid, are left out.
-        ranges: of a search by trials, which gives up points before their last sample; ``None`` for a grid.
-
-    Raises:
-        FastMemError: when no point has a sample with the objective in common with zero-shot.
+    A sample counts where zero-shot has answered it as well. Records of other points, as of an earlier and
+    larger grid, are left out. ``ranges`` are those of a search by trials.
     """
     by_key = {key_of(point): dict(point) for point in points}
     table = _table(records, objective)
@@ -171,13 +157,11 @@ def _warnings(
         gain = format_score(objective, best.gain, best.gain_error, sign="+")
         lines.append(
             f"the search does not show a gain: the best {objective} differs from zero-shot's by {gain} on "
-            f"{best.n} samples, which is no improvement by more than one standard error: {_MORE_SAMPLES}"
+            f"{best.n} samples, no more than one standard error: {_MORE_SAMPLES}"
         )
     if ties := len(tied) - 1:
-        lines.append(
-            f"{ties} more point{'s tie' if ties > 1 else ' ties'} with the best; first is the one of fewest "
-            f"steps, then of smallest learning_rate and largest kl_coeff: to tell them apart, {_MORE_SAMPLES}"
-        )
+        tie = "points tie" if ties > 1 else "point ties"
+        lines.append(f"{ties} more {tie} with the best, which is nearest to the model: {_MORE_SAMPLES}")
     if short := sum(p.n < best.n for p in points):
         lines.append(f"{short} of {total} points were given up before the last sample and are ranked last")
     if failed := [p.failed for p in points if p.failed]:

@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _MAPPED = ("steps", "learning_rate", "kl_coeff")
 _FURTHER = ("accuracy", "contained", "format_failure", "rouge1", "rougeL", "bert_precision", "factkb")
-_PANELS_PER_ROW = 3
 # Neither the user's matplotlibrc nor a random salt may change a picture.
 _STYLE = ["default", {"svg.hashsalt": "fastmem", "svg.fonttype": "none"}]
 _PLOTS = {
@@ -49,12 +48,9 @@ def print_search(ranking: Ranking, console: Console, top: int = 10) -> None:
 
 
 def markdown(ranking: Ranking, plots: Sequence[str] = (), top: int | None = None) -> str:
-    """Return points, heat maps and warnings as Markdown.
+    """Return points, heat maps (after trials, the names of ``plots``) and warnings as Markdown.
 
-    Args:
-        ranking: all points.
-        plots: pictures beside the file that take the place of heat maps after a search by trials.
-        top: number of points to show, without pictures, where a file beside has them all.
+    ``top`` limits the points to the first ones and leaves out pictures, where a file beside has them all.
     """
     zero_shot, label = ranking.baseline, find_score(ranking.objective).label
     value = format_score(ranking.objective, zero_shot.value, zero_shot.standard_error)
@@ -92,20 +88,16 @@ def heat_map(ranking: Ranking, path: Path) -> None:
     The same ranking gives the same bytes. Colours are viridis, the good end bright.
     """
     steps, rates, weights = (ranking.axes[name] for name in _MAPPED)
-    columns = min(len(steps), _PANELS_PER_ROW)
-    rows = -(-len(steps) // columns)
     unit = 100 if find_score(ranking.objective).percent else 1
     first = (p for _, cells in _panels(ranking) for row in cells.values() for p in row.values() if p)
     shown = [point.value * unit for point in first]
     scale = Normalize(min(shown), max(shown))
     colours = colormaps["viridis_r" if lower_is_better(ranking.objective) else "viridis"]
     with style.context(_STYLE):
-        size = columns * (1.2 + 0.75 * len(weights)) + 2.4, rows * (1.1 + 0.5 * len(rates)) + 0.6
+        size = len(steps) * (1.2 + 0.75 * len(weights)) + 2.4, 1.7 + 0.5 * len(rates)
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[len(steps) :]:
-            axes.set_visible(False)
-        for (number, cells), axes in zip(_panels(ranking), grid.flat, strict=False):
+        grid = figure.subplots(1, len(steps), squeeze=False)
+        for (number, cells), axes in zip(_panels(ranking), grid.flat, strict=True):
             panel = [[*points.values()] for points in cells.values()]
             values = [[p.value * unit if p else math.nan for p in points] for points in panel]
             image = axes.imshow(values, cmap=colours, norm=scale, aspect="auto")
@@ -128,13 +120,10 @@ def heat_map(ranking: Ranking, path: Path) -> None:
 
 def plot_study(study: optuna.Study, folder: Path, objective: str) -> list[str]:
     """Write Optuna's own plots; returns their names. One that fails is left out with a line in the log."""
-    from optuna.trial import TrialState
     from optuna.visualization import matplotlib as optuna_plots
 
     names: list[str] = []
-    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        return names
-    for plot, function in _PLOTS.items():
+    for plot, function in _PLOTS.items() if study.best_trials else ():
         name = f"optuna-{plot}.svg"
         # Optuna sets a style of its own for the whole process, and keeps its figures open.
         opened = set(plt.get_fignums())
@@ -164,15 +153,14 @@ def _ink(colour: Sequence[float]) -> str:
 
 
 def _summary(ranking: Ranking) -> str:
-    ranges, values = ranking.ranges or {}, []
-    for name, found in ranking.axes.items():
-        ends = ranges.get(name)
-        shown = " to ".join(map(format_setting, ends[:2])) if ends else ", ".join(map(format_setting, found))
-        values.append(f"{name} {shown}")
+    shown = {name: ", ".join(map(format_setting, values)) for name, values in ranking.axes.items()}
+    for name, (low, high, _) in (ranking.ranges or {}).items():
+        shown[name] = f"{format_setting(low)} to {format_setting(high)}"
     objective = find_score(ranking.objective)
     better = "lower" if objective.lower_is_better else "higher"
     searched = f"{_count(len(ranking.points), 'point')} for {objective.label} ({better} is better)"
-    return f"Searched {searched} on {_count(ranking.best.n, 'sample')}: {'; '.join(values)}"
+    settings = "; ".join(f"{name} {values}" for name, values in shown.items())
+    return f"Searched {searched} on {_count(ranking.best.n, 'sample')}: {settings}"
 
 
 def _rows(ranking: Ranking, top: int | None) -> list[dict[str, str]]:
@@ -184,20 +172,19 @@ def _rows(ranking: Ranking, top: int | None) -> list[dict[str, str]]:
     digits = 10 if ranking.ranges is None else 4
     rows = []
     for place, entry in [*enumerate(points[:top], 1), ("zero-shot", baseline)]:
-        row, own = {"rank": str(place), **dict.fromkeys(varying, "-")}, {"gain": "-", "failed": "-"}
-        if isinstance(entry, RankedPoint):
-            row |= {name: format_setting(entry.point[name], digits) for name in varying}
-            gain = format_score(objective, entry.gain, entry.gain_error, sign="+")
-            own = {"gain": gain, "failed": str(entry.failed)}
-        if any(point.n != baseline.n for point in points):
+        point = entry if isinstance(entry, RankedPoint) else None
+        row = {"rank": str(place)}
+        for name in varying:
+            row[name] = format_setting(point.point[name], digits) if point else "-"
+        if any(p.n != baseline.n for p in points):
             row["n"] = str(entry.n)
         row[find_score(objective).label] = format_score(objective, entry.value, entry.standard_error)
-        row["gain"] = own["gain"]
+        row["gain"] = format_score(objective, point.gain, point.gain_error, sign="+") if point else "-"
         for name in (*further, "output_words"):
             known = name in entry.scores
             row[find_score(name).label] = format_score(name, entry.scores[name]) if known else "-"
-        if any(point.failed for point in points):
-            row["failed"] = own["failed"]
+        if any(p.failed for p in points):
+            row["failed"] = str(point.failed) if point else "-"
         rows.append({**row, "s/sample": f"{entry.seconds:.2f}"})
     return rows
 

@@ -1,7 +1,4 @@
-"""A search by trials of Optuna: batches of points that it chooses, given up on the way or scored at the end.
-
-Imports Optuna, which is an extra: import this module only where a study is asked for.
-"""
+"""A search by trials of Optuna, which is an extra: import this module only where a study is asked for."""
 
 from __future__ import annotations
 
@@ -41,8 +38,8 @@ log = logging.getLogger(__name__)
 _HEARTBEAT, _GRACE = 60, 180
 _SQLITE_TIMEOUT = 60
 _FINISHED, _RUNNING = (TrialState.COMPLETE, TrialState.PRUNED), (TrialState.RUNNING,)
-# User attributes: what the study depends on; the run that has a trial, and its folder.
-_IDENTITY, _RUN, _FOLDER = "fastmem", "run", "run_dir"
+# User attributes: what the study depends on, and the folder of the run that has a trial.
+_IDENTITY, _FOLDER = "fastmem", "run_dir"
 # The mean of the first few samples says nothing, and the median pruner would keep whatever began well.
 _UNREPORTED_SHARE = 4
 
@@ -131,22 +128,18 @@ def _ask(job: SearchJob, study: optuna.Study) -> list[Trial]:
     """The next trials to run; none when nothing is left to ask for."""
     settings, trials = job.settings.optuna, []
     fail_stale_trials(study)
-    # A worker that was killed in the moment after it had asked left a trial without a run.
-    running = sum(_RUN in trial.user_attrs for trial in _trials(study, _RUNNING))
+    # A worker that was killed in the moment after it had asked left a trial without a folder.
+    running = sum(_FOLDER in trial.user_attrs for trial in _trials(study, _RUNNING))
     left = settings.trials - len(_trials(study, _FINISHED)) - running
     for _ in range(min(settings.parallel, left)):
         trial = study.ask(distributions_of(settings.space))
-        trial.set_user_attr(_RUN, job.run.id)
         trial.set_user_attr(_FOLDER, str(job.path.resolve()))
         trials.append(trial)
     return trials
 
 
 class TrialBatch(Callback):
-    """Trials that run at once: reports their means sample by sample, and gives up those that fall behind.
-
-    In small spaces several trials may have one point: all is kept by the points' keys.
-    """
+    """Trials that run at once, by the keys of their points: in small spaces several may have one."""
 
     def __init__(self, job: SearchJob, study: optuna.Study, trials: Sequence[Trial]) -> None:
         self._job, self._study, self.answers = job, study, 0
@@ -217,10 +210,7 @@ def _records_of_all(job: SearchJob, finished: Sequence[FrozenTrial], notes: list
     lost = [t for t in finished if key_of(job.settings.point(job.model, t.params)) not in points]
     if lost:
         places = ", ".join(sorted({trial.user_attrs[_FOLDER] for trial in lost}))
-        notes.append(
-            f"{len(lost)} of {len(finished)} trials are not in this ranking, as their answers cannot be read "
-            f"here ({places})"
-        )
+        notes.append(f"answers of {len(lost)} of {len(finished)} trials cannot be read here ({places})")
         if len(lost) == len(finished):
             raise FastMemError(f"search.optuna: {notes[-1]}")
     return records
@@ -233,11 +223,11 @@ def _key(record: Record) -> tuple[int, Any]:
 def _open_study(job: SearchJob, url: URL, storage: RDBStorage) -> optuna.Study:
     """Make the study, or join it; what this folder's earlier process left undone is queued again."""
     settings = job.settings.optuna
-    pruners = {"median": optuna.pruners.MedianPruner, "none": optuna.pruners.NopPruner}
+    pruner = optuna.pruners.MedianPruner if settings.pruner == "median" else optuna.pruners.NopPruner
     study = optuna.create_study(
         storage=storage,
         study_name=settings.study,
-        pruner=pruners[settings.pruner](),
+        pruner=pruner(),
         direction="minimize" if lower_is_better(job.settings.objective) else "maximize",
         load_if_exists=True,
     )
@@ -246,7 +236,7 @@ def _open_study(job: SearchJob, url: URL, storage: RDBStorage) -> optuna.Study:
     study.sampler = sampler_of(settings, len(_trials(study)), job.path)
     for trial in _trials(study, _RUNNING):
         # This process holds the folder's lock, so the one that began the trial is gone.
-        if trial.user_attrs.get(_RUN) == job.run.id or not settings.storage:
+        if not settings.storage or trial.user_attrs.get(_FOLDER) == str(job.path.resolve()):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             storage.get_heartbeat_stale_trial_callback()(study, trial)
     return study
@@ -262,7 +252,7 @@ def _check(study: optuna.Study, job: SearchJob, url: URL) -> None:
     if different:
         raise FastMemError(
             f"search.optuna.study: {study.study_name!r} in {url!r} is of other settings "
-            f"({'; '.join(different)}); give another --search.optuna.study, or the settings of that one"
+            f"({'; '.join(different)}); give another"
         )
 
 

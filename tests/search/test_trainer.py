@@ -126,7 +126,7 @@ def aimed(records: list[dict], point: Point | None) -> list[dict]:
     return [record | {"sub_answer": found.get(i, "x")} for i, record in enumerate(DATA)]
 
 
-INNER = {"learning_rate": [1e-2, 3e-2, 6e-3], "steps": [2, 6, 12], "kl_coeff": [0.03, 30.0, 1.0]}
+INNER = {"learning_rate": [1e-2, 3e-2, 6e-3], "steps": [2, 6, 12], "kl_coeff": [1.0]}
 MIDDLE = {"learning_rate": 1e-2, "steps": 6, "kl_coeff": 1.0}
 
 
@@ -138,7 +138,8 @@ def aim(searches: Searches, tmp_path: Path, capsys: pytest.CaptureFixture):
     """
 
     def search(point: Point | None, grid: Grid = INNER, **settings: object) -> tuple[Path, list[dict], str]:
-        settings = {"search__every": 2, "max_new_tokens": 16, **settings}
+        further = {"weight_decay": 0.3, "max_context_tokens": 100}
+        settings = {"search__every": 2, "max_new_tokens": 16, **further, **settings}
         data = aimed(searches.records(grid, **settings), point)
         capsys.readouterr()
         folder = searches.search(grid, data=data, search__objective="exact_match", **settings)
@@ -153,7 +154,7 @@ def aim(searches: Searches, tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 def test_a_best_point_inside_and_clearly_better_runs_as_it_is(aim, tmp_path, monkeypatch) -> None:
-    folder, records, printed = aim(MIDDLE, weight_decay=0.3, max_context_tokens=100)
+    folder, records, printed = aim(MIDDLE)
     assert best_of(folder) == MIDDLE
     assert ranked(folder)[0] == name_of(MIDDLE)
     for text in (printed, (folder / "search.md").read_text()):
@@ -170,12 +171,11 @@ def test_a_best_point_inside_and_clearly_better_runs_as_it_is(aim, tmp_path, mon
     assert_like(at(records, MIDDLE), found)
 
 
-@pytest.mark.parametrize(("axis", "value"), [("steps", 12), ("kl_coeff", 0.03)])
-def test_a_warning_where_the_best_is_on_the_edge(aim, axis: str, value: float) -> None:
-    folder, _, printed = aim({**MIDDLE, axis: value})
-    assert best_of(folder) == {**MIDDLE, axis: value}
+def test_a_warning_where_the_best_is_on_the_edge(aim) -> None:
+    folder, _, printed = aim({**MIDDLE, "steps": 12})
+    assert best_of(folder) == {**MIDDLE, "steps": 12}
     for text in (printed, (folder / "search.md").read_text()):
-        assert re.findall(r"best (\w+), [^;]* end; the optimum may lie beyond", text) == [axis]
+        assert re.findall(r"best (\w+), [^;]* end; the optimum may lie beyond", text) == ["steps"]
 
 
 def test_best_yaml_has_the_settings_of_the_decoder(aim, tmp_path, monkeypatch) -> None:
@@ -212,20 +212,8 @@ def lines_missing_in_the_middle(lines: list[bytes]) -> bytes:
     return b"".join(line for i, line in enumerate(lines) if i % 3)
 
 
-def one_sample_and_half_a_line_missing(lines: list[bytes]) -> bytes:
-    return b"".join(line for line in lines if json.loads(line)["index"] != 4) + lines[5][:40]
-
-
 def one_point_missing(lines: list[bytes]) -> bytes:
     return b"".join(line for line in lines if json.loads(line)["point"] != points_of(SMALL)[3])
-
-
-def zero_shot_missing(lines: list[bytes]) -> bytes:
-    return b"".join(line for line in lines if json.loads(line)["point"] is not None)
-
-
-def nothing_left(lines: list[bytes]) -> bytes:
-    return b""
 
 
 @pytest.mark.parametrize(
@@ -233,10 +221,7 @@ def nothing_left(lines: list[bytes]) -> bytes:
     [
         half_a_last_line,
         lines_missing_in_the_middle,
-        one_sample_and_half_a_line_missing,
         one_point_missing,
-        zero_shot_missing,
-        nothing_left,
     ],
 )
 def test_a_search_goes_on(searches: Searches, done, copied, cut: Callable[[list[bytes]], bytes]) -> None:
@@ -262,15 +247,8 @@ def test_a_finished_search_is_not_made_again(searches: Searches, done, copied, c
     assert summary_of(copied) == summary_of(done)
 
 
-@pytest.mark.parametrize(
-    "small",
-    [
-        {"learning_rate": [3e-3, 1e-2], "steps": [2], "kl_coeff": [0.1, 1.0]},
-        {"learning_rate": [1e-2], "steps": [4, 2], "kl_coeff": [1.0]},
-    ],
-    ids=flow,
-)
-def test_a_grown_grid_keeps_what_is_done(searches: Searches, done: Path, small: Grid) -> None:
+def test_a_grown_grid_keeps_what_is_done(searches: Searches, done: Path) -> None:
+    small = {"learning_rate": [1e-2], "steps": [4, 2], "kl_coeff": [1.0]}
     folder = searches.search(small, **COMMON)
     before = keyed(read(folder))
     assert len(before) == 6 * (len(points_of(small)) + 1)
@@ -309,9 +287,7 @@ def test_a_killed_search_goes_on(searches: Searches, tmp_path: Path) -> None:
     ("settings", "part"),
     [
         ({"weight_decay": 0.5}, "weight_decay"),
-        ({"max_new_tokens": 9}, "max_new_tokens"),
         ({"search__method": "fastmem+cd"}, "fastmem+cd"),
-        ({"family": "gpt2"}, "backbone"),
         ({"data": DATA[:11]}, "data"),
     ],
     ids=lambda value: str(value)[:30],
