@@ -34,8 +34,7 @@ class SearchModule(LightningModule):
         # Kept out of the module tree, as the model keeps its backbone.
         object.__setattr__(self, "_model", model)
         self._method, self._trials = method, trials
-        numbers = sorted({min(trials.values()), max(trials.values())}) if trials else []
-        self.mode = f"trial {'-'.join(map(str, numbers))}" if trials else "search"
+        self.mode = "search"
         self.todo: Todo = {}
 
     def configure_model(self) -> None:

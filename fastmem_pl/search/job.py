@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +27,11 @@ from fastmem_pl.run.records import Record
 from fastmem_pl.run.scoring import score_records
 from fastmem_pl.run.trainer import FastMemTrainer
 from fastmem_pl.search.evaluate import SearchModule
-from fastmem_pl.search.grid import AXES, MEMORY_AXES, SearchSettings, Todo
-from fastmem_pl.search.ranking import Ranking
+from fastmem_pl.search.grid import AXES, MEMORY_AXES, SearchSettings, Todo, missing
+from fastmem_pl.search.ranking import Ranking, rank
 from fastmem_pl.search.summary import heat_map, markdown
+
+log = logging.getLogger(__name__)
 
 RESULTS = ("search.json", "search.md", "heatmap.svg", "best.yaml")
 _MEASURED = ("seconds_of_last_session", "peak_memory_gib", "environment")
@@ -60,7 +63,7 @@ class SearchJob:
         self.settings, self.path = settings, path
         self.samples = datamodule.samples
         self.run = trainer.prepare_run(path, self._identity(), [], model)
-        self._start = time.perf_counter()
+        self.num_new, self._start = 0, time.perf_counter()
 
     def _identity(self) -> dict[str, Any]:
         """What records depend on; a folder may hold the points of several grids, but of one study only."""
@@ -83,36 +86,36 @@ class SearchJob:
     def answer(
         self,
         look: Callable[[], Todo],
-        callbacks: Sequence[Callback] = (),
+        callback: Callback | None = None,
         trials: Mapping[Any, int] | None = None,
-    ) -> int:
-        """Run Lightning's predict loop, one sample a batch; returns the number of answers that were missing.
+    ) -> None:
+        """Run Lightning's predict loop, one sample a batch.
 
-        ``look`` returns them once the model is loaded, the same in all processes.
+        ``look`` returns what is missing once the model is loaded, the same in all processes.
         """
         model, data, ranks = self.model, self.datamodule, self.trainer.ranks
-        search, missing = SearchModule(model, self.settings.chosen_method(), trials), 0
+        search = SearchModule(model, self.settings.chosen_method(), trials)
 
         def plan() -> None:
-            nonlocal missing
             search.todo = look()
-            missing, there = sum(map(len, search.todo.values())), self.run.count_lines()
+            new, there = sum(map(len, search.todo.values())), self.run.count_lines()
             data.skip({sample.index for sample in self.samples} - search.todo.keys())
             left, lengths = len(data.remaining), model.context_lengths(data.remaining)
             data.use_plan(ranks.first(lambda: data.plan(lengths, BatchLimits(1))))
+            self.num_new += new
 
             def count() -> int:
-                return len(self.samples) - left + (self.run.count_lines() - there) * left // max(1, missing)
+                return len(self.samples) - left + (self.run.count_lines() - there) * left // max(1, new)
 
             for bar in (c for c in self.trainer.callbacks if isinstance(c, SampleProgress)):
                 bar.count = count if ranks.count > 1 else None
 
+        callbacks = [PredictionWriter(self.run), *([callback] if callback else [])]
         try:
-            self.trainer.run_loop(search, data, plan, [PredictionWriter(self.run), *callbacks])
+            self.trainer.run_loop(search, data, plan, callbacks)
         finally:
             if model.is_loaded:
                 model.graphs.clear()
-        return missing
 
     def scored_records(self) -> list[Record]:
         """Records of the samples that are searched on, with the scores that need a model of their own."""
@@ -121,11 +124,7 @@ class SearchJob:
         return [record for record in self.run.records() if record["index"] in wanted]
 
     def finish(
-        self,
-        ranking: Ranking,
-        num_new: int,
-        study: Mapping[str, Any] | None = None,
-        plots: Sequence[str] = (),
+        self, ranking: Ranking, study: Mapping[str, Any] | None = None, plots: Sequence[str] = ()
     ) -> SearchResult:
         """Write ``search.json``, ``search.md``, ``best.yaml`` and, but for trials, ``heatmap.svg``."""
         summary = self.path / "search.json"
@@ -138,7 +137,7 @@ class SearchJob:
             **({"study": study} if study else {}),
             **describe_run(self.model, self.run.identity),
         }
-        if num_new:
+        if self.num_new:
             content["seconds_of_last_session"] = round(time.perf_counter() - self._start, 2)
         elif summary.is_file():
             # Nothing was left to do, so what was measured while there was stays.
@@ -156,7 +155,39 @@ class SearchJob:
                 f"cannot write {self.path}: {error.strerror}; answers stay, and the same command goes on"
             ) from error
         files = ("search.md", *(plots if study else ["heatmap.svg"]), "search.json")
-        return SearchResult(self.path, ranking, len(self.samples), num_new, files)
+        return SearchResult(self.path, ranking, len(self.samples), self.num_new, files)
+
+
+def search_grid(job: SearchJob) -> SearchResult:
+    """Answer what is missing of every point of the grid, and rank the points."""
+    points, run, ranks = job.settings.points(job.model), job.run, job.trainer.ranks
+
+    def look() -> Todo:
+        records = run.records()
+        todo = missing(points, job.samples, records)
+        if todo:
+            # They would be stale, should this session be killed.
+            for name in RESULTS:
+                (job.path / name).unlink(missing_ok=True)
+        if records and todo:
+            total, left = len(job.samples) * (len(points) + 1), sum(map(len, todo.values()))
+            log.warning("going on in %s: %d of %d answers are there", job.path, total - left, total)
+        return todo
+
+    def open_and_look() -> Todo:
+        job.trainer.open_run(run, job.model, job.datamodule)
+        return ranks.first(look)
+
+    def finish() -> SearchResult:
+        run.merge_parts()
+        return job.finish(rank(job.scored_records(), job.settings.objective, points))
+
+    try:
+        job.answer(open_and_look)
+        ranks.gather(None)  # all are done
+        return ranks.first(finish)
+    finally:
+        run.close()
 
 
 def best_config(config_text: str, ranking: Ranking, settings: SearchSettings, path: Path) -> str:

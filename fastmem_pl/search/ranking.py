@@ -11,7 +11,7 @@ import pandas as pd
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import estimate, format_score, lower_is_better
-from fastmem_pl.search.grid import AXES, Point, key_of
+from fastmem_pl.search.grid import AXES, MEMORY_AXES, Point, key_of
 
 # A value nearer to the end of a range than this share of it is at the end.
 _NEAR = 0.02
@@ -103,9 +103,9 @@ def rank(
     return Ranking(objective, axes, Baseline(**_results(zero_shot)), ranked, warnings, ranges)
 
 
-def format_setting(value: float, digits: int = 10) -> str:
-    """Return a setting without the noise of its last binary digits."""
-    return f"{value:.{digits}g}"
+def format_setting(value: float) -> str:
+    """A setting in six digits: without those that are noise in drawn values."""
+    return f"{value:g}"
 
 
 def _table(records: Sequence[Mapping[str, Any]], objective: str) -> pd.DataFrame:
@@ -138,8 +138,8 @@ def _results(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _precedence(point: Point) -> list[float]:
-    names = ("steps", "learning_rate", "kl_coeff", *sorted(point))
-    return [-point[name] if name == "kl_coeff" else point[name] for name in names]
+    nearest = [point["steps"], point["learning_rate"], -point["kl_coeff"]]
+    return nearest + [value for name, value in sorted(point.items()) if name not in MEMORY_AXES]
 
 
 def _warnings(
@@ -167,7 +167,7 @@ def _warnings(
     if failed := [p.failed for p in points if p.failed]:
         lines.append(
             f"the loss was not finite in {len(failed)} of {total} points, where the base model gave "
-            f"{sum(failed)} answers (see 'status'): leave out the largest learning rates"
+            f"{sum(failed)} answers: leave out the largest learning rates"
         )
     return list(filter(None, lines))
 
@@ -186,6 +186,6 @@ def _end_warning(
     if near < share < 1 - near or bound == AXES[name].bound:
         return None
     return (
-        f"the best {name}, {format_setting(best, 4)}, is at the {end} end; the optimum may lie beyond "
+        f"the best {name}, {format_setting(best)}, is at the {end} end; the optimum may lie beyond "
         f"{format_setting(bound)}: search {further} values, too"
     )

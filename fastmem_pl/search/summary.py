@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib import colormaps, style
 from matplotlib import pyplot as plt
 from matplotlib.colors import Normalize
@@ -52,12 +53,10 @@ def markdown(ranking: Ranking, plots: Sequence[str] = (), top: int | None = None
 
     ``top`` limits the points to the first ones and leaves out pictures, where a file beside has them all.
     """
-    zero_shot, label = ranking.baseline, find_score(ranking.objective).label
-    value = format_score(ranking.objective, zero_shot.value, zero_shot.standard_error)
+    label = find_score(ranking.objective).label
     blocks = [
         *(["# Search"] if top is None else []),
         f"{_summary(ranking)}.",
-        f"Zero-shot: {label} {value} on {_count(zero_shot.n, 'sample')}.",
         "## Points",
         "Mean ± standard error, best first; the gain is the paired difference to zero-shot.",
         _markdown_table(_rows(ranking, top)),
@@ -105,14 +104,13 @@ def heat_map(ranking: Ranking, path: Path) -> None:
             axes.set_xticks(range(len(weights)), map(format_setting, weights))
             axes.set_yticks(range(len(rates)), map(format_setting, rates))
             axes.set(title=f"steps {format_setting(number)}", xlabel="kl_coeff", ylabel="learning_rate")
-            for y, points in enumerate(panel):
-                for x, point in enumerate(points):
-                    if point is not None:
-                        ink = _ink(colours(scale(point.value * unit)))
-                        axes.text(x, y, _cell_text(ranking, point), ha="center", va="center", color=ink)
-                    if point is ranking.best:
-                        frame = {"fill": False, "ec": "black", "lw": 3, "clip_on": False, "gid": "best"}
-                        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **frame))
+            for (y, x), point in np.ndenumerate(np.array(panel, dtype=object)):
+                if point is not None:
+                    ink = _ink(colours(scale(point.value * unit)))
+                    axes.text(x, y, _cell_text(ranking, point), ha="center", va="center", color=ink)
+                if point is ranking.best:
+                    frame = {"fill": False, "ec": "black", "lw": 3, "clip_on": False, "gid": "best"}
+                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **frame))
         figure.colorbar(image, ax=grid, label=_label_with_unit(ranking))
         figure.suptitle(f"best outlined{_over(ranking)}", fontsize="medium")
         _save(figure, path)
@@ -168,14 +166,12 @@ def _rows(ranking: Ranking, top: int | None) -> list[dict[str, str]]:
     objective, points, baseline = ranking.objective, ranking.points, ranking.baseline
     varying = [name for name, values in ranking.axes.items() if len(values) > 1]
     further = [n for n in _FURTHER if n != objective and any(n in p.scores for p in points)][:2]
-    # Values that were drawn have digits that say nothing.
-    digits = 10 if ranking.ranges is None else 4
     rows = []
     for place, entry in [*enumerate(points[:top], 1), ("zero-shot", baseline)]:
         point = entry if isinstance(entry, RankedPoint) else None
         row = {"rank": str(place)}
         for name in varying:
-            row[name] = format_setting(point.point[name], digits) if point else "-"
+            row[name] = format_setting(point.point[name]) if point else "-"
         if any(p.n != baseline.n for p in points):
             row["n"] = str(entry.n)
         row[find_score(objective).label] = format_score(objective, entry.value, entry.standard_error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from fastmem_pl.base.errors import FastMemError
@@ -10,11 +9,8 @@ from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.trainer import FastMemTrainer
-from fastmem_pl.search.grid import SearchSettings, Todo, missing
-from fastmem_pl.search.job import RESULTS, SearchJob, SearchResult
-from fastmem_pl.search.ranking import rank
-
-log = logging.getLogger(__name__)
+from fastmem_pl.search.grid import SearchSettings
+from fastmem_pl.search.job import SearchJob, SearchResult, search_grid
 
 
 class SearchTrainer(FastMemTrainer):
@@ -59,44 +55,9 @@ class SearchTrainer(FastMemTrainer):
         if self.profile:
             raise FastMemError("trainer.profile: not in a search; allowed with fit-predict, fit and predict")
         if model.loading.tp_plan is not None:
-            raise FastMemError(
-                "model.backbone.tp_plan: not in a search; allowed: model.backbone.device_map or "
-                "model.backbone.quantization for a model too large for one device"
-            )
+            raise FastMemError("model.backbone.tp_plan: not in a search; allowed: model.backbone.device_map")
         if search.optuna and self.num_devices * self.num_nodes > 1:
             raise FastMemError(
                 f"trainer.devices: {self.num_devices} on {self.num_nodes} node(s); a worker of a study is "
                 "one process: start one for every device, with one --search.optuna.storage"
             )
-
-
-def search_grid(job: SearchJob) -> SearchResult:
-    """Answer what is missing of every point of the grid, and rank the points."""
-    points, run, ranks = job.settings.points(job.model), job.run, job.trainer.ranks
-
-    def look() -> Todo:
-        records = run.records()
-        todo = missing(points, job.samples, records)
-        if todo:
-            # They would be stale, should this session be killed.
-            for name in RESULTS:
-                (job.path / name).unlink(missing_ok=True)
-        if records and todo:
-            total, left = len(job.samples) * (len(points) + 1), sum(map(len, todo.values()))
-            log.warning("going on in %s: %d of %d answers are there", job.path, total - left, total)
-        return todo
-
-    def open_and_look() -> Todo:
-        job.trainer.open_run(run, job.model, job.datamodule)
-        return ranks.first(look)
-
-    def finish() -> SearchResult:
-        run.merge_parts()
-        return job.finish(rank(job.scored_records(), job.settings.objective, points), new)
-
-    try:
-        new = job.answer(open_and_look)
-        ranks.gather(None)  # all are done
-        return ranks.first(finish)
-    finally:
-        run.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -70,10 +70,10 @@ def search_by_trials(job: SearchJob) -> SearchResult:
 def distributions_of(space: Mapping[str, Sequence[float]]) -> dict[str, BaseDistribution]:
     """Ranges as Optuna takes them."""
     return {
-        name: IntDistribution(int(low), int(high), log=AXES[name].logarithmic)
-        if AXES[name].whole
-        else FloatDistribution(low, high, log=AXES[name].logarithmic)
-        for name, (low, high) in space.items()
+        name: (IntDistribution if AXES[name].whole else FloatDistribution)(
+            *map(AXES[name].tidy, ends), log=AXES[name].logarithmic
+        )
+        for name, ends in space.items()
     }
 
 
@@ -94,7 +94,7 @@ def sampler_of(settings: OptunaSettings, begun: int, folder: Path) -> optuna.sam
 
 def _search(job: SearchJob, study: optuna.Study, url: URL) -> SearchResult:
     """Run what is left, and rank all."""
-    settings, new, notes = job.settings.optuna, 0, []
+    settings, notes = job.settings.optuna, []
     done = len(_trials(study, _FINISHED))
     if 0 < done < settings.trials:
         log.warning("going on in %s: %d of %d trials are finished", job.path, done, settings.trials)
@@ -102,9 +102,7 @@ def _search(job: SearchJob, study: optuna.Study, url: URL) -> SearchResult:
         with ExitStack() as alive:
             for trial in trials:
                 alive.enter_context(get_heartbeat_thread(trial._trial_id, study._storage))
-            batch = TrialBatch(job, study, trials)
-            batch.run()
-            new += batch.answers
+            TrialBatch(job, study, trials).run()
     if running := len(_trials(study, _RUNNING)):
         notes.append(f"{running} trials are still running elsewhere: later, the same command ranks them too")
     finished = _trials(study, _FINISHED)
@@ -117,7 +115,7 @@ def _search(job: SearchJob, study: optuna.Study, url: URL) -> SearchResult:
     ranking.warnings.extend(notes)
     states = Counter(trial.state.name.lower() for trial in _trials(study))
     state = {"name": settings.study, "storage": repr(url), "trials": dict(sorted(states.items()))}
-    return job.finish(ranking, new, state, plot_study(study, job.path, job.settings.objective))
+    return job.finish(ranking, state, plot_study(study, job.path, job.settings.objective))
 
 
 def _trials(study: optuna.Study, states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
@@ -125,7 +123,7 @@ def _trials(study: optuna.Study, states: tuple[TrialState, ...] | None = None) -
 
 
 def _ask(job: SearchJob, study: optuna.Study) -> list[Trial]:
-    """The next trials to run; none when nothing is left to ask for."""
+    """The next trials to run."""
     settings, trials = job.settings.optuna, []
     fail_stale_trials(study)
     # A worker that was killed in the moment after it had asked left a trial without a folder.
@@ -142,13 +140,12 @@ class TrialBatch(Callback):
     """Trials that run at once, by the keys of their points: in small spaces several may have one."""
 
     def __init__(self, job: SearchJob, study: optuna.Study, trials: Sequence[Trial]) -> None:
-        self._job, self._study, self.answers = job, study, 0
+        self._job, self._study = job, study
         self._objective, self._samples = job.settings.objective, len(job.samples)
-        self.points: dict[Any, dict[str, float]] = {}
-        self.trials: dict[Any, list[Trial]] = defaultdict(list)
-        for trial in trials:
-            point = job.settings.point(job.model, trial.params)
-            self.points[key_of(point)] = point
+        points = [job.settings.point(job.model, trial.params) for trial in trials]
+        self.points = {key_of(point): point for point in points}
+        self.trials: dict[Any, list[Trial]] = {key: [] for key in self.points}
+        for trial, point in zip(trials, points, strict=True):
             self.trials[key_of(point)].append(trial)
         self.scores: dict[Any, dict[int, float]] = {key: {} for key in self.points}
 
@@ -158,7 +155,7 @@ class TrialBatch(Callback):
         self._take(records)
         if todo := missing(self.points.values(), self._job.samples, records):
             numbers = {key: trials[0].number for key, trials in self.trials.items()}
-            self._job.answer(lambda: todo, [self], numbers)
+            self._job.answer(lambda: todo, self, numbers)
         if self._objective in METRIC_MODELS:
             self._take(self._job.scored_records())
         for key, trials in self.trials.items():
@@ -172,7 +169,6 @@ class TrialBatch(Callback):
         self, trainer: Trainer, pl_module: SearchModule, outputs: list[Record], *args: Any
     ) -> None:
         """Report, and leave out what is given up."""
-        self.answers += len(outputs)
         self._take(outputs)
         for key, scores in self.scores.items():
             if not scores or len(scores) < self._samples / _UNREPORTED_SHARE or not self.trials[key]:
@@ -201,11 +197,11 @@ class TrialBatch(Callback):
 
 def _records_of_all(job: SearchJob, finished: Sequence[FrozenTrial], notes: list[str]) -> list[Record]:
     """Records of all workers' trials; a note is added about those that cannot be read here."""
-    own = job.scored_records()
-    others = sorted({trial.user_attrs[_FOLDER] for trial in finished} - {str(job.path.resolve())})
-    read = merge_records([Path(folder) / job.run.predictions_path.name for folder in others], [])
-    indices, seen = {sample.index for sample in job.samples}, {_key(record) for record in own}
-    records = own + [r for _, r in read if r["index"] in indices and _key(r) not in seen]
+    job.scored_records()
+    folders = {trial.user_attrs[_FOLDER] for trial in finished} - {str(job.path.resolve())}
+    name, indices = job.run.predictions_path.name, {sample.index for sample in job.samples}
+    merged = merge_records([job.path / name, *(Path(folder) / name for folder in sorted(folders))], [])
+    records = [record for _, record in merged if record["index"] in indices]
     points = {key_of(record["point"]) for record in records}
     lost = [t for t in finished if key_of(job.settings.point(job.model, t.params)) not in points]
     if lost:
@@ -214,10 +210,6 @@ def _records_of_all(job: SearchJob, finished: Sequence[FrozenTrial], notes: list
         if len(lost) == len(finished):
             raise FastMemError(f"search.optuna: {notes[-1]}")
     return records
-
-
-def _key(record: Record) -> tuple[int, Any]:
-    return record["index"], key_of(record["point"])
 
 
 def _open_study(job: SearchJob, url: URL, storage: RDBStorage) -> optuna.Study:

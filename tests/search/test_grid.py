@@ -70,15 +70,6 @@ def test_grid_points_equal_separate_fit_predict_runs(
         assert_like(at(records, None), expected["zero-shot"])
 
 
-def test_a_vocabulary_of_real_size(searches: Searches) -> None:
-    grid = {"learning_rate": [4e-3, 1e-2], "steps": [5, 3], "kl_coeff": [1.0, 0.03]}
-    records = searches.records(grid, "llama@30000")
-    point = points_of(grid)[-1]
-    expected = searches.fit_predict(point, "fastmem", "llama@30000")["fastmem"]
-    assert_like(at(records, point), expected)
-    assert max(expected[0]["curve"]["kl"]) > 1e-2, "a test that could not fail"
-
-
 def test_rows_move_and_differ_so_that_other_tests_can_fail(searches: Searches) -> None:
     for family in ("llama", "gemma2"):
         records = searches.records(GRID, family, search__method="fastmem")
@@ -92,10 +83,9 @@ def test_rows_move_and_differ_so_that_other_tests_can_fail(searches: Searches) -
         assert len(curves) == 12
 
 
-@pytest.mark.parametrize("batching", [{"data__batch_size": 1}, {"data__max_batch_tokens": 90}], ids=str)
-def test_batches_change_nothing(searches: Searches, batching: dict) -> None:
+def test_batches_change_nothing(searches: Searches) -> None:
     usual = searches.records(SMALL, search__every=2)
-    assert_same_answers(searches.records(SMALL, search__every=2, **batching), usual)
+    assert_same_answers(searches.records(SMALL, search__every=2, data__max_batch_tokens=90), usual)
 
 
 def test_fewer_steps_are_a_prefix_of_more(searches: Searches) -> None:
@@ -178,17 +168,14 @@ def test_records_hold_true_values(searches: Searches) -> None:
     assert set(keyed(records)) == expected
     for record in records:
         source, point = DATA[record["index"]], record["point"]
-        assert record["id"] == str(record["index"])
-        assert (record["task"], record["status"]) == ("nqswap", "ok")
+        assert (record["id"], record["task"], record["status"]) == (str(record["index"]), "nqswap", "ok")
         assert record["method"] == ("zero-shot" if point is None else "fastmem")
         assert record["question"] == source["input"] + "?"
         assert (record["references"], record["originals"]) == ([source["sub_answer"]], [source["answer"]])
         assert record["n_context_tokens"] == len(source["sub_context"]) < record["n_prompt_tokens"]
-        assert record["n_truncated_tokens"] == 0
         assert record["prediction"].startswith("The answer is:")
         assert 0 < len(record["token_ids"]) <= 8
         assert set(record["seconds"]) == {"memorize", "decode"}
-        assert all(value >= 0 for value in record["seconds"].values())
         assert set(record["scores"]) >= {"accuracy", "contained", "exact_match", "f1", "format_failure"}
         if point is None:
             assert record["curve"] is None

@@ -308,7 +308,7 @@ def test_as_dict_is_json_without_nan():
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(3e-5, "3e-05"), (10, "10"), (10.0, "10"), (0.1 + 0.2, "0.3"), (1.2345678e-5, "1.2345678e-05")],
+    [(3e-5, "3e-05"), (10, "10"), (10.0, "10"), (0.1 + 0.2, "0.3"), (1.2345678e-5, "1.23457e-05")],
 )
 def test_settings_as_text(value, expected):
     assert format_setting(value) == expected
