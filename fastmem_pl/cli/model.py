@@ -71,7 +71,8 @@ class ModelOptions:
     @property
     def defaults(self) -> Mapping[str, Any]:
         """Defaults of the other options of a command."""
-        return {**vars(self.settings.memorize), **vars(self.settings.decode)}
+        groups = {"settings": self.settings.memorize, "decode": self.settings.decode}
+        return {f"{group}.{name}": v for group, found in groups.items() for name, v in vars(found).items()}
 
     def load(self, num_layers: int) -> Backbone:
         """The model on the chosen device.
