@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from fastmem_pl import Backbone, FastMemDataModule, FastMemModule, FastMemTrainer
+from fastmem_pl import (
+    Backbone,
+    DecodingSettings,
+    FastMemDataModule,
+    FastMemModule,
+    FastMemTrainer,
+    MemorizationSettings,
+)
 from fastmem_pl.decoding import BASELINE, METHODS
 from fastmem_pl.run.provenance import environment
 
@@ -53,8 +60,9 @@ class Runner:
         records = json.loads((self.data / f"{task}.json").read_text())[part]
         path = self.folder / f"{task}{self.runs}.json"
         path.write_text(json.dumps(records))
-        model = {name: value for name, value in settings.items() if name != "answer_prefix"}
-        module = FastMemModule(methods=list(methods), **model)
+        decode = DecodingSettings(max_new_tokens=settings["max_new_tokens"])
+        memorize = MemorizationSettings(**{name: settings[name] for name in GRID})
+        module = FastMemModule(methods=list(methods), memorize=memorize, decode=decode)
         module.load_backbone("32-true", self.backbone.device, self.backbone)
         data = FastMemDataModule(
             task, str(path), batch_size=self.batch_size, answer_prefix=settings["answer_prefix"]

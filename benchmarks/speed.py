@@ -587,7 +587,10 @@ class Bench:
         backbone = Endless(self.model, self.tokenizer, self.precision, self.shape)
         # Out of memory must show as such, not as a slower run.
         module = FastMemModule(
-            methods=list(methods), steps=STEPS, max_new_tokens=self.workload.new_tokens, auto_batch=False
+            methods=list(methods),
+            memorize=MemorizationSettings(steps=STEPS),
+            decode=DecodingSettings(max_new_tokens=self.workload.new_tokens),
+            auto_batch=False,
         )
         module.load_backbone(self.precision, backbone.device, backbone)
         return module

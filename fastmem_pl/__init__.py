@@ -10,8 +10,8 @@ import importlib
 import logging
 from typing import Any
 
-# Where torchao is installed, transformers imports it, and it tells of kernels for other machines.
-for _name in ("torchao", "torch.utils._pytree"):
+# Where they are installed, transformers imports them, and they warn of kernels for other machines.
+for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 _EXPORTS = {

@@ -2,15 +2,13 @@
 
 from fastmem_pl.backbone.backbone import Backbone
 from fastmem_pl.backbone.cache import FixedCache, room_for
-from fastmem_pl.backbone.chat import ChatEncoder, ChatPieces, ChatSettings, EncodedContext, derive_pieces, pad
+from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings, EncodedContext, derive_pieces, pad
 from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, GradientFactors
-from fastmem_pl.backbone.fingerprint import fingerprint_of
 from fastmem_pl.backbone.footprint import Footprint, usable_bytes
-from fastmem_pl.backbone.loading import load_model
-from fastmem_pl.backbone.precision import normalize_precision
-from fastmem_pl.backbone.settings import BackboneSettings
-from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
+from fastmem_pl.backbone.loading import fingerprint_of
+from fastmem_pl.backbone.settings import BackboneSettings, normalize_precision
+from fastmem_pl.backbone.split import Tail, TailInputs
 
 __all__ = [
     "FFN",
@@ -18,7 +16,6 @@ __all__ = [
     "BackboneSettings",
     "BaseActivations",
     "ChatEncoder",
-    "ChatPieces",
     "ChatSettings",
     "Delta",
     "EncodedContext",
@@ -27,11 +24,9 @@ __all__ = [
     "GradientFactors",
     "Tail",
     "TailInputs",
-    "Trunk",
     "derive_pieces",
     "find_anatomy",
     "fingerprint_of",
-    "load_model",
     "normalize_precision",
     "pad",
     "room_for",

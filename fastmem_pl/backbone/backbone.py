@@ -16,22 +16,24 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
-from fastmem_pl.backbone.crossing import Placement, let_cross
 from fastmem_pl.backbone.families import check_plain, find_anatomy
-from fastmem_pl.backbone.fingerprint import fingerprint_of
 from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
-from fastmem_pl.backbone.loading import load_model
-from fastmem_pl.backbone.placement import DeviceMap
-from fastmem_pl.backbone.precision import Precision, compute_dtype, fabric_settings, normalize_precision
-from fastmem_pl.backbone.sharding import Shards, check_tail
+from fastmem_pl.backbone.loading import fingerprint_of, load_model
+from fastmem_pl.backbone.placement import DeviceMap, Placement, let_cross
+from fastmem_pl.backbone.settings import (
+    BackboneSettings,
+    Precision,
+    compute_dtype,
+    fabric_settings,
+    normalize_precision,
+)
+from fastmem_pl.backbone.sharding import Shards, is_sharded, trained_part
 from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
-from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError, one_line
+from fastmem_pl.base.phases import is_out_of_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-# Relative error of tail(trunk(ids)) against the model's own logits that rounding explains.
-_SPLIT_TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 0.03, "bf16-true": 0.03}
 
 
 class Backbone:
@@ -50,6 +52,8 @@ class Backbone:
         FastMemError: when the model has no recognizable last FFN, or splitting it changes its logits.
     """
 
+    _fingerprint: str | None = None
+
     def __init__(
         self, model: Any, tokenizer: Any, precision: Precision = "32-true", name: str = "model"
     ) -> None:
@@ -63,15 +67,13 @@ class Backbone:
         self.placement, self.shards = Placement.of(model, self.anatomy), Shards.of(model)
         if self.placement.spread:
             let_cross(model, self.anatomy, self.placement)
-        self._device_types = sorted({device.type for device in self.placement.devices})
         self.chat = ChatEncoder(tokenizer)
         self._tails: dict[int, Tail] = {}
         self._trunks: dict[tuple[int, ...], Trunk] = {}
         if method:
             check_plain("the LM head", self.anatomy.head)
             quantizing.hold_still(model, self.compute_dtype)
-        with quantizing.must_run(name, method):
-            self._check_split()
+        self._check_split()
 
     @classmethod
     def load(
@@ -88,18 +90,13 @@ class Backbone:
     ) -> Backbone:
         """Load a backbone from a Hub id, a folder, a ``.gguf`` file, or the packaged ``"demo"`` model.
 
+        The other arguments are fields of :class:`BackboneSettings`.
+
         Args:
             source: which.
             precision: ``32-true`` by default.
             device: the CPU by default, with ``device_map`` the last GPU.
-            trust_remote_code: run code that comes with the checkpoint.
             fabric: gives precision and device, where they are left out.
-            quantization: keep the trunk in ``bnb-4bit``, ``bnb-8bit``, ``torchao-int8`` or ``torchao-int4``
-                (:mod:`.quantization`).
-            device_map: lay the blocks out over devices of this process: ``auto``, ``balanced``,
-                ``sequential``, or devices by names of modules (:mod:`.placement`).
-            tp_plan: ``auto`` shares every matrix of the trunk among the processes of ``torch.distributed``,
-                all of which have to load (:mod:`.sharding`).
             num_layers: feed-forward networks from the top that may be trained, so are never quantized nor
                 sharded, and are on the LM head's device.
 
@@ -112,12 +109,16 @@ class Backbone:
         if device is None:
             on_gpu = device_map and fabric is None and torch.cuda.is_available()
             device = "cuda" if on_gpu else stated[1]
-        # Weights made under inference_mode could not take part in memorizing.
-        with torch.inference_mode(False):
-            model, tokenizer = load_model(
-                source, precision, device, num_layers, trust_remote_code, quantization, device_map, tp_plan
-            )
-        backbone = cls(model, tokenizer, precision, name=source)
+        settings = BackboneSettings(source, quantization, device_map, tp_plan, trust_remote_code)
+        try:
+            # Weights made under inference_mode could not take part in memorizing.
+            with torch.inference_mode(False):
+                model, tokenizer = load_model(settings, precision, device, num_layers)
+            backbone = cls(model, tokenizer, precision, name=source)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise FastMemError(f"model.backbone: {source!r} does not run here: {one_line(error)}") from error
         if backbone.shards.processes > 1:
             # Here all processes ask for it; later, one alone would wait for the others.
             backbone.fingerprint()
@@ -180,17 +181,8 @@ class Backbone:
         return len(self.anatomy.blocks)
 
     def tail(self, num_layers: int = 1) -> Tail:
-        """The part of the model that memories act on, with the last ``num_layers`` FFNs trainable.
-
-        Raises:
-            FastMemError: when the model has fewer blocks, or they differ.
-        """
+        """The part of the model that memories act on, with the last ``num_layers`` FFNs trainable."""
         if num_layers not in self._tails:
-            if not 1 <= num_layers <= self.num_blocks:
-                raise FastMemError(
-                    f"model.memorize.num_layers: {num_layers} is out of range; allowed: 1 to "
-                    f"{self.num_blocks}"
-                )
             self._check_layers(num_layers)
             self._tails[num_layers] = Tail(self.anatomy, num_layers, self.compute_dtype, self.device)
         return self._tails[num_layers]
@@ -213,17 +205,16 @@ class Backbone:
             return self._trunks[key](input_ids, attention_mask, position_ids, cache)
 
     def footprint(self, num_layers: int, reference: int, float32_state: bool = False) -> Footprint:
-        """What memorizing and answering takes beside the weights; arguments as :meth:`Footprint.of_tail`."""
+        """What memorizing and answering takes beside the weights (:meth:`Footprint.of_tail`)."""
         tail, config = self.tail(num_layers), self.model.config.get_text_config()
-        blocks, here, dtype = self.placement.blocks, self.placement.tail, self.compute_dtype
+        blocks, here, dtype = self.placement.blocks, self.device, self.compute_dtype
         kv_cache, passing = trunk_bytes_per_token(tail, config, dtype)
         others = [device for device in self.placement.devices if device != here]
-        return replace(
-            Footprint.of_tail(
-                tail, config, blocks.count(here), here, dtype, reference, float32_state, self.shards.kv
-            ),
-            elsewhere=tuple((device, blocks.count(device) * kv_cache + passing) for device in others),
+        found = Footprint.of_tail(
+            tail, config, blocks.count(here), here, dtype, reference, float32_state, self.shards.kv
         )
+        elsewhere = tuple((device, blocks.count(device) * kv_cache + passing) for device in others)
+        return replace(found, elsewhere=elsewhere)
 
     def new_cache(self) -> Cache:
         """An empty KV cache of the model's own layer types."""
@@ -241,7 +232,7 @@ class Backbone:
             self.on_device(),
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
-            self._autocast(False),
+            self.autocast(False),
         ):
             torch.set_default_dtype(torch.float32)
             try:
@@ -255,61 +246,53 @@ class Backbone:
 
     def fingerprint(self) -> str:
         """A short hash of the model (:func:`fingerprint_of`)."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(self.model)
         return self._fingerprint
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint_of(self.model)
-
-    def autocast(self) -> AbstractContextManager:
-        """Run the model's own forward pass in the precision."""
+    @contextmanager
+    def autocast(self, enabled: bool | None = None) -> Iterator[None]:
+        """Run the model's own forward pass in the precision, or as stated."""
         # Autocast keeps no copies of frozen weights, so bf16-mixed casts them anew in every call.
-        return self._autocast(self.precision == "bf16-mixed")
+        enabled = self.precision == "bf16-mixed" if enabled is None else enabled
+        with ExitStack() as stack:
+            for kind in {device.type for device in self.placement.devices}:
+                stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled))
+            yield
 
     def agree(self, tensor: Tensor) -> None:
         """Give a tensor the values that it has in the first of the processes that share the trunk."""
         if self.shards.processes > 1:
             torch.distributed.broadcast(tensor, src=0)
 
-    @contextmanager
-    def _autocast(self, enabled: bool) -> Iterator[None]:
-        with ExitStack() as stack:
-            for kind in self._device_types:
-                stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled))
-            yield
-
     def _check_layers(self, num_layers: int) -> None:
-        """Refuse trained blocks of another layout, and attention types that only the upper blocks have."""
-        first = self.num_blocks - num_layers
-        for block in self.anatomy.blocks[first:]:
-            if not self.anatomy.family.fits(block.mlp):
-                raise FastMemError(
-                    f"model.memorize.num_layers: a block of the last {num_layers} has another "
-                    f"feed-forward network ({type(block.mlp).__name__}); lower it"
-                )
-        check_tail(self.anatomy, num_layers)
-        for number, place in enumerate(self.placement.blocks[first:], start=first):
-            if place != self.device:
-                raise FastMemError(
-                    f"model.backbone.device_map: block {number} is trained with "
-                    f"model.memorize.num_layers={num_layers}, and on "
-                    f"{place}; allowed: {self.device}, where the LM head is"
-                )
+        """Refuse trained blocks that differ, or are not with the LM head and whole."""
+        total = self.num_blocks
+        if not 1 <= num_layers <= total:
+            raise FastMemError(f"model.memorize.num_layers: {num_layers}; allowed: 1 to {total}")
+        first = total - num_layers
+        alike = all(self.anatomy.family.fits(block.mlp) for block in self.anatomy.blocks[first:])
+        together = all(place == self.device for place in self.placement.blocks[first:])
+        shares = [p for part in trained_part(self.anatomy, num_layers) for p in part.parameters()]
         # The model sizes an attention mask by the first cached layer of its type, which the trunk must hold.
         types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
         missing = set(types[first + 1 :]) - set(types[: first + 1])
-        if missing:
-            raise FastMemError(
-                f"model.memorize.num_layers: {num_layers} leaves no {missing.pop()} block "
-                f"in the trunk; allowed: fewer layers"
-            )
+        problem = None
+        if not alike:
+            problem = "is too many, as the feed-forward networks of the last blocks differ; lower it"
+        elif missing:
+            problem = f"leaves no {missing.pop()} block in the trunk; lower it"
+        elif not together or any(map(is_sharded, shares)):
+            problem = "is more than the model was sharded or laid out for; load it with as many"
+        if problem:
+            raise FastMemError(f"model.memorize.num_layers: {num_layers} {problem}")
 
     @torch.no_grad()
     def _check_split(self) -> None:
         """Compare tail(trunk(ids)) with the model's own logits once."""
         tail = self.tail()
         vocabulary = self.anatomy.head.weight.shape[0]
-        ids = torch.arange(8, device=self.device).remainder(vocabulary)[None]
+        ids = torch.arange(8, device=self.device)[None] % vocabulary
         with self.numerics(), self.autocast():
             expected = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
             # Norms as the model has them: on ids that are no text, bfloat16 logits differ by half when one
@@ -318,10 +301,10 @@ class Backbone:
         with self.numerics():
             found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
         error = ((found - expected).norm() / expected.norm()).item()
-        if not error <= _SPLIT_TOLERANCE[self.precision]:
+        # What rounding explains.
+        if not error <= (1e-4 if self.precision == "32-true" else 0.03):
             raise FastMemError(
                 f"model.backbone: {type(self.model).__name__} does not fit: splitting off its last "
-                f"feed-forward network changes the logits by {error:.1%} (family "
-                f"{self.anatomy.family.name!r}); allowed: decoder-only models whose last block ends in "
-                "residual + FFN, then the final norm and the LM head (docs/families.md)"
+                f"feed-forward network changes the logits by {error:.1%}; allowed: decoder-only models whose "
+                "last block ends in residual + FFN, then the final norm and the LM head (docs/families.md)"
             )

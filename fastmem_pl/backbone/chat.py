@@ -1,8 +1,6 @@
 """Chat pieces derived from a tokenizer's template, and the two token sequences FastMem needs.
 
-The pieces are found by rendering sentinels through the chat template and cutting the text at them,
-never from the model's name. System turns that a template injects on its own are left out, as the paper
-uses none.
+System turns that a template injects on its own are left out, as the paper uses none.
 """
 
 from __future__ import annotations
@@ -45,27 +43,16 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class ChatPieces:
-    """The texts around the turns of a chat.
-
-    Attributes:
-        user_header: before the user's text.
-        user_end: between the user's text and the assistant's (its header included).
-        assistant_header: opens an assistant turn that nothing precedes.
-        end_of_turn: closes the assistant's turn.
-    """
+    """The texts around the turns of a chat."""
 
     user_header: str
-    user_end: str
-    assistant_header: str
-    end_of_turn: str
+    user_end: str  # and the assistant's header
+    assistant_header: str  # of a turn that nothing precedes
+    end_of_turn: str  # of the assistant
 
 
 def derive_pieces(tokenizer: PreTrainedTokenizerBase, use_template: bool = True) -> ChatPieces:
-    """Cut the chat pieces out of the tokenizer's template; of plain text where there is none to use.
-
-    Raises:
-        FastMemError: when the template drops or reorders the turns.
-    """
+    """Cut the chat pieces out of the template, rendered with sentinels; of plain text without one."""
     if not (tokenizer.chat_template and use_template):
         return ChatPieces("", "\n", "", tokenizer.eos_token or "")
     user = {"role": "user", "content": _QUESTION}
@@ -101,8 +88,8 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase, use_template: bool = True)
     return ChatPieces(user_header, user_end, header, end_of_turn)
 
 
-def derive_system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """Cut out what stands before and after the system prompt, up to the user's text, if it has a place."""
+def _system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    # What stands before and after the system prompt, up to the user's text, if it has a place.
     turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _QUESTION}]
     try:
         # Bos is the encoder's to add.
@@ -114,29 +101,24 @@ def derive_system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | 
 
 
 def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Finds control tokens; nothing where there are none."""
     texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 @dataclass(frozen=True)
 class EncodedContext:
-    """Token ids of a memorization sequence; the first ``header_length`` of them carry no loss.
-
-    ``context_tokens`` counts the context's own tokens and ``truncated`` how many were cut off.
-    """
+    """Token ids of a memorization sequence; the first ``header_length`` of them carry no loss."""
 
     input_ids: list[int]
     header_length: int
-    context_tokens: int
-    truncated: int
+    context_tokens: int  # without those around it
+    truncated: int  # tokens that were cut off
 
 
 class ChatEncoder:
     """Builds memorization and prompt token ids for one tokenizer.
 
-    Text that comes from data is never parsed as special tokens, unless the settings ask for it: a
-    context that contains ``<|im_end|>`` literally is encoded as those characters.
+    Text that comes from data is never parsed as special tokens, unless the settings ask for it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings | None = None) -> None:
@@ -145,8 +127,7 @@ class ChatEncoder:
         templated = self.settings.template and tokenizer.chat_template
         self.pieces = derive_pieces(tokenizer, templated)
         self._special = _special_pattern(tokenizer)
-        self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-        self._ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+        self._added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
         with_bos, without = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
         self._bos = with_bos[: len(with_bos) - len(without)] if with_bos[-1:] == without[-1:] else []
         if self._bos:
@@ -156,7 +137,7 @@ class ChatEncoder:
         self._opening = [(self.pieces.user_header, True)]
         if self.settings.system_prompt:
             system = self.settings.system_prompt
-            around = derive_system_turn(tokenizer) if templated else None
+            around = _system_turn(tokenizer) if templated else None
             if around is None:
                 self._opening += [(f"{system}\n\n", False)]
             else:
@@ -168,12 +149,10 @@ class ChatEncoder:
         return self.whole_context(*self.truncate(context, limit))
 
     def windows(self, text: str, window: int, overlap: int) -> list[EncodedContext]:
-        """Encode a text of any length in windows, every token of it with a loss in one of them (but for the
-        first of a window that neither bos, header nor overlap precedes: nothing predicts it).
+        """Encode a text of any length in windows of up to ``window`` tokens; each has a loss in one of them.
 
-        A window has up to ``window`` tokens of the text. It repeats the last ``overlap`` of the one before,
-        after the header and like it without loss; the end of turn closes the last one only. A text that fits
-        one window is the same as :meth:`context`.
+        A window repeats the last ``overlap`` tokens of the one before, after the header and like it without
+        loss; the end of turn closes the last one only. A text that fits one is encoded as :meth:`context`.
         """
         ids = self._plain(text).input_ids
         if len(ids) <= window:
@@ -211,10 +190,7 @@ class ChatEncoder:
         return self.cut(text, limit)
 
     def cut(self, text: str, limit: int) -> tuple[str, int, int]:
-        """Cut ``text`` after ``limit`` tokens and return ``(text, kept tokens, tokens cut off)``.
-
-        The text is cut by character offset, so what is kept stays as it was written.
-        """
+        """Cut ``text`` after ``limit`` tokens, as it is written: ``(text, kept tokens, tokens cut off)``."""
         encoded = self._plain(text, return_offsets_mapping=True)
         count = len(encoded.input_ids)
         if count <= limit:
@@ -231,7 +207,7 @@ class ChatEncoder:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _encode(self, segments: list[tuple[str, bool]]) -> list[int]:
-        """Encode the joined segments; only those marked trusted may hold control tokens."""
+        # Of the joined segments, only those marked trusted may hold control tokens.
         untrusted = "".join(text for text, trusted in segments if not trusted)
         if self.settings.parse_special_tokens or not self._special.search(untrusted):
             return self.tokenizer("".join(t for t, _ in segments), add_special_tokens=False).input_ids
@@ -242,10 +218,10 @@ class ChatEncoder:
             start = 0
             for match in self._special.finditer(text) if trusted else ():
                 plain += text[start : match.start()]
-                token = self._added[match.group()]
+                number, token = self._added[match.group()]
                 plain = plain.lstrip() if strip_next else plain
                 ids += self._plain(plain.rstrip() if token.lstrip else plain).input_ids
-                ids.append(self._ids[token.content])
+                ids.append(number)
                 plain, strip_next, start = "", token.rstrip, match.end()
             plain += text[start:]
         return ids + self._plain(plain.lstrip() if strip_next else plain).input_ids
@@ -258,17 +234,11 @@ class ChatEncoder:
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad token id lists to ``(ids, mask)``, both ``(B, T)``; mask is 1 on real tokens.
-
-    On a GPU the width of rows that fill up on the right is a multiple of 8: its matrix units are several
-    times slower on other shapes.
-
-    >>> pad([[5, 6], [7]], 0, "left", torch.device("cpu"))[0].tolist()
-    [[5, 6], [0, 7]]
-    """
+    """Pad token id lists to ``(ids, mask)``, both ``(B, T)``; mask is 1 on real tokens."""
     ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, pad_id, side)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
     if side == "right" and device.type != "cpu":
+        # To a multiple of 8: the matrix units of GPUs are several times slower on other shapes.
         more = -ids.shape[1] % 8
         ids, mask = F.pad(ids, (0, more), value=pad_id), F.pad(mask, (0, more))
     return ids.to(device), mask.to(device)

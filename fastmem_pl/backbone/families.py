@@ -1,8 +1,6 @@
 """Where each model family keeps its last feed-forward networks, final norm and head.
 
-A family is recognized by the attribute names of its blocks, never by the model's name. Because the
-trunk hands over the FFN's *input* as the model itself computes it (see :mod:`.split`), a family need
-not say where the input norm is, nor whether the residual is sequential or parallel.
+A family is recognized by the attribute names of its blocks, never by the model's name.
 """
 
 from __future__ import annotations
@@ -45,7 +43,6 @@ FAMILIES = (
 )
 _LAYERS = ("layers", "h")
 _FINAL_NORM = ("norm", "final_layer_norm", "ln_f")
-_POST_NORM = "post_feedforward_layernorm"
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The named parts of a loaded causal language model that FastMem works on.
+    """The parts of a causal language model that FastMem works on.
 
-    Attributes:
-        body: the decoder stack (embeddings, blocks, final norm), with names of two of its attributes.
-        head: the LM head module.
-        softcap: bound of the logits (Gemma 2), or ``None``.
+    ``body`` is the decoder stack (embeddings, blocks, final norm), ``softcap`` the bound of the logits.
     """
 
     family: Family
@@ -83,10 +77,6 @@ class Anatomy:
         """The norm before the head."""
         return getattr(self.body, self.norm_name)
 
-    def post_norm(self, layer: int) -> nn.Module | None:
-        """The norm on the FFN's output (Gemma 2 and 3, OLMo 2), or ``None``."""
-        return getattr(self.blocks[layer], _POST_NORM, None)
-
     def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
         """The nonlinearity of a block's FFN."""
         return getattr(self.blocks[layer].mlp, self.family.activation)
@@ -104,11 +94,14 @@ class Anatomy:
         """Views of the FFN's base weights under the names ``gate`` (if gated), ``up`` and ``down``."""
         found: dict[str, Projection] = {}
         for parts, module in self.ffn_modules(layer):
-            whole = _projection(module)
-            size = whole.weight.shape[0] // len(parts)
-            biases = (None,) * len(parts) if whole.bias is None else whole.bias.split(size)
-            for part, weight, bias in zip(parts, whole.weight.split(size), biases, strict=True):
-                found[part] = Projection(weight, bias)
+            check_plain("a feed-forward network", module)
+            # GPT-2's Conv1D stores its weight as (in, out).
+            weight = (module.weight.t() if isinstance(module, Conv1D) else module.weight).detach()
+            bias = None if module.bias is None else module.bias.detach()
+            size = weight.shape[0] // len(parts)
+            biases = (None,) * len(parts) if bias is None else bias.split(size)
+            for part, rows, own_bias in zip(parts, weight.split(size), biases, strict=True):
+                found[part] = Projection(rows, own_bias)
         return found
 
 
@@ -119,30 +112,17 @@ def is_quantized(weight: Tensor | None) -> bool:
 
 
 def check_plain(what: str, module: nn.Module) -> None:
-    """Refuse a module that memories act on when its weight is quantized; says how to load it instead."""
+    """Refuse a module that memories act on when its weight is quantized."""
     # Layers of some quantizers have no attribute of this name.
     if is_quantized(getattr(module, "weight", None)):
         raise FastMemError(
             f"model.backbone.quantization: {what} is quantized ({type(module).__name__}) where memories "
-            "act; load the "
-            "model with Backbone.load, and with num_layers as in the settings"
+            "act; load the model with Backbone.load, and with num_layers as in the settings"
         )
 
 
-def _projection(module: nn.Module) -> Projection:
-    check_plain("a feed-forward network", module)
-    weight = module.weight.detach()
-    # GPT-2's Conv1D stores its weight as (in, out).
-    weight = weight.t() if isinstance(module, Conv1D) else weight
-    return Projection(weight, None if module.bias is None else module.bias.detach())
-
-
 def find_anatomy(model: Any) -> Anatomy:
-    """Recognize the parts of a Hugging Face causal language model.
-
-    Raises:
-        FastMemError: when the last block has no FFN of a known layout; names what was found.
-    """
+    """Recognize the parts of a Hugging Face causal language model, or refuse it and name what was found."""
     name = type(model).__name__
     # A multimodal model keeps its language model one level down.
     body = getattr(model.base_model, "language_model", model.base_model)
@@ -156,11 +136,11 @@ def find_anatomy(model: Any) -> Anatomy:
             f"its parts: {children}; allowed: decoder-only models (docs/families.md)"
         )
     block = getattr(body, layers_name)[-1]
-    ffn = getattr(block, "mlp", None)
-    family = next((f for f in FAMILIES if ffn is not None and f.fits(ffn)), None)
+    ffn = getattr(block, "mlp", block)
+    family = next((f for f in FAMILIES if ffn is not block and f.fits(ffn)), None)
     if family is None:
-        found = type(ffn).__name__ if ffn is not None else "no attribute 'mlp'"
-        children = ", ".join(child for child, _ in (block if ffn is None else ffn).named_children())
+        found = "no attribute 'mlp'" if ffn is block else type(ffn).__name__
+        children = ", ".join(child for child, _ in ffn.named_children())
         raise FastMemError(
             f"model.backbone: {name} has no recognizable feed-forward network in its last block "
             f"({found} with {children}); allowed layouts: {', '.join(f.name for f in FAMILIES)}"

@@ -18,10 +18,10 @@ Delta = Mapping[str, Tensor]
 
 @dataclass
 class GradientFactors:
-    """A weight gradient of ``B`` samples as a product: ``outer^T @ inner``.
+    """A weight gradient of ``B`` samples as a product ``outer^T @ inner``.
 
-    A parameter with an attribute ``factors`` gets these from the backward pass instead of a gradient:
-    the gradient of the product's output, ``(B, T, out)``, and the product's input, ``(B, T, in)``.
+    A parameter with an attribute ``factors`` gets these from the backward pass instead of a gradient: that
+    of the product's output, ``(B, T, out)``, and the product's input, ``(B, T, in)``.
     """
 
     outer: Tensor
@@ -32,25 +32,14 @@ class GradientFactors:
 class BaseActivations:
     """What the base weights make of one FFN input; constant over all memorization steps.
 
-    Attributes:
-        projections: ``gate`` (if gated) and ``up`` pre-activations, ``(B, T, F)``.
-        hidden: input of the down projection, ``(B, T, F)`` float32; ``None`` where it is formed anew from
-            the projections each time.
-        output: ``(B, T, D)`` float32.
-        merged: add deltas to the down projection's weight before the product with it. Saves one product of
-            two, and rounds as editing float32 weights does.
+    ``merged``: add deltas to the down projection's weight before the product with it. Saves one product of
+    two, and rounds as editing float32 weights does.
     """
 
-    projections: dict[str, Tensor]
-    hidden: Tensor | None
-    output: Tensor
+    projections: dict[str, Tensor]  # gate (if gated) and up before the activation, (B, T, F)
+    hidden: Tensor | None  # (B, T, F) float32; formed anew from the projections each time if None
+    output: Tensor  # (B, T, D) float32
     merged: bool = False
-
-    def expand(self, rows: int) -> BaseActivations:
-        """One sample's activations as those of ``rows``, in the same memory."""
-        projections = {name: t.expand(rows, -1, -1) for name, t in self.projections.items()}
-        hidden = None if self.hidden is None else self.hidden.expand(rows, -1, -1)
-        return BaseActivations(projections, hidden, self.output.expand(rows, -1, -1), self.merged)
 
 
 class FFN:
@@ -81,7 +70,7 @@ class FFN:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape ``(out, in)`` of each projection."""
+        """``(out, in)`` by projection."""
         return {name: weight.shape for name, weight in self.base_weights.items()}
 
     def base(self, ffn_input: Tensor) -> BaseActivations:
@@ -93,10 +82,7 @@ class FFN:
         return BaseActivations(projections, None if self._fused(ffn_input) else hidden, output)
 
     def memorized(self, ffn_input: Tensor, delta: Delta, base: BaseActivations) -> Tensor:
-        """Apply base weights plus ``delta`` (one row a sample) to ``(B, T, D)``; float32.
-
-        ``base``: :meth:`base` of the same input.
-        """
+        """Apply base weights plus ``delta`` to ``(B, T, D)``, given its :meth:`base`; float32."""
         ffn_input = ffn_input.to(self.dtype)
         changes = {name: DeltaProduct.apply(ffn_input, delta[name]) for name in base.projections}
         if base.hidden is None:
@@ -161,6 +147,5 @@ class DeltaProduct(torch.autograd.Function):
 
 
 def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether an activation is SiLU, by what it computes, whatever it is called."""
     probe = torch.linspace(-8, 8, 33)
     return torch.equal(activation(probe), F.silu(probe))

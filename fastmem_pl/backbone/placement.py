@@ -1,4 +1,4 @@
-"""Which part of a model goes to which device, decided from its shapes before anything is loaded.
+"""Which part of a model goes to which device, decided before anything is loaded, and what crosses over then.
 
 Batches, memories and the products with the head are where the trained blocks, the final norm and the LM
 head are, so these share a device, the tail's, and the other devices get the more blocks for it. Accelerate's
@@ -7,20 +7,20 @@ head are, so these share a device, the tail's, and the other devices get the mor
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import send_to_device
 from torch import nn
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy
 from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token, usable_bytes
 from fastmem_pl.backbone.split import Tail
 from fastmem_pl.base.errors import FastMemError, nearest, unknown
-
-log = logging.getLogger(__name__)
 
 POLICIES = ("auto", "balanced", "sequential")
 DeviceMap = str | Mapping[str, Any]
@@ -34,49 +34,44 @@ _FILLED, _WORKSPACE = 0.95, 1 << 29
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model that stays whole: a module, or a parameter that is in no other part.
-
-    ``size`` is in bytes, ``block`` the number of the block that it is. ``tail`` marks what shares the tail's
-    device, ``entry`` the embeddings and what the body makes of positions, which is beside them.
-    """
+    """A piece of a model that stays whole: a block, or a module outside of them with tensors of its own."""
 
     name: str
-    size: int
-    block: int | None = None
-    tail: bool = False
-    entry: bool = False
+    size: int  # bytes
+    block: int | None
+    tail: bool  # shares the tail's device
+    entry: bool  # the embeddings, and what the body makes of positions, which is beside them
 
 
 def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None = None) -> list[Part]:
-    """The parts of a model with ``num_layers`` trained layers, in the order of its modules.
+    """The parts of a model, which may be on the meta device, with ``num_layers`` trained layers.
 
-    It may be on the meta device. ``stored``: bytes of a weight in linear maps of the trunk, if quantized.
+    ``stored``: bytes of a weight in linear maps of the trunk, if quantized.
     """
-    embedding = model.get_input_embeddings()
-    tied = embedding.weight is anatomy.head.weight or model.config.get_text_config().tie_word_embeddings
-    numbers = {id(block): i for i, block in enumerate(anatomy.blocks)}
-    first, parts = len(numbers) - num_layers, []
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        entry = module is anatomy.body
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                parts.append(Part(prefix + name, tensor.nbytes, None, entry and tied, entry))
-        for name, child in module.named_children():
-            number = numbers.get(id(child))
-            if number is None and any(id(inner) in numbers for inner in child.modules()):
-                walk(child, f"{prefix}{name}.")
-                continue
-            inside = set(child.modules())
-            embeds, ends = embedding in inside, {anatomy.head, anatomy.final_norm} & inside
-            begins = number is None and not ends and (embeds or entry)
-            # Tied embeddings are the head's weight, and are counted there.
-            in_tail = bool(ends) or (begins and tied) or (number is not None and number >= first)
-            size = 0 if embeds and tied else _size(child, None if number is None or in_tail else stored)
-            parts.append(Part(prefix + name, size, number, in_tail, begins))
-
-    walk(model, "")
-    return parts
+    names = {module: name for name, module in model.named_modules()}
+    body, blocks = f"{names[anatomy.body]}.", f"{names[anatomy.blocks]}."
+    embedding, ends = names[model.get_input_embeddings()], {names[anatomy.head], names[anatomy.final_norm]}
+    config = model.config.get_text_config()
+    tied = model.get_input_embeddings().weight is anatomy.head.weight or config.tie_word_embeddings
+    first, parts = len(anatomy.blocks) - num_layers, {}
+    tensors = (model.named_parameters, model.named_buffers)
+    for name, tensor in [found for each in tensors for found in each(remove_duplicate=False)]:
+        owner, block = name.rpartition(".")[0], None
+        if name.startswith(blocks):
+            number = name.removeprefix(blocks).partition(".")[0]
+            owner, block = blocks + number, int(number)
+        elif blocks.startswith(f"{owner}."):
+            owner = name
+        entry = owner == embedding or (owner.startswith(body) and block is None and owner not in ends)
+        tail = owner in ends or (entry and tied) or (block is not None and block >= first)
+        size = tensor.nbytes
+        if owner == embedding and tied:
+            size = 0  # it is the head's weight, and counted there
+        elif stored is not None and block is not None and not tail and tensor.ndim == 2:
+            size = int(tensor.numel() * stored)
+        before = parts[owner].size if owner in parts else 0
+        parts[owner] = Part(owner, before + size, block, tail, entry)
+    return list(parts.values())
 
 
 def device_plan(
@@ -87,18 +82,10 @@ def device_plan(
     device: torch.device,
     stored: float | None = None,
 ) -> dict[str, torch.device]:
-    """A device for every part of a model.
+    """A device for every part of a model without weights.
 
-    Args:
-        device_map: one of :data:`POLICIES`, or devices by names of modules.
-        model: without weights, on the meta device.
-        num_layers: trained layers, which stay together.
-        precision: types of the weights and of the products.
-        device: the program's; where a policy puts the tail.
-        stored: as :func:`parts_of`.
-
-    Raises:
-        FastMemError: when the map does not fit the model, or the model does not fit the devices.
+    ``precision`` is the types of the weights and of the products; ``device`` the program's, where a policy
+    puts the tail; ``stored`` as for :func:`parts_of`.
     """
     anatomy = find_anatomy(model)
     parts = parts_of(model, anatomy, num_layers, stored)
@@ -107,9 +94,7 @@ def device_plan(
         name = next(name for name, module in model.named_modules() if module is embedding)
         return _given_devices(device_map, parts, name)
     if device_map not in POLICIES:
-        raise unknown(
-            "model.backbone.device_map", device_map, [*POLICIES, "a mapping of module names to devices"]
-        )
+        raise unknown("model.backbone.device_map", device_map, [*POLICIES, "a mapping of modules to devices"])
     devices = _devices(device)
     if len(devices) == 1 and device.type != "cuda":
         return {part.name: devices[0] for part in parts}
@@ -122,21 +107,13 @@ def device_plan(
             some = [*devices[: count - 1], devices[-1]]
             found = lay_out(parts, some, free, reserve, balanced=device_map != "sequential")
             if found is not None:
-                used = list(dict.fromkeys(found.values()))
-                log.info(
-                    "model.backbone.device_map: %s, with room for %d samples",
-                    ", ".join(map(str, used)),
-                    samples,
-                )
                 return found
     needed = sum(part.size for part in parts) + reserve.tail
+    found = ", ".join(f"{one} ({max(size, 0) / 2**30:.1f} GiB)" for one, size in free.items())
     raise FastMemError(
         f"model.backbone.device_map: {device_map} finds no room for the model, {needed / 2**30:.1f} GiB "
-        "with one "
-        f"sample, on {', '.join(f'{d} ({max(b, 0) / 2**30:.1f} GiB)' for d, b in free.items())}; allowed: "
-        "--trainer.precision bf16-true, --model.backbone.quantization, more devices, or a mapping that "
-        "leaves some "
-        "blocks on the cpu"
+        f"with one sample, on {found}; allowed: --trainer.precision bf16-true, "
+        "--model.backbone.quantization, more devices, or a mapping that leaves some blocks on the cpu"
     )
 
 
@@ -171,15 +148,13 @@ class Reserve:
         # Reference predictions as they are kept without the kernel: logits, and with a soft-cap two of them.
         reference = tail.head_weight.shape[0] * (4 if tail.softcap is None else 8)
         footprint = Footprint.of_tail(tail, config, num_layers, device, products, reference)
-        copies = 0
-        if products != weights:
-            copies = (tail.num_trained + tail.head_weight.numel()) * products.itemsize
+        copied = 0 if products == weights else tail.num_trained + tail.head_weight.numel()
         block, passing = (samples * tokens * size for size in trunk_bytes_per_token(tail, config, products))
-        return cls(footprint.cost(samples, tokens) + copies, block, passing)
+        return cls(footprint.cost(samples, tokens) + copied * products.itemsize, block, passing)
 
 
 def _devices(device: torch.device) -> list[torch.device]:
-    """All GPUs, that of the program last; or what the program runs on."""
+    # All GPUs, that of the program last; or what the program runs on.
     if device.type != "cuda":
         return [device]
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -224,68 +199,96 @@ def lay_out(
     return {part.name: of_block.get(part.name, devices[-1] if part.tail else devices[0]) for part in parts}
 
 
-def _size(module: nn.Module, stored: float | None) -> int:
-    size = 0.0
-    for tensor in (*module.parameters(), *module.buffers()):
-        size += tensor.numel() * stored if stored is not None and tensor.ndim == 2 else tensor.nbytes
-    return int(size)
-
-
 def _given_devices(
     device_map: Mapping[str, Any], parts: Sequence[Part], embedding: str
 ) -> dict[str, torch.device]:
-    """The devices that a mapping names; the longest name that a part begins with counts, ``""`` for all."""
-    wanted = {str(name): _device(name, value) for name, value in device_map.items()}
+    # The longest name that a part begins with counts; transformers takes layers.1 for layers.10 as well.
+    places = {name: str(place) for name, place in device_map.items()}
+    places = {name: f"cuda:{place}" if place.isdigit() else place for name, place in places.items()}
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for place in places.values():
+        if place not in there:
+            raise unknown("model.backbone.device_map", place, there)
     known = {prefix for part in parts for prefix in _prefixes(part.name)}
-    for name in wanted:
-        if name not in known:
-            some = ", ".join(part.name for part in parts if part.block in (None, 0))
-            raise FastMemError(
-                f"model.backbone.device_map: {name!r} is no module of the model, or a part of a block; "
-                "allowed: whole "
-                f"modules, such as {some}{nearest(name, known)}"
-            )
     found = {}
     for part in parts:
-        name = next((prefix for prefix in _prefixes(part.name) if prefix in wanted), None)
+        name = next((prefix for prefix in _prefixes(part.name) if prefix in places), None)
         if name is None:
-            raise FastMemError(
-                f"model.backbone.device_map: {part.name!r} has no device; allowed: every module has one, "
-                "and '' gives "
-                "one to all that are not named"
-            )
-        found[part.name] = wanted[name]
-    tail = [part.name for part in parts if part.tail and not part.entry]
-    if len({found[name] for name in tail}) > 1:
+            raise FastMemError(f"model.backbone.device_map: {part.name!r} has no device; give one to '', all")
+        found[part.name] = torch.device(places[name])
+    for name in set(places) - known:
         raise FastMemError(
-            "model.backbone.device_map: trained blocks, final norm and LM head are on "
-            f"{', '.join(f'{found[name]} ({name})' for name in tail)}; allowed: one device for all of them"
+            f"model.backbone.device_map: {name!r} is no module of the model, or a part of a block; allowed: "
+            f"whole modules{nearest(name, known)}"
         )
     # Tied embeddings go where the head goes, and what is beside them with them, whatever the mapping says.
-    home = next(part for part in parts if part.name in _prefixes(embedding))
-    device = found[tail[0] if home.tail else home.name]
-    return found | {part.name: device for part in parts if part.entry}
-
-
-def _device(name: str, value: Any) -> torch.device:
-    """A device of a mapping, if it is there."""
-    allowed = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    given = f"cuda:{value}" if str(value).isdigit() else str(value)
-    if given == "cuda" and torch.cuda.is_available():
-        given = f"cuda:{torch.cuda.current_device()}"
-    if given not in allowed:
-        raise FastMemError(
-            f"model.backbone.device_map: {value} of {name!r} is no device that computes here; allowed: "
-            f"{', '.join(allowed)}{nearest(str(value), allowed)}"
-        )
-    return torch.device(given)
+    entry = [part for part in parts if part.entry]
+    ends = [part.name for part in parts if part.tail and not part.entry]
+    device = found[ends[-1] if entry[0].tail else embedding]
+    return found | {part.name: device for part in entry}
 
 
 def _prefixes(name: str) -> list[str]:
-    """A dotted name and all that it begins with, longest first.
-
-    >>> _prefixes("model.layers.0")
-    ['model.layers.0', 'model.layers', 'model', '']
-    """
+    """A dotted name and all that it begins with, longest first: ``["a.b", "a", ""]``."""
     words = name.split(".")
     return [".".join(words[:count]) for count in range(len(words), -1, -1)]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Devices of the embeddings, of each block, and of the LM head (the tail's, where memories are)."""
+
+    entry: torch.device
+    blocks: tuple[torch.device, ...]
+    tail: torch.device
+
+    @classmethod
+    def of(cls, model: Any, anatomy: Anatomy) -> Placement:
+        """Look where parameters are."""
+        entry = model.get_input_embeddings().weight.device
+        blocks = [_device_of(f"block {i}", [block], entry) for i, block in enumerate(anatomy.blocks)]
+        ends = [anatomy.final_norm, anatomy.head]
+        return cls(entry, tuple(blocks), _device_of("the final norm with the LM head", ends, entry))
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices, each once, in the order of a pass."""
+        return tuple(dict.fromkeys((self.entry, *self.blocks, self.tail)))
+
+    @property
+    def spread(self) -> bool:
+        """Whether there are several."""
+        return len(self.devices) > 1
+
+
+def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
+    """Make a model that lies on several devices run; no hooks of Accelerate are left on it.
+
+    Masks, positions and position embeddings are made where the embeddings are; logits where the LM head is.
+    """
+    if getattr(model, "_fastmem_crosses", False):
+        return
+    model._fastmem_crosses = True
+    # Accelerate wraps the forward of every module, which copies of a module would run past: a hook of PyTorch
+    # is in a dict that shallow copies share, and a pass crosses at blocks only.
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        # It leaves the class's method on each module, bound to that one.
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+    modules = [(anatomy.body, placement.entry), *zip(anatomy.blocks, placement.blocks, strict=True)]
+    for module, device in modules:
+        module.register_forward_pre_hook(partial(_send, device), with_kwargs=True)
+
+
+def _send(device: torch.device, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A cache has the tensors of each block where that block is.
+    return send_to_device(args, device), send_to_device(kwargs, device, skip_keys="past_key_values")
+
+
+def _device_of(name: str, modules: Sequence[nn.Module], default: torch.device) -> torch.device:
+    devices = list(dict.fromkeys(p.device for module in modules for p in module.parameters()))
+    if len(devices) > 1 or torch.device("meta") in devices:
+        found = " and ".join("no device (offloaded)" if d.type == "meta" else str(d) for d in devices)
+        raise FastMemError(f"model.backbone.device_map: {name} is on {found}; allowed: one that computes")
+    return devices[0] if devices else default

@@ -1,17 +1,12 @@
 """Trunks in 4 or 8 bits, by bitsandbytes and torchao.
 
-Memorizing trains the last feed-forward network and needs the head's exact gradients, so these stay in the
-compute type; everything below them only has to be run. Checkpoints that are quantized already keep their
-trunk, and get plain weights where memories act.
+The trained feed-forward networks and the head stay in the compute type; all below them only has to be run.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy, is_quantized
-from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.base.phases import is_out_of_memory
+from fastmem_pl.base.errors import FastMemError, one_line, unknown
 
 _GROUP = 128  # weights that share a scale in torchao-int4
 _BLOCK = 64  # the same in bnb-4bit, whose kernels for CPUs read rows of most other widths wrongly
@@ -30,31 +24,14 @@ _BLOCK = 64  # the same in bnb-4bit, whose kernels for CPUs read rows of most ot
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to quantize.
-
-    Attributes:
-        package: that does it.
-        config: makes the configuration of transformers from the compute type and the names of the modules
-            that stay plain.
-        modules: types of modules that it quantizes.
-        only: device type and precision that it is bound to, if it is.
-        group: weights of a row that share a scale; the width of a row must be a multiple of it.
-        has_gradients: whether its products have gradients, which blocks above a trained network need.
-    """
+    """One way to quantize; ``config`` takes the compute type and the names of the modules that stay plain."""
 
     package: str
     config: Callable[[torch.dtype, list[str]], Any]
     modules: tuple[type[nn.Module], ...] = (nn.Linear,)
-    only: tuple[str, str] | None = None
-    group: int = 1
-    has_gradients: bool = True
-
-    def takes(self, module: nn.Module) -> bool:
-        """Whether a module is of a type and a width that it quantizes."""
-        if not isinstance(module, self.modules):
-            return False
-        # GPT-2's Conv1D stores its weight as (in, out).
-        return module.weight.shape[0 if isinstance(module, Conv1D) else 1] % self.group == 0
+    only: tuple[str, str] | None = None  # device type and precision
+    group: int = 1  # weights that share a scale: the width of a row must be a multiple
+    has_gradients: bool = True  # blocks above a trained network need them
 
 
 def _bnb_4bit(dtype: torch.dtype, plain: list[str]) -> BitsAndBytesConfig:
@@ -107,17 +84,16 @@ def check_quantization(quantization: str, precision: str, device: str | torch.de
     kind = KINDS[quantization]
     check_precision(quantization, precision)
     _check_package(kind.package, f"model.backbone.quantization: {quantization}")
-    found = (torch.device(device).type, precision)
-    if kind.only and found != kind.only:
+    found = torch.device(device).type
+    if kind.only and (found, precision) != kind.only:
         raise FastMemError(
             f"model.backbone.quantization: {quantization} needs a {kind.only[0].upper()} GPU and precision "
-            f"{kind.only[1]}, not {found[0]} and {found[1]}; allowed here: "
-            f"{', '.join(name for name, other in KINDS.items() if not other.only)}"
+            f"{kind.only[1]}, not {found} and {precision}"
         )
 
 
 def check_precision(method: str | None, precision: str) -> None:
-    """Refuse a precision that casts float32 weights where they are quantized."""
+    """Refuse, for a quantized model, a precision that casts float32 weights."""
     if method and precision == "bf16-mixed":
         raise FastMemError(
             f"trainer.precision: {precision} casts float32 weights in every product, and those of the trunk "
@@ -140,8 +116,7 @@ def check_method(source: str, method: str) -> None:
     if method not in _EXTRAS:
         raise FastMemError(
             f"model.backbone: {source!r} is quantized with {method}, so its last feed-forward network cannot "
-            f"be made plain; allowed: checkpoints of {' and '.join(_EXTRAS)}, or the plain model with "
-            "model.backbone.quantization"
+            f"be made plain; allowed: checkpoints of {' and '.join(_EXTRAS)}, or a plain model"
         )
     _check_package(method, f"model.backbone: {source!r}")
 
@@ -156,16 +131,13 @@ def loading_options(
     anatomy, modules = find_anatomy(model), dict(model.named_modules())
     plain = [name for name, _ in plain_modules(model, anatomy, num_layers, not kind.has_gradients)]
     linear = {n: m for n, m in modules.items() if isinstance(m, kind.modules) and n not in plain}
-    plain += [name for name, module in linear.items() if not kind.takes(module)]
+    widths = {n: m.weight.shape[0 if isinstance(m, Conv1D) else 1] for n, m in linear.items()}
+    plain += [name for name, width in widths.items() if width % kind.group]
     if set(linear) <= set(plain):
-        top = {name for name, _ in plain_modules(model, anatomy, num_layers)}
-        trunk = [module for name, module in modules.items() if name not in top]
-        others = [name for name, other in KINDS.items() if any(map(other.takes, trunk))]
-        width = f" whose width is a multiple of {kind.group}" if kind.group > 1 else ""
+        others = ", ".join(name for name in KINDS if name != quantization)
         raise FastMemError(
-            f"model.backbone.quantization: {type(model).__name__} has no linear layers{width} for "
-            f"{quantization}; "
-            f"allowed here: {', '.join(others) or 'none'}"
+            f"model.backbone.quantization: {type(model).__name__} has no linear layers for {quantization} "
+            f"(width a multiple of {kind.group}); allowed: {others}, or none"
         )
     return {"quantization_config": kind.config(dtype, plain)}
 
@@ -173,10 +145,7 @@ def loading_options(
 def plain_modules(
     model: nn.Module, anatomy: Anatomy, num_layers: int, whole_blocks: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Names and modules of what must not be quantized: the last ``num_layers`` FFNs and the head.
-
-    With ``whole_blocks`` also all that gradients run through: the blocks above the lowest of these FFNs.
-    """
+    """Names and modules of the last FFNs and the head; with ``whole_blocks`` of all above the lowest FFN."""
     names = {module: name for name, module in model.named_modules()}
     total = len(anatomy.blocks)
     first = max(total - num_layers, 0)
@@ -197,17 +166,13 @@ def stored_size(quantized: str | None, config: Any) -> float | None:
 
 @torch.no_grad()
 def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
-    """Give a quantized model, right after it was loaded, plain weights where memories act.
-
-    What is not quantized becomes ``dtype``, the compute type; a checkpoint of bitsandbytes has it in its own.
-    """
+    """Give a model that was loaded quantized plain weights where memories act; others become ``dtype``."""
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
             raise FastMemError(
                 f"model.backbone: {name} has rows of {state.shape[-1]} weights, which bitsandbytes reads "
-                f"wrongly in blocks of {state.blocksize} on a CPU; allowed: a GPU, or the plain model with "
-                "model.backbone.quantization"
+                f"wrongly in blocks of {state.blocksize} on a CPU; allowed: a GPU, or a plain model"
             )
     without_gradients = any(type(weight).__name__.startswith("Int4") for weight in model.parameters())
     for name, module in plain_modules(model, find_anatomy(model), num_layers, without_gradients):
@@ -219,34 +184,16 @@ def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
 
 
 def hold_still(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep bitsandbytes from writing to weights, choosing a compute type, and warning in every product."""
+    """Keep bitsandbytes from writing to weights and from choosing a compute type."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # It would repack weights in place, in the first forward pass on a CPU.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = dtype, True
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-
-@contextmanager
-def must_run(name: str, method: str | None) -> Iterator[None]:
-    """Say in one line that the weights of model ``name`` do not run on this machine."""
-    try:
-        yield
-    except Exception as error:
-        if not method or isinstance(error, FastMemError) or is_out_of_memory(error):
-            raise
-        raise FastMemError(
-            f"model.backbone: the weights of {name!r}, quantized with {method}, do not run here: "
-            f"{_one_line(error)}; allowed: the plain model with model.backbone.quantization"
-        ) from error
 
 
 def waits_for_device(model: nn.Module) -> bool:
-    """Whether the host waits in a forward pass, so that no CUDA graph can hold it.
-
-    LLM.int8() looks for outliers among the activations of every product.
-    """
+    """Whether the host waits in a forward pass, as LLM.int8() does for outliers: no CUDA graph holds it."""
     return any(getattr(getattr(m, "state", None), "threshold", 0.0) > 0 for m in model.modules())
 
 
@@ -261,16 +208,14 @@ def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
 
 def _plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     weight = _dequantized(module)
-    with torch.device("meta"):
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
-    for name, tensor in (("weight", weight), ("bias", module.bias)):
-        if tensor is not None:
-            setattr(plain, name, nn.Parameter(tensor.detach().to(dtype), requires_grad=False))
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    if module.bias is not None:
+        plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
     return plain
 
 
 def _dequantized(module: nn.Module) -> Tensor:
-    """The weight that a quantized linear map stands for, ``(out, in)``."""
     weight = module.weight
     if type(weight).__module__.startswith("torchao."):
         if hasattr(weight, "dequantize"):
@@ -278,30 +223,15 @@ def _dequantized(module: nn.Module) -> Tensor:
         # Tensors packed for a kernel are only read by it.
         unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         return nn.functional.linear(unit, weight).t().contiguous()
-    from bitsandbytes import functional
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    if hasattr(weight, "quant_state"):
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    scale = weight.SCB if weight.SCB is not None else module.state.SCB
-    return functional.int8_vectorwise_dequant(weight.data, scale)
+    return dequantize_bnb_weight(weight, getattr(module, "state", None))
 
 
 def _check_package(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise FastMemError(f"{what} needs {package}; run: pip install 'fastmem-pl[{_EXTRAS[package]}]'")
-    before = logging.root.manager.disable
-    # When they are imported, they warn of kernels that another machine would have.
-    logging.disable(logging.WARNING)
     try:
         importlib.import_module(package)
     except Exception as error:
         # Compiled code of another version of torch or of the driver fails in many ways.
-        raise FastMemError(
-            f"{what}: {package} cannot be imported: {_one_line(error)}; install another version"
-        ) from error
-    finally:
-        logging.disable(before)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        install = f"run: pip install 'fastmem-pl[{_EXTRAS[package]}]'"
+        raise FastMemError(f"{what} needs {package}: {one_line(error)}; {install}") from error

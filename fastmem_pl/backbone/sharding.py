@@ -1,8 +1,7 @@
 """Tensor parallelism: every process holds a share of each matrix of the trunk, and all of the tail.
 
-The plan is the model's own, of transformers. Memories act on the tail, so its weights are put together
-again after loading: every process computes the same tail from the same residual stream, and nothing but
-the trunk needs the others.
+The plan is the model's own, of transformers. The tail's weights are put together again after loading: every
+process computes the same tail from the same residual stream.
 """
 
 from __future__ import annotations
@@ -45,10 +44,8 @@ def check_processes(tp_plan: str, device: torch.device) -> int:
     count = distributed.get_world_size() if joined else 1
     if count == 1:
         raise FastMemError(
-            f"model.backbone.tp_plan: {tp_plan} shares the model among processes, and there is one; start "
-            "it with "
-            "--trainer.devices N or torchrun --nproc-per-node N; for one process: "
-            "--model.backbone.device_map auto"
+            f"model.backbone.tp_plan: {tp_plan} shares the model among processes, and there is one; start it "
+            "with --trainer.devices N or torchrun --nproc-per-node N, or use --model.backbone.device_map auto"
         )
     mesh = torch._C._get_accelerator().type
     if mesh != device.type:
@@ -60,20 +57,10 @@ def check_processes(tp_plan: str, device: torch.device) -> int:
 
 
 @contextmanager
-def loading(
-    tp_plan: str, model: Any, source: str, quantized: str | None, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """Arguments of ``from_pretrained`` that keep this process's share only, on its device.
-
-    ``model`` is without weights, on the meta device; ``quantized`` how weights are stored in fewer bits.
-    """
+def loading(tp_plan: str, model: Any, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Arguments of ``from_pretrained`` that keep this process's share only; ``model`` has no weights yet."""
     from transformers.distributed import DistributedConfig
 
-    if quantized:
-        raise FastMemError(
-            f"model.backbone.tp_plan: {source!r} is quantized ({quantized}); allowed: "
-            "--model.backbone.device_map auto"
-        )
     count = check_processes(tp_plan, device)
     _check_plan(model, count)
     # Where it looks which GPU is this process's; launchers other than torchrun do not say it there.
@@ -90,34 +77,27 @@ def loading(
 
 
 def _check_plan(model: Any, count: int) -> None:
-    """Refuse a model without a plan, or whose heads cannot be shared by so many processes."""
     name, plan = type(model).__name__, model.tp_plan or {}
     layers = find_anatomy(model).layers_name
     if not any(f"{layers}.*" in rule for rule in plan):
         raise FastMemError(
             f"model.backbone.tp_plan: transformers has no plan to shard {name}; allowed: "
-            "--model.backbone.device_map auto, "
-            "which lays its blocks out over the devices of one process"
+            "--model.backbone.device_map auto"
         )
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if _shares_heads(plan) and heads % count:
-        fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
         raise FastMemError(
             f"model.backbone.tp_plan: {count} processes cannot share the {heads} key and value heads of "
-            f"{name}; "
-            f"allowed: {f'{fitting} processes, or ' if fitting else ''}--model.backbone.device_map auto"
+            f"{name}; allowed: a divisor of {heads}, or --model.backbone.device_map auto"
         )
 
 
 @torch.no_grad()
 def make_tail_whole(model: Any, num_layers: int) -> None:
-    """Give every process all weights of the trained FFNs, the blocks above the first, the norm and the head.
-
-    To be called by all processes at once.
-    """
+    """Give every process, all at once, the whole trained FFNs, blocks above the first, norm and head."""
     anatomy = find_anatomy(model)
-    tail = [*_trained(anatomy, num_layers), anatomy.final_norm, anatomy.head]
+    tail = [*trained_part(anatomy, num_layers), anatomy.final_norm, anatomy.head]
     embedding = model.get_input_embeddings()
     if embedding.weight is anatomy.head.weight:
         tail.append(embedding)
@@ -135,24 +115,9 @@ def make_tail_whole(model: Any, num_layers: int) -> None:
             module.__dict__.pop("forward", None)
 
 
-def check_tail(anatomy: Anatomy, num_layers: int) -> None:
-    """Refuse to train FFNs of which this process holds a share only."""
-    parts = _trained(anatomy, num_layers)
-    if any(is_sharded(parameter) for part in parts for parameter in part.parameters()):
-        raise FastMemError(
-            f"model.memorize.num_layers: {num_layers} feed-forward networks are more than were left whole "
-            "when the "
-            "model was sharded; load it with Backbone.load(..., num_layers) as of the settings"
-        )
-
-
 def is_sharded(tensor: Tensor | None) -> bool:
     """Whether this process holds a share of a tensor only."""
-    if not distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -160,7 +125,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def _trained(anatomy: Anatomy, num_layers: int) -> list[nn.Module]:
+def trained_part(anatomy: Anatomy, num_layers: int) -> list[nn.Module]:
     """The lowest trained FFN and all blocks above it."""
     first = len(anatomy.blocks) - num_layers
     return [anatomy.blocks[first].mlp, *anatomy.blocks[first + 1 :]]

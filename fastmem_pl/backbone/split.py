@@ -1,9 +1,8 @@
 """The trunk/tail split: what memorizing can change, and what it cannot.
 
-The trunk is everything up to the last FFN that is not trained. It gives, for every position, the
-residual stream without that FFN's contribution and the FFN's input. Both are constant while the FFN is
-trained, and so is the KV cache of the trunk. The tail is the rest: the trained FFN, for
-``num_layers > 1`` the blocks above it, the final norm and the LM head.
+The trunk is everything up to the first trained FFN. For every position it gives the residual stream without
+that FFN's contribution, and the FFN's input; both are constant while the FFN is trained, and so is the KV
+cache. The tail is the rest: the trained FFN, blocks above it, the final norm and the LM head.
 """
 
 from __future__ import annotations
@@ -25,64 +24,39 @@ from fastmem_pl.backbone.norms import shallow_copy, with_fused_norms
 
 
 @dataclass
-class BlockCall:
-    """Arguments of one call of a block, after the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def with_cache(self, cache: Cache | None) -> BlockCall:
-        """The same call with another KV cache."""
-        args = tuple(cache if isinstance(v, Cache) else v for v in self.args)
-        return BlockCall(args, {k: cache if isinstance(v, Cache) else v for k, v in self.kwargs.items()})
-
-
-@dataclass
 class TailInputs:
-    """What the tail needs of a trunk pass.
+    """What the tail needs of a trunk pass: residual stream and input of the first trained FFN, ``(B, T, D)``.
 
-    Attributes:
-        residual: residual stream without the first trained FFN's output, ``(B, T, D)``.
-        ffn_input: input of the first trained FFN, ``(B, T, D)``.
-        calls: arguments, hidden states aside, with which the model called each block above that FFN
-            (attention mask, position embeddings, cache); empty for ``num_layers == 1``.
-        early: hidden states at the last position by number, ``(B, 1, D)``, where the trunk was asked for
-            them: number ``l`` is the input of block ``l``, as in a model's ``hidden_states``.
+    ``calls`` are the arguments with which the model called each block above that FFN. ``early`` are hidden
+    states at the last position, ``(B, 1, D)``, by their numbers in a model's ``hidden_states``.
     """
 
     residual: Tensor
     ffn_input: Tensor
-    calls: tuple[BlockCall, ...] = ()
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
     early: Mapping[int, Tensor] = field(default_factory=dict)
 
     def last(self) -> TailInputs:
         """Keep the last position only; with blocks above the FFN, which attend to all, keep all."""
-        if self.calls:
-            return self
-        return TailInputs(self.residual[:, -1:], self.ffn_input[:, -1:], early=self.early)
+        return self if self.calls else self._each(lambda tensor: tensor[:, -1:])
 
     def expand(self, rows: int) -> TailInputs:
         """One sample's inputs as those of ``rows``, in the same memory."""
-        residual, ffn_input = (t.expand(rows, -1, -1) for t in (self.residual, self.ffn_input))
-        early = {number: hidden.expand(rows, -1, -1) for number, hidden in self.early.items()}
-        return TailInputs(residual, ffn_input, self.calls, early)
+        return self._each(lambda tensor: tensor.expand(rows, -1, -1), self.calls)
 
     def rows(self, index: Tensor) -> TailInputs:
         """Pick rows, repeats allowed; of the trunk's results, not of blocks above the first trained FFN."""
-        early = {number: hidden[index] for number, hidden in self.early.items()}
-        return TailInputs(self.residual[index], self.ffn_input[index], early=early)
+        return self._each(lambda tensor: tensor[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor], calls: Sequence[Any] = ()) -> TailInputs:
+        early = {number: change(hidden) for number, hidden in self.early.items()}
+        return TailInputs(change(self.residual), change(self.ffn_input), calls, early)
 
 
 class Trunk:
-    """The model's own body, with the first trained FFN tapped and all above it passed through.
+    """A shallow copy of the model's own body, with the first trained FFN tapped and nothing run above it.
 
-    It is a shallow copy that shares every parameter with the model; the model itself is not altered.
-
-    Args:
-        anatomy: the model's parts.
-        num_layers: trained layers.
-        early: numbers of hidden states to hand over, none above the first trained block's input.
-        fuse_norms: on a GPU, replace RMS norms that the model's code spells out (see :mod:`.norms`).
+    ``early`` are numbers of hidden states to hand over, none above the first trained block's input.
     """
 
     def __init__(
@@ -101,7 +75,7 @@ class Trunk:
             return block.forward(hidden_states, *args, **kwargs)
 
         def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls.append(BlockCall(args, kwargs))
+            calls.append((args, kwargs))
             return hidden_states
 
         blocks = [with_fused_norms(block) if fuse_norms else block for block in anatomy.blocks]
@@ -110,10 +84,8 @@ class Trunk:
         for number in early:
             blocks[number] = _with_forward(blocks[number], partial(probe, blocks[number], number))
         blocks[first + 1 :] = [_with_forward(block, record) for block in blocks[first + 1 :]]
-        self.body = shallow_copy(
-            anatomy.body,
-            **{anatomy.layers_name: nn.ModuleList(blocks), anatomy.norm_name: nn.Identity()},
-        )
+        replaced = {anatomy.layers_name: nn.ModuleList(blocks), anatomy.norm_name: nn.Identity()}
+        self.body = shallow_copy(anatomy.body, **replaced)
 
     def __call__(
         self,
@@ -122,11 +94,7 @@ class Trunk:
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> TailInputs:
-        """Run the trunk on ``input_ids`` ``(B, T)``; a given ``cache`` grows by ``T``.
-
-        ``attention_mask`` is ``(B, past + T)``; without one the plain causal mask applies, which is
-        what right-padded rows need.
-        """
+        """Run on ``input_ids`` ``(B, T)``, with a mask ``(B, past + T)`` or the causal one."""
         tapped, states, calls = self._seen
         try:
             residual = self.body(
@@ -150,7 +118,10 @@ class Tail:
         total = len(anatomy.blocks)
         self.layers = list(range(total - num_layers, total))
         self.ffns = [FFN(anatomy.projections(i), anatomy.activation(i), dtype) for i in self.layers]
-        self._post_norm = _float_copy(anatomy.post_norm(self.layers[0]) or nn.Identity(), device)
+        # A norm on the FFN's output, as Gemma 2 and 3 and OLMo 2 have it.
+        lowest = anatomy.blocks[self.layers[0]]
+        post_norm = getattr(lowest, "post_feedforward_layernorm", nn.Identity())
+        self._post_norm = _float_copy(post_norm, device)
         self.final_norm = _float_copy(anatomy.final_norm, device)
         # Of the upper FFNs in the call in progress, lowest first.
         self._upper_deltas: list[Delta | None] = [None] * (num_layers - 1)
@@ -166,7 +137,7 @@ class Tail:
 
     @property
     def num_trained(self) -> int:
-        """Weights of the trained FFNs."""
+        """Number of weights of the trained FFNs."""
         return sum(shape.numel() for ffn in self.ffns for shape in ffn.shapes.values())
 
     def base(self, inputs: TailInputs) -> BaseActivations:
@@ -193,23 +164,20 @@ class Tail:
     ) -> list[Tensor]:
         """Return the residual stream above each trained block, lowest first, ``(B, T, D)`` float32.
 
-        Args:
-            inputs: of the trunk.
-            base: :meth:`base` of them.
-            deltas: one per trained layer, lowest first; ``None`` applies the base model.
-            cache: KV cache of the blocks above the first trained FFN (``num_layers > 1`` only).
-            norm_every_layer: apply the final norm between the trained blocks as well, as the published
-                code does from the second step on.
+        ``deltas`` are of the trained layers, lowest first; ``None`` applies the base model. ``cache`` is of
+        the blocks above the first trained FFN. ``norm_every_layer`` applies the final norm between the
+        trained blocks as well, as the published code does from the second step on.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
         states = [inputs.residual.float() + self._post_norm(output)]
         if deltas is not None:
             self._upper_deltas[:] = deltas[1:]
         try:
-            for block, call in zip(self._upper, inputs.calls, strict=True):
-                call = call.with_cache(cache)
+            for block, (args, kwargs) in zip(self._upper, inputs.calls, strict=True):
+                args = [cache if isinstance(value, Cache) else value for value in args]
+                kwargs = {name: cache if isinstance(v, Cache) else v for name, v in kwargs.items()}
                 hidden = self.final_norm(states[-1]) if norm_every_layer else states[-1]
-                states.append(block(hidden.to(self._block_dtype), *call.args, **call.kwargs).float())
+                states.append(block(hidden.to(self._block_dtype), *args, **kwargs).float())
         finally:
             self._upper_deltas[:] = [None] * len(self._upper)
         return states
@@ -240,19 +208,17 @@ class Tail:
 
 
 def _float_copy(norm: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen float32 copy of a norm (a few KB), so that it takes float32 activations."""
     return deepcopy(norm).to(device=device, dtype=torch.float32).requires_grad_(False)
 
 
 def _with_forward(module: nn.Module, forward: Callable) -> nn.Module:
-    """A shallow copy that computes something else; the model still finds attributes and hooks on it."""
+    # The model still finds attributes and hooks on it.
     twin = shallow_copy(module)
     twin.forward = forward
     return twin
 
 
 def _memorized(ffn: FFN, deltas: Sequence[Delta | None], number: int, ffn_input: Tensor) -> Tensor:
-    """An FFN above the first trained one, with its delta of the call in progress."""
     base, delta = ffn.base(ffn_input), deltas[number]
     output = base.output if delta is None else ffn.memorized(ffn_input, delta, base)
     return output.to(ffn_input.dtype)

@@ -35,6 +35,12 @@ class FailedElsewhereError(RunStoppedError):
     """Another process of the run failed, and says why itself."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest allowed name, or an empty string.
 

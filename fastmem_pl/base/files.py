@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 from fastmem_pl.base.errors import FastMemError
@@ -19,13 +20,7 @@ MANIFEST = "export.json"
 def check_target(path: Path, force: bool, folder: bool = False) -> None:
     """Refuse what cannot or must not be written, before anything is computed.
 
-    Args:
-        path: to write.
-        force: replace a file, or a folder that holds an export and nothing else.
-        folder: whether it will be one.
-
-    Raises:
-        FastMemError: when it exists and may not be replaced, or cannot be written.
+    ``force`` allows to replace a file, or a ``folder`` that holds an export and nothing else.
     """
     try:
         _check_existing(path, force, folder)
@@ -36,7 +31,7 @@ def check_target(path: Path, force: bool, folder: bool = False) -> None:
             path.touch(exist_ok=False)
             path.unlink()
     except OSError as error:
-        raise FastMemError(f"cannot write {_short(path)}: {error.strerror}") from error
+        raise FastMemError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _check_existing(path: Path, force: bool, folder: bool) -> None:
@@ -70,11 +65,7 @@ def _foreign(folder: Path) -> str | None:
 
 @contextmanager
 def new_folder(path: Path, bytes_needed: int) -> Iterator[Path]:
-    """A folder to write to that takes its place when all is written, and is removed when it is not.
-
-    Raises:
-        FastMemError: when there is no room, or it cannot be written.
-    """
+    """A folder to write to that takes its place when all is written, and is removed when it is not."""
     free = shutil.disk_usage(path.absolute().parent).free
     if free < bytes_needed:
         raise FastMemError(
@@ -95,7 +86,7 @@ def new_folder(path: Path, bytes_needed: int) -> Iterator[Path]:
                 earlier.rename(path)
             raise
     except OSError as error:
-        raise FastMemError(f"cannot write {_short(path)}: {error.strerror or error}") from error
+        raise FastMemError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if path.exists():
@@ -103,11 +94,7 @@ def new_folder(path: Path, bytes_needed: int) -> Iterator[Path]:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file that takes its place when it is whole, and is removed when it is not.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
+    """Let ``write`` make a file that takes its place when it is whole, and is removed when it is not."""
     partial = _beside(path)
     try:
         write(partial)
@@ -117,48 +104,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a crash, finds the old content or the new.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
+    """Replace a file so that a reader, or a crash, finds the old content or the new."""
     write_whole(path, lambda partial: _write_through(partial, content))
-
-
-def create_whole(path: Path, content: str | bytes) -> bool:
-    """Create a file with its content at once, on network file systems too; false where it exists.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
-    partial = _beside(path)
-    try:
-        _write_through(partial, content)
-        # A hard link is made by one of several at most. Its reply may get lost: then the count tells.
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            return os.stat(partial).st_nlink == 2
-        except OSError:
-            if path.exists():
-                return False
-            # No hard links here. A reader may find the file empty for a moment.
-            with open(path, "xb") as file:
-                file.write(to_bytes(content))
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def free_name(path: Path) -> Path:
     """The path, or the next that is free: ``notes-2.fastmem``."""
-    tried, number = path, 1
-    while tried.exists():
-        number += 1
-        tried = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return tried
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(tried for tried in chain([path], numbered) if not tried.exists())
 
 
 def size_of(path: Path) -> int:
@@ -181,8 +134,3 @@ def to_bytes(content: str | bytes) -> bytes:
 
 def _beside(path: Path) -> Path:
     return path.absolute().parent / f".fastmem-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 120 else f"{text[:119]}…"

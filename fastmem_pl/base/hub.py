@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastmem_pl.base.errors import one_line
+
 T = TypeVar("T")
 
 _PROBE_SECONDS = 3.0
@@ -45,14 +47,8 @@ def converted_folder(gguf_file: Path) -> Path:
 def cache_first(source: str, load: Callable[[bool], T]) -> T:
     """Call ``load(local_files_only)`` for a folder or what is in the Hub's cache, else with the Hub.
 
-    Without a network the Hub's client would retry for most of a minute before it gives up.
-
-    Args:
-        source: local folder or Hub id.
-        load: loads it; told whether to keep to local files.
-
-    Raises:
-        OSError: when neither the cache nor the Hub has it.
+    Without a network the Hub's client would retry for most of a minute before it gives up; here an OSError
+    comes at once.
     """
     from huggingface_hub import constants
 
@@ -64,7 +60,7 @@ def cache_first(source: str, load: Callable[[bool], T]) -> T:
             return load(True)
         except (OSError, ValueError) as error:
             # Some of its files may be still to be fetched.
-            state = f"cannot be loaded from the Hub cache ({str(error).strip().splitlines()[0]})"
+            state = f"cannot be loaded from the Hub cache ({one_line(error)})"
     if constants.HF_HUB_OFFLINE:
         raise OSError(f"{source!r} {state}, and HF_HUB_OFFLINE forbids to fetch it")
     if not _hub_answers():
@@ -73,18 +69,14 @@ def cache_first(source: str, load: Callable[[bool], T]) -> T:
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer from a folder or the Hub.
-
-    Raises:
-        OSError: when there are no files of one: transformers would make one up from the model's config,
-            with special tokens and no words.
-    """
+    """Load a tokenizer from a folder or the Hub; an OSError where there are no files of one."""
     from transformers import AutoTokenizer
 
     def load(local_files_only: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )
+        # Without files, transformers makes one up from the model's config, with special tokens and no words.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise OSError(f"{source!r} has no tokenizer files")
         return tokenizer

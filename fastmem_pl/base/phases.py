@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,8 @@ from torch.profiler import record_function
 class PhaseCall:
     """One passage through a phase, as profiles keep it.
 
-    Attributes:
-        phase: name.
-        part: what of it, such as the method that was decoded.
-        seconds: of wall time, without those of phases inside.
-        peak_bytes: highest memory in use, phases inside included.
-        samples: worked on.
-        tokens: worked on, or made.
-        steps: taken.
+    ``part`` is what of the phase, such as the method that was decoded. ``seconds`` of wall time are without
+    those of phases inside, ``peak_bytes`` of memory in use are with them.
     """
 
     phase: str
@@ -62,29 +56,23 @@ class PhaseMeter:
         self.peak_bytes: dict[str, int] = defaultdict(int)
         self._open: list[_Open] = []
 
+    def detail(self, phase: str, part: str = "", **counts: int) -> AbstractContextManager[dict[str, float]]:
+        """Measure what only :attr:`calls` are for; without them do nothing, at no cost."""
+        return nullcontext({}) if self.calls is None else self.measure(None, phase, part, **counts)
+
+    @contextmanager
     def measure(
-        self, phase: str, name: str | None = None, part: str = "", **counts: int
-    ) -> AbstractContextManager[dict[str, float]]:
+        self, phase: str | None, name: str | None = None, part: str = "", **counts: int
+    ) -> Iterator[dict[str, float]]:
         """Measure a phase; its context is a dict whose ``seconds`` is set on leaving.
 
         Args:
-            phase: that the peak belongs to.
+            phase: that the peak belongs to, if any.
             name: of the phase in :attr:`calls`; by default the same.
             part: see :class:`PhaseCall`.
             counts: ``samples``, ``tokens`` and ``steps``. What is known at the end only is put into the dict.
         """
-        return self._measure(phase, name or phase, part, counts)
-
-    def detail(self, phase: str, part: str = "", **counts: int) -> AbstractContextManager[dict[str, float]]:
-        """Measure what only :attr:`calls` tells of; without them do nothing, at no cost."""
-        if self.calls is None:
-            return nullcontext({})
-        return self._measure(None, phase, part, counts)
-
-    @contextmanager
-    def _measure(
-        self, phase: str | None, name: str, part: str, counts: Mapping[str, int]
-    ) -> Iterator[dict[str, float]]:
+        name = name or phase
         timing = {"seconds": 0.0, **counts}
         inside = _Open()
         with ExitStack() as labels:

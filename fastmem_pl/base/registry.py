@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from fastmem_pl.base.errors import FastMemError, unknown
 
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T], Generic[T]):
+class Registry(dict[str, T], Generic[T]):
     """Maps names to objects; ``field`` is the setting that holds such a name.
 
     >>> colors = Registry("model.color")
@@ -22,8 +21,8 @@ class Registry(Mapping[str, T], Generic[T]):
     """
 
     def __init__(self, field: str) -> None:
+        super().__init__()
         self.field = field
-        self._items: dict[str, T] = {}
 
     def register(self, name: str, item: T) -> T:
         """Add ``item`` under ``name``.
@@ -31,22 +30,10 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             FastMemError: when the name is taken.
         """
-        if name in self._items:
+        if name in self:
             raise FastMemError(f"{self.field}: {name!r} is registered already")
-        self._items[name] = item
+        self[name] = item
         return item
 
-    def __getitem__(self, name: str) -> T:
-        try:
-            return self._items[name]
-        except KeyError:
-            raise unknown(self.field, name, self._items) from None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._items
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
+    def __missing__(self, name: str) -> NoReturn:
+        raise unknown(self.field, name, self)

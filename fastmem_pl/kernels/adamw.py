@@ -40,86 +40,58 @@ def factored_adamw_(
     """Take one step in place.
 
     Args:
-        delta: ``(B, M, N)``, of any float type; arithmetic is float32.
-        first: first moment, like ``delta``.
-        second: second moment, like ``delta``.
+        delta: ``(B, M, N)``, of any float type; arithmetic is float32. Both moments are like it.
         base: weight that ``delta`` belongs to and that decays, ``(M, N)``.
         outer: gradient of the product's output, ``(B, T, M)``.
         inner: the product's input, ``(B, T, N)``.
         scale: factor of each sample's gradient, ``(B,)`` float32.
         step: number of this step, from 1.
         lr: learning rate of each sample, ``(B,)`` float32.
-        betas: of the moments.
-        eps: added to the root of the second moment.
-        weight_decay: the step takes away this share of ``base + delta``, times the learning rate.
         first_step: delta and moments are zero, and are not read.
         last: no step comes after, so the moments need not be written.
     """
-    if outer.shape[1] < _STORED_FROM:
-        parts = [slice(0, len(delta))]
-    else:
-        parts = [slice(i, i + _STORED_SAMPLES) for i in range(0, len(delta), _STORED_SAMPLES)]
-    for part in parts:
-        grad = None
-        if outer.shape[1] >= _STORED_FROM:
+    samples, rows, columns = delta.shape
+    beta1, beta2 = betas
+    stored = outer.shape[1] >= _STORED_FROM
+    count = _STORED_SAMPLES if stored else samples
+    # A stored gradient is read row by row; tiles that are formed share parts of the thin matrices.
+    block_m, block_n = (1, 2048) if stored else (_BLOCK_M, _BLOCK_N)
+    tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+    for part in (slice(start, start + count) for start in range(0, samples, count)):
+        factor = outer[part]
+        if stored:
             # In the type of the products, as PyTorch gives it; with a float32 state, in float32.
             wide = {"out_dtype": torch.float32} if delta.dtype is torch.float32 and delta.is_cuda else {}
-            grad = torch.bmm(outer[part].transpose(1, 2), inner[part], **wide)
-        tensors = (t[part] for t in (delta, first, second, outer, inner, scale, lr))
-        _launch(*tensors, base, grad, step, betas, eps, weight_decay, first_step, last)
-
-
-def _launch(
-    delta: Tensor,
-    first: Tensor,
-    second: Tensor,
-    outer: Tensor,
-    inner: Tensor,
-    scale: Tensor,
-    lr: Tensor,
-    base: Tensor,
-    grad: Tensor | None,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    first_step: bool,
-    last: bool,
-) -> None:
-    samples, rows, columns = delta.shape
-    # A stored gradient is read row by row; tiles that are formed share parts of the thin matrices.
-    block_m, block_n = (_BLOCK_M, _BLOCK_N) if grad is None else (1, 2048)
-    grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n), samples)
-    beta1, beta2 = betas
-    _factored_adamw[grid](
-        delta,
-        first,
-        second,
-        base,
-        outer if grad is None else grad,
-        inner,
-        scale,
-        lr,
-        outer.shape[1],
-        rows,
-        columns,
-        *base.stride(),
-        1 / (1 - beta1**step),
-        (1 - beta2**step) ** -0.5,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        STORED=grad is not None,
-        FIRST=first_step,
-        LAST=last,
-        GROUP=_GROUP,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_T=_BLOCK_T,
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    )
+            factor = torch.bmm(factor.transpose(1, 2), inner[part], **wide)
+        _factored_adamw[tiles, len(factor)](
+            delta[part],
+            first[part],
+            second[part],
+            base,
+            factor,
+            inner[part],
+            scale[part],
+            lr[part],
+            outer.shape[1],
+            rows,
+            columns,
+            *base.stride(),
+            1 / (1 - beta1**step),
+            (1 - beta2**step) ** -0.5,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            STORED=stored,
+            FIRST=first_step,
+            LAST=last,
+            GROUP=_GROUP,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_T=_BLOCK_T,
+            num_warps=_WARPS,
+            num_stages=_STAGES,
+        )
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import SingleDeviceStrategy
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.backbone.precision import fabric_settings, normalize_precision
+from fastmem_pl.backbone.settings import fabric_settings, normalize_precision
 from fastmem_pl.base.errors import FastMemError
 
 

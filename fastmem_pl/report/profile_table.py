@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.report.table import NONE, PageTable, count_of, rich_table
+from fastmem_pl.run.profile import FILE, FOLDER
 
 # Heading and name of each number of a phase.
 _COLUMNS = {
@@ -24,6 +28,23 @@ _COLUMNS = {
     "ms/step": "ms_per_step",
     "peak GiB": "peak_memory_gib",
 }
+
+
+def read_profile(run: Path) -> dict[str, Any]:
+    """The profile of a run's last session; empty where there is none.
+
+    Raises:
+        FastMemError: for a file of which no table can be made.
+    """
+    path = run / FOLDER / FILE
+    if not path.is_file():
+        return {}
+    try:
+        profile = json.loads(path.read_bytes())
+        profile_table(profile)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FastMemError(f"{path} is damaged; remove it, or run again with --profile") from error
+    return profile
 
 
 def profile_page_table(profile: Mapping[str, Any]) -> PageTable:
@@ -56,7 +77,7 @@ def profile_table(profile: Mapping[str, Any]) -> Table:
 def _title(profile: Mapping[str, Any]) -> str:
     """What was measured, by what model, and on what."""
     device, settings = profile["environment"]["device"], profile["settings"]
-    count = len(profile["processes"])
+    count = profile["environment"]["processes"]
     return (
         f"profile of {profile['mode']}: {count_of(profile['num_samples'], 'sample')}, "
         f"{settings['model']['backbone']['source']} in {settings['trainer']['precision']} on "
@@ -68,7 +89,7 @@ def _title(profile: Mapping[str, Any]) -> str:
 def _notes(profile: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of the numbers, and the files that lie beside them."""
     notes = []
-    if len(profile["processes"]) > 1:
+    if profile["environment"]["processes"] > 1:
         notes.append("seconds are those of the slowest process, tokens those of all")
     if profile["traced_batches"]:
         count = profile["traced_batches"]

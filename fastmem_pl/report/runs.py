@@ -16,9 +16,9 @@ import yaml
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file, file_hash
+from fastmem_pl.report.profile_table import read_profile
 from fastmem_pl.report.table import count_of
 from fastmem_pl.run.folder import RunFolder
-from fastmem_pl.run.profile import read_profile
 from fastmem_pl.run.records import Record
 
 _ZERO_SHOT = (
@@ -39,7 +39,7 @@ class ReportRun:
         identity: nested settings that the results depend on (``run.json``).
         records: answers to the samples that all methods have answered, in the order of the data.
         metrics: content of ``metrics.json``; empty while the run is not complete.
-        profile: content of ``profile/``, that of several workers merged; empty without one.
+        profile: content of ``profile.json``; empty without one.
         samples: the data by index, where the file was found unchanged.
         notices: lines for the reader.
     """
@@ -140,7 +140,7 @@ def read_run(path: Path, label: str = "") -> ReportRun:
     run = ReportRun(path, label or path.resolve().name, identity, records)
     if folder.metrics_path.is_file():
         run.metrics = _read_json(folder.metrics_path)
-    run.profile = read_profile(path) or {}
+    run.profile = read_profile(path)
     lines = notices_of(records, run.metrics.get("num_samples"))
     if not run.metrics:
         lines.insert(0, f"the run is not complete; {count_of(run.answered, 'sample')} so far")

@@ -31,13 +31,9 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class MemoryBudget:
-    """What fits on the backbone's device beside its weights.
+    """What fits on the backbone's device beside its weights; recorded steps (``graphs``) give way.
 
-    Args:
-        backbone: model that runs the batches.
-        settings: settings of memorizing.
-        graphs: recorded steps, which give way when memory is short.
-        auto: choose the size of batches by the free memory, and halve those that do not fit all the same.
+    Unless ``auto``, batches have a fixed size, and those that do not fit are not halved.
     """
 
     def __init__(
@@ -60,7 +56,7 @@ class MemoryBudget:
         Args:
             answer_tokens: tokens of the longest answer.
             batch_size: samples of a batch; ``None`` for as many as fit.
-            max_tokens: padded tokens of a batch; ``None`` for no bound.
+            max_tokens: padded tokens of a batch.
             most: further bound of the samples, where several processes share them.
             budget: bytes to fill; by default what is free here.
         """
@@ -94,10 +90,8 @@ class MemoryBudget:
     ) -> list[Result]:
         """Do the work on a batch, in halves where it does not fit at once.
 
-        Args:
-            work: returns the results of some items, in their order.
-            items: the batch.
-            longest_row: returns the tokens of the longest row, answer included.
+        ``work`` returns the results of some items in their order, ``longest_row`` the tokens of their longest
+        row, answer included.
 
         Raises:
             OutOfMemoryError: when a single item does not fit, or batches are not to be halved.

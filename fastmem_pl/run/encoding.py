@@ -13,13 +13,7 @@ from fastmem_pl.memory import Memorizer, context_hash
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """Token ids of one sample.
-
-    Attributes:
-        context: the memorization sequence.
-        prompts: token ids by form of the prompt.
-        prompt_cuts: context tokens that each form leaves out.
-    """
+    """Token ids of one sample: context, prompts by form, and the context tokens that each form leaves out."""
 
     context: EncodedContext
     prompts: dict[str, list[int]]
@@ -37,16 +31,11 @@ class EncodedSample:
 
 
 class SampleEncoder:
-    """Encodes samples for one backbone.
+    """Encodes samples for one backbone, with room for an answer in every form of the prompt.
 
     What is memorized depends on the memorizer alone, so that a memory serves whatever is asked of it. A
     prompt gets the same context, cut further only where the model has no room for it beside question,
     worked example and answer.
-
-    Args:
-        memorizer: whose model, chat template and context limit apply.
-        max_new_tokens: room left for the answer.
-        forms: forms of the prompt that will be answered.
     """
 
     def __init__(self, memorizer: Memorizer, max_new_tokens: int, forms: Iterable[str]) -> None:
@@ -69,11 +58,7 @@ class SampleEncoder:
         return EncodedSample(self._chat.whole_context(text, kept, cut), prompts, prompt_cuts)
 
     def check(self, sample: ContextSample, strict: bool) -> None:
-        """Refuse a question without room for a context, and under ``strict`` a context that would be cut.
-
-        Raises:
-            FastMemError: naming the sample, and the limit that it meets.
-        """
+        """Refuse a question without room for a context, and under ``strict`` a context that would be cut."""
         rooms = {form: self._room(sample, form) for form in self._forms}
         if not strict:
             return

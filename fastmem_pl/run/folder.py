@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from fastmem_pl.base.errors import FastMemError, RunStoppedError
 from fastmem_pl.base.files import write_atomic
-from fastmem_pl.run.records import Record, RescueFolder, append_records, as_line, merge_records
+from fastmem_pl.run.records import Record, append_records, as_line, merge_records, rescued
 
 SCHEMA_VERSION = 1
 _MANIFEST = "run.json"
@@ -153,7 +153,7 @@ class RunFolder:
         Raises:
             RunStoppedError: when the disk is full or gone; what was there before stays.
         """
-        append_records(self._written_to, records, RescueFolder(self.id), self._manifest_path)
+        append_records(self._written_to, records, self.id, self._manifest_path)
 
     def merge_parts(self) -> None:
         """Bring all records together in the order of the data; batches were formed by length.
@@ -201,7 +201,7 @@ class RunFolder:
     def _files(self) -> list[Path]:
         """Files that may hold records, the merged one first."""
         parts = sorted(path for path in self._parts_path.glob("*.jsonl") if _PART.fullmatch(path.name))
-        return [self.predictions_path, *parts, *RescueFolder(self.id).files()]
+        return [self.predictions_path, *parts, *rescued(self.id)]
 
     def _manifest(self) -> str:
         # Settings that only the earlier session stated stay.

@@ -6,8 +6,10 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice, zip_longest
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,8 @@ from fastmem_pl.run.folder import flatten
 log = logging.getLogger(__name__)
 
 NAMES = ("csv", "tensorboard", "wandb", "mlflow")
-FOLDER = "logs"
+_FOLDER = "logs"
 _PROJECT = "fastmem"
-# MLflow takes no more metrics at once.
-_MLFLOW_LIMIT = 1000
 
 
 def select_loggers(given: object) -> list[str | Logger]:
@@ -40,31 +40,29 @@ def select_loggers(given: object) -> list[str | Logger]:
     >>> select_loggers("csv,csv")
     ['csv']
     """
-    if given is None or given is True:
-        given = "csv"
     if given is False:
         return []
+    if given is None or given is True:
+        given = "csv"
     if isinstance(given, str):
         given = [name.strip() for name in given.split(",")]
     several = list(given) if isinstance(given, Iterable) else [given]
     for each in several:
         if isinstance(each, str):
-            _check(each)
+            if each not in NAMES:
+                raise unknown("trainer.logger", each, (*NAMES, "false"))
+            # tensorboardX writes the same files.
+            packages = {"csv": ["lightning"], "tensorboard": ["tensorboard", "tensorboardX"]}
+            if not any(map(importlib.util.find_spec, packages.get(each, [each]))):
+                raise FastMemError(
+                    f"trainer.logger: {each} needs a package that is not here; pip install {each}"
+                )
         elif not isinstance(each, Logger):
             raise FastMemError(
                 f"trainer.logger: {each!r} is no logger; allowed: {', '.join(NAMES)}, "
                 "Lightning's loggers, or false"
             )
     return list(dict.fromkeys(several))
-
-
-def _check(name: str) -> None:
-    if name not in NAMES:
-        raise unknown("trainer.logger", name, (*NAMES, "false"))
-    # TensorBoard's other name is a package that writes the same files.
-    packages = {"csv": (), "tensorboard": ("tensorboard", "tensorboardX")}.get(name, (name,))
-    if packages and not any(map(importlib.util.find_spec, packages)):
-        raise FastMemError(f"trainer.logger: {name} needs a package that is not here; pip install {name}")
 
 
 def make_logger(name: str, run_path: Path) -> Logger:
@@ -74,12 +72,12 @@ def make_logger(name: str, run_path: Path) -> Logger:
     ``MLFLOW_EXPERIMENT_NAME``, ``WANDB_MODE`` and ``WANDB_PROJECT``.
     """
     run_path = run_path.resolve()
-    logs = run_path / FOLDER
+    logs = run_path / _FOLDER
     if name == "csv":
+        logger = CSVLogger(run_path, name=_FOLDER, version="")
         with warnings.catch_warnings():
             # That the earlier file will be deleted.
             warnings.simplefilter("ignore")
-            logger = CSVLogger(run_path, name=FOLDER, version="", flush_logs_every_n_steps=1)
             _ = logger.experiment
         return logger
     if name == "tensorboard":
@@ -90,10 +88,10 @@ def make_logger(name: str, run_path: Path) -> Logger:
     if name == "wandb":
         logs.mkdir(exist_ok=True)
         return WandbLogger(run_path.name, logs, project=os.environ.get("WANDB_PROJECT") or _PROJECT)
-    # What it says when it makes its tables is of no use to anybody.
+    # It speaks of the tables that it makes, and would wait minutes for a server that is not there.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # By default a run would wait four minutes for a server that is not there.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     place: dict[str, Any] = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI")}
     if place["tracking_uri"] is None:
         (logs / name).mkdir(parents=True, exist_ok=True)
@@ -111,9 +109,8 @@ class RunLogging(Callback):
     the index in the data. The scores of a sample follow as ``<method>/<score>``, and at the end of the run
     the metrics as ``<group>/<method>/<metric>`` with ``/standard_error`` and ``/p_value``. Steps only grow.
 
-    Loggers are made when the run folder is open. One that fails is left out from then on, with a line in the
-    log: the results are in the run folder. Callbacks find them as ``trainer.loggers`` while batches run;
-    Lightning does not, as at each end of a loop it would close them.
+    Loggers are made when the run folder is open. One that fails is left out from then on, with a warning:
+    the results are in the run folder. Callbacks find the loggers as ``trainer.loggers`` while batches run.
 
     Args:
         chosen: names and loggers (:func:`select_loggers`).
@@ -130,124 +127,105 @@ class RunLogging(Callback):
         self._step = 0
         # Scores that were logged of each sample.
         self._logged: dict[int, set[str]] = {}
-        self._finished = False
 
     def open(self) -> None:
         """Make the loggers and give them the settings."""
-
-        def make(choice: str | Logger) -> None:
-            logger = make_logger(choice, self._run_path) if isinstance(choice, str) else choice
-            logger.log_hyperparams(self._settings)
-            self.loggers.append(logger)
-
         for choice in self._chosen:
-            _succeeds(choice, lambda: make(choice))  # noqa: B023 (called at once)
+            with self._left_out_if_it_fails(choice):
+                logger = make_logger(choice, self._run_path) if isinstance(choice, str) else choice
+                logger.log_hyperparams(self._settings)
+                self.loggers.append(logger)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the loggers to callbacks."""
         trainer.loggers = self.loggers
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
     ) -> None:
         """Log the samples of a batch."""
         self.add(outputs)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hide the loggers from Lightning."""
+    def teardown(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Hide the loggers from Lightning, which would close them."""
         trainer.loggers = []
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Hide the loggers from Lightning."""
-        trainer.loggers = []
+    on_exception = teardown
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Log samples, without what was logged of them before.
 
         Args:
             records: with ``index`` and, where there are any, ``curve``, ``method`` and ``scores``; those of
-                all methods of a sample.
+                all methods of a sample come together.
         """
         if not self.loggers:
             return
-        samples: dict[int, list[Mapping[str, Any]]] = {}
-        for record in records:
-            samples.setdefault(record["index"], []).append(record)
-        for index, own in samples.items():
+        for index, group in groupby(records, key=itemgetter("index")):
+            own, rows = list(group), []
             if index not in self._logged:
                 # Methods share the memory and its curve.
                 curve = next((record["curve"] for record in own if record.get("curve")), {})
                 # A record of an earlier session may be damaged: what its curve lacks is not finite.
-                for values in zip_longest(*curve.values()):
-                    self._log({"sample": index, **dict(zip(curve, map(_number, values), strict=True))})
+                steps = zip_longest(*curve.values())
+                rows = [dict(zip(curve, map(_number, values), strict=True)) for values in steps]
             scores = {
                 f"{record['method']}/{name}": _number(value)
                 for record in own
                 for name, value in record.get("scores", {}).items()
             }
             logged = self._logged.setdefault(index, set())
-            if scores.keys() - logged:
-                self._log({"sample": index, **{k: v for k, v in scores.items() if k not in logged}})
+            rows.append({name: value for name, value in scores.items() if name not in logged})
             logged.update(scores)
+            for row in filter(None, rows):
+                self._log({"sample": index, **row})
         self._each(lambda logger: logger.save())
 
-    def finish(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    def add_final(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
         """Log the final metrics, ``groups`` of ``metrics.json``."""
-        metrics = _final_metrics(groups)
-        if metrics:
-            self._log(metrics, final=True)
-        self._finished = True
+        self._log(_final_metrics(groups), final=True)
+        self._each(lambda logger: logger.save())
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         """End what the loggers have open; their status says whether the run was finished."""
-        self._each(lambda logger: logger.finalize("success" if self._finished else "failed"))
-        # Another run of this program would go on in it; one that was given is its owner's to end.
-        for logger in self.loggers:
+
+        def end(logger: Logger) -> None:
+            logger.finalize("success" if finished else "failed")
+            # Another run of this program would go on in it; one that was given is its owner's to end.
             if isinstance(logger, WandbLogger) and logger not in self._chosen:
-                _succeeds(logger, logger.experiment.finish)
+                logger.experiment.finish()
+
+        self._each(end)
 
     def _log(self, metrics: Mapping[str, float], final: bool = False) -> None:
         step, self._step = self._step, self._step + 1
 
-        def tell(logger: Logger) -> None:
-            if isinstance(logger, MLFlowLogger):
-                # It takes no + in names.
-                items = iter((name.replace("+", "_"), value) for name, value in metrics.items())
-                while part := dict(islice(items, _MLFLOW_LIMIT)):
-                    logger.log_metrics(part, step)
-            elif final and isinstance(logger, TensorBoardLogger):
+        def pass_on(logger: Logger) -> None:
+            if final and isinstance(logger, TensorBoardLogger):
                 # Its table of runs has settings beside metrics.
                 logger.log_hyperparams(self._settings, dict(metrics), step)
-            else:
-                logger.log_metrics(dict(metrics), step)
+                return
+            # MLflow takes no + in names.
+            plus = "_" if isinstance(logger, MLFlowLogger) else "+"
+            logger.log_metrics({name.replace("+", plus): value for name, value in metrics.items()}, step)
 
-        self._each(tell)
+        self._each(pass_on)
 
-    def _each(self, tell: Callable[[Logger], Any]) -> None:
+    def _each(self, work: Callable[[Logger], Any]) -> None:
         for logger in list(self.loggers):
-            if not _succeeds(logger, lambda: tell(logger)):  # noqa: B023 (called at once)
+            with self._left_out_if_it_fails(logger):
+                work(logger)
+
+    @contextmanager
+    def _left_out_if_it_fails(self, logger: str | Logger) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            name = logger if isinstance(logger, str) else type(logger).__name__
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            log.warning("trainer.logger: %s stopped (%s); the run goes on without it", name, reason)
+            if logger in self.loggers:
                 self.loggers.remove(logger)
-
-
-def _succeeds(logger: str | Logger, work: Callable[[], Any]) -> bool:
-    """Do what a logger may fail at; a failure is a warning."""
-    try:
-        work()
-    except FastMemError:
-        # SIGTERM ends the run here.
-        raise
-    except Exception as error:
-        name = logger if isinstance(logger, str) else type(logger).__name__
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        log.warning("trainer.logger: %s stopped (%s); the run goes on without it", name, reason)
-        return False
-    return True
 
 
 def _number(value: float | None) -> float:
@@ -257,13 +235,12 @@ def _number(value: float | None) -> float:
 
 def _final_metrics(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Values of ``metrics.json`` under flat names."""
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for group, methods in groups.items():
         for method, entry in methods.items():
             for name, metric in entry["metrics"].items():
                 found[f"{group}/{method}/{name}"] = _number(metric["value"])
-                if metric["standard_error"] is not None:
-                    found[f"{group}/{method}/{name}/standard_error"] = metric["standard_error"]
-            for name, test in entry.get("against_zero_shot", {}).items():
+                found[f"{group}/{method}/{name}/standard_error"] = metric["standard_error"]
+            for name, test in entry["against_zero_shot"].items():
                 found[f"{group}/{method}/{name}/p_value"] = test["p_value"]
-    return found
+    return {name: value for name, value in found.items() if value is not None}

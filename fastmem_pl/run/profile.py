@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity
 
-from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.base.files import write_atomic, write_whole
+from fastmem_pl.base.errors import unknown
+from fastmem_pl.base.files import write_whole
 from fastmem_pl.base.phases import PhaseCall
 
 log = logging.getLogger(__name__)
@@ -33,21 +33,12 @@ KINDS: tuple[str, ...] = get_args(ProfileKind)
 """What a run can be asked for: seconds and memory by phase, a trace of its operators, a history of the
 allocator of a GPU."""
 
-PHASES = {
-    "load": "the model's weights, from disk to the device",
-    "trunk": "the contexts' pass through the blocks below the trained ones, once",
-    "memorize": "the steps, without the trunk's pass",
-    "prefill": "the prompts' pass, which the methods share",
-    "decode": "token by token, by method",
-    "memories": "reading saved memories (predict) or writing them (fit)",
-    "scoring": "scores of the answers, those by metric models included",
-    "trace": "starting torch.profiler, and writing what it saw",
-    "other": "tokenizing, planning batches, writing records, waiting for other processes, attempts that ran "
-    "out of memory",
-}
-"""Phases in the order of a run."""
+PHASES = ("load", "trunk", "memorize", "prefill", "decode", "memories", "scoring", "trace", "other")
+"""Phases in the order of a run; docs/profiling.md describes them."""
 
-_FOLDER, _FILE = "profile", "profile.json"
+FOLDER, FILE = "profile", "profile.json"
+"""Of the numbers, within a run folder; traces lie beside them."""
+
 # Of more than two batches the first is left out, in which kernels are compiled. A batch takes millions of
 # operators, and torch.profiler keeps all of them until it is written.
 _MOST_BATCHES = 3
@@ -94,11 +85,6 @@ class Measured:
     traced_batches: int
     files: list[str]
 
-    @property
-    def busy(self) -> float:
-        """Seconds in phases."""
-        return sum(call.seconds for call in self.calls)
-
 
 class RunProfile(Callback):
     """What one process measures in a session, and its traces of single batches.
@@ -115,96 +101,86 @@ class RunProfile(Callback):
     """
 
     def __init__(self, kinds: Sequence[str], start: float, run_path: Path) -> None:
-        self.kinds = list(kinds)
         self.calls: list[PhaseCall] = []
-        self._start, self._folder = start, run_path / _FOLDER
+        self._kinds, self._start, self._folder = kinds, start, run_path / FOLDER
         self._files: list[str] = []
-        self._first = self._batches = 0
+        self._first = self._batches = self._traced = 0
         self._trace: torch.profiler.profile | None = None
         self._history = False
 
     def measured(self) -> Measured:
         """What this process did until now."""
-        traced = self._batches if any(name.startswith("trace") for name in self._files) else 0
-        return Measured(time.perf_counter() - self._start, self.calls, traced, self._files)
+        return Measured(time.perf_counter() - self._start, self.calls, self._traced, self._files)
+
+    def keep(self, profile: Mapping[str, Any]) -> None:
+        """Write the numbers of all processes."""
+        content = (json.dumps(profile, indent=2, ensure_ascii=False) + "\n").encode()
+        self._write(FILE, lambda path: path.write_bytes(content))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the first batch by how many there are."""
         self._first = 1 if sum(trainer.num_predict_batches) > 2 else 0
-        if "memory" in self.kinds and trainer.strategy.root_device.type != "cuda" and trainer.is_global_zero:
+        if "memory" in self._kinds and trainer.strategy.root_device.type != "cuda" and trainer.is_global_zero:
             log.warning(
                 "profile: memory is the history of a CUDA device's allocator, and this run has none (the "
                 "profile has the peak of each phase)"
             )
 
     def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Begin with the first batch."""
-        if batch_idx != self._first:
-            return
         on_gpu = trainer.strategy.root_device.type == "cuda"
+        traces, history = "trace" in self._kinds, "memory" in self._kinds and on_gpu
+        if batch_idx != self._first or not (traces or history):
+            return
         with pl_module.meter.detail("trace"):
-            if "memory" in self.kinds and on_gpu:
+            if history:
                 self._history = True
                 torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
-            if "trace" in self.kinds:
+            if traces:
                 # Kineto writes a line to standard error at every start.
                 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
                 activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-                self._trace = torch.profiler.profile(activities=activities)
+                trace = torch.profiler.profile(activities=activities)
                 try:
-                    self._trace.start()
+                    trace.start()
+                    self._trace = trace
                 except RuntimeError as error:
                     # Such as another profiler, which a program of the user's runs.
-                    self._trace = None
                     log.warning("profile: no trace: %s", " ".join(str(error).split())[:200])
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Count, and write after the last batch."""
-        if self._trace is not None or self._history:
-            self._batches += 1
-            if self._batches == _MOST_BATCHES:
-                self._write_traces(pl_module, trainer.global_rank)
+        self._traced += self._trace is not None
+        self._batches += self._trace is not None or self._history
+        if self._batches == _MOST_BATCHES:
+            self.on_predict_end(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what there is."""
-        self._write_traces(pl_module, trainer.global_rank)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop; the history of a batch that had no room tells why."""
-        if self._trace is not None:
-            self._trace.stop()
-            self._trace = None
-        self._write_traces(pl_module, trainer.global_rank)
-
-    def _write_traces(self, module: Any, rank: int) -> None:
-        with module.meter.detail("trace"):
-            trace, self._trace = self._trace, None
+        trace, self._trace = self._trace, None
+        history, self._history = self._history, False
+        if trace is None and not history:
+            return
+        with pl_module.meter.detail("trace"):
             if trace is not None:
                 trace.stop()
-                self._write(f"trace-{rank}.json", lambda path: _export(trace, path))
-            if self._history:
-                self._history = False
+                self._write(f"trace-{trainer.global_rank}.json", lambda path: _export(trace, path))
+            if history:
                 # Written, never read here: https://docs.pytorch.org/memory_viz reads it.
-                name = f"memory-{rank}.pickle"
+                name = f"memory-{trainer.global_rank}.pickle"
                 self._write(name, lambda path: torch.cuda.memory._dump_snapshot(str(path)))
                 torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop without the trace, which takes long; the history of a batch that had no room tells why."""
+        if self._trace is not None:
+            self._trace.stop()
+            self._trace = None
+        self.on_predict_end(trainer, pl_module)
+
+    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         try:
             self._folder.mkdir(exist_ok=True)
             write_whole(self._folder / name, write)
@@ -240,78 +216,36 @@ def summarize(processes: Sequence[Measured], shared: bool = True) -> dict[str, A
         shared: whether they shared out the samples. Those that hold one model together do the same work,
             which counts once.
     """
-    slowest = max(processes, key=lambda process: process.busy)
-    wall = slowest.wall_seconds
-    counted = [call for process in (processes if shared else [slowest]) for call in process.calls]
-    every = [call for process in processes for call in process.calls]
-    phases: dict[str, Any] = {}
+    busy = [sum(call.seconds for call in process.calls) for process in processes]
+    slowest = processes[busy.index(max(busy))]
+    counting = processes if shared else [slowest]
+    own, counted, every = (
+        [call for process in group for call in process.calls] for group in ([slowest], counting, processes)
+    )
 
     def numbers(phase: str, part: str | None = None) -> dict[str, Any]:
         chosen = (
-            [c for c in calls if c.phase == phase and part in (None, c.part)]
-            for calls in (slowest.calls, counted, every)
+            [call for call in calls if call.phase == phase and part in (None, call.part)]
+            for calls in (own, counted, every)
         )
         return _numbers(*chosen)
 
-    for phase in PHASES:
-        if any(call.phase == phase for call in every):
-            phases[phase] = numbers(phase)
+    phases = {phase: numbers(phase) for phase in PHASES if any(call.phase == phase for call in every)}
     if "decode" in phases:
         methods = dict.fromkeys(call.part for call in every if call.phase == "decode")
         phases["decode"]["methods"] = {method: numbers("decode", method) for method in methods}
-    phases["other"] = {"seconds": max(0.0, wall - slowest.busy)}
-    for own in phases.values():
+    wall = slowest.wall_seconds
+    phases["other"] = {"seconds": max(0.0, wall - max(busy))}
+    for phase in phases.values():
         # Of a session, so that they add up to 1.
-        own["share"] = own["seconds"] / wall
+        phase["share"] = phase["seconds"] / wall
     return {
         "wall_seconds": wall,
         "phases": phases,
         "batch_sizes": _batch_sizes(counted),
-        "traced_batches": sum(p.traced_batches for p in (processes if shared else [slowest])),
+        "traced_batches": sum(process.traced_batches for process in counting),
         "files": sorted(name for process in processes for name in process.files),
     }
-
-
-def read_profile(run: str | Path) -> dict[str, Any] | None:
-    """The profile of a run's last session; ``None`` where there is none.
-
-    Raises:
-        FastMemError: for a damaged file.
-    """
-    path = Path(run) / _FOLDER / _FILE
-    if not path.is_file():
-        return None
-    try:
-        profile = json.loads(path.read_text())
-        _use_all(profile)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FastMemError(f"{path} is damaged; remove it, or run again with --profile") from error
-    return profile
-
-
-def write_profile(run: str | Path, profile: Mapping[str, Any]) -> None:
-    """Write a profile at once; what cannot be written is a warning, as the run's results are there."""
-    path = Path(run) / _FOLDER / _FILE
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps(profile, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        log.warning("profile: cannot write %s: %s; the results are kept", path, error.strerror or error)
-
-
-def _use_all(profile: Mapping[str, Any]) -> None:
-    """Use all that is used of a profile, so that what is missing or no number shows here."""
-    device, settings = profile["environment"]["device"], profile["settings"]
-    profile["mode"], device["name"], settings["model"]["backbone"]["source"], settings["trainer"]["precision"]
-    if device["type"] == "cpu":
-        device["threads"]
-    ", ".join(profile["files"])
-    sum([profile["wall_seconds"], profile["num_samples"], profile["traced_batches"]])
-    profile["phases"]["other"]
-    for numbers in profile["phases"].values():
-        for own in (numbers, *numbers.get("methods", {}).values()):
-            own["seconds"]
-            sum(value or 0 for name, value in own.items() if name != "methods")
 
 
 def _numbers(
@@ -346,9 +280,9 @@ def _numbers(
 
 def _batch_sizes(calls: Sequence[PhaseCall]) -> dict[str, int]:
     """How often there were batches of each size; the keys are text as in JSON."""
-    for phase in ("memorize", "memories", "decode"):
-        first = next((call.part for call in calls if call.phase == phase), None)
-        if first is not None:
-            sizes = Counter(call.samples for call in calls if (call.phase, call.part) == (phase, first))
-            return {str(size): sizes[size] for size in sorted(sizes)}
-    return {}
+    order = ("memorize", "memories", "decode")
+    kinds = [(call.phase, call.part) for call in calls if call.phase in order]
+    # Every batch passes it once.
+    chosen = min(kinds, key=lambda kind: order.index(kind[0]), default=None)
+    sizes = Counter(call.samples for call in calls if (call.phase, call.part) == chosen)
+    return {str(size): sizes[size] for size in sorted(sizes)}

@@ -36,10 +36,6 @@ class Ranks:
     Args:
         strategy: strategy of the trainer.
         exchanges_activations: whether devices exchange data (tensor parallelism); else only hosts do.
-
-    Raises:
-        FastMemError: for a strategy that does not share out samples, and for other numbers of processes
-            than torchrun or SLURM started.
     """
 
     def __init__(self, strategy: Strategy, exchanges_activations: bool = False) -> None:
@@ -81,11 +77,7 @@ class Ranks:
         return self._strategy.num_processes if self.count > 1 else 1
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Do work in the first process, while the others wait; all get what it returned.
-
-        Raises:
-            FailedElsewhereError: in the others, when it failed.
-        """
+        """Do work in the first process, while the others wait; all get what it returned, or fail with it."""
         if self.count == 1:
             return work()
         result, failure = None, None
@@ -105,11 +97,7 @@ class Ranks:
         return result
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank.
-
-        Raises:
-            RunStoppedError: when another process is gone.
-        """
+        """The values of all processes, by rank."""
         return [value] if self.count == 1 else self._exchange(value)
 
     def _exchange(self, value: Any) -> list[Any]:
@@ -129,11 +117,7 @@ def have_met() -> bool:
 
 @contextmanager
 def one_may_be_gone() -> Iterator[None]:
-    """For what Lightning exchanges among the processes.
-
-    Raises:
-        RunStoppedError: when that fails because another process is gone.
-    """
+    """Raise :class:`RunStoppedError` where an exchange of Lightning's fails as another process is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -150,14 +134,7 @@ def _gone() -> RunStoppedError:
 
 
 def check_launcher(count: int) -> None:
-    """Refuse a launcher whose processes the trainer does not know: each would do all of the work.
-
-    Args:
-        count: processes of the trainer.
-
-    Raises:
-        FastMemError: naming the launcher.
-    """
+    """Refuse a launcher whose processes the trainer does not know: each would do all of the work."""
     for launcher, variable, sign in (
         ("torchrun", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
         ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),

@@ -22,7 +22,7 @@ from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
 from fastmem_pl.run.loggers import RunLogging
 from fastmem_pl.run.predict import FastMemModule, Mode, Record
 from fastmem_pl.run.profile import SCHEMA_VERSION as PROFILE_VERSION
-from fastmem_pl.run.profile import RunProfile, summarize, write_profile
+from fastmem_pl.run.profile import RunProfile, summarize
 from fastmem_pl.run.provenance import describe_run
 from fastmem_pl.run.scoring import score_records
 
@@ -57,14 +57,8 @@ class RunResult:
 class RunSession:
     """What the processes of a run do from opening its folder to its metrics.
 
-    Args:
-        trainer: a :class:`~fastmem_pl.run.trainer.FastMemTrainer`, whose loop runs.
-        run: the folder, checked.
-        mode: the command.
-        model: answers.
-        datamodule: the samples.
-        start: beginning of the session, by :func:`time.perf_counter`.
-        profile: what to measure, if anything.
+    ``trainer`` is the :class:`~fastmem_pl.run.trainer.FastMemTrainer` whose loop runs, and ``start`` the
+    beginning of the session by :func:`time.perf_counter`.
     """
 
     def __init__(
@@ -97,6 +91,7 @@ class RunSession:
         ]
         model.meter.calls = profile.calls if profile else None
         self._new = 0
+        self._finished = False
 
     def plan(self) -> None:
         """Open the folder, leave out what is done, and form batches of the rest."""
@@ -156,17 +151,14 @@ class RunSession:
         return self._run.count_lines() // max(1, len(self._run.methods))
 
     def finish(self) -> RunResult:
-        """Once all processes are done, merge what they answered and write the metrics.
-
-        Raises:
-            RunStoppedError: when another process is gone.
-        """
+        """Once all processes are done, merge what they answered and write the metrics."""
         ranks, model = self._ranks, self._model
         peaks = _highest(ranks.gather(model.meter.peak_gib()))
         result = ranks.first(lambda: self._finish_fit() if self._mode == "fit" else self._results(peaks))
         if self._profile is not None and (result.num_new or result.added_scores):
             measured = ranks.gather(self._profile.measured())
             result.profile = ranks.first(lambda: self._keep_profile(measured, result.num_new))
+        self._finished = True
         return result
 
     def close(self) -> None:
@@ -174,7 +166,7 @@ class RunSession:
         self._model.meter.calls = None
         if self._model.is_loaded:
             self._model.graphs.clear()
-        self._logging.close()
+        self._logging.close(self._finished)
         self._run.close()
 
     def _finish_fit(self) -> RunResult:
@@ -182,7 +174,6 @@ class RunSession:
         failed = sum(header["status"] != "ok" for header in headers.values())
         if self._new:
             self._logging.add(_curves(headers))
-            self._logging.finish({})
         return RunResult(self._run.path, "fit", len(self._wanted), num_failed=failed, num_new=self._new)
 
     def _results(self, peaks: dict[str, float]) -> RunResult:
@@ -209,11 +200,12 @@ class RunSession:
         if not new and written:
             # Only scores came: what was measured while answering stays.
             metrics = {**run.metrics(), "groups": metrics["groups"]}
-        run.write_metrics(metrics)
         if not new:
             self._logging.open()
         self._logging.add(records)
-        self._logging.finish(metrics["groups"])
+        self._logging.add_final(metrics["groups"])
+        # Last: where this is on disk, the log is complete as well.
+        run.write_metrics(metrics)
         return RunResult(run.path, self._mode, total, metrics, num_new=new, added_scores=added)
 
     def _keep_profile(self, measured: Sequence[Any], num_new: int) -> dict[str, Any]:
@@ -230,7 +222,7 @@ class RunSession:
             "environment": {**environment(device), "processes": self._ranks.count},
             "settings": self._run.identity,
         }
-        write_profile(path, profile)
+        self._profile.keep(profile)
         return profile
 
 

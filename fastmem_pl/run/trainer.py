@@ -92,8 +92,6 @@ class FastMemTrainer(Trainer):
         """Memorize each context and answer about it by every method; keeps the answers.
 
         Args:
-            model: the methods and their settings.
-            datamodule: the samples.
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
                 runs/ and the names of the configs.
         """
@@ -105,8 +103,6 @@ class FastMemTrainer(Trainer):
         """Memorize each context and save its memory under the run folder's memories/.
 
         Args:
-            model: the settings of memorizing.
-            datamodule: the samples.
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
                 runs/ and the names of the configs.
         """
@@ -118,8 +114,6 @@ class FastMemTrainer(Trainer):
         """Answer with saved memories (model.memories, or those in the run folder); without any, zero-shot.
 
         Args:
-            model: the methods and their settings.
-            datamodule: the samples.
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
                 runs/ and the names of the configs.
         """
@@ -152,9 +146,6 @@ class FastMemTrainer(Trainer):
             identity: what the results depend on.
             methods: one record each a sample; none where records are complete by another rule.
             model: to load.
-
-        Raises:
-            FastMemError: for anything that cannot be done, before anything is written.
         """
         loading = model.loading
         self.ranks = Ranks(self.strategy, loading.tp_plan is not None)
@@ -186,11 +177,7 @@ class FastMemTrainer(Trainer):
         return run
 
     def open_run(self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> None:
-        """Open the run folder once the model is loaded and all processes have met.
-
-        Raises:
-            FastMemError: for results of another model, and samples that cannot be answered.
-        """
+        """Open the run folder once the model is loaded and all processes have met."""
         run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
         config = self.config_of(model, datamodule, run.path)
 
@@ -217,9 +204,8 @@ class FastMemTrainer(Trainer):
         Args:
             module: whose predict step runs.
             datamodule: the samples.
-            plan: chooses the batches (``datamodule.use_plan``) once the model is loaded and the processes
-                have met.
-            callbacks: callbacks before the trainer's own.
+            plan: chooses the batches (``datamodule.use_plan``), once the model is loaded.
+            callbacks: come before the trainer's own.
             progress: takes the place of the trainer's progress bar, where it has one.
         """
         usual = list(self.callbacks)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastmem_pl import Backbone, FastMemError
+from fastmem_pl import Backbone, BackboneSettings, FastMemError
 from fastmem_pl.backbone import loading
 
 
@@ -22,7 +22,7 @@ def test_folder(tiny_folder, tiny, precision, dtype):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("/no/such/folder", "no such folder: /no/such/folder"),
+        ("/no/such/folder", "'/no/such/folder' is neither a folder nor a Hub id"),
         ("./model.gguf", "no such GGUF file: ./model.gguf"),
         ("dem", "'dem' is unknown; allowed: 'demo', a Hub id, .* did you mean 'demo'"),
     ],
@@ -32,16 +32,16 @@ def test_missing_models(source, message):
         Backbone.load(source)
 
 
-def test_folder_with_only_a_gguf_names_it(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(b"x")
-    with pytest.raises(FastMemError, match=r"holds no config\.json; name the file: .*m\.gguf"):
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(FastMemError, match="cannot load") as refused:
         Backbone.load(str(tmp_path))
+    assert "\n" not in str(refused.value)
 
 
 def test_damaged_gguf(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "m.gguf").write_bytes(b"not a model")
-    with pytest.raises(FastMemError, match="cannot read the GGUF file"):
+    with pytest.raises(FastMemError, match=r"cannot load .*m\.gguf"):
         Backbone.load(str(tmp_path / "m.gguf"))
     assert not list((tmp_path / "cache").iterdir())
 
@@ -74,7 +74,7 @@ def without(*names):
     [
         (without(UP), {}, rf"weights are missing: {UP}; its files are incomplete or config\.json"),
         (without("lm_head.weight"), {}, r"weights are missing: lm_head\.weight;"),
-        (dict, {"num_hidden_layers": 12}, r"weights are missing: model\.layers\.3\.input_\S+ and 80 more; "),
+        (dict, {"num_hidden_layers": 12}, r"weights are missing: model\.layers\.10\.input_\S+ and 80 more; "),
         (dict, {"num_hidden_layers": 2}, r"has not: model\.layers\.2\.input_layernorm\.weight and 8 more;"),
         (lambda w: {**w, UP: w[UP][:32]}, {}, rf"shapes .*: {UP} \(32, 32\) for \(64, 32\);"),
         (dict, {"vocab_size": 300}, r"shapes .*: lm_head\.weight \(259, 32\) for \(300, 32\) and 1 more;"),
@@ -84,7 +84,7 @@ def without(*names):
 def test_weights_that_do_not_fit_are_named(altered, alter, settings, message, device_map, caplog, capfd):
     source = altered(alter, **settings)
     with pytest.raises(FastMemError, match=message) as refused:
-        loading.load_model(source, device_map=device_map)
+        loading.load_model(BackboneSettings(source, device_map=device_map))
     assert f"cannot load {source!r}" in str(refused.value)
     assert "LOAD REPORT" not in caplog.text + "".join(capfd.readouterr())
 
@@ -126,7 +126,7 @@ def test_remote_code_is_off_by_default(tiny_folder, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer", Auto)
     for wanted in (False, True):
         with pytest.raises(FastMemError, match=r"cannot load .*: stop here"):
-            loading.load_model(str(tiny_folder), **({"trust_remote_code": True} if wanted else {}))
+            loading.load_model(BackboneSettings(str(tiny_folder), trust_remote_code=wanted))
     assert asked == [False, True]
 
 

@@ -5,13 +5,13 @@ from collections import Counter
 import pytest
 import torch
 from accelerate import dispatch_model
+from accelerate.utils import recursively_apply
 from conftest import FAMILY_CONFIGS, make_model, make_tokenizer
 
 from fastmem_pl import Backbone, FastMemError, Memorizer
-from fastmem_pl.backbone import crossing, find_anatomy, placement
+from fastmem_pl.backbone import find_anatomy, placement
 from fastmem_pl.backbone.cache import FixedCache
-from fastmem_pl.backbone.crossing import Crossing, Placement
-from fastmem_pl.backbone.placement import device_plan, parts_of
+from fastmem_pl.backbone.placement import Placement, device_plan, parts_of
 from fastmem_pl.backbone.quantization import stored_size
 from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
 from fastmem_pl.memory import MemorizationSettings, footprint_of
@@ -140,7 +140,7 @@ class TestMapping:
 
     def test_longest_name_counts(self):
         found = device_plan(
-            {"": "cuda", "model.layers.0": "cpu", "model.layers.1": 1}, empty(), 1, FLOAT, FIRST
+            {"": "cuda:0", "model.layers.0": "cpu", "model.layers.1": 1}, empty(), 1, FLOAT, FIRST
         )
         assert places(found, "layers.") == [CPU, LAST, FIRST]
         assert found["lm_head"] == found["model.embed_tokens"] == FIRST
@@ -163,17 +163,9 @@ class TestMapping:
     @pytest.mark.parametrize(
         ("mapping", "message"),
         [
-            (
-                {"": 0, "lm_head": 1},
-                r"cuda:0 \(model\.layers\.2\), .*cuda:1 \(lm_head\); allowed: one device",
-            ),
-            ({"": 0, "model.layers.2": 1}, "allowed: one device for all of them"),
-            (
-                {"": 0, "model.layers.1": "disk"},
-                "disk of .* is no device .* here; allowed: cpu, cuda:0, cuda:1",
-            ),
-            ({"": 0, "model.layers.1": "meta"}, "meta of .* is no device"),
-            ({"": "cuda:2"}, "cuda:2 of .* is no device that computes here"),
+            ({"": 0, "model.layers.1": "disk"}, "'disk' is unknown; allowed: cpu, cuda:0, cuda:1"),
+            ({"": 0, "model.layers.1": "meta"}, "'meta' is unknown"),
+            ({"": "cuda:2"}, "'cuda:2' is unknown; .* did you mean 'cuda:[01]'"),
             (
                 {"": 0, "model.layer.1": 1},
                 r"'model\.layer\.1' is no module .* did you mean 'model\.layers\.1'",
@@ -215,15 +207,30 @@ def test_hooks_of_accelerate_make_way(crossings, contexts):
 def test_offloaded_weights_are_refused():
     model = make_model()
     model.model.layers[1].to("meta")
-    with pytest.raises(FastMemError, match="the weights of block 1 are offloaded"):
+    with pytest.raises(FastMemError, match=r"block 1 is on no device \(offloaded\)"):
         Backbone(model, make_tokenizer())
+
+
+def test_a_mapping_that_parts_the_tail_is_refused():
+    model = make_model()
+    model.lm_head.to("meta")
+    with pytest.raises(
+        FastMemError, match=r"final norm with the LM head is on cpu and no device \(offloaded\)"
+    ):
+        Backbone(model, make_tokenizer())
+
+
+def test_trained_blocks_are_with_the_head(make_tiny, crossings):
+    backbone = make_tiny(num_hidden_layers=4)
+    with pytest.raises(FastMemError, match=r"num_layers: 3 is more than the model was .* laid out for"):
+        backbone.tail(3)
 
 
 @pytest.fixture
 def crossings(monkeypatch):
     """Take the blocks of models that are made now for spread over three devices; counts what crosses.
 
-    What is carried to another device is copied, as if it were.
+    What is sent to another device is copied, as if it were.
     """
     seen = Counter()
 
@@ -231,14 +238,13 @@ def crossings(monkeypatch):
         count = len(anatomy.blocks)
         return Placement(FIRST, (FIRST, *[LAST] * (count - 1 - tail_blocks), *[CPU] * tail_blocks), CPU)
 
-    def carry(self, tensor, device):
+    def send(value, device, skip_keys=None):
         seen[device] += 1
-        return tensor.clone()
+        return recursively_apply(torch.clone, value)
 
     tail_blocks = 2
     monkeypatch.setattr(Placement, "of", of)
-    monkeypatch.setattr(Crossing, "carry", carry)
-    monkeypatch.setattr(crossing.Crossing, "carry", carry)
+    monkeypatch.setattr(placement, "send_to_device", send)
     return seen
 
 
@@ -274,33 +280,16 @@ def test_a_spread_model_computes_the_same(make_tiny, crossings, contexts, family
     assert not crossings
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type")
-def test_a_tensor_crosses_once_a_pass_and_device(make_tiny, crossings):
-    backbone = make_tiny(num_hidden_layers=8)
-    ids, mask = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
-    mask[0, 0] = 0
-    counts = []
-    for _ in range(2):
-        crossings.clear()
-        backbone.run_trunk(1, ids, mask)
-        counts.append(dict(crossings))
-    assert counts[0] == counts[1]
-    # Hidden states into each of five blocks; beside them mask, positions, and two position embeddings.
-    assert counts[0][LAST] == 5 + 4
-    moved = backbone.model._fastmem_crossing._moved
-    assert not moved
-
-
 def test_copies_of_a_position_follow():
     position = torch.tensor([3])
     cache = FixedCache.continuing(Backbone(make_model(), make_tokenizer()).new_cache(), 8, position, 3)
     elsewhere = torch.zeros(1, dtype=torch.long)
-    cache._places._copies[LAST] = elsewhere
+    cache._elsewhere[LAST] = elsewhere
     position += 1
     cache.move()
     assert elsewhere.item() == 4
-    assert cache._places.on(LAST) is elsewhere
-    assert cache._places.on(CPU) is position
+    assert cache._position_on(LAST) is elsewhere
+    assert cache._position_on(CPU) is position
 
 
 def test_other_devices_bound_the_batch(tiny, monkeypatch):

@@ -100,7 +100,7 @@ def test_trunk_must_keep_a_block_of_every_attention_type(make_tiny):
 
 @pytest.mark.parametrize("num_layers", [0, 4])
 def test_num_layers_out_of_range(tiny, num_layers):
-    with pytest.raises(FastMemError, match=r"model\.num_layers: .* allowed: 1 to 3"):
+    with pytest.raises(FastMemError, match=r"model\.memorize\.num_layers: .* allowed: 1 to 3"):
         tiny.tail(num_layers)
 
 

@@ -15,14 +15,14 @@ from fastmem_pl.metrics import (
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "many"])
 def test_a_score_that_is_no_finite_number_is_refused(monkeypatch, value):
-    monkeypatch.setitem(SCORES._items, "odd", Score("odd", "odd", lambda *given: value))
+    monkeypatch.setitem(SCORES, "odd", Score("odd", "odd", lambda *given: value))
     with pytest.raises(FastMemError, match=f"metric odd: it gave {value!r} for the answer 'Rome'"):
         score_answer(["odd"], "Rome", ["Rome"], [])
 
 
 def test_a_score_may_be_a_truth_value_or_not_apply(monkeypatch):
-    monkeypatch.setitem(SCORES._items, "true", Score("true", "true", lambda *given: True))
-    monkeypatch.setitem(SCORES._items, "none", Score("none", "none", lambda *given: None))
+    monkeypatch.setitem(SCORES, "true", Score("true", "true", lambda *given: True))
+    monkeypatch.setitem(SCORES, "none", Score("none", "none", lambda *given: None))
     scores = score_answer(["true", "none"], "Rome", ["Rome"], [])
     assert scores == {"true": 1.0}
     assert type(scores["true"]) is float

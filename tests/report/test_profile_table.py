@@ -1,10 +1,13 @@
 """The table of a profile."""
 
 import io
+import json
 
+import pytest
 from rich.console import Console
 
-from fastmem_pl.report.profile_table import profile_page_table, profile_table
+from fastmem_pl import FastMemError
+from fastmem_pl.report.profile_table import profile_page_table, profile_table, read_profile
 
 NUMBERS = {"calls": 2, "first_seconds": 3.0, "median_seconds": 1.0, "samples": 2, "peak_memory_gib": 1.5}
 
@@ -23,9 +26,8 @@ def made(**more):
             "decode": {**NUMBERS, "seconds": 4.0, "share": 0.4, "methods": methods},
             "other": {"seconds": 1.0, "share": 0.1},
         },
-        "environment": {"device": {"type": "cpu", "name": "a [red] chip", "threads": 2}},
+        "environment": {"processes": 1, "device": {"type": "cpu", "name": "a [red] chip", "threads": 2}},
         "settings": {"model": {"backbone": {"source": "demo"}}, "trainer": {"precision": "32-true"}},
-        "processes": [{}],
         "traced_batches": 0,
         "files": [],
         **more,
@@ -66,5 +68,42 @@ def test_names_are_no_markup():
 
 
 def test_several_processes_are_said():
-    assert "slowest process" in shown(made(processes=[{}, {}]))
-    assert "slowest process" not in shown(made())
+    alone = made()
+    several = made(environment={**alone["environment"], "processes": 2})
+    assert "slowest process" in shown(several)
+    assert "2 processes, a [red] chip" in shown(several)
+    assert "process" not in shown(alone)
+
+
+def places(value, path=()):
+    """Where something stands in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def test_a_profile_is_shown_or_called_damaged(tmp_path):
+    """Without anything that it has, and with something else in its place."""
+    assert read_profile(tmp_path) == {}
+    (tmp_path / "profile").mkdir()
+    file, damaged, missing = tmp_path / "profile" / "profile.json", 0, object()
+    for place in places(made(files=["trace-0.json"])):
+        for value in (missing, None, "x"):
+            profile = made(files=["trace-0.json"])
+            inner = profile
+            for key in place[:-1]:
+                inner = inner[key]
+            if value is missing:
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = value
+            file.write_text(json.dumps(profile))
+            try:
+                shown(read_profile(tmp_path))
+            except FastMemError:
+                damaged += 1
+    assert damaged > 20
+    file.write_text('{"phases": ')
+    with pytest.raises(FastMemError, match=r"profile\.json is damaged"):
+        read_profile(tmp_path)

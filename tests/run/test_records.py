@@ -9,7 +9,7 @@ import pytest
 from fastmem_pl import FastMemError
 from fastmem_pl.base.errors import RunStoppedError
 from fastmem_pl.run.folder import RunFolder
-from fastmem_pl.run.records import RescueFolder, append_records, as_line, merge_records, read_records
+from fastmem_pl.run.records import append_records, as_line, merge_records, read_records, rescued
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ ENDS = "a\rb\r\nc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i"
 def test_any_text_comes_back(tmp_path, text):
     first = record(0, text=text)
     path = write(tmp_path / "1", record(1))
-    append_records(path, [first], RescueFolder("1"), path)
+    append_records(path, [first], "1", path)
     assert [r for _, r in read_records(path)] == [record(1), first]
     run = RunFolder(tmp_path / "run", {}, ["a"])
     run.open("")
@@ -88,7 +88,7 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_a_line_cut_off_by_a_full_disk_is_removed_and_the_batch_kept(tmp_path, monkeypatch):
-    path, rescue = write(tmp_path / "run" / "p.jsonl", record(0)), RescueFolder("r1")
+    path = write(tmp_path / "run" / "p.jsonl", record(0))
     before = path.read_bytes()
 
     fsync = os.fsync
@@ -100,20 +100,20 @@ def test_a_line_cut_off_by_a_full_disk_is_removed_and_the_batch_kept(tmp_path, m
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(RunStoppedError) as error:
-        append_records(path, [record(1), record(1, "b")], rescue, path)
+        append_records(path, [record(1), record(1, "b")], "r1", path)
     assert path.read_bytes() == before
-    (kept,) = rescue.files()
+    (kept,) = rescued("r1")
     assert str(kept) in str(error.value)
     assert "No space left on device" in str(error.value)
     assert [json.loads(line)["index"] for line in kept.read_text().splitlines()] == [1, 1]
     assert error.value.exit_status == 75
-    assert RescueFolder("r2").files() == []
+    assert rescued("r2") == []
 
 
 def test_without_any_room_the_loss_is_stated(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("no folder")
     with pytest.raises(RunStoppedError, match="the batch in work is lost"):
-        append_records(tmp_path / "p.jsonl", [record(1)], RescueFolder("r"), tmp_path / "gone")
+        append_records(tmp_path / "p.jsonl", [record(1)], "r", tmp_path / "gone")
     assert not (tmp_path / "p.jsonl").exists()
 
 

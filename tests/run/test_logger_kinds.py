@@ -1,0 +1,143 @@
+"""Every kind of logger, by name and by class, from the command line and in Python."""
+
+import importlib.util
+import os
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastmem_pl.cli import main
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+
+
+def final_accuracy(result):
+    return result.metrics["groups"]["all"]["fastmem"]["metrics"]["accuracy"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--trainer.logger", "CSVLogger"], "CSVLogger: the following arguments are required: save_dir"),
+        (["--trainer.logger", "CSVLogger", "--trainer.logger.dir", "x"], "Option 'dir' is not accepted"),
+        (
+            ["--config", "mine.yaml"],
+            "CSWLogger: module 'lightning.pytorch.loggers' has no attribute 'CSWLogger'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_class_is_said_in_short(capsys, tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    logger = {"class_path": "lightning.pytorch.loggers.CSWLogger"}
+    Path("mine.yaml").write_text(yaml.safe_dump({"trainer": {"logger": ["csv", logger]}}))
+    assert main(["fit-predict", "--data.path", "x.json", *given, "--run_dir", "r"]) == 2
+    error = capsys.readouterr().err
+    assert (error.startswith("fastmem: error: "), error.count("\n")) == (True, 1)
+    assert error.endswith(
+        f"trainer.logger: {message}; allowed: csv, tensorboard, wandb, mlflow, false, or one of Lightning's "
+        "loggers with its arguments (class_path and init_args in a config)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("tensorboard", "--trainer.logger"), ("wandb", "--config"), ("mlflow", "--config")]
+)
+def test_a_missing_package_is_named_before_anything_is_done(
+    name, option, monkeypatch, tmp_path, capsys, data_file
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda package: None if package.startswith(name) else find(package)
+    )
+    monkeypatch.setattr("fastmem_pl.run.predict.Backbone.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data.task", "qa", "--data.path", str(data_file), option, name]
+    assert main(["fit-predict", *arguments, "--run_dir", "r"]) == 2
+    error = f"trainer.logger: {name} needs a package that is not here; pip install {name}"
+    said = capsys.readouterr().err
+    assert said.startswith("fastmem: error: ")
+    assert said.endswith(f"{error}\n")
+    assert not Path("r").exists()
+
+
+def test_the_command_takes_lightnings_loggers(tmp_path, data_file, tiny, monkeypatch):
+    monkeypatch.setattr("fastmem_pl.run.predict.Backbone.load", lambda *args, **kwargs: tiny)
+    monkeypatch.chdir(tmp_path)
+    own = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine", "--trainer.logger.name", "x"]
+    common = ["--data.path", str(data_file), "--model.memorize.steps", "2", "--trainer.accelerator", "cpu"]
+    common += ["--data.task", "qa", "--data.limit", "2", "--model.decode.max_new_tokens", "3"]
+    assert main(["fit-predict", *common, *own, "--run_dir", "r"]) == 0
+    lines = Path("mine/x/version_0/metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3 + 1
+    assert sorted(os.listdir()) == ["data.jsonl", "mine", "r"]
+    assert not Path("r/logs").exists()
+    # The resolved settings take the same logger again.
+    config = yaml.safe_load(Path("r/config.yaml").read_text())
+    assert config["trainer"]["logger"]["class_path"].endswith("CSVLogger")
+    assert main(["fit-predict", "--config", "r/config.yaml", "--run_dir", "again"]) == 0
+    assert Path("mine/x/version_1/metrics.csv").is_file()
+
+
+def test_tensorboard_shows_curves_metrics_and_settings(tiny_run, records):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiny_run(limit=2, logger="tensorboard")
+    result = tiny_run(logger=["csv", "tensorboard"])
+    place = result.path / "logs" / "tensorboard"
+    assert len(list(place.glob("events.*"))) == 1
+    assert (result.path / "logs" / "metrics.csv").is_file()
+    events = EventAccumulator(str(place), size_guidance={"scalars": 0}).Reload()
+    assert "hp_metric" not in events.Tags()["scalars"]
+    sample_of = {event.step: int(event.value) for event in events.Scalars("sample")}
+    found = {}
+    for event in events.Scalars("cross_entropy"):
+        found.setdefault(sample_of[event.step], []).append(event.value)
+    expected = {r["index"]: r["curve"]["cross_entropy"] for r in records(result.path) if r["curve"]}
+    assert found.keys() == expected.keys()
+    assert all(found[index] == pytest.approx(curve) for index, curve in expected.items())
+    (final,) = events.Scalars("all/fastmem/accuracy")
+    assert final.value == pytest.approx(final_accuracy(result))
+    assert events.PluginTagToContent("hparams")
+
+
+def test_mlflow_keeps_a_run_of_each_session(tiny_run, records):
+    mlflow = pytest.importorskip("mlflow")
+    result = tiny_run(logger="mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{result.path}/logs/mlflow/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "fastmem"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == (result.path.name, "FINISHED")
+    assert found.data.params["model.memorize.steps"] == "2"
+    history = client.get_metric_history(found.info.run_id, "cross_entropy")
+    curves = [r["curve"]["cross_entropy"] for r in records(result.path) if r["method"] == "fastmem"]
+    assert sorted(m.value for m in history) == sorted(value for curve in curves for value in curve)
+    assert found.data.metrics["all/fastmem/accuracy"] == pytest.approx(final_accuracy(result))
+    assert "all/fastmem_cd/accuracy" in found.data.metrics
+
+
+def test_a_run_does_not_wait_long_for_mlflow(tiny_run, monkeypatch, caplog):
+    pytest.importorskip("mlflow")
+    names = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    for name in names:
+        # So that both are taken back at the end.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    # The port that discards: nobody answers.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    before = time.perf_counter()
+    tiny_run(logger="mlflow")
+    assert time.perf_counter() - before < 60
+    assert "trainer.logger: mlflow stopped" in caplog.text
+    assert [os.environ[name] for name in names] == ["3", "30"]
+
+
+def test_wandb_keeps_a_run_of_each_session(tiny_run, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tiny_run(logger="wandb", limit=2).path
+    assert wandb.run is None
+    tiny_run(logger="wandb")
+    assert len(list((folder / "logs" / "wandb").glob("offline-run-*/*.wandb"))) == 2
