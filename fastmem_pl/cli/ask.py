@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.cli.model import ModelOptions, read_text
+from fastmem_pl.data.tasks import RawRecord
 from fastmem_pl.decoding import DECODERS, DecodingSettings
 from fastmem_pl.decoding.conversation import Conversation
 from fastmem_pl.memory import Memory, read_header, trained_layers
@@ -153,9 +154,9 @@ def _read_questions(path: str) -> list[str]:
         question = line.strip()
         if question.startswith("{"):
             try:
-                question = json_format.loads(question)["question"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise FastMemError(f'{path}, line {number}: no JSON object with a text "question"') from None
+                question = RawRecord(json_format.loads(question)).text("question").strip()
+            except ValueError as error:
+                raise FastMemError(f"{path}, line {number}: {error}") from None
         if question:
             questions.append(question)
     return questions
