@@ -148,5 +148,7 @@ def _print_result(result: RunResult | SearchResult, profiled: bool, options: lis
         print()
         make_console().print(profile_table(result.profile))
         print(f"profile: {result.path / 'profile'}")
+    elif profiled and result.added_scores:
+        print(f"profile: only scores were added; {result.path / 'profile'} stays as it was")
     elif profiled and not result.num_new:
         print("profile: nothing was measured, as nothing was left to do; give another --run_dir")

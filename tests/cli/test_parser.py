@@ -8,8 +8,8 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 
 from fastmem_pl import FastMemError
-from fastmem_pl.backbone.precision import WEIGHT_DTYPE
 from fastmem_pl.backbone.quantization import KINDS
+from fastmem_pl.backbone.settings import WEIGHT_DTYPE
 from fastmem_pl.cli import COMMANDS, main
 from fastmem_pl.cli.export import export
 from fastmem_pl.cli.memorize import memorize
@@ -73,7 +73,12 @@ def test_words_and_options_stand_in_any_order(arguments, expected):
 
 
 def test_a_list_option_is_repeated():
-    assert call(shipped, "--context", "a", "m", "--context=b", "--max-kl", "1e-2") == ("m", 0.01, ["a", "b"], "a")
+    assert call(shipped, "--context", "a", "m", "--context=b", "--max-kl", "1e-2") == (
+        "m",
+        0.01,
+        ["a", "b"],
+        "a",
+    )
 
 
 @pytest.mark.parametrize(
