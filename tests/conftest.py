@@ -26,9 +26,8 @@ from memories import (  # noqa: F401 (fixtures)
     refused_command,
     stranger,
 )
-from real_runs import options, pages, real, refused, refused_run, run, say  # noqa: F401 (fixtures)
 from report_runs import hostile, make_run, only, record, two_methods  # noqa: F401 (fixtures)
-from runs import base, refused_small, small, small_run  # noqa: F401 (fixtures)
+from runs import base, pages, refused, refused_small, run_methods, say, small, small_run  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging

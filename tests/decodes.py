@@ -1,10 +1,14 @@
-"""Decodes of short prompts, and what whole models with edited weights say to them."""
+"""Decodes of short prompts, and plain loops over whole models with edited weights."""
 
 import copy
 import math
+import re
 from collections import Counter
 
 import torch
+from conftest import make_model, make_tokenizer
+from runs import RECORDS, SUMMARIES, SUMMARY_TASKS, shown
+from torch.nn import functional as F
 
 from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
@@ -15,6 +19,27 @@ STRONG = {"steps": 5, "learning_rate": 3e-3}
 SAMPLED = {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.3, "seed": 3}
 LAYERS = (0, 1, 2)
 DECODER_NAMES = ("greedy", "cd", "cad", "dola")
+ICL = (
+    "Please extract from the context the span that best answers the question and provide the answer in the "
+    'following format: "The answer is: ...".\nContext: '
+)
+TEXTS = {  # what stands for {context} and {question} in the prompts
+    "nqswap": [(r["sub_context"], r["input"] + "?") for r in RECORDS["nq"]],
+    "nq": [(r["context"], r["input"] + "?") for r in RECORDS["nq"]],
+    "nqswap_icl": [(ICL + r["sub_context"], r["input"] + "?") for r in RECORDS["nq"]],
+    "nq_icl": [(ICL + r["context"], r["input"] + "?") for r in RECORDS["nq"]],
+    "memotrap": [
+        (
+            'Write a quote that ends in the word "first".',
+            'He laughs best who laughs\nCandidates: "first" or "last"',
+        )
+    ],
+    "hotpotqa": [("The Long is a river.  It is long.\nShort.", "Which river is longer?")],
+    "qa": [(r["context"], r["question"]) for r in RECORDS["qa"]],
+    **{task: [(r["article"], "") for r in SUMMARIES] for task in SUMMARY_TASKS},
+}
+TOKENIZER = make_tokenizer()
+START, END = TOKENIZER.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
 
 
 def start(
@@ -93,3 +118,35 @@ def expected_tokens(backbone, decoder, memory, row, prompt, bare, tokens=8):
         read = (prompt + ids, bare + ids)
         ids.append(int(plain_scores(decoder, *models, *read, settings, Counter(), softcap).argmax()))
     return ids
+
+
+def plain_ids(text: str) -> list[int]:
+    """Ids of text, one a byte; nothing in it is a control token."""
+    return [i for character in text for i in TOKENIZER.encode(character, add_special_tokens=False)]
+
+
+def plain_prompt(task: str, form: str, sample: int) -> list[int]:
+    named = dict(zip(("{context}", "{question}"), TEXTS[task][sample], strict=True))
+    text = re.sub("{context}|{question}", lambda found: named[found[0]], shown(task)[form])
+    return [START, *plain_ids(f"user\n{text}"), END, *plain_ids("\n"), START, *plain_ids("assistant\n")]
+
+
+def plain_memorize(context: str, steps: int = 2, layers: int = 1, kl_coeff: float = 0.1):
+    """The published loop: edit the weights of one model by autograd and torch's AdamW."""
+    model, header = make_model(), [START, *plain_ids("assistant\n")]
+    ids = torch.tensor([[*header, *plain_ids(context), END]])
+    trained = [p for block in model.model.layers[-layers:] for p in block.mlp.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.01)
+    reference, curve = None, {"cross_entropy": [], "kl": [], "grad_norm": []}
+    for _ in range(steps):
+        logs = model(ids).logits[0, len(header) - 1 : -1].log_softmax(-1)
+        reference = logs.detach() if reference is None else reference
+        loss = F.nll_loss(logs, ids[0, len(header) :])
+        kl = (reference.exp() * (reference - logs)).sum(-1).mean()
+        model.zero_grad()
+        (loss + kl_coeff * kl).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        for name, value in zip(curve, (loss, kl, norm), strict=True):
+            curve[name].append(value.item())
+    return model, curve

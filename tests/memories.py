@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import Said, files
 
 from fastmem_pl import Backbone, Memorizer, Memory, memorize_document
 from fastmem_pl.backbone import EncodedContext
@@ -25,19 +26,6 @@ QUESTIONS = ["Where is the tower?", "Who built it?", "When?"]
 STRONG: dict[str, Any] = {"steps": 4, "learning_rate": 2e-2}
 
 
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-def files(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
 def arguments(command: str, positional: tuple[object, ...], options: dict[str, object]) -> list[str]:
     """A command line; an option of several values is repeated, ``True`` is a switch, ``None`` left out."""
     parts = [command, *map(str, positional)]
@@ -49,17 +37,17 @@ def arguments(command: str, positional: tuple[object, ...], options: dict[str, o
 
 
 @pytest.fixture
-def fastmem(tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> Callable[..., Ran]:
+def fastmem(tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> Callable[..., Said]:
     """Run a command on the tiny model in `tmp_path`; by default it must succeed."""
     monkeypatch.chdir(tmp_path)
 
-    def call(command: str, *positional: object, expect: int | None = 0, **options: object) -> Ran:
+    def call(command: str, *positional: object, expect: int | None = 0, **options: object) -> Said:
         defaults = {"model": tiny_folder, "device": "cpu"}
         if command == "memorize":
             defaults |= STRONG
         capsys.readouterr()
         status = main(arguments(command, positional, {**defaults, **options}))
-        ran = Ran(status, *capsys.readouterr())
+        ran = Said(status, *capsys.readouterr())
         assert expect is None or status == expect, f"exit status {status}: {ran.err}"
         return ran
 

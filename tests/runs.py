@@ -1,13 +1,22 @@
-"""A small run and its data, as a user starts it; helpers that read what it leaves."""
+"""Data of every task, small runs as a user starts them, and helpers that read what they leave."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import sys
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from report_runs import Document
 
+from fastmem_pl import BackboneSettings, ChatSettings, DecodingSettings, MemorizationSettings
 from fastmem_pl.cli import main
 
 PREFIX = "The answer is: Rome, as"
@@ -78,6 +87,7 @@ TASKS = {
 }
 FASTMEM = str(Path(sys.executable).with_name("fastmem"))
 METHODS = ["zero-shot", "fastmem", "fastmem+cd"]
+ALL_METHODS = ["zero-shot", "one-shot", "cad", "dola", "fastmem", "fastmem+cd", "fastmem+cad", "fastmem+dola"]
 FIELDS = {
     "index": int,
     "id": str,
@@ -93,6 +103,31 @@ FIELDS = {
     "seconds": dict,
     "status": str,
 }
+
+
+SUMMARIES = [
+    {"article": "The cats sat on a red mat.\nA dog barked.", "summary": "The cat slept.\nA dog barked."},
+    {"article": "Zoë's river rose by the mill.", "summary": "the cats slept soundly, as a river rose"},
+    {"article": "Rain fell; nothing else happened that day in the long valley.", "summary": "Rain."},
+]
+ROUGE = {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+SUMMARY_TASKS = ("xsum", "cnndm", "wikihow", "summary")
+RECORDS = dict.fromkeys(("nqswap", "nq", "nqswap_icl", "nq_icl"), NQ[:4])
+RECORDS |= {"memotrap": MEMOTRAP[:1], "hotpotqa": HOTPOT[:1], "qa": QA[:2]} | dict.fromkeys(
+    SUMMARY_TASKS, SUMMARIES
+)
+_GROUPS = {
+    "backbone": BackboneSettings,
+    "memorize": MemorizationSettings,
+    "decode": DecodingSettings,
+    "chat": ChatSettings,
+}
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
 
 
 def write(path: Path, records: list[dict]) -> Path:
@@ -130,6 +165,26 @@ def assert_same_curves(ours: Path, theirs: Path) -> None:
         assert (curve is None) == (expected is None)
         for name in curve or ():
             assert curve[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (record["index"], name)
+
+
+def ids_of(records: list[dict]) -> dict[tuple[int, str], list[int]]:
+    return {(r["index"], r["method"]): r["token_ids"] for r in records}
+
+
+def metrics_of(folder: Path, method: str) -> dict:
+    return json.loads((folder / "metrics.json").read_text())["groups"]["all"][method]["metrics"]
+
+
+@cache
+def shown(task: str) -> dict[str, str]:
+    """What `fastmem tasks TASK` prints under each of its headings, and its list of scores."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["tasks", task]) == 0
+    _, *parts = re.split(r"^  (\w[^\n]*):$\n", out.getvalue(), flags=re.MULTILINE)
+    bodies = [re.sub(r"^    ", "", body, flags=re.MULTILINE).rstrip("\n") for body in parts[1::2]]
+    return dict(zip(parts[::2], bodies, strict=True)) | {
+        "scores": re.search("scores: (.*)", out.getvalue())[1]
+    }
 
 
 @pytest.fixture(scope="session")
@@ -172,22 +227,85 @@ def small_run(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
+def say(capsys: pytest.CaptureFixture) -> Callable[..., Said]:
+    """Runs a command."""
+
+    def call(*arguments: object, expect: int | None = 0) -> Said:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code or 0
+        said = Said(status, *capsys.readouterr())
+        assert expect is None or status == expect, said
+        assert not re.search("Traceback|Warning:", said.err), said.err
+        return said
+
+    return call
+
+
+@pytest.fixture
+def refused(say, tmp_path: Path) -> Callable[..., str]:
+    """Runs a command that must be refused in one line, with nothing written; gives the line."""
+
+    def call(*arguments: object) -> str:
+        before = files(tmp_path)
+        said = say(*arguments, expect=2)
+        assert said.out == ""
+        assert said.err.count("\n") == 1, f"not one line: {said.err!r}"
+        assert files(tmp_path) == before, "something was written"
+        return said.err
+
+    return call
+
+
+@pytest.fixture
+def pages(say) -> Callable[..., tuple[Document, str]]:
+    """Reports into `page.html` of the working folder; gives the page and the Markdown."""
+
+    def call(*arguments: object) -> tuple[Document, str]:
+        say("report", *arguments, "--out", "page.html")
+        return Document(Path("page.html").read_text("utf-8")), Path("page.md").read_text("utf-8")
+
+    return call
+
+
+@pytest.fixture
 def refused_small(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    """Run a command that must be refused in one line, with nothing written; gives the line."""
+    small: list[str], refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """The same for a command with the small options and others after them, in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
     def call(*options: object, command: str = "fit-predict") -> str:
-        before = files(tmp_path)
-        capsys.readouterr()
-        status = main([command, *small, "--run_dir", "run", *map(str, options)])
-        out, err = capsys.readouterr()
-        assert status == 2, f"exit status {status}: {err}"
-        assert out == ""
-        assert err.count("\n") == 1, f"not one line: {err!r}"
-        assert err.endswith("\n")
-        assert files(tmp_path) == before, "something was written"
-        return err
+        return refused(command, *small, "--run_dir", "run", *options)
 
     return call
+
+
+@pytest.fixture
+def run_methods(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict]]:
+    """Answer a task's records in `tmp_path`, with settings of the model by their own names and of the data as
+    `data__NAME`; gives the records.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def call(task: str, methods=ALL_METHODS, data=None, run_dir="run", **settings) -> list[dict]:
+        given = {"backbone": tiny_folder, "methods": [*methods], "steps": 2, "learning_rate": 0.01}
+        given |= {"max_new_tokens": 3, "data__task": task, "trainer.accelerator": "cpu", "run_dir": run_dir}
+        given |= {"data__path": write(tmp_path / f"{task}.jsonl", data or RECORDS[task]), **settings}
+        given |= {"trainer.enable_progress_bar": False}
+        pairs = [(_option(n), v if isinstance(v, str | Path) else json.dumps(v)) for n, v in given.items()]
+        assert main(["fit-predict", *(str(part) for pair in pairs for part in pair)]) == 0
+        return read(tmp_path / run_dir)
+
+    return call
+
+
+def _option(name: str) -> str:
+    if "." in name or "__" in name or name == "run_dir":
+        return f"--{name.replace('__', '.')}"
+    groups = (group for group, kind in _GROUPS.items() if name in {field.name for field in fields(kind)})
+    return "--" + ".".join(["model", *groups, name])

@@ -48,9 +48,7 @@ your own model (Hub id, folder or .gguf file):
 a row of the paper (model, task, method):
   fastmem fit-predict --config base,llama3-8b,nqswap,fastmem+cd --data.path nqswap.json
 
-what came out, and where the time went:
-  fastmem report runs/demo && fastmem fit-predict --config demo --profile --run_dir runs/profiled
-good settings for your model and data (the default grid is the paper's 4 x 3 x 5, for models of 4B and more):
+good settings for your model and data (the default grid is the paper's, for models of 4B and more):
   fastmem search --config smollm2,nqswap,search --data.path nqswap.json \
     --search.grid '{{learning_rate: [3e-5, 1e-4, 3e-4], steps: [10, 20], kl_coeff: [0.1, 1]}}'
 
@@ -61,6 +59,7 @@ options used most (all of them: fastmem <command> --help):
   --model.methods '[zero-shot, one-shot, cad, dola, fastmem, fastmem+cd, fastmem+cad, fastmem+dola]'
   --model.memorize.steps N --model.memorize.learning_rate X --model.memorize.kl_coeff X
   --trainer.precision 32-true|bf16-mixed|bf16-true   --trainer.accelerator cpu|gpu
+  --profile                  show where the time goes
   --print_config             show the resolved settings and stop
 
 packaged configs, later ones on top of earlier ones:
@@ -104,13 +103,9 @@ def main(args: Sequence[str] | None = None) -> int:
         # Parsers end the program after their help; Lightning turns Ctrl-C into exit status 1.
         if isinstance(stop, SystemExit) and stop.code != 1:
             return int(stop.code or 0)
-        stopped = TerminatedError("stopped")
-        if SAMPLE_COMMANDS.keys() & arguments[:1]:
-            stopped = TerminatedError(
-                "stopped; what was answered is kept, and the same command goes on from there"
-            )
-        if not _is_silent(stopped):
-            print(f"fastmem: {stopped}", file=sys.stderr)
+        if not _is_silent(TerminatedError()):
+            kept = "; what was answered is kept, and the same command goes on from there"
+            print(f"fastmem: stopped{kept if arguments[0] in SAMPLE_COMMANDS else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever reads has enough; Python would complain when it flushes at its end.
@@ -149,30 +144,24 @@ def _run(arguments: list[str]) -> int:
         if not is_out_of_memory(error):
             raise
         advice = "--precision bf16-true, --windows sequential with a smaller --window, or --device cpu"
-        if command in ("report", "compare"):
-            advice = "fewer runs at once"
         raise FastMemError(f"out of memory; try {advice}") from error
 
 
 def _resolve_profile(command: str, options: list[str]) -> list[str]:
     """Write ``--profile`` and ``--profile=trace,memory`` as the setting of the trainer they stand for."""
-    resolved: list[str] = []
-    rest = list(options)
-    while rest:
-        option, equals, names = rest.pop(0).partition("=")
-        if option != "--profile":
-            resolved.append(f"{option}{equals}{names}")
-            continue
-        allowed = [name for name in SAMPLE_COMMANDS if name != "search"]
-        if command not in allowed:
-            raise FastMemError(f"--profile: not with {command}; allowed with {', '.join(allowed)}")
-        from fastmem_pl.run.profile import check_kinds
+    place = next((i for i, option in enumerate(options) if option.partition("=")[0] == "--profile"), None)
+    if place is None:
+        return options
+    if command not in ("fit-predict", "fit", "predict"):
+        raise FastMemError(f"--profile: not with {command}; allowed with fit-predict, fit, predict")
+    from fastmem_pl.run.profile import check_kinds
 
-        # These commands take options only, so a word after it is its value.
-        if not equals:
-            names = rest.pop(0) if rest and not rest[0].startswith("-") else "phases"
-        resolved.append(f"--trainer.profile=[{', '.join(check_kinds(names, '--profile'))}]")
-    return resolved
+    before, (option, *after) = options[:place], options[place:]
+    _, equals, names = option.partition("=")
+    # These commands take options only, so a word after it is its value.
+    if not equals:
+        names = after.pop(0) if after and not after[0].startswith("-") else "phases"
+    return [*before, f"--trainer.profile=[{', '.join(check_kinds(names, '--profile'))}]", *after]
 
 
 def _config_overview() -> str:

@@ -6,17 +6,20 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
+from jsonargparse import Namespace, get_loader
 
 from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.base.errors import FastMemError, nearest
 
 # Settings that are groups of settings: a later config changes some of a group and leaves the others.
-_GROUPS = {"model": ("backbone", "memorize", "decode", "chat"), "search": ("optuna",)}
+_GROUPS = ("model.backbone", "model.memorize", "model.decode", "model.chat", "search.optuna")
 
 
 @dataclass
@@ -29,9 +32,9 @@ class Configs:
         files: the file that each setting comes from, by the setting's path (``model.memorize.steps``).
     """
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    name: str = ""
-    files: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any]
+    name: str
+    files: dict[str, str]
 
     def name_file(self, error: FastMemError, options: Iterable[str] = ()) -> FastMemError:
         """The error with the file in front whose setting it is about, unless an option has replaced it."""
@@ -46,38 +49,34 @@ class Configs:
 
 
 def read_configs(values: Sequence[str]) -> Configs:
-    """Read configs given by name or path, several with commas between, in order.
-
-    Raises:
-        FastMemError: for one that does not exist or cannot be read.
-    """
-    found = Configs()
+    """Read configs given by name or path, several with commas between, in order."""
+    settings, files = Namespace(), {}
     paths = config_paths(values)
     for path in paths:
-        for section, content in _read(path).items():
-            if not isinstance(content, dict):
-                found.settings[section] = content
-                found.files[section] = path
-                continue
-            known = found.settings.setdefault(section, {})
-            for name, value in content.items():
-                found.files[f"{section}.{name}"] = path
-                if name in _GROUPS.get(section, ()) and isinstance(value, dict):
-                    known[name] = {**(known.get(name) or {}), **value}
-                    found.files.update({f"{section}.{name}.{inner}": path for inner in value})
-                else:
-                    known[name] = value
-    found.name = "-".join(Path(path).stem for path in paths)
-    return found
+        for name, value in _settings(_read(path)):
+            if name in _moved():
+                raise FastMemError(f"{path}: {name} is now {_moved()[name]}")
+            settings[name] = value
+            files[name] = path
+    return Configs(settings.as_dict(), "-".join(Path(path).stem for path in paths), files)
+
+
+def _settings(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their paths; ``model: {backbone: NAME}`` is its source, and an empty group is none."""
+    for key, value in content.items():
+        name = f"{above}{key}"
+        if name == "model.backbone" and isinstance(value, str):
+            yield f"{name}.source", value
+        elif isinstance(value, dict) and (not above or name in _GROUPS):
+            yield from _settings(value, f"{name}.")
+        elif value is not None or (above and name not in _GROUPS):
+            yield name, value
 
 
 def take_configs(arguments: Sequence[str]) -> tuple[Configs, list[str]]:
     """Read the configs that a command line names; the other arguments come with them.
 
     ``--model.backbone NAME`` among these becomes ``--model.backbone.source NAME``.
-
-    Raises:
-        FastMemError: for a config that cannot be read, or an option by its former name.
     """
     values: list[str] = []
     others: list[str] = []
@@ -111,9 +110,6 @@ def config_paths(values: Sequence[str]) -> list[str]:
 
     A packaged config for a task together with a method (``xsum+cd`` for ``xsum`` and ``fastmem+cd``) is added
     right after both, so that configs which follow win over it.
-
-    Raises:
-        FastMemError: for one that does not exist.
     """
     parts = (
         part
@@ -144,47 +140,24 @@ def _config_path(value: str) -> str:
         raise FastMemError(
             "--config: an empty name; names stand with commas and no spaces between: smollm2,qa"
         )
-    names = sorted(packaged)
-    raise FastMemError(
-        f"--config: no such file or packaged config: {value}; "
-        f"packaged: {', '.join(names)}{nearest(name, names)}"
-    )
+    names = f"packaged: {', '.join(sorted(packaged))}{nearest(name, packaged)}"
+    raise FastMemError(f"--config: no such file or packaged config: {value}; {names}")
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Settings of one file, without empty sections and with the model as ``{backbone: {source: NAME}}``."""
-    import yaml
-    from jsonargparse import get_loader
-
     try:
-        text = Path(path).read_text("utf-8")
-        content = get_loader("yaml")(text)
-        if isinstance(content, str):
-            # That loader takes a lone "model:" for a text.
-            content = yaml.safe_load(text)
+        # PyYAML alone takes 1e-4 for a text.
+        content = get_loader("yaml")(Path(path).read_text("utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise FastMemError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content or {}, dict):
+    if not isinstance(content, dict):
         raise FastMemError(f"--config: {path} holds no settings; allowed: sections such as model and data")
-    settings = {name: value for name, value in (content or {}).items() if value is not None}
-    model = settings.get("model")
-    if isinstance(model, dict):
-        for name in model:
-            if f"model.{name}" in _moved():
-                raise FastMemError(f"{path}: model.{name} is now {_moved()[f'model.{name}']}")
-        settings["model"] = {
-            name: {"source": value} if name == "backbone" and isinstance(value, str) else value
-            for name, value in model.items()
-            if value is not None or name not in _GROUPS["model"]
-        }
-    return settings
+    return content
 
 
 @cache
 def _moved() -> dict[str, str]:
     """Paths of settings by what they were before settings were nested."""
-    from dataclasses import fields
-
     from fastmem_pl import BackboneSettings, ChatSettings, DecodingSettings, MemorizationSettings
 
     kinds = {

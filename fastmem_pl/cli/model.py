@@ -46,20 +46,14 @@ class ModelOptions:
     def settings(self) -> Any:
         """Settings of the configs by group (backbone, memorize, decode, chat), with these options on top.
 
-        Of the configs that apply by default, only the settings of memorizing count: how answers are decoded
-        is :class:`~fastmem_pl.DecodingSettings`' to say unless a config is asked for by name.
-
-        Raises:
-            FastMemError: when a config cannot be read or does not fit.
+        Of the configs that apply by default, only the settings of memorizing count.
         """
         configs = read_configs([self.config or ("demo" if self.model in (None, "demo") else "base")])
         found = configs.settings.get("model", {})
         if not self.config:
             found = {"memorize": found["memorize"]}
-        given = {
-            name: getattr(self, name) or None for name in ("quantization", "device_map", "trust_remote_code")
-        }
-        given = {name: value for name, value in {"source": self.model, **given}.items() if value is not None}
+        given = {name: getattr(self, name) for name in ("quantization", "device_map", "trust_remote_code")}
+        given = {name: value for name, value in {"source": self.model, **given}.items() if value}
         found["backbone"] = {**found.get("backbone", {}), **given}
         parser = OneLineParser()
         parser.add_class_arguments(FastMemModule, "model")
@@ -71,17 +65,11 @@ class ModelOptions:
     @property
     def defaults(self) -> Mapping[str, Any]:
         """Defaults of the other options of a command."""
-        return {**vars(self.settings.memorize), **vars(self.settings.decode)}
+        groups = {"settings": self.settings.memorize, "decode": self.settings.decode}
+        return {f"{group}.{name}": v for group, found in groups.items() for name, v in vars(found).items()}
 
     def load(self, num_layers: int) -> Backbone:
-        """The model on the chosen device.
-
-        Args:
-            num_layers: trained layers, which stay together and unquantized.
-
-        Raises:
-            FastMemError: when there is no such device or model.
-        """
+        """The model on the chosen device; its trained layers stay together and unquantized."""
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,15 +85,7 @@ class ModelOptions:
 
 
 def read_text(path: str, what: str = "a text to memorize") -> str:
-    """A text file, or standard input for ``-``.
-
-    Args:
-        path: path of the file.
-        what: what the file should hold.
-
-    Raises:
-        FastMemError: when there is no such file, or it is no UTF-8 text, or empty.
-    """
+    """A text file, or standard input for ``-``; ``what`` says what it should hold."""
     name = "standard input" if path == "-" else path
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()

@@ -6,7 +6,6 @@ import argparse
 import inspect
 import json
 import re
-from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
@@ -21,10 +20,9 @@ _CLASS_MISTAKE = re.compile(
     r"the following arguments are required: [\w, ]*\w(?= - )|Option '\w+' is not accepted"
     r"|module '[\w.]+' has no attribute '\w+'"
 )
-_WRONG_TYPE = (
-    r'Parser key "([^"]+)": Expected an? (.+?)\.? (?:Got|Given) value: (.+)',
-    r'Parser key "([^"]+)": Does not validate against any of the Union subtypes Subtypes: \[(.+?)\] '
-    r"Errors: .* Given value: (.+)",
+_WRONG_TYPE = re.compile(
+    r'Parser key "([^"]+)": (?:Expected an?|Does not validate against any of the Union subtypes Subtypes:)'
+    r" \[?(.+?)(?:\] Errors: .*|\.?) (?:Got|Given) value: (.+)"
 )
 # Faults of the published code, which configs name under published_quirks.
 _QUIRKS = {"norm_every_layer", "round_weights", "dola_unlimited"}
@@ -41,13 +39,9 @@ class OneLineParser(ArgumentParser):
     allowed: ClassVar[dict[str, str]] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise :class:`FastMemError` with the parser's message on one line.
-
-        Raises:
-            FastMemError: always.
-        """
+        """Raise :class:`FastMemError` with the parser's message on one line."""
         line = re.sub(r"\s+", " ", message).strip()
-        wrong_type = next(filter(None, (re.search(pattern, line) for pattern in _WRONG_TYPE)), None)
+        wrong_type = _WRONG_TYPE.search(line)
         wrong_class = wrong_type and _CLASS_MISTAKE.search(line)
         if wrong_class:
             name = re.search(r"class_path'?[:=] ?'(?:\w+\.)*(\w+)'", line[wrong_class.end() :])
@@ -68,11 +62,9 @@ class OneLineParser(ArgumentParser):
         if not unknown:
             return ""
         name = next(group for group in unknown.groups() if group).split("=")[0].lstrip("-")
-        parsers = [
-            self,
-            *(self._subcommands_action._name_parser_map.values() if self._subcommands_action else ()),
-        ]
-        known = sorted({action.dest for parser in parsers for action in parser._actions})
+        subcommands = self._subcommands_action._name_parser_map.values() if self._subcommands_action else ()
+        actions = [action for parser in (self, *subcommands) for action in parser._actions]
+        known = sorted({a.option_strings[-1].lstrip("-") for a in actions if a.option_strings})
         section, _, tail = name.rpartition(".")
 
         def likeness(candidate: str) -> float:
@@ -97,48 +89,41 @@ class CommandParser(OneLineParser):
     """Command line of a function with typed arguments: its docstring is the help.
 
     Parameters without a default stand without a name on the command line, the last one as often as wanted
-    if it is a list. Others are options with a dash or an underscore between words; one of type ``bool`` is a
-    flag. A list option is repeated or, where no list stands without a name, takes several values. Fields of
-    a dataclass are options as well.
-
-    Args:
-        command: name of the command.
-        function: what it runs.
+    if it is a list. Others are options with a dash or an underscore between words, as are the fields of
+    dataclasses; one of type ``bool`` is a flag, and one of a list is repeated.
     """
 
     def __init__(self, command: str, function: Callable[..., Any]) -> None:
-        self._function, self._hints = function, get_type_hints(function)
-        parameters = inspect.signature(function).parameters
-        self._positional = [name for name, p in parameters.items() if p.default is p.empty]
-        self._classes = {name: kind for name, kind in self._hints.items() if is_dataclass(kind)}
-        shown = (f"[{n} ...]" if self._is_list(k) else n for k, n in map(self._shown, self._positional))
+        hints = get_type_hints(function)
+        self._function = function
+        self._groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+        required = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
+        words = {name: re.sub("S$", "", name.upper()) for name in required}
+        shown = (f"[{word} ...]" if _is_list(hints[name]) else word for name, word in words.items())
         super().__init__(
             prog=f"fastmem {command}",
             usage=" ".join([f"fastmem {command}", *shown, "[options]"]),
             description=(inspect.getdoc(function) or "").partition("\nArgs:")[0],
             formatter_class=_Formatter,
         )
-        self.add_function_arguments(function, as_positional=True, skip=set(self._classes))
+        self.add_function_arguments(function, as_positional=True, skip=set(self._groups))
         self._action_groups[-1].title = "arguments"
-        for kind in self._classes.values():
-            names = {field.name for field in fields(kind)}
-            self.add_class_arguments(kind, skip=_QUIRKS & names)
-            self._hints |= get_type_hints(kind)
+        for name, kind in self._groups.items():
+            self.add_class_arguments(kind, name, skip=_QUIRKS & {field.name for field in fields(kind)})
+        # Options go by their own names, without those of the groups.
         for action in self._actions:
-            if action.dest in self._positional:
-                action.metavar = self._shown(action.dest)[1]
+            if action.dest in words:
+                action.metavar = words[action.dest]
+            elif action.dest in self._groups:
+                action.help = argparse.SUPPRESS
             elif action.dest != "help":
-                action.option_strings = [f"--{action.dest.replace('_', '-')}"]
+                action.option_strings = [f"--{action.dest.rpartition('.')[2].replace('_', '-')}"]
                 self._option_string_actions[action.option_strings[0]] = action
-                if self._hints[action.dest] is bool:
+                if _kind(action) is bool:
                     action.metavar = ""
 
     def run(self, arguments: list[str]) -> int:
-        """Run the function with arguments of the command line; returns the exit status.
-
-        Raises:
-            FastMemError: for a mistake in the arguments.
-        """
+        """Run the function with arguments of the command line; returns the exit status."""
         written = self._written_out(arguments)
         given = self._given(written)
         for defaults in [value.defaults for value in given.values() if hasattr(value, "defaults")]:
@@ -148,66 +133,54 @@ class CommandParser(OneLineParser):
         return self._function(**given) or 0
 
     def _given(self, written: list[str]) -> dict[str, Any]:
-        """Arguments of the function."""
-        config = self.parse_args(written)
-        parameters = inspect.signature(self._function).parameters
-        given = {name: config[name] for name in parameters if name not in self._classes}
         try:
-            for name, kind in self._classes.items():
-                given[name] = kind(**{f.name: config[f.name] for f in fields(kind) if f.name in config})
+            return self.instantiate(self.parse_args(written)).as_dict()
         except FastMemError as error:
-            # Options have no prefix here.
-            raise FastMemError(re.sub(r"^model\.(\w+\.)?", "", str(error))) from error
-        return given
+            prefix = "|".join([r"model\.\w+", *self._groups])
+            raise FastMemError(re.sub(rf"^({prefix})\.", "", str(error))) from error
 
     def _written_out(self, arguments: list[str]) -> list[str]:
         """Arguments as jsonargparse wants them: options first, each with a value, lists as JSON."""
-        words: list[str] = []
         options: list[str] = []
+        words: list[str] = []
         lists: dict[str, list[str]] = {}
-        takes_list = any(map(self._is_list, self._positional))
-        rest = deque(arguments)
-        while rest:
-            argument = rest.popleft()
-            if argument in ("-h", "--help"):
-                return ["--help"]
+        rest = iter(arguments)
+        for argument in rest:
+            option, equals, value = argument.partition("=")
+            action = self._option_string_actions.get(option.replace("_", "-"))
             if argument == "--":
                 words += rest
-                break
-            if not argument.startswith("--"):
+            elif argument in ("-h", "--help"):
+                return ["--help"]
+            elif not argument.startswith("--"):
                 words.append(argument)
-                continue
-            option, equals, value = argument.partition("=")
-            option = option.replace("_", "-")
-            if option not in self._option_string_actions:
-                known = [name for action in self._actions for name in action.option_strings]
-                raise FastMemError(f"unknown option {option}{nearest(option, known)}; see {self.prog} --help")
-            name = self._option_string_actions[option].dest
-            if self._hints[name] is bool:
-                options.append(f"--{name}={value if equals else 'true'}")
-                continue
-            if not equals:
-                if not rest or rest[0].startswith("--"):
+            elif action is None:
+                self.error(f"unrecognized arguments: {argument}")
+            else:
+                option = action.option_strings[0]
+                if not equals:
+                    value = "true" if _kind(action) is bool else next(rest, "--")
+                if value.startswith("--"):
                     raise FastMemError(f"{option}: give a value; see {self.prog} --help")
-                value = rest.popleft()
-            if not self._is_list(name):
-                options.append(f"--{name}={value}")
-                continue
-            lists.setdefault(name, []).append(value)
-            while not takes_list and rest and not rest[0].startswith("--"):
-                lists[name].append(rest.popleft())
-        options += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
-        for name in self._positional:
-            if not self._is_list(name) and not words:
-                raise FastMemError(f"give a {self._shown(name)[1]}; see {self.prog} --help")
-            options.append(json.dumps(words) if self._is_list(name) else words.pop(0))
-        if words and not takes_list:
-            raise FastMemError(f"unexpected argument {words[0]!r}; see {self.prog} --help")
-        return options
+                if _is_list(_kind(action)):
+                    lists.setdefault(option, []).append(value)
+                else:
+                    options.append(f"{option}={value}")
+        options += [f"{option}={json.dumps(values)}" for option, values in lists.items()]
+        for action in self._actions:
+            if not action.option_strings and _is_list(_kind(action)):
+                options.append(json.dumps(words))
+                words = []
+            elif not action.option_strings:
+                if not words:
+                    raise FastMemError(f"give a {action.metavar}; see {self.prog} --help")
+                options.append(words.pop(0))
+        return options + words
 
-    def _is_list(self, name: str) -> bool:
-        return get_origin(self._hints[name]) in (list, tuple)
 
-    def _shown(self, name: str) -> tuple[str, str]:
-        """A positional parameter and what help calls it."""
-        return name, re.sub("S$", "", name.upper())
+def _kind(action: argparse.Action) -> Any:
+    return getattr(action, "_typehint", None)
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) in (list, tuple)

@@ -38,30 +38,22 @@ def report(
     if not runs:
         raise FastMemError("report: give a run folder, such as runs/demo")
     page = Path(out or (Path(runs[0], "report.html") if len(runs) == 1 else "report.html"))
-    if page.is_dir():
-        raise FastMemError(f"--out: {page} is a folder; give a file, such as {page / 'report.html'}")
     if out is not None and page.suffix.lower() not in (".html", ".htm"):
         raise FastMemError(f"--out: {page} is no name of a page; give one that ends in .html")
     if out is not None and not page.parent.is_dir():
         raise FastMemError(f"--out: there is no folder {page.parent}")
     tables = page.with_suffix(".md")
-    if tables.is_dir():
-        raise FastMemError(f"--out: the tables go to {tables}, which is a folder")
 
     from fastmem_pl.report.collect import collect
     from fastmem_pl.report.document import html, is_ours, markdown
 
     for file in (page, tables):
+        if file.is_dir():
+            raise FastMemError(f"--out: {file} is a folder; give a file, such as {file / 'report.html'}")
         if file.exists() and not force and not is_ours(file):
-            raise FastMemError(
-                f"--out: {file} exists and is not from fastmem report; give --force to replace it, or "
-                "another --out"
-            )
+            raise FastMemError(f"--out: {file} exists and is not from fastmem report; give --force")
     comparison = collect(runs, data)
     heading = title or "FastMem: " + ", ".join(run.label for run in comparison.runs)
-    if sys.stderr.isatty():
-        samples = sum(len({record["index"] for record in run.records}) for run in comparison.runs)
-        print(f"{samples:,} samples: drawing charts ...", file=sys.stderr)
     texts = {page: html(comparison, heading), tables: markdown(comparison, heading)}
     for path, text in texts.items():
         try:

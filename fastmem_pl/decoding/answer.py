@@ -82,15 +82,6 @@ def encode_prompt(
     return backbone.chat.prompt(text, answer_prefix)
 
 
-def context_room(
-    backbone: Backbone, question: str, decoder: str, settings: DecodingSettings, answer_prefix: str = ""
-) -> int:
-    """Most tokens of a context that fit the model beside a question and its answer."""
-    bare = encode_prompt(backbone, question, "", answer_prefix)
-    # Tokens may merge otherwise where the context begins and ends.
-    return backbone.context_length - len(bare) - DECODERS[decoder](settings, backbone).max_new_tokens - 4
-
-
 def _begin(
     backbone: Backbone,
     questions: Sequence[str],

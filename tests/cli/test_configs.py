@@ -1,6 +1,7 @@
 """Every packaged config parses, instantiates and says what it is; configs of all kinds have one door."""
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
-from runs import PREFIX, answers
+from runs import PREFIX, answers, ids_of, read
 
 from fastmem_pl import (
     ChatSettings,
@@ -136,20 +137,56 @@ def test_the_command_takes_every_model(capsys, name):
     assert config["run_dir"] == f"runs/base-{name}-nqswap-fastmem"
 
 
-def test_later_configs_and_options_win(capsys, tmp_path):
+def test_options_and_own_files_win(capsys, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: {memorize: {kl_coeff: 5e-2}}\ndata:\n")
-    row = "base,llama3-8b,xsum,fastmem+cd"
-
-    def kl_coeff(*arguments):
-        return resolved(capsys, *arguments)["model"]["memorize"]["kl_coeff"]
-
-    assert kl_coeff("--config", row) == 0.3
-    assert kl_coeff("--config", f"{row},{mine}") == 0.05
-    assert kl_coeff("--model.memorize.kl_coeff", "0.07", "--config", row) == 0.07
+    row = f"base,llama3-8b,xsum,fastmem+cd,{mine}"
+    for given, expected in ([], 0.05), (["--model.memorize.kl_coeff", "0.07"], 0.07):
+        found = resolved(capsys, *given, "--config", row)
+        assert found["model"]["memorize"]["kl_coeff"] == expected
     own = tmp_path / "xsum.yaml"
     own.write_text("data: {task: xsum}")
-    assert kl_coeff("--config", f"base,{own},fastmem+cd") == 0.1
+    found = resolved(capsys, "--config", f"base,{own},fastmem+cd")
+    assert found["model"]["memorize"]["kl_coeff"] == 0.1
+
+
+# values of --config, and settings that come out
+COMPOSED = """
+base llama3-8b xsum fastmem: {learning_rate: 1.0e-5, kl_coeff: 1, max_new_tokens: 400, methods: [fastmem]}
+base,llama3-8b xsum,xsum+cd fastmem+cd: {learning_rate: 1.0e-5, kl_coeff: 0.3, methods: [fastmem+cd]}
+base,qwen1.5-4b memotrap dola: {source: Qwen/Qwen1.5-4B-Chat, task: memotrap, methods: [dola]}
+xsum,base: {task: xsum, kl_coeff: 0.1, max_new_tokens: 100}
+xsum+cd xsum: {kl_coeff: 1}
+dola cad: {methods: [cad]}
+cad,dola: {methods: [dola]}
+base mine.yaml,xsum: {alpha: 0.25, kl_coeff: 1, steps: 7}
+mine.yaml base: {alpha: 0.5, steps: 10, system_prompt: Hi}
+"""
+
+
+@pytest.mark.parametrize(("configs", "expected"), yaml.safe_load(COMPOSED).items())
+def test_configs_compose_and_later_ones_win(configs, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        "model: {decode: {alpha: 0.25}, memorize: {steps: 7, kl_coeff: 5.0}, chat: {system_prompt: Hi}}\n"
+    )
+    given = [part for config in configs.split() for part in ("--config", config)]
+    settings = resolved(capsys, *given)
+    found = settings["model"] | settings["data"]
+    for group in ("backbone", "memorize", "decode", "chat"):
+        found |= settings["model"][group]
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_composed_configs_run_and_name_the_folder(run_methods, tiny_folder, tmp_path):
+    usual = run_methods("nqswap", ["cad"])
+    options = {"data.path": tmp_path / "nqswap.jsonl", "data.answer_prefix": "", "trainer.accelerator": "cpu"}
+    options |= {"model.backbone": tiny_folder, "model.decode.max_new_tokens": 3}
+    given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    assert main(["fit-predict", "--config", "base,smollm2", "--config", "nqswap,cad", *given]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert {"smollm2", "nqswap", "cad"} <= set(re.split("[-,_]", folder.name))
+    assert ids_of(read(folder)) == ids_of(usual)
 
 
 @pytest.mark.parametrize(

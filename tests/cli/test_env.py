@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastmem_pl import kernels
-from fastmem_pl.base.hub import converted_folder, demo_file
 from fastmem_pl.cli import env, main
 
 
@@ -34,15 +33,6 @@ def test_lines_and_json_say_the_same(capsys, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.skipif(demo_file() is None, reason="the demo model is not installed")
-def test_the_converted_demo_model_is_found():
-    assert env.describe()["cache"]["converted demo model"].startswith("not there yet")
-    folder = converted_folder(demo_file())
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    assert env.describe()["cache"]["converted demo model"].endswith(folder.name)
-
-
 def test_secrets_and_other_variables_stay_out(monkeypatch):
     secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_SECRET")
     for name in (*secrets, "FASTMEM_API_TOKEN", "FASTMEM_PASSWORD", "EDITOR"):
@@ -63,7 +53,7 @@ def test_secrets_and_other_variables_stay_out(monkeypatch):
 )
 def test_home_folders_lose_their_users_name(monkeypatch, path, shown):
     monkeypatch.setenv("HOME", "/home/ann")
-    assert env._shown(path) == shown
+    assert env._said(path) == shown
 
 
 def test_it_runs_where_torch_cannot_be_imported_at_all(tmp_path):
@@ -74,7 +64,7 @@ def test_it_runs_where_torch_cannot_be_imported_at_all(tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=True
     )
     facts = json.loads(done.stdout)
-    assert facts["torch"] == {"problem": "unknown (ImportError: broken in two)"}
+    assert set(facts["torch"].values()) >= {"unknown (ImportError: broken in two)"}
     assert facts["packages"]["torch"] == torch.__version__
 
 
@@ -113,5 +103,5 @@ def test_what_hangs_or_is_missing_is_left_out(monkeypatch):
     monkeypatch.setattr(subprocess, "run", hangs)
     monkeypatch.setattr("fastmem_pl.base.hub.cache_dir", homeless)
     found = env.describe()
-    assert isinstance(found["fastmem"]["version"], str)
-    assert found["cache"] == {"problem": "unknown (RuntimeError: Could not determine home directory.)"}
+    assert "fastmem-pl" in found["fastmem"]
+    assert found["cache"]["folder"] == "unknown (RuntimeError: Could not determine home directory.)"

@@ -211,7 +211,7 @@ def test_settings_of_memorizing_take_effect(
 
 
 def test_a_config_of_ones_own_applies(fastmem, notes: Path, tmp_path: Path, backbone: Backbone) -> None:
-    (tmp_path / "mine.yaml").write_text("model:\n  steps: 3\n  learning_rate: 0.03\n  kl_coeff: 0.7\n")
+    (tmp_path / "mine.yaml").write_text("model: {memorize: {steps: 3, learning_rate: 0.03, kl_coeff: 0.7}}")
     fastmem("memorize", notes, config="base,mine.yaml", steps=None, learning_rate=None, form="float32")
     expected = Memorizer(backbone, steps=3, learning_rate=0.03, kl_coeff=0.7)(TEXT)
     assert_deltas(Memory.load("notes.fastmem", backbone), expected, 1e-6)

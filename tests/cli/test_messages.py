@@ -9,55 +9,58 @@ from pathlib import Path
 import pytest
 import transformers
 from conftest import make_tokenizer, save_model
-from runs import FASTMEM, QA, files, write
+from runs import FASTMEM, QA, RECORDS, files, shown, write
+
+from fastmem_pl.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (
-            "--data.task nqswp",
-            ("data.task", "'nqswp'", "hotpotqa", "memotrap", "qa", "did you mean 'nqswap'"),
-        ),
-        (
-            "--model.methods [zero-shto]",
-            ("model.methods", "'zero-shto'", "fastmem+cd", "did you mean 'zero-shot'"),
-        ),
-        ("--model.methods []", ("model.methods", "zero-shot", "fastmem")),
-        ("--model.stesp 3", ("--model.stesp", "--model.memorize.steps")),
-        ("--model.steps 3", ("--model.steps is now --model.memorize.steps",)),
-        ("--model.chat_template=false", ("--model.chat_template is now --model.chat.template",)),
-        ("--modle.steps 3", ("--modle.steps", "--model.memorize.steps")),
-        ("--rundir x", ("--rundir", "--run_dir")),
-        ("--trainer.acceleratr cpu", ("--trainer.acceleratr", "--trainer.accelerator")),
-        (
-            "--trainer.precision bf16-tru",
-            ("trainer.precision", "bf16-tru", "32-true", "did you mean 'bf16-true'"),
-        ),
-        ("--trainer.accelerator cpuu", ("trainer.accelerator", "cpuu", "cpu")),
-        ("--trainer.strategy ddpp", ("trainer.strategy", "ddpp")),
-        ("--model.memorize.steps abc", ("model.memorize.steps", "abc", "int")),
-        ("--model.memorize.steps -1", ("model.memorize.steps", "-1", "at least 0")),
-        ("--model.memorize.learning_rate 0", ("model.memorize.learning_rate", "0", "above 0")),
-        ("--model.memorize.learning_rate .nan", ("model.memorize.learning_rate", "nan")),
-        ("--model.memorize.learning_rate .inf", ("model.memorize.learning_rate", "inf")),
-        ("--model.memorize.kl_coeff -1", ("model.memorize.kl_coeff", "-1", "at least 0")),
-        ("--model.memorize.num_layers 9", ("num_layers", "9", "3")),
-        ("--model.decode.max_new_tokens 0", ("model.decode.max_new_tokens", "0", "at least 1")),
-        ("--data.batch_size 0", ("data.batch_size", "0", "at least 1")),
-        ("--data.limit -1", ("data.limit", "-1", "at least 1")),
-        ("--data.path nope.json", ("data.path", "nope.json")),
-        ("--model.backbone nope.gguf", ("model.backbone", "nope.gguf")),
-        ("--model.backbone ./nope", ("model.backbone", "nope")),
-        ("--model.memorize.max_context_tokens 8 --model.strict true", ("max_context_tokens", "25", "8")),
-        ("--config dmeo", ("--config", "dmeo", "smollm2", "did you mean 'demo'")),
-        ("--data.task qa --data.fields {contxt:input}", ("data.fields", "contxt", "context")),
-        ("--data.fields {context:input}", ("data.fields", "qa")),
-    ],
-)
-def test_a_bad_option_is_refused_in_one_line(refused_small, options: str, parts: tuple[str, ...]) -> None:
+# options after those of a small run, and what the line says; ranges of settings stand with the settings' tests
+BAD = """
+--data.task nqswp | data.task | 'nqswp' | hotpotqa | memotrap | qa | did you mean 'nqswap'
+--model.methods [zero-shto] | model.methods | 'zero-shto' | fastmem+cd | did you mean 'zero-shot'
+--model.methods [oneshot] | 'oneshot' | fastmem+cad | did you mean 'one-shot'
+--model.methods [] | model.methods | zero-shot | fastmem
+--model.stesp 3 | --model.stesp | --model.memorize.steps
+--model.steps 3 | --model.steps is now --model.memorize.steps
+--model.chat_template=false | --model.chat_template is now --model.chat.template
+--modle.steps 3 | --modle.steps | --model.memorize.steps
+--rundir x | --rundir | --run_dir
+--trainer.acceleratr cpu | --trainer.acceleratr | --trainer.accelerator
+--trainer.precision bf16-tru | trainer.precision | bf16-tru | 32-true | did you mean 'bf16-true'
+--trainer.accelerator cpuu | trainer.accelerator | cpuu | cpu
+--trainer.strategy ddpp | trainer.strategy | ddpp
+--model.memorize.steps abc | model.memorize.steps | abc | int
+--model.memorize.steps -1 | model.memorize.steps | -1 | at least 0
+--model.memorize.learning_rate .nan | model.memorize.learning_rate | nan
+--model.memorize.num_layers 9 | model.memorize.num_layers | 9 | 3
+--model.decode.max_new_tokens 0 | model.decode.max_new_tokens | 0 | at least 1
+--model.decode.temperature warm | model.decode.temperature | 'warm' | float
+--model.decode.top_k 2.5 | model.decode.top_k | 2.5 | int
+--model.decode.dola_layers hihg | model.decode.dola_layers | 'hihg' | auto | low | did you mean 'high'
+--model.decode.dola_layers [1,3] --model.methods [dola] | model.decode.dola_layers | 3 is no layer | 0 to 2
+--model.decode.dola_layers [-1] --model.methods [dola] | model.decode.dola_layers | -1 | 0 to 2
+--model.decode.dola_layers [] --model.methods [dola] | model.decode.dola_layers | empty | auto
+--model.decode.stop [''] | model.decode.stop | '' | none empty
+--model.decode.stop word | model.decode.stop | 'word'
+--model.published_quirks [round-weight] | model.published_quirks | dola-unlimited | did you mean 'round-weights'
+--data.batch_size 0 | data.batch_size | 0 | at least 1
+--data.limit -1 | data.limit | -1 | at least 1
+--data.path nope.json | data.path | nope.json
+--model.backbone nope.gguf | model.backbone | nope.gguf
+--model.backbone ./nope | model.backbone | nope
+--model.memorize.max_context_tokens 8 --model.strict true | max_context_tokens | 25 | 8
+--config dmeo | --config | dmeo | smollm2 | did you mean 'demo'
+--config base,lama3-8b,xsum | --config | lama3-8b | did you mean 'llama3-8b'
+--data.task qa --data.fields {contxt:input} | data.fields | contxt | context
+--data.fields {context:input} | data.fields | qa
+"""
+
+
+@pytest.mark.parametrize("case", BAD.strip().splitlines())
+def test_a_bad_option_is_refused_in_one_line(refused_small, case: str) -> None:
+    options, *parts = case.split(" | ")
     line = refused_small(*(option.replace(":", ": ") for option in options.split()))
     assert [part for part in parts if part not in line] == []
 
@@ -107,3 +110,14 @@ def test_the_installed_command_says_one_line_too(
     assert done.stdout == ""
     assert re.fullmatch(r"fastmem: error: .*\n", done.stderr)
     assert files(tmp_path) == {}
+
+
+def test_tasks_lists_all_and_refuses_unknown_names(refused, capsys):
+    line = refused("tasks", "xsm")
+    assert [part for part in ("'xsm'", "wikihow", "did you mean 'xsum'") if part not in line] == []
+    assert main(["tasks"]) == 0
+    listed = capsys.readouterr().out
+    for task in RECORDS:
+        assert re.search(rf"^{task}: ", listed, re.MULTILINE)
+        assert {"prompt", "one-shot", "without context (cad)"} <= set(shown(task))
+        assert "{context}" not in shown(task)["without context (cad)"]

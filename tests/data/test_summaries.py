@@ -1,7 +1,7 @@
 """Files of articles and summaries: field names of one's own, and malformed records."""
 
 import pytest
-from method_runs import SUMMARIES, write
+from runs import SUMMARIES, write
 
 from fastmem_pl import FastMemDataModule, FastMemError
 from fastmem_pl.data import read_samples

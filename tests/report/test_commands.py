@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from real_runs import NQ, files, read
 from report_runs import HOSTILE, assert_loads_nothing
+from runs import NQ, files, read
+
+from fastmem_pl.cli import main
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
@@ -57,6 +59,14 @@ def test_several_runs_go_to_the_working_folder(finished, make_run, two_methods, 
     assert Path("report.md").read_text().startswith(r"# Two &lt;b> \| & more")
 
 
+@pytest.fixture(scope="module")
+def real(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real") / "run"
+    methods = ["--model.methods", "[zero-shot, fastmem, dola]"]
+    assert main(["fit-predict", *small, *methods, "--run_dir", str(folder)]) == 0
+    return folder
+
+
 def test_a_real_run(real, pages, say):
     """Page, Markdown and terminal show the numbers of ``metrics.json``, and the page all texts."""
     page, markdown = pages(real)
@@ -88,11 +98,11 @@ def test_a_real_run(real, pages, say):
         (["RUN", "--out", "no/x.html"], "--out: there is no folder no"),
         (["RUN", "--out", "file/x.html"], "--out: there is no folder file"),
         (["RUN", "--out", "/proc/nowhere/x.html"], "--out: there is no folder /proc/nowhere"),
-        (["RUN", "--out", "."], "--out: . is a folder"),
-        (["RUN", "--out", "dir.html"], "the tables go to dir.md, which is a folder"),
+        (["RUN", "--out", "."], "--out: . is no name of a page"),
+        (["RUN", "--out", "dir.html"], "--out: dir.md is a folder"),
         (["RUN", "--data", "nothing.json"], "--data: no such file: nothing.json"),
         (["RUN", "--data", "."], "--data: no such file: ."),
-        (["RUN", "--titel", "x"], "--titel; did you mean '--title'?"),
+        (["RUN", "--titel", "x"], "--titel; did you mean --title?"),
         (["RUN", "--profile"], "--profile"),
         (["nothing"], "no such run folder: nothing"),
     ],
@@ -147,9 +157,9 @@ def test_few_samples(make_run, two_methods, pages, say, count):
     ("command", "more", "word"),
     [("fit", [], "memories, not answers"), ("search", ["--search.grid", "{steps: [1, 2]}"], "is a search")],
 )
-def test_folders_of_other_commands(options, tmp_path, refused, say, command, more, word):
+def test_folders_of_other_commands(small, tmp_path, refused, say, command, more, word):
     folder = tmp_path / "run"
-    say(command, *options, *more, "--run_dir", folder)
+    say(command, *small, *more, "--run_dir", folder)
     for reporter in ("report", "compare"):
         line = refused(reporter, folder)
         assert str(folder) in line

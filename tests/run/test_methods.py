@@ -8,32 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, assert_untouched, make_model, snapshot
-from decodes import plain_scores
-from method_runs import (
-    END,
-    METHODS,
-    NQ,
-    QA,
-    RECORDS,
-    ROUGE,
-    SUMMARY_TASKS,
-    TEXTS,
-    ids_of,
-    metrics_of,
-    plain_ids,
-    plain_memorize,
-    plain_prompt,
-    read,
-    run_methods,
-    shown,
-    write,
-)
+from conftest import SHARED, assert_untouched, make_model, make_module, snapshot
+from decodes import END, TEXTS, plain_ids, plain_memorize, plain_prompt, plain_scores
 from rouge_score.rouge_scorer import RougeScorer
+from runs import ALL_METHODS, QA, RECORDS, ROUGE, SUMMARY_TASKS, ids_of, metrics_of, read, shown, write
 
-from fastmem_pl import FastMemDataModule, FastMemModule, FastMemTrainer
+from fastmem_pl import FastMemDataModule, FastMemTrainer
 
-run = run_methods  # a fixture
 pytestmark = pytest.mark.usefixtures("one_thread")
 QA_SCORES = {"accuracy", "contained", "exact_match", "f1", "format_failure"}
 FIELDS = {"id": str, "prediction": str, "token_ids": list, "references": list, "scores": dict, "curve": dict}
@@ -43,7 +24,7 @@ SUMMARY_PREFIX = "A dog barked.\nThe cat slept, as rain fell"
 
 def check_records(records, task, count, n):
     assert Counter((r["index"], r["method"]) for r in records) == Counter(
-        (i, m) for i in range(count) for m in METHODS
+        (i, m) for i in range(count) for m in ALL_METHODS
     )
     scores = ROUGE if task in SUMMARY_TASKS else QA_SCORES
     for record in records:
@@ -67,13 +48,13 @@ def check_records(records, task, count, n):
 
 
 @pytest.mark.parametrize("task", RECORDS)
-def test_every_method_on_every_task(run, task, tmp_path, capsys):
+def test_every_method_on_every_task(run_methods, task, tmp_path, capsys):
     prefix = SUMMARY_PREFIX if task in SUMMARY_TASKS else ""
-    records = run(task, command="fit-predict", data__answer_prefix=prefix)
+    records = run_methods(task, data__answer_prefix=prefix)
     check_records(records, task, len(RECORDS[task]), 3)
     assert set(shown(task)["scores"].split(", ")) - {"bert_precision", "factkb"} == set(records[0]["scores"])
     printed = capsys.readouterr().out
-    for method in METHODS:
+    for method in ALL_METHODS:
         assert re.search(rf"^. {re.escape(method)} ", printed, re.MULTILINE), "not in the table"
         found = [r["scores"] for r in records if r["method"] == method]
         for name in found[0]:
@@ -94,12 +75,12 @@ def test_every_method_on_every_task(run, task, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task", ["nqswap", "nq", "memotrap", "hotpotqa", "xsum", "cnndm", "wikihow"])
-def test_every_method_on_the_real_files(run, task):
+def test_every_method_on_the_real_files(run_methods, task):
     stem = "nqswap" if task == "nq" else task
     path = SHARED / "data" / f"{stem}.{'jsonl' if task in SUMMARY_TASKS else 'json'}"
     if not path.is_file():
         pytest.skip(f"needs {path}, which is not in the repository")
-    records = run(task, data__path=str(path), data__limit=2, max_context_tokens=80, max_new_tokens=2)
+    records = run_methods(task, data__path=str(path), data__limit=2, max_context_tokens=80, max_new_tokens=2)
     check_records(records, task, 2, 2)
     assert all((r["n_truncated_tokens"] > 0) == (task != "memotrap") for r in records)
 
@@ -112,9 +93,9 @@ PLAIN = [
 
 
 @pytest.mark.parametrize(("task", "layers", "settings"), PLAIN)
-def test_every_method_equals_a_plain_loop(run, task, layers, settings):
+def test_every_method_equals_a_plain_loop(run_methods, task, layers, settings):
     limits = {"data__limit": 2, "max_new_tokens": 5, "steps": 10}
-    records = run(task, num_layers=layers, kl_coeff=0.5, **settings, **limits)
+    records = run_methods(task, num_layers=layers, kl_coeff=0.5, **settings, **limits)
     base = make_model()
     tuned = [plain_memorize(context, 10, layers, kl_coeff=0.5) for context, _ in TEXTS[task][:2]]
     for record in records:
@@ -131,20 +112,20 @@ def test_every_method_equals_a_plain_loop(run, task, layers, settings):
             assert record["curve"][name] == pytest.approx(curve[name], rel=1e-4, abs=1e-6), name
 
 
-def test_a_batch_equals_one_by_one_and_runs_repeat(run):
+def test_a_batch_equals_one_by_one_and_runs_repeat(run_methods):
     settings = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "num_layers": 2}
     settings |= {"max_new_tokens": 6, "stop": ["e", "0"]}
-    one, together = (run("xsum", data__batch_size=b, run_dir=f"b{b}", **settings) for b in (1, 5))
+    one, together = (run_methods("xsum", data__batch_size=b, run_dir=f"b{b}", **settings) for b in (1, 5))
     assert ids_of(one) == ids_of(together)
     assert [r.get("dola_layers") for r in one] == [r.get("dola_layers") for r in together]
 
 
 @pytest.mark.parametrize("limits", [{"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}])
-def test_draws_follow_the_softmax_of_the_scores(run, limits):
+def test_draws_follow_the_softmax_of_the_scores(run_methods, limits):
     count, temperature, settings = 150, 4.0, {"dola_layers": [0, 2], "relative_top": 0.01}
     methods = ["zero-shot", "cad", "dola", "fastmem+cd"]
     draws = {"temperature": temperature, "max_new_tokens": 1, "data__batch_size": 150, **limits, **settings}
-    records = run("qa", methods, [QA[0]] * count, **draws)
+    records = run_methods("qa", methods, [QA[0]] * count, **draws)
     base, (tuned, _) = make_model(), plain_memorize(QA[0]["context"])
     prompts = [plain_prompt("qa", form, 0) for form in ("prompt", "without context (cad)")]
     for method in methods:
@@ -164,10 +145,10 @@ def test_draws_follow_the_softmax_of_the_scores(run, limits):
 def test_base_weights_stay_under_the_trainer(make_tiny, tmp_path: Path):
     backbone = make_tiny()
     before, settings = snapshot(backbone), {"temperature": 1.0, "num_layers": 2, "max_new_tokens": 3}
-    module = FastMemModule(backbone.name, METHODS, steps=2, learning_rate=0.01, **settings)
+    module = make_module(backbone, ALL_METHODS, steps=2, learning_rate=0.01, **settings)
     module.load_backbone("32-true", torch.device("cpu"), backbone)
-    data = FastMemDataModule("nqswap", str(write(tmp_path / "nq.jsonl", NQ)))
+    data = FastMemDataModule("nqswap", str(write(tmp_path / "nq.jsonl", RECORDS["nqswap"])))
     trainer = FastMemTrainer(accelerator="cpu", enable_progress_bar=False)
     trainer.fit_predict(module, data, run_dir=str(tmp_path / "run"))
-    check_records(read(tmp_path / "run"), "nqswap", len(NQ), 3)
+    check_records(read(tmp_path / "run"), "nqswap", len(RECORDS["nqswap"]), 3)
     assert_untouched(backbone, before)

@@ -2,16 +2,27 @@
 
 import re
 import statistics
+from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from method_runs import ROUGE, SUMMARIES, metrics_of, run_methods, save_roberta
+from runs import ROUGE, SUMMARIES, metrics_of
+from tokenizers import pre_tokenizers
 
-from fastmem_pl import FastMemError
-
-run = run_methods  # a fixture
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL_SCORES = {"bert_precision", "factkb"}
+
+
+def save_roberta(folder: Path, model_class, seed=0) -> Path:
+    alphabet = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "<mask>"]
+    vocabulary = {token: i for i, token in enumerate(alphabet)}
+    transformers.RobertaTokenizer(vocab=vocabulary, merges=[], model_max_length=180).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"vocab_size": 261, "max_position_embeddings": 182, "type_vocab_size": 1, "pad_token_id": 1}
+    torch.manual_seed(seed)
+    model_class(transformers.RobertaConfig(initializer_range=0.5, **sizes)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +35,10 @@ def metric_models(tmp_path_factory):
     }
 
 
-def test_metric_models_are_missed_in_one_line_and_added_later(run, metric_models, tmp_path, caplog):
+def test_metric_models_are_missed_in_one_line_and_added_later(run_methods, metric_models, tmp_path, caplog):
     data = [*SUMMARIES, {"article": "No summary is known of this."}]
-    common = {"task": "xsum", "methods": ["zero-shot", "fastmem"], "data": data, "command": "fit-predict"}
-    first = run(**common, bertscore_model="./nowhere", factkb_model="nobody/nothing-here")
+    common = {"task": "xsum", "methods": ["zero-shot", "fastmem"], "data": data}
+    first = run_methods(**common, bertscore_model="./nowhere", factkb_model="nobody/nothing-here")
     bertscore, factkb = (record.getMessage() for record in caplog.records)
     assert re.search(r"bert_precision.*\./nowhere", bertscore)
     assert re.search("factkb.*nobody/nothing-here", factkb)
@@ -35,7 +46,7 @@ def test_metric_models_are_missed_in_one_line_and_added_later(run, metric_models
     assert all(set(r["scores"]) == (ROUGE if r["index"] < 3 else set()) for r in first)
 
     caplog.clear()
-    later = run(**common, **metric_models)
+    later = run_methods(**common, **metric_models)
     for before, after in zip(first, later, strict=True):
         assert set(after["scores"]) == set(before["scores"]) | MODEL_SCORES, "these need the article only"
         assert all(0 < after["scores"][name] < 1 for name in MODEL_SCORES)
@@ -49,20 +60,20 @@ def test_metric_models_are_missed_in_one_line_and_added_later(run, metric_models
         assert found["standard_error"] == pytest.approx(statistics.stdev(values) / 2)
 
     content = (tmp_path / "run" / "predictions.jsonl").read_bytes()
-    run(**common, **metric_models)
+    run_methods(**common, **metric_models)
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == content
     assert not caplog.records
-    for ours, other in zip(later, run(**common, **metric_models, run_dir="fresh"), strict=True):
+    for ours, other in zip(later, run_methods(**common, **metric_models, run_dir="fresh"), strict=True):
         assert ours["scores"] == pytest.approx(other["scores"], abs=1e-5)
 
 
-def test_scores_of_two_metric_models_are_not_mixed(run, metric_models):
-    first = run("xsum", ["zero-shot"], **metric_models)
+def test_scores_of_two_metric_models_are_not_mixed(run_methods, metric_models):
+    first = run_methods("xsum", ["zero-shot"], **metric_models)
     other = metric_models | {"factkb_model": metric_models["factkb_model"].with_name("other")}
-    fresh = run("xsum", ["zero-shot"], run_dir="fresh", **other)
+    fresh = run_methods("xsum", ["zero-shot"], run_dir="fresh", **other)
     try:
-        again = run("xsum", ["zero-shot"], **other)
-    except FastMemError:
+        again = run_methods("xsum", ["zero-shot"], **other)
+    except AssertionError:
         return  # refused, which would do as well
     assert [r["scores"] for r in again] != [r["scores"] for r in first]
     assert [r["scores"] for r in again] == [pytest.approx(r["scores"], abs=1e-5) for r in fresh]

@@ -3,26 +3,17 @@
 import statistics
 
 import pytest
-from method_runs import (
-    END,
-    NQ,
-    START,
-    TEXTS,
-    metrics_of,
-    plain_ids,
-    plain_prompt,
-    run_methods,
-)
+from decodes import END, START, TEXTS, plain_ids, plain_prompt
+from runs import NQ, metrics_of
 
-run = run_methods  # a fixture
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIRKS = ["norm-every-layer", "round-weights", "dola-unlimited", "context-round-trip", "parse-special-tokens"]
 
 
 @pytest.mark.parametrize("task", ["nqswap", "xsum", "nqswap_icl"])
-def test_long_contexts_are_cut_off_and_counted(run, task, tmp_path):
+def test_long_contexts_are_cut_off_and_counted(run_methods, task, tmp_path):
     lengths = [len(plain_ids(context)) for context, _ in TEXTS[task]]
-    for record in run(task, ["zero-shot", "fastmem"], max_context_tokens=30):
+    for record in run_methods(task, ["zero-shot", "fastmem"], max_context_tokens=30):
         length = lengths[record["index"]]
         assert record["n_context_tokens"] == min(length, 30)
         assert record["n_truncated_tokens"] == max(length - 30, 0)
@@ -32,17 +23,17 @@ def test_long_contexts_are_cut_off_and_counted(run, task, tmp_path):
     assert truncated == pytest.approx(statistics.mean(length > 30 for length in lengths))
 
 
-def test_a_cut_within_a_character_puts_no_other_in_its_place(run):
-    (record,) = run("nqswap", ["fastmem"], [NQ[2]], max_context_tokens=3)  # "Zo" and half of "ë"
+def test_a_cut_within_a_character_puts_no_other_in_its_place(run_methods):
+    (record,) = run_methods("nqswap", ["fastmem"], [NQ[2]], max_context_tokens=3)  # "Zo" and half of "ë"
     frame = len(plain_prompt("nqswap", "prompt", 2)) - len(plain_ids(NQ[2]["sub_context"]))
     assert record["n_prompt_tokens"] - frame in (2, 3, 4), "the sign for a broken character takes three"
 
 
-def test_chat_template_off_and_system_prompt(run):
+def test_chat_template_off_and_system_prompt(run_methods):
     methods, system = ["zero-shot", "one-shot", "fastmem"], "You are terse: naïve."
-    usual = run("nqswap", methods)
-    plain = run("nqswap", methods, chat_template=False, run_dir="plain")
-    told = run("nqswap", methods, system_prompt=system, run_dir="told")
+    usual = run_methods("nqswap", methods)
+    plain = run_methods("nqswap", methods, template=False, run_dir="plain")
+    told = run_methods("nqswap", methods, system_prompt=system, run_dir="told")
     frame = len([START, *plain_ids("user\n"), END, *plain_ids("\n"), START, *plain_ids("assistant\n")])
     turn = len([START, *plain_ids(f"system\n{system}"), END, *plain_ids("\n")])
     for with_chat, without, with_system in zip(usual, plain, told, strict=True):
@@ -56,11 +47,11 @@ def test_chat_template_off_and_system_prompt(run):
     assert answers[0] != answers[1] != answers[2] != answers[0]
 
 
-def test_published_quirks(run):
+def test_published_quirks(run_methods):
     settings = {"num_layers": 2, "methods": ["dola", "fastmem"]}
-    usual = run("nqswap", **settings)
+    usual = run_methods("nqswap", **settings)
     for quirk in QUIRKS:
-        found = run("nqswap", published_quirks=[quirk], run_dir=quirk, **settings)
+        found = run_methods("nqswap", published_quirks=[quirk], run_dir=quirk, **settings)
         for before, after in zip(usual, found, strict=True):
             marked = after["index"] == 3 and quirk == "parse-special-tokens"
             assert after["n_prompt_tokens"] == before["n_prompt_tokens"] - 9 * marked, (

@@ -1,3 +1,0 @@
-"""Helpers that moved to runs.py."""
-
-from runs import *  # noqa: F403
