@@ -21,9 +21,9 @@ from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
 from fastmem_pl.backbone.loading import fingerprint_of, load_model
 from fastmem_pl.backbone.placement import DeviceMap, Placement, let_cross
 from fastmem_pl.backbone.settings import (
+    COMPUTE_DTYPE,
     BackboneSettings,
     Precision,
-    compute_dtype,
     fabric_settings,
     normalize_precision,
 )
@@ -151,7 +151,7 @@ class Backbone:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type in which the tail's matrix products run."""
-        return compute_dtype(self.precision)
+        return COMPUTE_DTYPE[self.precision]
 
     @property
     def context_length(self) -> int:

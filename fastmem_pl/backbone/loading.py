@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
 from fastmem_pl.backbone.placement import device_plan
-from fastmem_pl.backbone.settings import WEIGHT_DTYPE, BackboneSettings, Precision, compute_dtype
+from fastmem_pl.backbone.settings import COMPUTE_DTYPE, WEIGHT_DTYPE, BackboneSettings, Precision
 from fastmem_pl.base.errors import FastMemError, nearest, one_line
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
@@ -81,7 +81,7 @@ def load_model(
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
         if device_map:
-            types, size = (dtype, compute_dtype(precision)), quantizing.stored_size(kind, config)
+            types, size = (dtype, COMPUTE_DTYPE[precision]), quantizing.stored_size(kind, config)
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
         sharded = nullcontext({})
         if settings.tp_plan:
@@ -148,12 +148,13 @@ def _check_weights(source: str, info: Mapping[str, Any]) -> None:
 def _without_report() -> Iterator[None]:
     """Keep back the table of weights that do not fit, which transformers logs: one line names them."""
     logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    # Not by its level: transformers looks at that, and says more. No logger is below this name.
+    silence = logging.Filter("nothing")
+    logger.addFilter(silence)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(silence)
 
 
 def _resolve(source: str) -> str:

@@ -46,11 +46,8 @@ class BackboneSettings:
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 WEIGHT_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
-
-
-def compute_dtype(precision: Precision) -> torch.dtype:
-    """Type in which the tail's matrix products run."""
-    return torch.float32 if precision == "32-true" else torch.bfloat16
+# Of the matrix products of the tail.
+COMPUTE_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
 
 
 def normalize_precision(precision: str | int) -> Precision:
