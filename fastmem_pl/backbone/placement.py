@@ -44,10 +44,7 @@ class Part:
 
 
 def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None = None) -> list[Part]:
-    """The parts of a model, which may be on the meta device, with ``num_layers`` trained layers.
-
-    ``stored``: bytes of a weight in linear maps of the trunk, if quantized.
-    """
+    """The parts of a model; ``stored``: bytes of a weight in linear maps of the trunk, if quantized."""
     names = {module: name for name, module in model.named_modules()}
     body, blocks = f"{names[anatomy.body]}.", f"{names[anatomy.blocks]}."
     embedding, ends = names[model.get_input_embeddings()], {names[anatomy.head], names[anatomy.final_norm]}
@@ -82,10 +79,9 @@ def device_plan(
     device: torch.device,
     stored: float | None = None,
 ) -> dict[str, torch.device]:
-    """A device for every part of a model without weights.
+    """A device for every part of a model without weights; ``device`` is where a policy puts the tail.
 
-    ``precision`` is the types of the weights and of the products; ``device`` the program's, where a policy
-    puts the tail; ``stored`` as for :func:`parts_of`.
+    ``precision`` is the types of the weights and of the products.
     """
     anatomy = find_anatomy(model)
     parts = parts_of(model, anatomy, num_layers, stored)
@@ -262,10 +258,7 @@ class Placement:
 
 
 def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
-    """Make a model that lies on several devices run; no hooks of Accelerate are left on it.
-
-    Masks, positions and position embeddings are made where the embeddings are; logits where the LM head is.
-    """
+    """Make a model that lies on several devices run, by hooks in place of those of Accelerate."""
     if getattr(model, "_fastmem_crosses", False):
         return
     model._fastmem_crosses = True
