@@ -22,7 +22,7 @@ from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
 from fastmem_pl.backbone.placement import device_plan
 from fastmem_pl.backbone.settings import COMPUTE_DTYPE, WEIGHT_DTYPE, BackboneSettings, Precision
-from fastmem_pl.base.errors import FastMemError, nearest, one_line
+from fastmem_pl.base.errors import FastMemError, nearest, one_line, unknown
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ def load_model(
         kind = quantization or method
         if settings.tp_plan and (device_map or kind):
             other = "device_map" if device_map else f"a quantized model ({kind})"
-            raise FastMemError(
-                f"model.backbone.tp_plan: it does not go with {other}; allowed: one of the two"
-            )
+            raise FastMemError(f"model.backbone.tp_plan: it does not go with {other}; leave one out")
         if kind:
             # With its number, which the loaders of quantized weights take.
             options["device_map"] = {"": torch.empty(0, device=device).device}
@@ -158,7 +156,6 @@ def _without_report() -> Iterator[None]:
 
 
 def _resolve(source: str) -> str:
-    """Turn ``source`` into a folder or Hub id that ``from_pretrained`` takes."""
     path = demo_file() if source == DEMO else Path(source).expanduser()
     if path is None:
         raise FastMemError(
@@ -169,16 +166,12 @@ def _resolve(source: str) -> str:
             raise FastMemError(f"model.backbone: no such GGUF file: {source}")
         return str(_converted(path))
     # Hub ids without an owner exist (gpt2), but a slip of "demo" is likelier to be meant.
-    hint = "" if path.is_dir() else nearest(source, [DEMO])
-    if hint:
-        raise FastMemError(
-            f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, a .gguf file{hint}"
-        )
+    if nearest(source, [DEMO]) and not path.is_dir():
+        raise unknown("model.backbone", source, [DEMO, "a Hub id", "a folder", "a .gguf file"])
     return str(path) if path.is_dir() else source
 
 
 def _converted(gguf_file: Path) -> Path:
-    """Return the folder with the converted copy of a GGUF file, making it when it is missing."""
     target = converted_folder(gguf_file)
     if (target / "config.json").is_file():
         return target

@@ -1,8 +1,7 @@
 """Which part of a model goes to which device, decided before anything is loaded, and what crosses over then.
 
-Batches, memories and the products with the head are where the trained blocks, the final norm and the LM
-head are, so these share a device, the tail's, and the other devices get the more blocks for it. Accelerate's
-``infer_auto_device_map`` balances weights, not what a batch has left beside them (docs/LOG.md).
+Batches and memories are with the trained blocks, the final norm and the LM head: on the tail's device.
+Accelerate's ``infer_auto_device_map`` balances weights, not what a batch has left beside them (docs/LOG.md).
 """
 
 from __future__ import annotations

@@ -44,7 +44,6 @@ class BackboneSettings:
 
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
-_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 WEIGHT_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
 # Of the matrix products of the tail.
 COMPUTE_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
@@ -52,7 +51,7 @@ COMPUTE_DTYPE = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-t
 
 def normalize_precision(precision: str | int) -> Precision:
     """Map Lightning's spellings, such as 32 or bf16, to one of the three supported precisions."""
-    name = _PRECISIONS.get(str(precision), str(precision))
+    name = {"32": "32-true", "bf16": "bf16-mixed"}.get(str(precision), str(precision))
     if name not in WEIGHT_DTYPE:
         raise unknown("trainer.precision", precision, WEIGHT_DTYPE)
     return name
