@@ -116,10 +116,7 @@ class EncodedContext:
 
 
 class ChatEncoder:
-    """Builds memorization and prompt token ids for one tokenizer.
-
-    Text that comes from data is never parsed as special tokens, unless the settings ask for it.
-    """
+    """Builds token ids; text that comes from data holds no control tokens, unless the settings ask for it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings | None = None) -> None:
         self.tokenizer = tokenizer
@@ -149,10 +146,9 @@ class ChatEncoder:
         return self.whole_context(*self.truncate(context, limit))
 
     def windows(self, text: str, window: int, overlap: int) -> list[EncodedContext]:
-        """Encode a text of any length in windows of up to ``window`` tokens; each has a loss in one of them.
+        """Encode a text in windows of up to ``window`` tokens; each token has a loss in one of them.
 
-        A window repeats the last ``overlap`` tokens of the one before, after the header and like it without
-        loss; the end of turn closes the last one only. A text that fits one is encoded as :meth:`context`.
+        A window repeats the last ``overlap`` of the one before, after the header and like it without loss.
         """
         ids = self._plain(text).input_ids
         if len(ids) <= window:
@@ -163,6 +159,7 @@ class ChatEncoder:
         while start < len(ids):
             repeated = min(overlap, start)
             end = start - repeated + window
+            # Only the last one ends the turn.
             part = ids[start - repeated : end] + (closing if end >= len(ids) else [])
             new = min(end, len(ids)) - start
             encoded.append(EncodedContext(header + part, len(header) + repeated, new, 0))

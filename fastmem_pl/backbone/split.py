@@ -164,8 +164,7 @@ class Tail:
     ) -> list[Tensor]:
         """Return the residual stream above each trained block, lowest first, ``(B, T, D)`` float32.
 
-        ``deltas`` are of the trained layers, lowest first; ``None`` applies the base model. ``cache`` is of
-        the blocks above the first trained FFN. ``norm_every_layer`` applies the final norm between the
+        ``deltas`` are by trained layer, lowest first. ``norm_every_layer`` applies the final norm between the
         trained blocks as well, as the published code does from the second step on.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
