@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_soft_cap_gradient(make_tiny, contexts):
     reference = batch.hidden
     hidden = (reference + 0.1 * torch.randn_like(reference)).requires_grad_(True)
     kl_coeff = torch.full((len(contexts),), 0.3)
-    total, _, _ = objective._SoftTargetLoss.apply(hidden, tail, batch, kl_coeff, True)
+    total, _, _ = objective.SoftTargetLoss.apply(hidden, tail, batch, kl_coeff, True)
     (written,) = torch.autograd.grad(total.sum(), hidden)
     log_p = tail.finish_logits(tail.raw_logits(hidden)).log_softmax(-1)
     p_0 = tail.finish_logits(tail.raw_logits(reference)).log_softmax(-1)
@@ -145,23 +146,22 @@ def test_bfloat16_follows_float32(make_tiny, contexts, precision):
     assert found == pytest.approx(fall, rel=0.05)
 
 
-@pytest.mark.parametrize("guard", [torch.inference_mode, torch.no_grad])
+@contextmanager
+def bfloat16_all_around():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+        assert torch.get_default_dtype() is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("guard", [torch.inference_mode, torch.no_grad, bfloat16_all_around])
 def test_memorizes_inside_guards(tiny, contexts, guard):
     expected = Memorizer(tiny, **STRONG)(contexts)
     with guard():
         found = Memorizer(tiny, **STRONG)(contexts)
-    assert_same(found, expected, rtol=1e-6)
-
-
-def test_memorizes_under_a_bfloat16_default_and_autocast(tiny, contexts):
-    expected = Memorizer(tiny, **STRONG)(contexts)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = Memorizer(tiny, **STRONG)(contexts)
-        assert torch.get_default_dtype() is torch.bfloat16
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert_same(found, expected, rtol=1e-6)
 
 
