@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastmem_pl.cli.asker import Asker
 from memories import QUESTIONS, TEXT, prose
 
 from fastmem_pl import FastMemError, Memory, answer
 from fastmem_pl.cli import main
 from fastmem_pl.cli.ask import _read_questions
-from fastmem_pl.cli.asker import Asker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
