@@ -189,7 +189,7 @@ class Tail:
         base: BaseActivations,
         deltas: Sequence[Delta] | None = None,
         cache: Cache | None = None,
-        norm_every_layer: bool = False,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
         """Return the residual stream above each trained block, lowest first, ``(B, T, D)`` float32.
 
@@ -198,8 +198,7 @@ class Tail:
             base: :meth:`base` of them.
             deltas: one per trained layer, lowest first; ``None`` applies the base model.
             cache: KV cache of the blocks above the first trained FFN (``num_layers > 1`` only).
-            norm_every_layer: apply the final norm between the trained blocks as well, as the published
-                code does from the second step on.
+            between: applied to the residual stream between trained blocks.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
         states = [inputs.residual.float() + self._post_norm(output)]
@@ -208,7 +207,7 @@ class Tail:
         try:
             for block, call in zip(self._upper, inputs.calls, strict=True):
                 call = call.with_cache(cache)
-                hidden = self.final_norm(states[-1]) if norm_every_layer else states[-1]
+                hidden = between(states[-1]) if between else states[-1]
                 states.append(block(hidden.to(self._block_dtype), *call.args, **call.kwargs).float())
         finally:
             self._upper_deltas[:] = [None] * len(self._upper)

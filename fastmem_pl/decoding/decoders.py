@@ -30,7 +30,6 @@ from typing import Any
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.registry import Registry
 from fastmem_pl.decoding.dola import candidate_layers, contrast_layers
 from fastmem_pl.decoding.settings import DecodingSettings
@@ -128,24 +127,17 @@ class DoLa(Decoder):
     """Contrasts the last layer with the premature layer that differs most from it.
 
     Source: Chuang et al., arXiv 2309.03883, sections 2.2 and 2.3; the divergence as published with
-    FastMem, see :func:`contrast_layers`. ``dola_unlimited`` is as published with FastMem: 399 tokens and no
-    repetition penalty; else the penalty is 1.2, as the paper advises.
+    FastMem, see :func:`contrast_layers`. The repetition penalty is 1.2, as the paper advises, where the
+    settings leave it open.
 
     Raises:
-        FastMemError: when the model lacks one of the layers, or a penalty is set with ``dola_unlimited``.
+        FastMemError: when the model lacks one of the layers.
     """
 
     def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
         super().__init__(settings, backbone)
-        if settings.dola_unlimited:
-            self.max_new_tokens = 399
         if settings.repetition_penalty is None:
-            self.repetition_penalty = 1.0 if settings.dola_unlimited else 1.2
-        elif settings.dola_unlimited:
-            raise FastMemError(
-                "model.decode.repetition_penalty: dola as published applies none; leave it out or drop "
-                "'dola-unlimited'"
-            )
+            self.repetition_penalty = 1.2
         tied = bool(getattr(backbone.model.config.get_text_config(), "tie_word_embeddings", False))
         self.early_layers = candidate_layers(settings.dola_layers, backbone.num_blocks, tied)
 
@@ -163,8 +155,15 @@ class DoLa(Decoder):
         return {"dola_layers": {str(layer): count[place] for place, layer in enumerate(self.early_layers)}}
 
 
-DECODERS: Registry[Callable[[DecodingSettings, Backbone], Decoder]] = Registry("decoder")
+DecoderFactory = Callable[[DecodingSettings, Backbone], Decoder]
+
+DECODERS: Registry[DecoderFactory] = Registry("decoder")
 DECODERS.register("greedy", Greedy)
 DECODERS.register("cd", Contrastive)
 DECODERS.register("cad", ContextAware)
 DECODERS.register("dola", DoLa)
+
+
+def make_decoder(decoder: str | DecoderFactory, settings: DecodingSettings, backbone: Backbone) -> Decoder:
+    """A decoder by its name in :data:`DECODERS`, or by what makes it."""
+    return (DECODERS[decoder] if isinstance(decoder, str) else decoder)(settings, backbone)

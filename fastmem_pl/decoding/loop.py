@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmem_pl.backbone import Delta
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.decoding.answers import AnswerRows, Reader
-from fastmem_pl.decoding.decoders import DECODERS
+from fastmem_pl.decoding.decoders import DecoderFactory, make_decoder
 from fastmem_pl.decoding.graphs import GraphPool, Lease
 from fastmem_pl.decoding.prefill import Prefill, Prefills
 from fastmem_pl.decoding.sampling import TokenChooser
@@ -47,7 +47,7 @@ class Decoding:
 
     Args:
         prefill: of the prompts.
-        decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`.
+        decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`, or what makes one.
         settings: of decoding.
         deltas: one per trained layer with a row a prompt, or ``None`` for the base model.
         without_context: prefill of the prompts without their contexts, for decoders that look at it.
@@ -62,7 +62,7 @@ class Decoding:
     def __init__(
         self,
         prefill: Prefill,
-        decoder: str,
+        decoder: str | DecoderFactory,
         settings: DecodingSettings,
         deltas: Sequence[Delta] | None = None,
         without_context: Prefill | None = None,
@@ -72,7 +72,7 @@ class Decoding:
     ) -> None:
         backbone = prefill.backbone
         self.settings = settings
-        self.decoder = DECODERS[decoder](settings, backbone)
+        self.decoder = make_decoder(decoder, settings, backbone)
         if self.decoder.needs_without_context and without_context is None:
             raise FastMemError(
                 f"decoder {decoder!r} contrasts with the prompt without its context; give both"
@@ -205,7 +205,7 @@ class Decoded(NamedTuple):
 
 def begin(
     prefills: Prefills,
-    decoder: str,
+    decoder: str | DecoderFactory,
     settings: DecodingSettings,
     deltas: Sequence[Delta] | None = None,
     form: str = "prompt",
@@ -213,7 +213,7 @@ def begin(
     **options: Any,
 ) -> Decoding:
     """A decode to take step by step or as a stream; arguments as :func:`decode`."""
-    forms = DECODERS[decoder](settings, prefills.backbone).forms(form)
+    forms = make_decoder(decoder, settings, prefills.backbone).forms(form)
     taken = [prefills.take(name) for name in forms]
     if rows is not None:
         taken = [prefill.expand(rows) for prefill in taken]
@@ -222,7 +222,7 @@ def begin(
 
 def decode(
     prefills: Prefills,
-    decoder: str,
+    decoder: str | DecoderFactory,
     settings: DecodingSettings,
     deltas: Sequence[Delta] | None = None,
     form: str = "prompt",

@@ -53,10 +53,12 @@ class MemoryFolder:
         header = read_header(path, fingerprint)
         made = json.loads(header["settings"])
         for name, value in settings.items():
-            if value != made[name]:
+            there = made.get(name, [])
+            if value != there:
+                option = "model.published_quirks" if name == "published_quirks" else f"model.memorize.{name}"
                 raise FastMemError(
-                    f"model.memorize.{name}: {value}, but the memories in {self.path} were made with "
-                    f"{made[name]}; give {_option(name, made[name])}, or run fastmem fit again"
+                    f"{option}: {_shown(value)}, but the memories in {self.path} were made with "
+                    f"{_shown(there)}; give --{option} {_shown(there)}, or run fastmem fit again"
                 )
         if header.get("context_hash") != context_hash:
             raise FastMemError(
@@ -69,9 +71,6 @@ class MemoryFolder:
         return Memory.stack([Memory.load(self.file(index), fingerprint, device) for index in indices])
 
 
-def _option(name: str, value: Any) -> str:
-    """How a setting is given on the command line."""
-    # Settings that are on or off are quirks of the published code.
-    if not isinstance(value, bool):
-        return f"--model.memorize.{name} {value}"
-    return f"{'' if value else 'no '}--model.published_quirks [{name.replace('_', '-')}]"
+def _shown(value: Any) -> str:
+    """A setting as the command line takes it."""
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)

@@ -46,7 +46,7 @@ def _paper_settings(task: str, method: str) -> dict[str, Any]:
     used |= {n: v for n, v in defaults.items() if decoder in _OF_DECODER.get(n, (decoder,))}
     if METHODS[method].memory:
         used |= {f.name: f.default for f in fields(MemorizationSettings)}
-    for name in (*_NO_MATTER, "norm_every_layer", "round_weights", "dola_unlimited"):
+    for name in _NO_MATTER:
         used.pop(name, None)
     for config in ("base", task, f"{task}+{decoder}" if METHODS[method].memory else ""):
         given = _config_model(config)
