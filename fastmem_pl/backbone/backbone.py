@@ -121,10 +121,10 @@ class Backbone:
             backbone.fingerprint()
         return backbone
 
-    def with_chat(self, settings: ChatSettings) -> Backbone:
+    def with_chat(self, settings: ChatSettings, encoder: type[ChatEncoder] = ChatEncoder) -> Backbone:
         """This backbone, sharing all of its parts, with texts encoded in another way."""
         twin = copy.copy(self)
-        twin.chat = ChatEncoder(self.tokenizer, settings)
+        twin.chat = encoder(self.tokenizer, settings)
         return twin
 
     @property

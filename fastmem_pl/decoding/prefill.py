@@ -22,12 +22,8 @@ from fastmem_pl.base.phases import PhaseMeter
 class Prefill:
     """The trunk's pass over a batch of prompts, from which several decodes continue.
 
-    Args:
-        backbone: the frozen model.
-        prompts: token ids of ``B`` prompts.
-        num_layers: trained layers of the memories that will be used.
-        early_layers: numbers of the hidden states that decoders will look at.
-        earlier: prefill of a prompt that began alike, which is used up: its KV cache becomes this one's.
+    ``num_layers`` is that of the memories that will be used, ``early_layers`` what the decoders will look at.
+    An ``earlier`` prefill of a prompt that began alike is used up: its KV cache becomes this one's.
     """
 
     def __init__(
@@ -78,25 +74,16 @@ class Prefill:
         return cache, known
 
 
-class PromptCache(dict[str, Prefill]):
-    """The last prompt's prefill by form of the prompt; the next one's pass begins where the two differ.
-
-    Questions about one text share all that comes before the question.
-    """
+# The last prompt's prefill by form; the next one's pass begins where the two prompts differ.
+PromptCache = dict[str, Prefill]
 
 
 class Prefills:
     """The prefills of a batch by form of the prompt, made when they are first needed.
 
-    Of the forms with contexts only the last one used is kept, as their KV caches are large.
-
-    Args:
-        backbone, num_layers: as :class:`Prefill` takes them; prompts and early_layers as well, by form.
-        meter: measures each pass, as part of decoding.
-        cache: prefills of a single earlier prompt, which are used up.
-
-    Attributes:
-        seconds: of each form's pass; 0 without a meter.
+    Of the forms with contexts only the last one used is kept, as their KV caches are large. The ``cache``
+    holds prefills of a single earlier prompt, which are used up; ``seconds`` those of each form's pass, 0
+    without a meter.
     """
 
     def __init__(
@@ -129,34 +116,27 @@ class Prefills:
         return self._kept[form]
 
     def measure(self, name: str, part: str) -> AbstractContextManager[dict[str, float]]:
-        """Measure a part of decoding; see :meth:`~fastmem_pl.base.phases.PhaseMeter.measure`."""
+        """Measure a part of decoding, where there is a meter."""
         if self._meter is None:
             return nullcontext({"seconds": 0.0})
         return self._meter.measure("decode", name, part)
 
 
 class SequenceState:
-    """One sequence a row that grows token by token from a prefill, which stays as it was.
-
-    Attributes:
-        early: numbers of the hidden states that the trunk hands over.
-        cache: keys and values of the trunk's blocks.
-        mask: 1 on slots that hold a token, ``(B, room)``.
-        position: slot of the next token, ``(1,)``.
-        place: its position in the row's text, ``(B, 1)``.
-        branch: trunk row of each row, ``(R,)``, where many memories answer one prompt: the trunk depends on
-            none, so rows share it until their tokens differ, and ``B`` above counts the branches.
-    """
+    """One sequence a row that grows token by token from a prefill, which stays as it was."""
 
     def __init__(self, prefill: Prefill, max_new_tokens: int) -> None:
         self.backbone, self.num_layers = prefill.backbone, prefill.num_layers
         self.early = prefill.trunk_layers
         self.length = prefill.mask.shape[1]
         room, rows = room_for(self.length + max_new_tokens), len(prefill.next_position)
+        # Slot of the next token, (1,); which slots hold one, (B, room); its position in the text, (B, 1).
         self.position = torch.tensor([self.length], device=prefill.mask.device)
         self.mask = F.pad(prefill.mask[:rows], (0, room - self.length))
         self.place = prefill.next_position.clone()
         self.cache = FixedCache.continuing(prefill.cache, room, self.position, self.length)
+        # Trunk row of each row, (R,), where many memories answer one prompt: the trunk depends on none, so
+        # rows share it until their tokens differ.
         self.branch: Tensor | None = None
         if len(prefill) > rows:
             first = self.position.new_zeros(len(prefill))

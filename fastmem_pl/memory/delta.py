@@ -56,8 +56,6 @@ class DeltaAdamW(torch.optim.AdamW):
     Args:
         pairs: ``(delta (B, out, in), base weight (out, in))``.
         lr: constant learning rate of each sample.
-        round_weights: keep ``W + delta`` at what float32 weights can hold, as editing them does. Updates of
-            one size then round alike (at 1e-5, by +0.14% wherever the weight is between 0.25 and 1).
         last_step: number of the last step, whose moments need not be kept.
         from_zero: deltas are zero before the first step, which need not read them.
     """
@@ -67,12 +65,11 @@ class DeltaAdamW(torch.optim.AdamW):
         pairs: Iterable[tuple[Tensor, Tensor]],
         lr: Sequence[float],
         weight_decay: float,
-        round_weights: bool = False,
         last_step: int | None = None,
         from_zero: bool = False,
     ) -> None:
         self._last_step, self._from_zero, self._steps = last_step, from_zero, 0
-        self._pairs, self._round_weights = list(pairs), round_weights
+        self._pairs = list(pairs)
         deltas = [delta for delta, _ in self._pairs]
         fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas) or None
         self._mixed = len(set(lr)) > 1
@@ -121,13 +118,11 @@ class DeltaAdamW(torch.optim.AdamW):
                 if getattr(delta, "factors", None) is not None:
                     self._factored_step(delta, base)
             for delta, base in plain:
-                self._decay(delta, base)
+                self.decay(delta, base)
             for row, group in enumerate(self.param_groups) if self._mixed else ():
                 for view, (delta, _) in zip(group["params"], self._pairs, strict=True):
                     view.grad = None if delta.grad is None else delta.grad[row]
             super().step()
-            for delta, base in plain if self._round_weights else ():
-                delta.copy_((base.float() + delta) - base)
         self._scale = None
         return loss
 
@@ -139,11 +134,9 @@ class DeltaAdamW(torch.optim.AdamW):
             if hasattr(delta, "factors"):
                 delta.factors = None
 
-    def _decay(self, delta: Tensor, base: Tensor) -> None:
-        if self._round_weights:
-            delta.copy_((base.float() + delta).mul_(self._left) - base)
-        else:
-            delta.mul_(self._left).addcmul_(base, self._taken, value=-1)
+    def decay(self, delta: Tensor, base: Tensor) -> None:
+        """Decay the weights that a delta belongs to."""
+        delta.mul_(self._left).addcmul_(base, self._taken, value=-1)
 
     def _factored_step(self, delta: Tensor, base: Tensor) -> None:
         from fastmem_pl.kernels.adamw import factored_adamw_

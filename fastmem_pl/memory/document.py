@@ -70,7 +70,7 @@ class DocumentFit:
                     return
                 self._earlier.append(memory.curve)
             parts = [memorizer.prepare(group)] if len(group) == 1 else self._parts(group)
-            self._module = MemorizationModule(
+            self._module = memorizer.module_class(
                 memorizer.backbone, 1, memorizer.settings, start=memory, dense_gradients=len(parts) > 1
             )
             for _ in memorizer.run(self._module, parts):
@@ -80,7 +80,7 @@ class DocumentFit:
     def memory(self) -> Memory:
         """The memory of the updates so far."""
         memorizer = self._memorizer
-        memory = (self._module or MemorizationModule(memorizer.backbone, 1, memorizer.settings)).memory()
+        memory = (self._module or memorizer.module_class(memorizer.backbone, 1, memorizer.settings)).memory()
         # The module may go on training its own.
         memory.deltas = [{n: t.clone() for n, t in layer.items()} for layer in memory.deltas]
         curves = [*self._earlier, memory.curve]

@@ -223,6 +223,10 @@ def _parsed(header: Mapping[str, str], name: str) -> dict[str, Any]:
 def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that :class:`MemorizationSettings` takes, each of its default's type."""
     defaults = MemorizationSettings().as_dict()
+    # No setting of memorizing alone: runs write them where there are any.
+    quirks = settings.pop("published_quirks", [])
+    if not isinstance(quirks, list) or not all(isinstance(name, str) for name in quirks):
+        raise ValueError("its setting 'published_quirks' does not fit")
     if settings.keys() != defaults.keys():
         raise ValueError("its settings are not those of memorizing")
     for name, value in settings.items():
@@ -233,7 +237,8 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
         MemorizationSettings(**settings)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"its settings do not fit, {error}") from None
-    return settings
+    # Lists hold the settings of several rows.
+    return settings | ({"published_quirks": tuple(quirks)} if quirks else {})
 
 
 def _curve(curve: dict[str, Any]) -> dict[str, list[float | None]]:

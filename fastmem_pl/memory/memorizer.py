@@ -53,10 +53,16 @@ class Memorizer:
         settings: keyword arguments of :class:`MemorizationSettings` do as well.
         fabric: drives the fit; by default one for the backbone's device.
 
+    Attributes:
+        meter: of the trunk's passes, which a profile lists apart; by default it measures nothing.
+        module_class: of the modules that are fitted.
+
     Raises:
         FastMemError: when the Fabric is for another device or precision than the backbone's, or for several
             processes.
     """
+
+    module_class: type[MemorizationModule] = MemorizationModule
 
     def __init__(
         self,
@@ -146,7 +152,7 @@ class Memorizer:
 
     def fit(self, encoded: Sequence[EncodedContext]) -> Memory:
         """Memorize encoded contexts. The base weights are not touched, whatever happens."""
-        module = MemorizationModule(self.backbone, len(encoded), self.settings)
+        module = self.module_class(self.backbone, len(encoded), self.settings)
         for _ in self.run(module, [self.prepare(encoded)] if self.settings.steps else []):
             pass
         return module.memory()
@@ -200,7 +206,7 @@ class ContextReader:
         """
         memorizer, count = self._memorizer, len(rows)
         settings = replace(memorizer.settings, steps=max(stops))
-        module = MemorizationModule(memorizer.backbone, count, settings, rows)
+        module = memorizer.module_class(memorizer.backbone, count, settings, rows)
         inputs, labels, mask = self._read
         # One context as that many rows, in the same memory.
         expanded = inputs.expand(count), labels.expand(count, -1), mask.expand(count, -1)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fastmem_pl import kernels
-from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.loss import Losses, MemorizationBatch, SoftTargetLoss
 from fastmem_pl.memory.memory import Curve, Memory, joined_settings
@@ -33,6 +33,8 @@ class MemorizationModule(LightningModule):
             in bfloat16 a delta's gradient is otherwise left as the factors it is a product of, once a step.
     """
 
+    optimizer_class = DeltaAdamW
+
     def __init__(
         self,
         backbone: Backbone,
@@ -47,7 +49,7 @@ class MemorizationModule(LightningModule):
         self._backbone, self.settings = backbone, settings
         self._tail = backbone.tail(settings.num_layers)
         factored = kernels.usable(backbone.device, backbone.compute_dtype)
-        factored = factored and not (settings.round_weights or dense_gradients)
+        factored = factored and not dense_gradients
         compact = factored and settings.optimizer_state == "auto"
         dtype = torch.bfloat16 if compact else torch.float32
         self._moved = start is not None
@@ -76,14 +78,15 @@ class MemorizationModule(LightningModule):
         """
         moved = self._moved or bool(self._history) or self._versions() != self._untouched
         with self._backbone.numerics(grad=True):
-            normed = self.settings.norm_every_layer and moved
-            deltas = [dict(delta.items()) for delta in self.deltas]
-            states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=normed)
-            hidden = self._tail.final_norm(states[-1])
+            hidden = self.hidden(batch, [dict(delta.items()) for delta in self.deltas], moved)
             labelled = hidden.flatten(0, 1)[batch.positions]
             losses = Losses(*SoftTargetLoss.apply(labelled, self._tail, batch, self.kl_coeff, moved))
         self._pending.append(torch.stack([losses.cross_entropy, losses.kl]))
         return losses
+
+    def hidden(self, batch: MemorizationBatch, deltas: Sequence[Delta], moved: bool) -> Tensor:
+        """Hidden states that the losses come from, ``(B, T, D)``; ``moved`` after the first update."""
+        return self._tail.hidden(batch.inputs, batch.base, deltas)
 
     def _versions(self) -> list[int]:
         # PyTorch counts writes: an optimizer of one's own may have moved the deltas.
@@ -95,7 +98,7 @@ class MemorizationModule(LightningModule):
         pairs = [(delta[n], ffn.base_weights[n]) for delta, ffn in layers for n in delta]
         rates, settings = [row.learning_rate for row in self._rows], self.settings
         moments = {"last_step": settings.steps, "from_zero": not self._moved}
-        return DeltaAdamW(pairs, rates, settings.weight_decay, settings.round_weights, **moments)
+        return self.optimizer_class(pairs, rates, settings.weight_decay, **moments)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``; ends the step."""

@@ -28,10 +28,6 @@ class MemorizationSettings:
         kl_target: adapt ``kl_coeff`` from step to step so that the KL approaches this value
             (nats a token); ``None`` keeps it constant.
         kl_gain: how fast it adapts.
-        norm_every_layer: with several trained layers, apply the final norm after each of them from the
-            second step on, as the published code does by mistake.
-        round_weights: round base weight plus delta to float32 after every update, as editing float32
-            weights does.
         optimizer_state: ``auto`` keeps deltas and first moments in bfloat16 where the kernel updates them
             (bfloat16 on CUDA); ``float32`` keeps everything in float32, which takes more of both time and
             memory.
@@ -46,8 +42,6 @@ class MemorizationSettings:
     max_context_tokens: int = 7500
     kl_target: float | None = None
     kl_gain: float = 0.1
-    norm_every_layer: bool = False
-    round_weights: bool = False
     optimizer_state: str = "auto"
 
     def __post_init__(self) -> None:

@@ -53,10 +53,12 @@ class MemoryFolder:
         header = read_header(path, fingerprint)
         made = json.loads(header["settings"])
         for name, value in settings.items():
-            if value != made[name]:
+            there = made.get(name, [])
+            if value != there:
+                option = "model.published_quirks" if name == "published_quirks" else f"model.memorize.{name}"
                 raise FastMemError(
-                    f"model.memorize.{name}: {value}, but the memories in {self.path} were made with "
-                    f"{made[name]}; give the same, or run fastmem fit again"
+                    f"{option}: {_shown(value)}, but the memories in {self.path} were made with "
+                    f"{_shown(there)}; give --{option} {_shown(there)}, or run fastmem fit again"
                 )
         if header.get("context_hash") != context_hash:
             raise FastMemError(
@@ -67,3 +69,8 @@ class MemoryFolder:
     def load(self, indices: Sequence[int], fingerprint: str, device: torch.device) -> Memory:
         """Read the memories of these samples as the rows of one."""
         return Memory.stack([Memory.load(self.file(index), fingerprint, device) for index in indices])
+
+
+def _shown(value: Any) -> str:
+    """A setting as the command line takes it."""
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)

@@ -19,7 +19,7 @@ from fastmem_pl.report.runs import ReportRun, flat_settings
 PUBLISHED = Path(__file__).with_name("published.yaml")
 # Settings of decoding that only some methods look at.
 _OF_DECODER = {"alpha": ("cd", "cad"), "dola_layers": ("dola",), "relative_top": ("dola",)}
-_NO_MATTER = ("seed", "optimizer_state", "norm_every_layer", "round_weights", "dola_unlimited")
+_NO_MATTER = ("seed", "optimizer_state")
 
 
 def published(run: ReportRun, task: str, method: str, score: str) -> float | None:
