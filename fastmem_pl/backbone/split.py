@@ -164,7 +164,7 @@ class Tail:
     ) -> list[Tensor]:
         """Return the residual stream above each trained block, lowest first, ``(B, T, D)`` float32.
 
-        ``deltas`` are by trained layer, lowest first; ``between`` applies to the stream between trained blocks.
+        ``deltas`` are by trained layer, lowest first; ``between`` applies between trained blocks.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
         states = [inputs.residual.float() + self._post_norm(output)]
