@@ -29,7 +29,6 @@ def answer(
     """Answer questions together; returns one text a question.
 
     Args:
-        questions: one or several.
         context: put in the prompt; one for all questions or one each. Without it the question alone.
         memory: of one context for all questions, or one row a question.
         decoder: ``"greedy"``, ``"cd"`` (contrast memorized with base logits), ``"cad"`` (contrast logits

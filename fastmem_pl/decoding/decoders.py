@@ -24,24 +24,17 @@ from fastmem_pl.decoding.settings import DecodingSettings
 
 @dataclass(frozen=True)
 class StepLogits:
-    """Logits of the next token, ``(B, V)`` float32; what the decoder did not ask for is ``None``.
+    """Logits of the next token, ``(B, V)`` float32; what the decoder did not ask for is ``None``."""
 
-    Attributes:
-        model: of the model that answers: with its memory if it has one, else the base model.
-        base: of the base model on the same prompt.
-        without_context: of the base model on the prompt without the context.
-        early: ``(L, B, V)`` of the answering model's hidden states in the decoder's ``early_layers``, put
-            through the head without the final norm.
-    """
-
-    model: Tensor
-    base: Tensor | None = None
-    without_context: Tensor | None = None
+    model: Tensor  # of the model that answers: with its memory if it has one, else the base model
+    base: Tensor | None = None  # of the base model on the same prompt
+    without_context: Tensor | None = None  # of the base model on the prompt without the context
+    # (L, B, V), of the hidden states in early_layers, through the head without the final norm
     early: Tensor | None = None
 
 
 class Decoder:
-    """Turns :class:`StepLogits` into scores; the next token has the highest, or is drawn from them.
+    """Turns :class:`StepLogits` into scores: the model's own logits, if not overridden.
 
     Attributes:
         needs_base: whether it looks at the base model beside the memory.
@@ -67,19 +60,11 @@ class Decoder:
 
     def scores(self, logits: StepLogits) -> Tensor:
         """Return ``(B, V)`` scores."""
-        raise NotImplementedError
+        return logits.model
 
     def details(self, notes: Sequence[float]) -> dict[str, Any]:
         """What to keep beside an answer, given its notes, one a token."""
         return {}
-
-
-class Greedy(Decoder):
-    """The model's own logits."""
-
-    def scores(self, logits: StepLogits) -> Tensor:
-        """Return the model's logits."""
-        return logits.model
 
 
 class Contrastive(Decoder):
@@ -114,9 +99,6 @@ class DoLa(Decoder):
 
     Source: Chuang et al., arXiv 2309.03883, sections 2.2 and 2.3; the divergence as published with FastMem,
     see :func:`contrast_layers`. The repetition penalty is 1.2, as the paper advises, where it is left open.
-
-    Raises:
-        FastMemError: when the model lacks one of the layers.
     """
 
     def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
@@ -148,12 +130,9 @@ def candidate_layers(wanted: str | Sequence[float], num_blocks: int, tied: bool)
     (16, 31)
     """
     middle = num_blocks // 2 // 2 * 2
-    if wanted == "low":
-        return tuple(range(2 if tied and middle > 2 else 0, max(middle, 1), 2))
-    if wanted == "high":
-        return tuple(range(middle, num_blocks, 2))
-    if wanted == "auto":
-        return tuple(range(max(middle, num_blocks - 20), num_blocks, 2))
+    if isinstance(wanted, str):
+        first = {"low": 2 if tied and middle > 2 else 0, "high": middle, "auto": max(middle, num_blocks - 20)}
+        return tuple(range(first[wanted], max(middle, 1) if wanted == "low" else num_blocks, 2))
     numbers = []
     for value in wanted:
         number = min(round(value * num_blocks), num_blocks - 1) if 0 < value < 1 else value
@@ -172,9 +151,8 @@ def contrast_layers(mature: Tensor, early: Tensor, relative_top: float) -> tuple
     """Score tokens by how much the last layer raises them over the most different premature layer.
 
     The divergence is the one published with FastMem: both Kullback-Leibler terms run from the mixture, and
-    it is the mean over the vocabulary, which leaves the choice as the sum would. Takes the logits ``(B, V)``
-    and ``(L, B, V)``; returns scores ``(B, V)``, ``-inf`` for tokens below ``relative_top`` of the highest
-    probability, and the place of each row's premature layer among the candidates, ``(B,)``.
+    it is the mean over the vocabulary. Takes logits ``(B, V)`` and ``(L, B, V)``; returns scores ``(B, V)``,
+    ``-inf`` below ``relative_top`` of the highest probability, and the places of the chosen layers, ``(B,)``.
     """
     log_mature, log_early = mature.log_softmax(-1), early.log_softmax(-1)
     mixture = 0.5 * (log_mature.exp() + log_early.exp())
@@ -189,7 +167,7 @@ def contrast_layers(mature: Tensor, early: Tensor, relative_top: float) -> tuple
 DecoderFactory = Callable[[DecodingSettings, Backbone], Decoder]
 
 DECODERS: Registry[DecoderFactory] = Registry("decoder")
-DECODERS.register("greedy", Greedy)
+DECODERS.register("greedy", Decoder)
 DECODERS.register("cd", Contrastive)
 DECODERS.register("cad", ContextAware)
 DECODERS.register("dola", DoLa)

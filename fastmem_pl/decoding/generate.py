@@ -11,7 +11,7 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.decoding.decoders import DECODERS
 from fastmem_pl.decoding.loop import Decoding
 from fastmem_pl.decoding.prefill import Prefill
@@ -42,23 +42,21 @@ def generator(
     Args:
         memory: of one row, or one a prompt; ``None`` for the base model.
         decoder: ``"greedy"``, ``"cd"`` or ``"dola"``.
-        streamer: gets the prompt and the tokens as they come. It is given here because ``generate`` hands a
-            ``custom_generate`` neither its streamer nor its assistant model.
-        settings: of the decoder (:class:`~fastmem_pl.DecodingSettings`): ``alpha``, ``dola_layers``,
-            ``relative_top``.
+        streamer: gets the prompt and the tokens as they come; ``generate`` would not hand on its own.
+        settings: ``alpha``, ``dola_layers`` and ``relative_top`` of :class:`~fastmem_pl.DecodingSettings`.
 
     Raises:
         FastMemError: when the memory is of another model, the decoder needs what is not there, or (in the
             call) an option of ``generate`` cannot be honoured.
     """
-    made = {name: make(DecodingSettings(), backbone) for name, make in DECODERS.items()}
-    allowed = [name for name in made if not made[name].needs_without_context]
-    if decoder not in allowed:
-        raise unknown("decoder", decoder, allowed)
     for name in settings:
         if name not in ("alpha", "dola_layers", "relative_top"):
             raise FastMemError(f"generator: give {name} to generate, or none: it is no setting of a decoder")
     chosen = DECODERS[decoder](DecodingSettings(**settings), backbone)
+    if chosen.needs_without_context:
+        raise FastMemError(
+            f"generator: decoder {decoder!r} reads a second prompt, which generate does not have"
+        )
     if memory is not None:
         memory.check(backbone)
     elif chosen.needs_base:
@@ -97,9 +95,8 @@ def generator(
             chooser.going = chooser.going & ~stopping_criteria(chooser.ids, None)
         if streamer is not None:
             streamer.end()
-        if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=chooser.ids)
-        return chooser.ids
+        output = GenerateDecoderOnlyOutput(sequences=chooser.ids)
+        return output if generation_config.return_dict_in_generate else chooser.ids
 
     return generate
 
@@ -120,12 +117,10 @@ def _refused(config: Any, prepared: dict[str, Any]) -> Iterator[str]:
 
 
 class _GenerateChooser:
-    """Chooses tokens as generate does: its processors, then the highest score or a draw.
-
-    ``ids`` are prompts and answers so far, ``(B, T)``; ``going`` the rows that have not ended, ``(B,)``.
-    """
+    """Chooses tokens as generate does: its processors, then the highest score or a draw."""
 
     def __init__(self, ids: Tensor, processors: Any, config: Any) -> None:
+        # Prompts and answers so far, (B, T), and the rows that have not ended, (B,).
         self.ids, self.going = ids, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self._processors, self._sample = processors, config.do_sample
         pad = config._pad_token_tensor if hasattr(config, "_pad_token_tensor") else config.pad_token_id

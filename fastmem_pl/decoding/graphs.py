@@ -22,14 +22,14 @@ from fastmem_pl.decoding.state import DecodeState
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Recorded:
     """A state whose steps run as a graph, from the second step on."""
 
-    def __init__(self, state: DecodeState) -> None:
-        self.state = state
-        # Libraries choose and load their kernels in the first step, which must not happen in a recording.
-        self._warm = False
-        self._replay: Callable[[], None] | None = None
+    state: DecodeState
+    # Libraries choose and load their kernels in the first step, which must not happen in a recording.
+    _warm: bool = False
+    _replay: Callable[[], None] | None = None
 
     def step(self) -> None:
         """Take one step."""
@@ -80,10 +80,7 @@ class Lease:
 
 
 class GraphPool:
-    """Recorded states by shape, for one decode at a time; all of them read memories from the same tensors.
-
-    States of another batch size are dropped when a new one comes: they would hold their memory beside it.
-    """
+    """Recorded states by shape, for one decode at a time; all read memories from the same tensors."""
 
     def __init__(self) -> None:
         self._lent: Callable[[], Lease | None] = lambda: None
@@ -91,12 +88,12 @@ class GraphPool:
         self.clear()
 
     def take(self, key: Hashable, fresh: DecodeState) -> Lease:
-        """Lend a recorded state with the values of ``fresh``, which may be kept; ``key`` is all else that
-        steps depend on. While one is lent, others run unrecorded.
-        """
+        """Lend a state with the values of ``fresh``; ``key`` is all else that steps depend on."""
+        # One at a time.
         if self._lent() is not None:
             return Lease(fresh, fresh.step)
         rows = fresh.last.shape[1]
+        # States of another batch size would hold their memory beside the new one.
         if rows != self._rows:
             self.clear()
             self._rows = rows

@@ -18,27 +18,18 @@ from fastmem_pl.decoding.prefill import Prefill, Prefills
 from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.decoding.state import DecodeState, TokenChooser
 
-# Tokens still to come from which copying the unfinished half of a batch pays: on a GPU a step is recorded
-# anew for it (docs/LOG.md).
-_PAYS_FROM = {"cpu": 4, "other": 128}
-
 
 @dataclass(frozen=True)
 class Generated:
-    """One decoded answer: its tokens (the end token included where one was produced), its text (without
-    control tokens, and cut before a stop text), and what the decoder keeps beside it.
-    """
+    """One decoded answer, and what the decoder keeps beside it."""
 
-    token_ids: list[int]
-    text: str
+    token_ids: list[int]  # with the end token, where one was produced
+    text: str  # without control tokens, cut before a stop text
     details: dict[str, Any] = field(default_factory=dict)
 
 
 class AnswerRows:
-    """The tokens of every answer as the host has seen them, with the decoder's notes, and where each ends.
-
-    ``live`` are the rows of the batch that are still being decoded.
-    """
+    """The tokens of every answer as the host has seen them, with the decoder's notes, and where each ends."""
 
     def __init__(self, backbone: Backbone, stop: Sequence[str], num_rows: int) -> None:
         self._chat = backbone.chat
@@ -50,25 +41,26 @@ class AnswerRows:
         self._window = 4 * max(map(len, self.stop_texts), default=0)
         self._done = [False] * num_rows
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        # Rows of the batch that are still being decoded.
         self.live = list(range(num_rows))
-        self.tokens: list[list[int]] = [[] for _ in self.live]
-        self.notes: list[list[int]] = [[] for _ in self.live]
+        self.tokens, self.notes = ([[] for _ in self.live] for _ in range(2))
 
-    def take(self, last: Tensor) -> None:
-        """Take tokens and notes ``(2, R)`` of the live rows: at once on a CPU, one step late from a GPU."""
-        if last.device.type == "cpu":
-            self._add(last)
-            return
-        copy, event = torch.empty(last.shape, dtype=last.dtype, pin_memory=True), torch.cuda.Event()
-        copy.copy_(last, non_blocking=True)
-        event.record()
-        coming, self._coming = self._coming, (copy, event)
-        self._receive(coming)
+    def take(self, last: Tensor | None = None) -> None:
+        """Take tokens and notes ``(2, R)`` of the live rows: at once on a CPU, one step late from a GPU.
 
-    def flush(self) -> None:
-        """Wait for what is still to come."""
+        Without any, wait for those that are still to come.
+        """
         coming, self._coming = self._coming, None
-        self._receive(coming)
+        if last is not None and last.device.type == "cpu":
+            self._add(last)
+        elif last is not None:
+            copy, event = torch.empty(last.shape, dtype=last.dtype, pin_memory=True), torch.cuda.Event()
+            copy.copy_(last, non_blocking=True)
+            event.record()
+            self._coming = copy, event
+        if coming is not None:
+            coming[1].synchronize()
+            self._add(coming[0])
 
     def open_rows(self) -> list[int]:
         """Live rows that have not come to their end."""
@@ -76,37 +68,27 @@ class AnswerRows:
 
     def text(self, row: int) -> str:
         """An answer without control tokens, cut before a stop text."""
-        text = self._chat.decode(self.tokens[row])
-        return text[: self._stop_place(text)]
-
-    def _receive(self, coming: tuple[Tensor, torch.cuda.Event] | None) -> None:
-        if coming is not None:
-            coming[1].synchronize()
-            self._add(coming[0])
+        return self._before_stop(self.tokens[row])[0]
 
     def _add(self, last: Tensor) -> None:
         for row, token, note in zip(self.live, *last.tolist(), strict=True):
             if not self._done[row]:
                 self.tokens[row].append(token)
                 self.notes[row].append(note)
-                self._done[row] = token in self._end_ids or self._stops(self.tokens[row])
+                # A stop text is in the last tokens, as many as its characters may take.
+                stops = self.stop_texts and self._before_stop(self.tokens[row][-self._window :])[1]
+                self._done[row] = token in self._end_ids or bool(stops)
 
-    def _stops(self, tokens: list[int]) -> bool:
-        """Whether a stop text ends here: it is in the last tokens, as many as its characters may take."""
-        if not self.stop_texts:
-            return False
-        recent = self._chat.decode(tokens[max(0, len(tokens) - self._window) :])
-        return self._stop_place(recent) < len(recent)
-
-    def _stop_place(self, text: str) -> int:
+    def _before_stop(self, tokens: list[int]) -> tuple[str, bool]:
+        """The text of tokens up to a stop text, and whether there is one."""
+        text = self._chat.decode(tokens)
         places = [text.find(stop) for stop in self.stop_texts]
-        return min((place for place in places if place >= 0), default=len(text))
+        end = min((place for place in places if place >= 0), default=len(text))
+        return text[:end], end < len(text)
 
 
 class Decoding:
-    """One decode of ``B`` prompts in progress.
-
-    On a GPU the host is always one token ahead of what it has seen, so the device never waits for it.
+    """One decode of ``B`` prompts in progress; on a GPU, the device never waits for the host.
 
     Args:
         decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`, or what makes a decoder.
@@ -131,9 +113,7 @@ class Decoding:
         backbone = prefill.backbone
         self.decoder = make_decoder(decoder, settings, backbone)
         if self.decoder.needs_without_context and without_context is None:
-            raise FastMemError(
-                f"decoder {decoder!r} contrasts with the prompt without its context; give both"
-            )
+            raise FastMemError(f"decoder {decoder!r} contrasts with the prompt without its context; give it")
         needed = [n for n in self.decoder.early_layers if n <= backbone.num_blocks - prefill.num_layers]
         if not set(needed) <= set(prefill.trunk_layers):
             raise FastMemError(f"decoder {decoder!r} looks at layers {needed}; give them to the prefill")
@@ -150,8 +130,7 @@ class Decoding:
     def step(self) -> None:
         """Choose the next token of every row; refused after the last of ``max_new_tokens``."""
         if not self._left:
-            limit = self.decoder.max_new_tokens
-            raise FastMemError(f"this decode has its {limit} tokens; start another")
+            raise FastMemError(f"this decode has its {self.decoder.max_new_tokens} tokens; start another")
         # What steps write to must not be made under a surrounding inference_mode: graphs outlive it.
         with self._backbone.on_device(), torch.inference_mode(False), torch.no_grad():
             if self._lease is None:
@@ -197,7 +176,7 @@ class Decoding:
 
     def results(self) -> list[Generated]:
         """The answers so far."""
-        self._answers.flush()
+        self._answers.take()
         return [
             Generated(tokens, self._answers.text(row), self.decoder.details(notes))
             for row, (tokens, notes) in enumerate(zip(self._answers.tokens, self.notes, strict=True))
@@ -223,10 +202,11 @@ class Decoding:
     def _drop_ended_rows(self) -> None:
         """Go on with the rows that have not ended, when they are so few that it pays."""
         before, live = self._answers.live, self._answers.open_rows()
-        pays = self._left >= _PAYS_FROM["cpu" if self._graphs is None else "other"]
+        # Copying them pays for enough tokens to come: a step may be recorded anew for it (docs/LOG.md).
+        pays = self._left >= (4 if self._graphs is None else 128)
         if not (live and 2 * len(live) <= len(before) and pays):
             return
-        self._answers.flush()
+        self._answers.take()
         self._answers.live = live
         if self._graphs is not None:
             # The next batch is as large as this one was: its graphs stay.
@@ -247,10 +227,8 @@ def begin(
 ) -> Decoding:
     """A decode to take step by step or as a stream; arguments as :func:`decode`."""
     forms = make_decoder(decoder, settings, prefills.backbone).forms(form)
-    taken = [prefills.take(name) for name in forms]
-    if rows is not None:
-        taken = [prefill.expand(rows) for prefill in taken]
-    return Decoding(taken[0], decoder, settings, deltas, *taken[1:], **options)
+    prompt, *others = (prefills.take(name, rows) for name in forms)
+    return Decoding(prompt, decoder, settings, deltas, *others, **options)
 
 
 def decode(
@@ -266,7 +244,6 @@ def decode(
 
     Args:
         prefills: of the prompts in every form that is read, which methods share.
-        form: of the prompt that is answered.
         part: names the decode in the meter's entries, such as the method.
         options: ``rows``, how many memories answer a single prompt; ``keys`` and ``graphs`` of the decoding.
 

@@ -13,19 +13,13 @@ BASELINE = "zero-shot"
 
 @dataclass(frozen=True)
 class Method:
-    """One way to answer.
-
-    Attributes:
-        memory: whether the context is memorized first.
-        decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`.
-        prompt: which of the task's prompts it answers: "prompt", "one_shot" or "without_context".
-    """
+    """One way to answer."""
 
     name: str
-    memory: bool
-    decoder: str
+    memory: bool  # whether the context is memorized first
+    decoder: str  # name in DECODERS
     description: str
-    prompt: str = "prompt"
+    prompt: str = "prompt"  # form of the task's prompt: this, "one_shot" or "without_context"
 
 
 METHODS: Registry[Method] = Registry("model.methods")

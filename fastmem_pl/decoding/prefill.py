@@ -1,14 +1,12 @@
-"""The trunk's pass over prompts, and the sequences that grow from it token by token.
-
-The trunk and its KV cache are the same with and without memories, so methods share them.
-"""
+"""The trunk's pass over prompts, which methods share, as memories leave it alone, and what grows from it."""
 
 from __future__ import annotations
 
 import copy
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -96,12 +94,14 @@ class Prefills:
         cache: PromptCache | None = None,
     ) -> None:
         self.backbone, self._prompts, self._num_layers = backbone, prompts, num_layers
-        self._early_layers, self._meter, self._cache = early_layers or {}, meter, cache
+        self._early_layers, self._cache = early_layers or {}, cache
+        nothing = lambda *part: nullcontext({"seconds": 0.0})  # noqa: E731
+        self.measure = partial(meter.measure, "decode") if meter else nothing
         self._kept: dict[str, Prefill] = {}
         self.seconds: dict[str, float] = {}
 
-    def take(self, form: str) -> Prefill:
-        """The prefill of one form."""
+    def take(self, form: str, rows: int | None = None) -> Prefill:
+        """The prefill of one form; expanded to ``rows``, if given."""
         if form not in self._kept:
             if form != "without_context":
                 self._kept = {name: p for name, p in self._kept.items() if name == "without_context"}
@@ -113,13 +113,7 @@ class Prefills:
             if self._cache is not None:
                 self._cache[form] = made
             self._kept[form], self.seconds[form] = made, timing["seconds"]
-        return self._kept[form]
-
-    def measure(self, name: str, part: str) -> AbstractContextManager[dict[str, float]]:
-        """Measure a part of decoding, where there is a meter."""
-        if self._meter is None:
-            return nullcontext({"seconds": 0.0})
-        return self._meter.measure("decode", name, part)
+        return self._kept[form] if rows is None else self._kept[form].expand(rows)
 
 
 class SequenceState:

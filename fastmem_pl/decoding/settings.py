@@ -30,9 +30,6 @@ class DecodingSettings:
             (lower half), "auto" (high, but at most the upper 20 layers), or a list of hidden-state
             numbers or fractions of the depth.
         relative_top: dola keeps tokens of at least this share of the highest probability.
-
-    Raises:
-        FastMemError: when a value is out of its range.
     """
 
     max_new_tokens: int = 100

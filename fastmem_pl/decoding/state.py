@@ -19,6 +19,9 @@ from fastmem_pl.backbone import Delta, FixedCache, TailInputs
 from fastmem_pl.decoding.decoders import Decoder, StepLogits
 from fastmem_pl.decoding.prefill import Prefill, SequenceState
 
+# Which of a decode's sequences a view is of.
+_SEQUENCE = {"model": 0, "base": 0, "without_context": -1}
+
 
 class Views:
     """The logits that one decoder looks at: with the memory, of the base model, of premature layers."""
@@ -33,7 +36,7 @@ class Views:
         # with the change of the hidden state, whatever the decoder; float32 needs that only to contrast.
         self._with_base = deltas is not None and (decoder.needs_base or dtype is not torch.float32)
         # Keys and values of blocks above a trained FFN depend on the memory: one cache a view.
-        names = ("model", "base", "without_context") if prefill.num_layers > 1 else ()
+        names = _SEQUENCE if prefill.num_layers > 1 else ()
         self.caches: dict[str, Cache] = {name: self.backbone.new_cache() for name in names}
 
     def logits(self, inputs: TailInputs, without_context: TailInputs | None = None) -> StepLogits:
@@ -68,7 +71,7 @@ class Views:
         twin.deltas = self.deltas and [
             {n: t.index_select(0, index) for n, t in d.items()} for d in self.deltas
         ]
-        positions = {name: _sequences_of(name, sequences).position for name in self.caches}
+        positions = {name: sequences[_SEQUENCE[name]].position for name in self.caches}
         twin.caches = {name: cache.rows(index, positions[name]) for name, cache in self.caches.items()}
         return twin
 
@@ -86,15 +89,8 @@ class Views:
         return self.tail.finish_logits(self.tail.raw_logits(hidden))
 
 
-def _sequences_of(view: str, sequences: Sequence[SequenceState]) -> SequenceState:
-    return sequences[-1 if view == "without_context" else 0]
-
-
 class DecodeState:
-    """All tensors of a decode of ``B`` rows, with the first token chosen, and the step to the next.
-
-    ``last`` is what the last step chose, ``(2, B)``: tokens, and what the decoder notes beside them.
-    """
+    """All tensors of a decode of ``B`` rows, with the first token chosen, and the step to the next."""
 
     def __init__(
         self,
@@ -104,15 +100,15 @@ class DecodeState:
         chooser: Callable[[Tensor], Tensor],
     ) -> None:
         self.views, self.chooser = Views(prefills[0], decoder, deltas), chooser
+        # What the last step chose: tokens, and what the decoder notes beside them.
         self.last = torch.zeros(2, len(prefills[0]), dtype=torch.long, device=prefills[0].mask.device)
         self._choose([prefill.inputs for prefill in prefills])
         self.sequences = [SequenceState(prefill, decoder.max_new_tokens) for prefill in prefills]
         # The upper blocks' caches hold the prompts now: they get the slots of their sequences.
         for name, cache in self.views.caches.items():
-            own = _sequences_of(name, self.sequences)
-            self.views.caches[name] = FixedCache.continuing(
-                cache, own.mask.shape[1], own.position, own.length
-            )
+            own = self.sequences[_SEQUENCE[name]]
+            room = own.mask.shape[1]
+            self.views.caches[name] = FixedCache.continuing(cache, room, own.position, own.length)
 
     def step(self) -> None:
         """Read the last tokens and choose the next."""
@@ -154,19 +150,17 @@ class TokenChooser:
     def __init__(self, decoder: Decoder, prefill: Prefill, keys: Sequence[int] | None) -> None:
         settings, ids = decoder.settings, prefill.ids
         self._penalty = decoder.repetition_penalty
-        self._seen: Tensor | None = None
-        self._uniform: Tensor | None = None
-        self._step = torch.zeros(1, dtype=torch.long, device=ids.device)
+        self._tensors = {"step": torch.zeros(1, dtype=torch.long, device=ids.device)}
         if self._penalty != 1:
             # Fill tokens of shorter prompts must not count as said: the last token stands in for them.
             said = torch.where(prefill.mask.bool(), ids, ids[:, -1:])
             vocabulary = prefill.backbone.anatomy.head.weight.shape[0]
             seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=ids.device)
-            self._seen = seen.scatter_(1, said, True)
+            self._tensors["seen"] = seen.scatter_(1, said, True)
         if settings.temperature > 0:
             seeds = [[settings.seed, key] for key in (prefill.keys if keys is None else keys)]
             draws = [np.random.default_rng(seed).random(decoder.max_new_tokens) for seed in seeds]
-            self._uniform = torch.tensor(np.stack(draws), device=ids.device)
+            self._tensors["uniform"] = torch.tensor(np.stack(draws), device=ids.device)
             self._warpers = [
                 TemperatureLogitsWarper(float(settings.temperature)),
                 *([TopKLogitsWarper(settings.top_k)] if settings.top_k else []),
@@ -175,30 +169,30 @@ class TokenChooser:
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Return the next tokens ``(B,)`` for ``scores`` ``(B, V)``."""
-        if self._seen is not None:
+        step, seen, uniform = (self._tensors.get(name) for name in ("step", "seen", "uniform"))
+        if seen is not None:
             penalized = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
-            scores = torch.where(self._seen, penalized, scores)
-        if self._uniform is None:
+            scores = torch.where(seen, penalized, scores)
+        if uniform is None:
             token = scores.argmax(-1)
         else:
             for warp in self._warpers:
                 # They look at no token ids.
                 scores = warp(None, scores)
-            token = draw(scores, self._uniform.index_select(1, self._step).squeeze(1))
-            self._step += 1
-        if self._seen is not None:
-            self._seen.scatter_(1, token[:, None], True)
+            token = draw(scores, uniform.index_select(1, step).squeeze(1))
+            step += 1
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
         return token
 
     def tensors(self) -> list[Tensor]:
         """All that persists."""
-        return [self._step, *(tensor for tensor in (self._seen, self._uniform) if tensor is not None)]
+        return list(self._tensors.values())
 
     def rows(self, index: Tensor) -> TokenChooser:
         """A copy with some rows only."""
         twin = copy.copy(self)
-        twin._step = self._step.clone()
-        twin._seen, twin._uniform = (None if t is None else t[index] for t in (self._seen, self._uniform))
+        twin._tensors = {n: t.clone() if n == "step" else t[index] for n, t in self._tensors.items()}
         return twin
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from fastmem_pl import MemorizationModule, MemorizationSettings, Memorizer
 from fastmem_pl.memory import DeltaAdamW
 from fastmem_pl.memory import loss as objective
+from fastmem_pl.run.published import RoundedAdamW, RoundWeights
 
 STRONG = {"steps": 6, "learning_rate": 1e-3, "kl_coeff": 0.3}
 
@@ -244,7 +245,8 @@ def test_adaptive_kl_follows_the_controller_of_each_sample(tiny, contexts):
 
 def test_rounded_weights_are_those_of_edited_float32_weights(tiny, contexts):
     settings = {"steps": 10, "learning_rate": 1e-5, "kl_coeff": 0.1}
-    rounding = Memorizer(tiny, round_weights=True, **settings)
+    rounding = Memorizer(tiny, **settings)
+    rounding.module_class = RoundWeights
     encoded = rounding.encode(contexts[1])
     _, edited = plain_fit(tiny, [[encoded]], **settings)
     (rounded,) = rounding.fit([encoded]).deltas
@@ -255,8 +257,8 @@ def test_rounded_weights_are_those_of_edited_float32_weights(tiny, contexts):
         assert (rounded[name][0] - wanted).norm() < 0.5 * (exact[name][0] - wanted).norm()
 
 
-@pytest.mark.parametrize("round_weights", [False, True])
-def test_rates_by_row_are_adamw_of_each_row(round_weights):
+@pytest.mark.parametrize("kind", [DeltaAdamW, RoundedAdamW])
+def test_rates_by_row_are_adamw_of_each_row(kind):
     torch.manual_seed(0)
     rates = [1e-2, 3e-3, 1e-2, 1e-4]
     base = torch.randn(5, 7)
@@ -264,7 +266,7 @@ def test_rates_by_row_are_adamw_of_each_row(round_weights):
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
     reference = torch.optim.AdamW(groups, weight_decay=0.1)
     delta = torch.nn.Parameter(torch.zeros(len(rates), *base.shape))
-    optimizer = DeltaAdamW([(delta, base)], rates, 0.1, round_weights=round_weights)
+    optimizer = kind([(delta, base)], rates, 0.1)
     for _ in range(6):
         delta.grad = torch.randn_like(delta)
         for row, weight in enumerate(weights):
