@@ -73,7 +73,12 @@ def test_force_replaces_exports_only(fastmem, refused_command, kept, tiny_folder
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(content)
     shutil.copy("lora/export.json", "nested")
-    own = [("model", "chat_template.jinja"), ("mine", "thesis.txt"), ("nested", "src"), ("other", "export.json")]
+    own = [
+        ("model", "chat_template.jinja"),
+        ("mine", "thesis.txt"),
+        ("nested", "src"),
+        ("other", "export.json"),
+    ]
     for out, foreign in own:
         line = refused_command("export", kept, to=to, out=out, force=True)
         assert f"{out} holds {foreign}, which fastmem export did not write" in line
