@@ -55,17 +55,11 @@ def test_checkpoint_is_the_memory_for_plain_transformers(
     assert names.isdisjoint({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 
-@pytest.mark.parametrize("given", ["bfloat16", None])
-def test_bfloat16_checkpoint_states_its_rounding(make_tiny, tmp_path: Path, given: str | None) -> None:
-    backbone = make_tiny(precision="32-true" if given else "bf16-true")
-    memory = Memorizer(backbone, **STRONG)([TEXT])
-    report = to_checkpoint(memory, backbone, tmp_path / "made", given)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype="auto")
-    assert (model.dtype, report.form) == (torch.bfloat16, "bfloat16")
-    # Rounding is of the sum, so that base and delta cannot be rounded one by one.
-    base = backbone.model.model.layers[2].mlp.down_proj.weight.float()
-    delta = memory.deltas[0]["down"][0].float()
-    assert torch.equal(model.model.layers[2].mlp.down_proj.weight, (base + delta).bfloat16())
+def test_checkpoint_of_a_bfloat16_model_is_bfloat16(make_tiny, tmp_path: Path) -> None:
+    backbone = make_tiny(precision="bf16-true")
+    report = to_checkpoint(Memorizer(backbone, **STRONG)([TEXT]), backbone, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert report.form == "bfloat16"
 
 
 @pytest.mark.demo

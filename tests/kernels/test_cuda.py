@@ -22,7 +22,7 @@ from fastmem_pl import (
 )
 from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, graphs
 from fastmem_pl.export import to_checkpoint, to_lora
-from fastmem_pl.memory import document
+from fastmem_pl.memory import memorizer
 from fastmem_pl.run.folder import RunFolder
 from fastmem_pl.search import SearchSettings, SearchTrainer
 
@@ -253,7 +253,7 @@ def test_documents_are_those_of_the_cpu(tiny, monkeypatch, precision, policy):
     windows = WindowSettings(policy, window=64, overlap=16)
     expected = memorize_document(Memorizer(tiny, **STRONG), text, windows).curve.cross_entropy
     if parts:
-        monkeypatch.setattr(document, "_TOKENS_AT_ONCE", 100)
+        monkeypatch.setattr(memorizer, "_TOKENS_AT_ONCE", 100)
     backbone = on_gpu(precision)
     found = memorize_document(Memorizer(backbone, **STRONG), text, windows).curve.cross_entropy
     # Adam's noise and bfloat16's rounding, relative to what the loss falls by.

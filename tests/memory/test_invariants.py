@@ -18,6 +18,7 @@ from fastmem_pl.memory import DeltaAdamW
 from fastmem_pl.memory import loss as objective
 from fastmem_pl.run.published import RoundedAdamW, RoundWeights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STRONG = {"steps": 6, "learning_rate": 1e-3, "kl_coeff": 0.3}
 
 

@@ -107,18 +107,13 @@ def test_plot_shows_the_curves(batch: Memory, rows: int) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "bound"),
     [
-        ("steps", -1, "at least 0"),
-        ("learning_rate", 0.0, "above 0"),
-        ("learning_rate", float("nan"), "above 0"),
-        ("kl_coeff", -0.1, "at least 0"),
-        ("num_layers", 0, "at least 1"),
-        ("weight_decay", float("inf"), "at least 0"),
-        ("max_grad_norm", 0.0, "above 0"),
-        ("max_context_tokens", 0, "at least 1"),
+        *((name, 0, "at least 1") for name in ("num_layers", "max_context_tokens")),
+        *((name, -0.1, "at least 0") for name in ("steps", "kl_coeff", "weight_decay", "kl_gain")),
+        *((name, 0.0, "above 0") for name in ("learning_rate", "max_grad_norm", "kl_target")),
+        *(("learning_rate", float("nan"), "above 0"), ("weight_decay", float("inf"), "at least 0")),
     ],
 )
 def test_settings_out_of_range(setting, value, bound):
-    with pytest.raises(
-        FastMemError, match=rf"^model\.memorize\.{setting}: {value} is out of range; allowed: {bound}$"
-    ):
+    message = rf"^model\.memorize\.{setting}: {value} is out of range; allowed: {bound}$"
+    with pytest.raises(FastMemError, match=message):
         MemorizationSettings(**{setting: value})
