@@ -131,7 +131,7 @@ def test_system_prompt_goes_before_the_question_where_there_is_no_place_for_it(t
 
 
 def test_without_the_chat_template_prompts_are_plain(tokenizer):
-    chat = ChatEncoder(tokenizer, ChatSettings(chat_template=False))
+    chat = ChatEncoder(tokenizer, ChatSettings(template=False))
     assert chat.prompt("Why?", "Since") == tokenizer("Why?\nSince").input_ids
     encoded = chat.context("Hi you", 100)
     assert encoded.input_ids == tokenizer("Hi you<|im_end|>").input_ids
