@@ -39,19 +39,19 @@ def test_free_memory_bounds_automatic_batches(tiny, monkeypatch):
     allowed = footprint.cost(3, 100 + 128 + module.decoding.max_new_tokens)
     monkeypatch.setattr("fastmem_pl.run.batching.usable_bytes", lambda device: allowed)
     answer = module.longest_answer
-    limits = module.room.limits(answer)
+    limits = module.budget.limits(answer)
     assert (limits.most(100), limits.most(10_000)) == (3, 1)
     assert 3 < limits.most(1) <= 16
     monkeypatch.setattr("fastmem_pl.run.batching.usable_bytes", lambda device: 1 << 50)
-    assert module.room.limits(answer).most(100) == 16
-    assert module.room.limits(answer, None, 250).most(100) == 2
-    assert module.room.limits(answer, 50).most(100_000) == 50
+    assert module.budget.limits(answer).most(100) == 16
+    assert module.budget.limits(answer, None, 250).most(100) == 2
+    assert module.budget.limits(answer, 50).most(100_000) == 50
 
 
 def test_without_auto_batch_the_size_is_fixed(tiny):
     module = make_module(auto_batch=False)
     module.load_backbone("32-true", torch.device("cpu"), tiny)
-    assert module.room.limits(100).most(10**9) == 8
+    assert module.budget.limits(100).most(10**9) == 8
 
 
 def test_usable_is_part_of_what_is_there():
