@@ -8,6 +8,7 @@ from fastmem_pl.metrics import (
     Score,
     contains_answer,
     extract_answer,
+    format_score,
     normalize_answer,
     score_answer,
 )
@@ -97,3 +98,16 @@ def test_text_functions_of_the_reference_run(shared):
 )
 def test_scores(name, prediction, references, originals, expected):
     assert SCORES[name].function(prediction, references, originals) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("accuracy", 0.525, 0.0312), "52.5% ± 3.1"),
+        (("accuracy", 0.025, 0.0, "+"), "+2.5% ± 0.0"),
+        (("accuracy", -0.00001, None, "+"), "+0.0%"),
+        (("output_words", 12.34), "12.3"),
+    ],
+)
+def test_scores_as_text(arguments, expected):
+    assert format_score(*arguments) == expected

@@ -269,7 +269,7 @@ def test_unfinished_points_come_last_and_do_not_tie():
     ranking = ranked(short)
     assert [(p.point["learning_rate"], p.n) for p in ranking.points] == [(1e-6, 4), (1e-4, 4), (1e-5, 3)]
     assert warning(ranking, "before the last sample").startswith("1 of 3 points")
-    assert warning(ranking, "the best").startswith("1 more point ties")
+    assert warning(ranking, "with the best").startswith("1 more point ties")
 
 
 def test_failed_answers_count_and_are_told():

@@ -103,7 +103,7 @@ def test_a_single_point_and_sample(tmp_path):
     assert points[1][:3] == ["1", "10.0%", "-40.0%"]
     assert cells[1] == ["1e-05", "**10.0**"]
     heat_map(result, tmp_path / "heatmap.svg")
-    assert texts(tmp_path / "heatmap.svg").count("10.0") == 1
+    assert "10.0" in texts(tmp_path / "heatmap.svg")
 
 
 def test_text_contrasts_with_every_colour():
