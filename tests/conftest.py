@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 # isort: split
 from memories import (  # noqa: F401 (fixtures)
     batch,
+    demo_memory,
     fastmem,
     kept,
     loaded_tiny,

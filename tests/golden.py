@@ -144,7 +144,7 @@ def check_batch(
     for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
         check_tokens(encoded[row], sample)
         if "train" in sample:
-            check_training(seen["memory"], row, sample, settings, module.hparams.published_quirks)
+            check_training(seen["memory"], row, sample, settings, module.memory_quirks)
         check_output(record, sample, row, seen["decoding"])
         if "scoring" in sample:
             check_scoring(record, sample["scoring"])

@@ -97,6 +97,13 @@ def memory(backbone: Backbone) -> Memory:
 
 
 @pytest.fixture(scope="session")
+def demo_memory(demo: Backbone) -> Memory:
+    """Of the demo model."""
+    text = "The museum of Lindt was founded by Ada Birch in 1741. It keeps nine thousand blue lanterns."
+    return Memorizer(demo, steps=5, learning_rate=3e-4)([text])
+
+
+@pytest.fixture(scope="session")
 def batch(backbone: Backbone) -> Memory:
     """Three memories that differ."""
     return Memorizer(backbone, **STRONG)(TEXTS)

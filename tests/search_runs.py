@@ -181,9 +181,7 @@ class Searches:
     def model(self, family: str) -> Path:
         folder = self.root / "models" / family
         if not folder.is_dir():
-            name, _, vocabulary = family.partition("@")
-            sizes = {"vocab_size": int(vocabulary)} if vocabulary else {}
-            make_model(name, **sizes).save_pretrained(folder)
+            make_model(family).save_pretrained(folder)
             make_tokenizer().save_pretrained(folder)
         return folder
 

@@ -13,12 +13,17 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from jsonargparse._actions import _ActionConfigLoad
 from reference_files import table
 from reference_python import markdown, parameters
 
 _SECTIONS = (
     ("run", "The run", "Where results go, and what settings there are."),
-    ("model", "model: the language model, memorizing, methods, decoding", None),
+    (
+        "model",
+        "model: the language model, memorizing, methods, decoding",
+        "`--model.backbone NAME` is short for `--model.backbone.source NAME`.",
+    ),
     ("data", "data: the samples", None),
     ("trainer", "trainer: devices, precision, loggers", None),
     ("search", "search: only of fastmem search", None),
@@ -98,11 +103,20 @@ def own_trainer_options() -> set[str]:
 
 
 def shown(parser: Any) -> list[Any]:
-    """The actions that the page shows: no help, no loading of a part of the config from a file."""
+    """The actions that the page shows: no help, no loading of a group from a file, no setting of a quirk.
+
+    Quirks are chosen by name, with ``model.published_quirks``, whatever their settings say.
+    """
+    from fastmem_pl.run.predict import _QUIRK_FIELDS
+
     return [
         action
         for action in parser._actions
-        if action.dest not in _NOT_SHOWN and not action.dest.endswith(".help") and action.option_strings
+        if action.option_strings
+        and action.dest not in _NOT_SHOWN
+        and not action.dest.endswith(".help")
+        and not isinstance(action, _ActionConfigLoad)
+        and action.dest.rpartition(".")[2] not in _QUIRK_FIELDS
     ]
 
 
@@ -188,8 +202,10 @@ def readable_type(kind: Any) -> str:
         "<class 'types.UnionType'>",
         "<class 'typing.Union'>",
     ):
-        inner = ", ".join(readable_type(a) for a in arguments)
-        return f"{getattr(origin, '__name__', origin)}[{inner}]"
+        # A config has lists only.
+        name = "list" if origin is tuple else getattr(origin, "__name__", origin)
+        inner = ", ".join(readable_type(a) for a in arguments if a is not ...)
+        return f"{name}[{inner}]"
     if arguments:
         return " | ".join(readable_type(argument) for argument in arguments)
     return getattr(kind, "__name__", str(kind).replace("typing.", ""))

@@ -47,13 +47,18 @@ def _facts(path: Path) -> list[str]:
     return [what.lstrip("# "), needs.removeprefix("# needs: ").strip()]
 
 
+def _effect(quirk: type) -> str:
+    """What a quirk does: its docstring up to what it raises."""
+    return " ".join((inspect.getdoc(quirk) or "").split("\n\nRaises:")[0].split())
+
+
 def tasks_page() -> str:
     """Tasks with their prompts, methods and scores."""
-    from fastmem_pl.base.quirks import QUIRKS
     from fastmem_pl.data import TASKS
     from fastmem_pl.data.tasks import OWN_FIELDS
     from fastmem_pl.decoding import METHODS
     from fastmem_pl.metrics import METRIC_MODELS, SCORES
+    from fastmem_pl.run.published import QUIRKS
 
     parts = [
         "# Tasks, methods, scores",
@@ -69,7 +74,7 @@ def tasks_page() -> str:
             ],
         ),
         "Faults of the published code that `--model.published_quirks` brings back:",
-        table(["quirk", "effect"], [[f"`{name}`", effect] for name, effect in QUIRKS.items()]),
+        table(["quirk", "effect"], [[f"`{name}`", _effect(quirk)] for name, quirk in QUIRKS.items()]),
         "## Scores",
         "One number an answer; tables show the mean over samples with its standard error. A sample "
         "without references has no scores.",

@@ -2,7 +2,7 @@
 
 from fastmem_pl.backbone.backbone import Backbone
 from fastmem_pl.backbone.cache import FixedCache, room_for
-from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings, EncodedContext, derive_pieces, pad
+from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings, EncodedContext, pad
 from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta, GradientFactors
 from fastmem_pl.backbone.footprint import Footprint, usable_bytes
@@ -24,7 +24,6 @@ __all__ = [
     "GradientFactors",
     "Tail",
     "TailInputs",
-    "derive_pieces",
     "find_anatomy",
     "fingerprint_of",
     "normalize_precision",

@@ -21,9 +21,9 @@ from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
 from fastmem_pl.backbone.loading import fingerprint_of, load_model
 from fastmem_pl.backbone.placement import DeviceMap, Placement, let_cross
 from fastmem_pl.backbone.settings import (
+    COMPUTE_DTYPE,
     BackboneSettings,
     Precision,
-    compute_dtype,
     fabric_settings,
     normalize_precision,
 )
@@ -43,7 +43,6 @@ class Backbone:
 
     Args:
         model: a Hugging Face causal language model.
-        tokenizer: the model's.
         precision: ``32-true``; ``bf16-true`` (weights in bfloat16); ``bf16-mixed`` (float32 weights,
             bfloat16 products). In all of them norms and losses are float32.
         name: of the model in records.
@@ -93,7 +92,6 @@ class Backbone:
         The other arguments are fields of :class:`BackboneSettings`.
 
         Args:
-            source: which.
             precision: ``32-true`` by default.
             device: the CPU by default, with ``device_map`` the last GPU.
             fabric: gives precision and device, where they are left out.
@@ -101,8 +99,7 @@ class Backbone:
                 sharded, and are on the LM head's device.
 
         Raises:
-            FastMemError: when there is no such model, it does not fit, or it cannot be quantized or laid
-                out so.
+            FastMemError: when there is no such model, or it cannot be split, quantized or laid out so.
         """
         stated = fabric_settings(fabric) if fabric else ("32-true", "cpu")
         precision = normalize_precision(precision or stated[0])
@@ -124,10 +121,10 @@ class Backbone:
             backbone.fingerprint()
         return backbone
 
-    def with_chat(self, settings: ChatSettings) -> Backbone:
+    def with_chat(self, settings: ChatSettings, encoder: type[ChatEncoder] = ChatEncoder) -> Backbone:
         """This backbone, sharing all of its parts, with texts encoded in another way."""
         twin = copy.copy(self)
-        twin.chat = ChatEncoder(self.tokenizer, settings)
+        twin.chat = encoder(self.tokenizer, settings)
         return twin
 
     @property
@@ -151,7 +148,7 @@ class Backbone:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type in which the tail's matrix products run."""
-        return compute_dtype(self.precision)
+        return COMPUTE_DTYPE[self.precision]
 
     @property
     def context_length(self) -> int:
@@ -209,11 +206,12 @@ class Backbone:
         tail, config = self.tail(num_layers), self.model.config.get_text_config()
         blocks, here, dtype = self.placement.blocks, self.device, self.compute_dtype
         kv_cache, passing = trunk_bytes_per_token(tail, config, dtype)
-        others = [device for device in self.placement.devices if device != here]
         found = Footprint.of_tail(
             tail, config, blocks.count(here), here, dtype, reference, float32_state, self.shards.kv
         )
-        elsewhere = tuple((device, blocks.count(device) * kv_cache + passing) for device in others)
+        elsewhere = tuple(
+            (d, blocks.count(d) * kv_cache + passing) for d in self.placement.devices if d != here
+        )
         return replace(found, elsewhere=elsewhere)
 
     def new_cache(self) -> Cache:
@@ -266,7 +264,6 @@ class Backbone:
             torch.distributed.broadcast(tensor, src=0)
 
     def _check_layers(self, num_layers: int) -> None:
-        """Refuse trained blocks that differ, or are not with the LM head and whole."""
         total = self.num_blocks
         if not 1 <= num_layers <= total:
             raise FastMemError(f"model.memorize.num_layers: {num_layers}; allowed: 1 to {total}")
@@ -289,10 +286,8 @@ class Backbone:
 
     @torch.no_grad()
     def _check_split(self) -> None:
-        """Compare tail(trunk(ids)) with the model's own logits once."""
         tail = self.tail()
-        vocabulary = self.anatomy.head.weight.shape[0]
-        ids = torch.arange(8, device=self.device)[None] % vocabulary
+        ids = torch.arange(8, device=self.device)[None] % self.anatomy.head.weight.shape[0]
         with self.numerics(), self.autocast():
             expected = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
             # Norms as the model has them: on ids that are no text, bfloat16 logits differ by half when one

@@ -1,8 +1,4 @@
-"""A KV cache of fixed size, which every decoding step writes to in place.
-
-Nothing is concatenated or allocated while tokens come, and a captured CUDA graph finds keys and values
-where it left them.
-"""
+"""A KV cache of fixed size, written to in place, so that a CUDA graph finds keys and values again."""
 
 from __future__ import annotations
 

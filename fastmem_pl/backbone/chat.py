@@ -28,17 +28,10 @@ class ChatSettings:
     Args:
         template: use the tokenizer's chat template; off, prompts are plain text.
         system_prompt: text of a system turn before the question; none by default, as in the paper.
-        round_trip: encode a context with special tokens, cut it, and decode it again before use, as the
-            published code does: a bos that the tokenizer adds stays in the text, and spaces go where the
-            tokenizer cleans them up.
-        parse_special_tokens: let text from data that looks like a control token become one, as the
-            published code does.
     """
 
     template: bool = True
     system_prompt: str | None = None
-    round_trip: bool = False
-    parse_special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,10 +109,7 @@ class EncodedContext:
 
 
 class ChatEncoder:
-    """Builds memorization and prompt token ids for one tokenizer.
-
-    Text that comes from data is never parsed as special tokens, unless the settings ask for it.
-    """
+    """Builds token ids; text that comes from data is never parsed as control tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings | None = None) -> None:
         self.tokenizer = tokenizer
@@ -146,23 +136,23 @@ class ChatEncoder:
 
     def context(self, context: str, limit: int) -> EncodedContext:
         """Encode ``[bos] assistant_header + context + end_of_turn`` (paper, section 3.1); cut to a limit."""
-        return self.whole_context(*self.truncate(context, limit))
+        return self.whole_context(*self.cut(context, limit))
 
     def windows(self, text: str, window: int, overlap: int) -> list[EncodedContext]:
-        """Encode a text of any length in windows of up to ``window`` tokens; each has a loss in one of them.
+        """Encode a text in windows of up to ``window`` tokens; each token has a loss in one of them.
 
-        A window repeats the last ``overlap`` tokens of the one before, after the header and like it without
-        loss; the end of turn closes the last one only. A text that fits one is encoded as :meth:`context`.
+        A window repeats the last ``overlap`` of the one before, after the header and like it without loss.
         """
         ids = self._plain(text).input_ids
         if len(ids) <= window:
             return [self.context(text, window)]
-        header = self._bos + self._encode([(self.pieces.assistant_header, True)])
-        closing = self._encode([(self.pieces.end_of_turn, True)])
+        header = self._bos + self.encode([(self.pieces.assistant_header, True)])
+        closing = self.encode([(self.pieces.end_of_turn, True)])
         encoded, start = [], 0
         while start < len(ids):
             repeated = min(overlap, start)
             end = start - repeated + window
+            # Only the last one ends the turn.
             part = ids[start - repeated : end] + (closing if end >= len(ids) else [])
             new = min(end, len(ids)) - start
             encoded.append(EncodedContext(header + part, len(header) + repeated, new, 0))
@@ -170,24 +160,16 @@ class ChatEncoder:
         return encoded
 
     def whole_context(self, text: str, kept: int, cut: int) -> EncodedContext:
-        """Encode what :meth:`truncate` returned."""
+        """Encode what :meth:`cut` returned."""
         pieces = self.pieces
-        header_length = len(self._bos) + len(self._encode([(pieces.assistant_header, True)]))
-        ids = self._encode([(pieces.assistant_header, True), (text, False), (pieces.end_of_turn, True)])
+        header_length = len(self._bos) + len(self.encode([(pieces.assistant_header, True)]))
+        ids = self.encode([(pieces.assistant_header, True), (text, False), (pieces.end_of_turn, True)])
         return EncodedContext(self._bos + ids, header_length, kept, cut)
 
     def prompt(self, user_text: str, answer_prefix: str = "") -> list[int]:
         """Encode a user turn, after a system turn if there is one, and the opened assistant turn."""
         end = (self.pieces.user_end, True)
-        return self._bos + self._encode([*self._opening, (user_text, False), end, (answer_prefix, False)])
-
-    def truncate(self, text: str, limit: int) -> tuple[str, int, int]:
-        """Prepare a context: :meth:`cut`, or the published round trip where the settings ask for it."""
-        if self.settings.round_trip:
-            ids = self.tokenizer(text, verbose=False).input_ids
-            kept = ids[:limit]
-            return self.tokenizer.decode(kept), len(kept), len(ids) - len(kept)
-        return self.cut(text, limit)
+        return self._bos + self.encode([*self._opening, (user_text, False), end, (answer_prefix, False)])
 
     def cut(self, text: str, limit: int) -> tuple[str, int, int]:
         """Cut ``text`` after ``limit`` tokens, as it is written: ``(text, kept tokens, tokens cut off)``."""
@@ -206,10 +188,10 @@ class ChatEncoder:
         """Decode generated ids without control tokens; spaces stay as generated."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _encode(self, segments: list[tuple[str, bool]]) -> list[int]:
-        # Of the joined segments, only those marked trusted may hold control tokens.
+    def encode(self, segments: Sequence[tuple[str, bool]]) -> list[int]:
+        """Encode the joined segments; only those marked trusted may hold control tokens."""
         untrusted = "".join(text for text, trusted in segments if not trusted)
-        if self.settings.parse_special_tokens or not self._special.search(untrusted):
+        if not self._special.search(untrusted):
             return self.tokenizer("".join(t for t, _ in segments), add_special_tokens=False).input_ids
         ids: list[int] = []
         plain = ""

@@ -55,17 +55,14 @@ class Projection:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a causal language model that FastMem works on.
-
-    ``body`` is the decoder stack (embeddings, blocks, final norm), ``softcap`` the bound of the logits.
-    """
+    """The parts of a causal language model that FastMem works on."""
 
     family: Family
-    body: nn.Module
+    body: nn.Module  # embeddings, blocks, final norm
     layers_name: str
     norm_name: str
     head: nn.Module
-    softcap: float | None
+    softcap: float | None  # bound of the logits
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -66,7 +66,9 @@ class FFN:
         self._weights = {name: p.weight.to(dtype) for name, p in projections.items()}
         self._biases = {name: p.bias for name, p in projections.items()}
         plain = all(bias is None for name, bias in self._biases.items() if name != "down")
-        self._kernel_fits = plain and "gate" in self._weights and _is_silu(activation)
+        probe = torch.linspace(-8, 8, 33)
+        silu = torch.equal(activation(probe), F.silu(probe))
+        self._kernel_fits = plain and silu and "gate" in self._weights
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -144,8 +146,3 @@ class DeltaProduct(torch.autograd.Function):
             delta.factors = GradientFactors(grad.contiguous(), x.detach().contiguous())
             return x_grad, None
         return x_grad, torch.bmm(grad.transpose(1, 2), x).to(delta.dtype)
-
-
-def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
-    probe = torch.linspace(-8, 8, 33)
-    return torch.equal(activation(probe), F.silu(probe))

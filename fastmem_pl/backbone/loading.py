@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
 from fastmem_pl.backbone.placement import device_plan
-from fastmem_pl.backbone.settings import WEIGHT_DTYPE, BackboneSettings, Precision, compute_dtype
-from fastmem_pl.base.errors import FastMemError, nearest, one_line
+from fastmem_pl.backbone.settings import COMPUTE_DTYPE, WEIGHT_DTYPE, BackboneSettings, Precision
+from fastmem_pl.base.errors import FastMemError, nearest, one_line, unknown
 from fastmem_pl.base.hub import cache_first, converted_folder, demo_file, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ def load_model(
         kind = quantization or method
         if settings.tp_plan and (device_map or kind):
             other = "device_map" if device_map else f"a quantized model ({kind})"
-            raise FastMemError(
-                f"model.backbone.tp_plan: it does not go with {other}; allowed: one of the two"
-            )
+            raise FastMemError(f"model.backbone.tp_plan: it does not go with {other}; leave one out")
         if kind:
             # With its number, which the loaders of quantized weights take.
             options["device_map"] = {"": torch.empty(0, device=device).device}
@@ -81,7 +79,7 @@ def load_model(
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
         if device_map:
-            types, size = (dtype, compute_dtype(precision)), quantizing.stored_size(kind, config)
+            types, size = (dtype, COMPUTE_DTYPE[precision]), quantizing.stored_size(kind, config)
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
         sharded = nullcontext({})
         if settings.tp_plan:
@@ -148,16 +146,16 @@ def _check_weights(source: str, info: Mapping[str, Any]) -> None:
 def _without_report() -> Iterator[None]:
     """Keep back the table of weights that do not fit, which transformers logs: one line names them."""
     logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    # Not by its level: transformers looks at that, and says more. No logger is below this name.
+    silence = logging.Filter("nothing")
+    logger.addFilter(silence)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(silence)
 
 
 def _resolve(source: str) -> str:
-    """Turn ``source`` into a folder or Hub id that ``from_pretrained`` takes."""
     path = demo_file() if source == DEMO else Path(source).expanduser()
     if path is None:
         raise FastMemError(
@@ -168,16 +166,12 @@ def _resolve(source: str) -> str:
             raise FastMemError(f"model.backbone: no such GGUF file: {source}")
         return str(_converted(path))
     # Hub ids without an owner exist (gpt2), but a slip of "demo" is likelier to be meant.
-    hint = "" if path.is_dir() else nearest(source, [DEMO])
-    if hint:
-        raise FastMemError(
-            f"model.backbone: {source!r} is unknown; allowed: 'demo', a Hub id, a folder, a .gguf file{hint}"
-        )
+    if nearest(source, [DEMO]) and not path.is_dir():
+        raise unknown("model.backbone", source, [DEMO, "a Hub id", "a folder", "a .gguf file"])
     return str(path) if path.is_dir() else source
 
 
 def _converted(gguf_file: Path) -> Path:
-    """Return the folder with the converted copy of a GGUF file, making it when it is missing."""
     target = converted_folder(gguf_file)
     if (target / "config.json").is_file():
         return target

@@ -1,7 +1,6 @@
 """RMS norms in one kernel instead of six, where a model's own code spells them out.
 
-A norm is recognized by what it computes in float32, never by its name. In bfloat16 the one kernel rounds
-once, the spelled-out form twice.
+In bfloat16 the one kernel rounds once, the spelled-out form twice.
 """
 
 from __future__ import annotations

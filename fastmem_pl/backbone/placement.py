@@ -1,8 +1,7 @@
 """Which part of a model goes to which device, decided before anything is loaded, and what crosses over then.
 
-Batches, memories and the products with the head are where the trained blocks, the final norm and the LM
-head are, so these share a device, the tail's, and the other devices get the more blocks for it. Accelerate's
-``infer_auto_device_map`` balances weights, not what a batch has left beside them (docs/LOG.md).
+Batches and memories are with the trained blocks, the final norm and the LM head: on the tail's device.
+Accelerate's ``infer_auto_device_map`` balances weights, not what a batch has left beside them (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -44,10 +43,7 @@ class Part:
 
 
 def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None = None) -> list[Part]:
-    """The parts of a model, which may be on the meta device, with ``num_layers`` trained layers.
-
-    ``stored``: bytes of a weight in linear maps of the trunk, if quantized.
-    """
+    """The parts of a model; ``stored``: bytes of a weight in linear maps of the trunk, if quantized."""
     names = {module: name for name, module in model.named_modules()}
     body, blocks = f"{names[anatomy.body]}.", f"{names[anatomy.blocks]}."
     embedding, ends = names[model.get_input_embeddings()], {names[anatomy.head], names[anatomy.final_norm]}
@@ -82,10 +78,9 @@ def device_plan(
     device: torch.device,
     stored: float | None = None,
 ) -> dict[str, torch.device]:
-    """A device for every part of a model without weights.
+    """A device for every part of a model without weights; ``device`` is where a policy puts the tail.
 
-    ``precision`` is the types of the weights and of the products; ``device`` the program's, where a policy
-    puts the tail; ``stored`` as for :func:`parts_of`.
+    ``precision`` is the types of the weights and of the products.
     """
     anatomy = find_anatomy(model)
     parts = parts_of(model, anatomy, num_layers, stored)
@@ -262,10 +257,7 @@ class Placement:
 
 
 def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
-    """Make a model that lies on several devices run; no hooks of Accelerate are left on it.
-
-    Masks, positions and position embeddings are made where the embeddings are; logits where the LM head is.
-    """
+    """Make a model that lies on several devices run, by hooks in place of those of Accelerate."""
     if getattr(model, "_fastmem_crosses", False):
         return
     model._fastmem_crosses = True

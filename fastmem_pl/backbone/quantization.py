@@ -84,11 +84,10 @@ def check_quantization(quantization: str, precision: str, device: str | torch.de
     kind = KINDS[quantization]
     check_precision(quantization, precision)
     _check_package(kind.package, f"model.backbone.quantization: {quantization}")
-    found = torch.device(device).type
-    if kind.only and (found, precision) != kind.only:
+    if kind.only and (torch.device(device).type, precision) != kind.only:
         raise FastMemError(
             f"model.backbone.quantization: {quantization} needs a {kind.only[0].upper()} GPU and precision "
-            f"{kind.only[1]}, not {found} and {precision}"
+            f"{kind.only[1]}, not {device} and {precision}"
         )
 
 

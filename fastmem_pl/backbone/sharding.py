@@ -70,9 +70,8 @@ def loading(tp_plan: str, model: Any, device: torch.device) -> Iterator[dict[str
     try:
         yield {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=count)}
     finally:
-        if before is None:
-            os.environ.pop("LOCAL_RANK", None)
-        else:
+        os.environ.pop("LOCAL_RANK", None)
+        if before is not None:
             os.environ["LOCAL_RANK"] = before
 
 

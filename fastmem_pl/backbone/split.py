@@ -160,13 +160,11 @@ class Tail:
         base: BaseActivations,
         deltas: Sequence[Delta] | None = None,
         cache: Cache | None = None,
-        norm_every_layer: bool = False,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
         """Return the residual stream above each trained block, lowest first, ``(B, T, D)`` float32.
 
-        ``deltas`` are of the trained layers, lowest first; ``None`` applies the base model. ``cache`` is of
-        the blocks above the first trained FFN. ``norm_every_layer`` applies the final norm between the
-        trained blocks as well, as the published code does from the second step on.
+        ``deltas`` are by trained layer, lowest first; ``between`` applies between trained blocks.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
         states = [inputs.residual.float() + self._post_norm(output)]
@@ -176,7 +174,7 @@ class Tail:
             for block, (args, kwargs) in zip(self._upper, inputs.calls, strict=True):
                 args = [cache if isinstance(value, Cache) else value for value in args]
                 kwargs = {name: cache if isinstance(v, Cache) else v for name, v in kwargs.items()}
-                hidden = self.final_norm(states[-1]) if norm_every_layer else states[-1]
+                hidden = between(states[-1]) if between else states[-1]
                 states.append(block(hidden.to(self._block_dtype), *args, **kwargs).float())
         finally:
             self._upper_deltas[:] = [None] * len(self._upper)

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.base.errors import (
@@ -19,52 +20,7 @@ from fastmem_pl.base.errors import (
 # Heavy imports (torch, lightning, transformers) wait until a subcommand is known, so that
 # `fastmem --help` answers at once.
 
-OVERVIEW = """\
-fastmem: make a language model read its context before it answers (FastMem, arXiv 2406.16069)
-
-usage: fastmem <command> [--config NAME_OR_FILE[,NAME_OR_FILE ...]] [options]
-
-commands:
-  fit-predict   memorize each context, answer about it, compare methods
-  fit           memorize each context and save the memories
-  predict       answer with saved memories; without any, zero-shot
-  search        try a grid of settings on every fifth sample, and rank them
-  memorize      memorize one text and keep it as a file
-  ask           ask such a memory, on the command line or in a loop
-  export        ship it: a LoRA adapter, a merged checkpoint, a smaller file
-  report        one HTML page from the results of runs, with all samples
-  compare       the same tables in the terminal
-  tasks [NAME]  show the tasks with their prompts
-  env           versions and devices, for bug reports
-
-first run:
-  fastmem fit-predict --config demo
-one text:
-  fastmem memorize notes.txt && fastmem ask notes.fastmem "Who wrote the notes?"
-your own data (JSON or JSONL with context, question and, if known, answers):
-  fastmem fit-predict --config smollm2,qa --data.path my.jsonl
-your own model (Hub id, folder or .gguf file):
-  fastmem fit-predict --config base,qa --data.path my.jsonl --model.backbone Qwen/Qwen2.5-7B-Instruct
-a row of the paper (model, task, method):
-  fastmem fit-predict --config base,llama3-8b,nqswap,fastmem+cd --data.path nqswap.json
-
-good settings for your model and data (the default grid is the paper's, for models of 4B and more):
-  fastmem search --config smollm2,nqswap,search --data.path nqswap.json \
-    --search.grid '{{learning_rate: [3e-5, 1e-4, 3e-4], steps: [10, 20], kl_coeff: [0.1, 1]}}'
-
-options used most (all of them: fastmem <command> --help):
-  --run_dir DIR              results; the same command goes on there after a stop
-  --data.limit N             the first N records only
-  --data.batch_size N        samples at once; left out, as many as free memory holds
-  --model.methods '[zero-shot, one-shot, cad, dola, fastmem, fastmem+cd, fastmem+cad, fastmem+dola]'
-  --model.memorize.steps N --model.memorize.learning_rate X --model.memorize.kl_coeff X
-  --trainer.precision 32-true|bf16-mixed|bf16-true   --trainer.accelerator cpu|gpu
-  --profile                  show where the time goes
-  --print_config             show the resolved settings and stop
-
-packaged configs, later ones on top of earlier ones:
-{configs}
-"""
+_OVERVIEW = Path(__file__).with_name("overview.txt")
 SAMPLE_COMMANDS = dict.fromkeys(("fit-predict", "fit", "predict", "search"), "lightning:run")
 COMMANDS = {
     **SAMPLE_COMMANDS,
@@ -116,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command, *options = arguments or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(OVERVIEW.format(configs=_config_overview()))
+        print(_OVERVIEW.read_text(encoding="utf-8").replace("CONFIGS", _config_overview()))
         return 0
     if command == "--version":
         from importlib.metadata import version

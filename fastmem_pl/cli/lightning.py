@@ -15,7 +15,7 @@ from fastmem_pl.cli.configs import as_arguments, take_configs
 from fastmem_pl.cli.parser import OneLineParser
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.report import print_run
-from fastmem_pl.report.profile_table import profile_table
+from fastmem_pl.report.table import profile_table
 from fastmem_pl.report.terminal import make_console
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.session import RunResult

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from typing import Any, ClassVar, NoReturn, get_origin, get_type_hints
 
@@ -24,8 +24,6 @@ _WRONG_TYPE = re.compile(
     r'Parser key "([^"]+)": (?:Expected an?|Does not validate against any of the Union subtypes Subtypes:)'
     r" \[?(.+?)(?:\] Errors: .*|\.?) (?:Got|Given) value: (.+)"
 )
-# Faults of the published code, which configs name under published_quirks.
-_QUIRKS = {"norm_every_layer", "round_weights", "dola_unlimited"}
 _UNKNOWN = r"(?i)unrecognized arguments: (\S+)|key '([^']+)' is not expected|not accept option '([^']+)'"
 
 
@@ -109,7 +107,7 @@ class CommandParser(OneLineParser):
         self.add_function_arguments(function, as_positional=True, skip=set(self._groups))
         self._action_groups[-1].title = "arguments"
         for name, kind in self._groups.items():
-            self.add_class_arguments(kind, name, skip=_QUIRKS & {field.name for field in fields(kind)})
+            self.add_class_arguments(kind, name)
         # Options go by their own names, without those of the groups.
         for action in self._actions:
             if action.dest in words:

@@ -14,7 +14,6 @@ class BatchLimits:
     """What bounds a batch.
 
     Attributes:
-        samples: most samples.
         tokens: most padded tokens, samples times the longest; ``None`` for no bound.
         fitting: how many samples fit in memory, given the tokens of the longest; ``None`` for no bound.
         shortest: least length of a sample as a share of the longest; what is shorter starts a batch of its
@@ -41,11 +40,6 @@ class ShareSampler(DistributedSampler):
 
     Lightning would put in a sampler of its own, which refuses an empty share, for anything that is no
     :class:`DistributedSampler`.
-
-    Args:
-        batches: of all processes.
-        num_replicas: processes that share them out.
-        rank: of this one.
     """
 
     def __init__(self, batches: Sequence[Any], num_replicas: int = 1, rank: int = 0) -> None:
@@ -61,17 +55,8 @@ class ShareSampler(DistributedSampler):
 
 
 def plan(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
-    """Divide items into batches, the longest first: what does not fit shows at the start.
+    """Divide items of these lengths into batches of their numbers, the longest first.
 
-    Args:
-        lengths: tokens of each item.
-        limits: of a batch.
-
-    Returns:
-        the items' numbers by batch.
-
-    >>> plan([5, 100, 7, 90], BatchLimits(samples=3, tokens=200))
-    [[1, 3], [2, 0]]
     >>> plan([5, 100, 7, 90], BatchLimits(samples=3, shortest=0.5))
     [[1, 3], [2, 0]]
     """

@@ -55,16 +55,15 @@ class FastMemDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        bounds = {"limit": limit, "batch_size": batch_size, "max_batch_tokens": max_batch_tokens}
-        for name, value in bounds.items():
+        for name in ("limit", "batch_size", "max_batch_tokens"):
+            value = self.hparams[name]
             if value is not None and value < 1:
                 raise FastMemError(f"data.{name}: {value} is out of range; allowed: at least 1")
         if fields and task not in OWN_FIELDS:
             raise FastMemError(f"data.fields: only tasks {' and '.join(OWN_FIELDS)} take names, not {task!r}")
         for field in fields or ():
             if field not in OWN_FIELDS[task]:
-                error = unknown("data.fields", field, OWN_FIELDS[task])
-                raise FastMemError(f"{error}; write {{context: name of that field in your file}}")
+                raise unknown("data.fields", field, OWN_FIELDS[task])
         self.task, self.limit = task, limit
         self.batch_size, self.max_batch_tokens = batch_size, max_batch_tokens
         self.answer_prefix, self.fields = answer_prefix, fields
@@ -78,11 +77,7 @@ class FastMemDataModule(LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the file once.
-
-        Raises:
-            FastMemError: naming file, line and field of what does not fit.
-        """
+        """Read the file once."""
         if not self.samples:
             self.samples = read_samples(self.path, self.task, self.fields, self.answer_prefix, self.limit)
 
@@ -99,7 +94,7 @@ class FastMemDataModule(LightningDataModule):
             self.skip(())
 
     def file_hash(self) -> str:
-        """Short hash of the data file, by which a run folder knows its data again."""
+        """Short hash of the data file, by which a run folder recognizes its data."""
         return file_hash(self.path)
 
     def skip(self, done: Container[int]) -> None:
@@ -113,12 +108,7 @@ class FastMemDataModule(LightningDataModule):
         return [sample for sample in self.samples if sample.index not in self._done]
 
     def plan(self, lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
-        """Batches of the remaining samples as lists of their places among them.
-
-        Args:
-            lengths: tokens of each remaining context.
-            limits: of a batch.
-        """
+        """Batches of the remaining samples, given their tokens, as lists of their places among them."""
         if len(lengths) != len(self.remaining):
             raise ValueError(f"{len(lengths)} lengths for {len(self.remaining)} samples")
         return plan(lengths, limits)
@@ -131,9 +121,7 @@ class FastMemDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Batches of the remaining samples, as lists: of like length, the longest first.
 
-        Rows are padded to the longest of their batch, so mixing lengths wastes most of the work where
-        they differ much. Without a planner, characters stand in for tokens. Every process of the trainer gets
-        its share of the batches.
+        Without a planner, characters stand in for tokens. Every process of the trainer gets its share.
         """
         if self.planner is not None:
             self.planner()

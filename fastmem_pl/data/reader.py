@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ _DEMO = Path(__file__).parent / "demo"
 PACKAGED = {"demo": _DEMO / "conflicts.jsonl", "long": _DEMO / "long.jsonl"}
 """Data files that come with the package, by the name that ``data.path`` takes."""
 
-_SPACE = " \t\r\n"
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def data_file(name: str | Path) -> Path:
@@ -36,14 +37,11 @@ def read_samples(
     answer_prefix: str = "",
     limit: int | None = None,
 ) -> list[ContextSample]:
-    """Read the samples of one file.
+    """Read the samples of a JSON list or JSON Lines file, at most ``limit``.
 
     Args:
-        path: JSON list or JSON Lines.
         task: name of the task, or ``"mixed"`` where every record names its own.
         fields: for the tasks ``qa`` and ``summary``, the file's own names of their fields.
-        answer_prefix: opens the assistant's turn.
-        limit: read this many records only.
 
     Raises:
         FastMemError: naming file, line and field of the first record that does not fit.
@@ -64,33 +62,19 @@ def read_samples(
             read = TASKS[name].read(record)
             sample_id = str(record.value("id")) if record.has("id") else str(len(samples))
         except (FieldError, FastMemError) as error:
-            own = OWN_FIELDS.get(task, ("",))[0]
-            hint = (
-                f"; other names: --data.fields '{{{own}: your_name}}'" if _name_missing(error, task) else ""
-            )
+            hint = ""
+            # A user's own file may have the field under another name.
+            if task in OWN_FIELDS and "is missing" in str(error):
+                hint = f"; other names: --data.fields '{{{OWN_FIELDS[task][0]}: your_name}}'"
             raise FastMemError(f"{path}, line {line}: {error}{hint}") from None
         samples.append(
-            ContextSample(
-                len(samples),
-                sample_id,
-                name,
-                read.context,
-                read.question,
-                read.references,
-                read.originals,
-                answer_prefix,
-            )
+            ContextSample(len(samples), sample_id, name, **vars(read), answer_prefix=answer_prefix)
         )
         if limit is not None and len(samples) >= limit:
             break
     if not samples:
         raise FastMemError(f"data.path: {path} holds no records")
     return samples
-
-
-def _name_missing(error: Exception, task: str) -> bool:
-    """Whether a user's own file lacks a field that it may have under another name."""
-    return task in OWN_FIELDS and "is missing" in str(error)
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -100,7 +84,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise FastMemError(f"data.path: {path} is not UTF-8 text (byte {error.start})") from None
     decoder = json.JSONDecoder()
-    start = len(text) - len(text.lstrip())
+    start = _skip(text, 0)
     in_list = text[start : start + 1] == "["
     position, line, counted = _skip(text, start + in_list), 1, 0
     while position < len(text) and not (in_list and text[position] == "]"):
@@ -126,9 +110,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _SPACE:
-        position += 1
-    return position
+    return _SPACE.match(text, position).end()
 
 
 def _line(text: str, position: int) -> int:

@@ -13,10 +13,6 @@ class ContextSample:
 
     Attributes:
         index: place in the data file, from 0.
-        id: the record's own id, else its index.
-        task: name of the task that read it.
-        context: text that is memorized and put in the prompt.
-        question: text of the question.
         references: accepted answers; empty where the file gives none.
         originals: answers that the context contradicts (the model's own world), where known.
         answer_prefix: text that opens the assistant's turn and counts as part of the answer.

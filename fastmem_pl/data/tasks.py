@@ -6,6 +6,7 @@ Prompts and record formats follow the published evaluation (IAAR-Shanghai/FastMe
 from __future__ import annotations
 
 import ast
+import json
 import re
 import string
 from collections.abc import Callable, Mapping
@@ -27,29 +28,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_characters(name: str, value: Any) -> None:
-    """Refuse halves of characters, which JSON can hold (``"\\ud83d"``), and which no file or model takes.
-
-    Args:
-        name: of the field, for the message.
-        value: text, or a list or object with texts in it.
-
-    Raises:
-        FieldError: naming the field.
-    """
-    if isinstance(value, str):
-        found = _SURROGATE.search(value)
-        if found:
-            raise FieldError(
-                f"field {name!r} holds half of a character (\\u{ord(found[0]):04x}, a lone surrogate, at "
-                f"character {found.start() + 1}); put the whole character there, or remove it"
-            )
-    elif isinstance(value, list):
-        for each in value:
-            check_characters(name, each)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            check_characters(name, key)
-            check_characters(name, each)
+    """Refuse halves of characters, which JSON can hold (``"\\ud83d"``), and which no file or model takes."""
+    found = _SURROGATE.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if found:
+        raise FieldError(
+            f"field {name!r} holds half of a character (\\u{ord(found[0]):04x}, a lone surrogate); put the "
+            "whole character there, or remove it"
+        )
 
 
 class RawRecord:
@@ -66,11 +51,7 @@ class RawRecord:
         return self.names.get(field, field) in self.data
 
     def value(self, field: str) -> Any:
-        """The field's value.
-
-        Raises:
-            FieldError: when it is missing, or holds what no file can.
-        """
+        """The field's value; a :class:`FieldError` where it is missing, or holds what no file can."""
         name = self.names.get(field, field)
         if name not in self.data:
             found = ", ".join(map(str, self.data)) or "none"
@@ -79,11 +60,7 @@ class RawRecord:
         return self.data[name]
 
     def text(self, field: str) -> str:
-        """The field's value as text that is not empty.
-
-        Raises:
-            FieldError: when it is missing, no text, or empty.
-        """
+        """The field's value as text; a :class:`FieldError` where it is missing, no text, or empty."""
         value = self.value(field)
         name = self.names.get(field, field)
         if not isinstance(value, str):
@@ -100,11 +77,7 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Fields:
-    """What a task reads out of one record.
-
-    Raises:
-        FieldError: when the context holds no letter or digit.
-    """
+    """What a task reads out of one record; a context without a letter or digit is a :class:`FieldError`."""
 
     context: str
     question: str = ""
@@ -126,9 +99,7 @@ class Task:
     """A kind of data with its prompts and scores; the shipped ones stand in ``tasks.yaml``.
 
     Attributes:
-        name: as in ``--data.task``.
-        description: one line for humans.
-        format: name of the record format in :data:`FORMATS`.
+        format: how a record is read, a name in :data:`FORMATS`.
         prompt: user turn with the places ``{context}`` and, where the task has questions, ``{question}``.
         one_shot: the same with one worked example before it.
         without_context: the same with nothing of the context.
@@ -151,11 +122,7 @@ class Task:
         return "{question}" not in self.prompt
 
     def read(self, record: RawRecord) -> Fields:
-        """Read one record.
-
-        Raises:
-            FieldError: when it does not fit the task's format.
-        """
+        """Read one record; a :class:`FieldError` where it does not fit the task's format."""
         fields = FORMATS[self.format](record)
         return replace(fields, context=_fill(self.context, fields.context, fields.question))
 
@@ -204,12 +171,12 @@ def _read_memotrap(record: RawRecord) -> Fields:
 
 
 def _read_hotpotqa(record: RawRecord) -> Fields:
+    context = record.value("context")
     try:
-        paragraphs = [" ".join(sentences) for sentences in record.value("context")["sentences"]]
+        paragraphs = [" ".join(sentences) for sentences in context["sentences"]]
     except (TypeError, KeyError):
-        found = _shown(record.value("context"))
         raise FieldError(
-            f"field 'context' must hold 'sentences', a list of lists of text, found {found}"
+            f"field 'context' must hold 'sentences', a list of lists of text, found {_shown(context)}"
         ) from None
     question = _require_words("question", record.text("question")).rstrip(string.punctuation) + "?"
     return Fields("\n".join(paragraphs), question, (record.text("answer"),))
@@ -262,4 +229,4 @@ OWN_FIELDS = {
 """Fields of the tasks for a user's own file, which may have other names there."""
 
 MIXED = "mixed"
-"""Pseudo task of files whose records name their own task in the field ``task``."""
+"""Pseudo task of files whose records name their own task."""

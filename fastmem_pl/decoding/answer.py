@@ -26,11 +26,9 @@ def answer(
     answer_prefix: str = "",
     **settings: Any,
 ) -> list[str]:
-    """Answer questions together.
+    """Answer questions together; returns one text a question.
 
     Args:
-        backbone: the model.
-        questions: one or several.
         context: put in the prompt; one for all questions or one each. Without it the question alone.
         memory: of one context for all questions, or one row a question.
         decoder: ``"greedy"``, ``"cd"`` (contrast memorized with base logits), ``"cad"`` (contrast logits
@@ -40,12 +38,9 @@ def answer(
         answer_prefix: text that opens the answer; part of what is returned.
         settings: further :class:`DecodingSettings`, such as ``temperature``, ``seed`` or ``stop``.
 
-    Returns:
-        one text a question.
-
     Raises:
-        FastMemError: when counts do not match, a setting is unknown or out of its range, the decoder lacks
-            what it contrasts, or the memory is of another model.
+        FastMemError: when counts do not match, a setting is out of its range, the decoder lacks what it
+            contrasts, or the memory is of another model.
     """
     questions = [questions] if isinstance(questions, str) else list(questions)
     settings |= {"max_new_tokens": max_new_tokens, "alpha": alpha}
@@ -89,13 +84,10 @@ def _begin(
     memory: Memory | None,
     decoder: str,
     given: dict[str, Any],
-    answer_prefix: str,
+    prefix: str,
     cache: PromptCache | None = None,
 ) -> Decoding:
-    try:
-        settings = DecodingSettings(**given)
-    except TypeError as error:
-        raise FastMemError(f"answer: {str(error).split('() ', 1)[-1]}") from None
+    settings = DecodingSettings(**given)
     contexts = [context] * len(questions) if context is None or isinstance(context, str) else list(context)
     if not questions:
         raise FastMemError("answer: no questions; give one or more")
@@ -104,12 +96,8 @@ def _begin(
     if memory is not None and len(memory) not in (1, len(questions)):
         raise FastMemError(f"answer: {len(questions)} questions but {len(memory)} memories")
     deltas = memory and memory.serving(backbone, len(questions))
-    prompts = {
-        "prompt": [
-            encode_prompt(backbone, question, shown, answer_prefix)
-            for question, shown in zip(questions, contexts, strict=True)
-        ]
-    }
+    asked = zip(questions, contexts, strict=True)
+    prompts = {"prompt": [encode_prompt(backbone, question, shown, prefix) for question, shown in asked]}
     chosen = DECODERS[decoder](settings, backbone)
     longest = max(map(len, prompts["prompt"])) + chosen.max_new_tokens
     if longest > backbone.context_length:
@@ -125,7 +113,8 @@ def _begin(
         if context is None:
             raise FastMemError(f"answer: decoder {decoder!r} contrasts with and without context; give one")
         bare = [TASKS["qa"].prompt_text("", question, "without_context") for question in questions]
-        prompts["without_context"] = [backbone.chat.prompt(text, answer_prefix) for text in bare]
+        prompts["without_context"] = [backbone.chat.prompt(text, prefix) for text in bare]
     num_layers, early_layers = memory.num_layers if memory else 1, {"prompt": chosen.early_layers}
-    prefills = Prefills(backbone, prompts, num_layers, early_layers, cache=cache)
-    return begin(prefills, decoder, settings, deltas)
+    return begin(
+        Prefills(backbone, prompts, num_layers, early_layers, cache=cache), decoder, settings, deltas
+    )

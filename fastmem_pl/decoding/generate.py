@@ -1,9 +1,4 @@
-"""FastMem's decoders inside the ``generate`` of transformers.
-
-:func:`generator` is a ``custom_generate`` that decodes with FastMem's decoders, which look at more than the
-memorized model. With :meth:`fastmem_pl.Memory.attached`, the model's own forward pass uses a memory, with all
-that ``generate`` can do (beams, assistants, processors).
-"""
+"""FastMem's decoders inside the ``generate`` of transformers, as a ``custom_generate``."""
 
 from __future__ import annotations
 
@@ -16,15 +11,15 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.decoding.decoders import DECODERS
 from fastmem_pl.decoding.loop import Decoding
 from fastmem_pl.decoding.prefill import Prefill
 from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.memory import Memory
 
-# What generate can return beside tokens, and the loop of generator() cannot.
-_OUTPUTS = ("scores", "logits", "attentions", "hidden_states")
+# What generate can do, and the loop of generator() cannot.
+_REFUSED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "guidance_scale")
 # What generate prepares by itself, and what says nothing that the loop does not know.
 _PREPARED = {
     *("attention_mask", "past_key_values", "position_ids", "cache_position"),
@@ -45,27 +40,23 @@ def generator(
     criteria. Rows that have ended are filled up with the pad token.
 
     Args:
-        backbone: the model that ``generate`` is called on.
         memory: of one row, or one a prompt; ``None`` for the base model.
         decoder: ``"greedy"``, ``"cd"`` or ``"dola"``.
-        streamer: gets the prompt and the tokens as they come. It is given here because ``generate`` hands a
-            ``custom_generate`` neither its streamer nor its assistant model.
-        settings: of the decoder (:class:`~fastmem_pl.DecodingSettings`): ``alpha``, ``dola_layers``,
-            ``relative_top``.
+        streamer: gets the prompt and the tokens as they come; ``generate`` would not hand on its own.
+        settings: ``alpha``, ``dola_layers`` and ``relative_top`` of :class:`~fastmem_pl.DecodingSettings`.
 
     Raises:
         FastMemError: when the memory is of another model, the decoder needs what is not there, or (in the
             call) an option of ``generate`` cannot be honoured.
     """
-    allowed = [
-        name for name in DECODERS if not DECODERS[name](DecodingSettings(), backbone).needs_without_context
-    ]
-    if decoder not in allowed:
-        raise unknown("decoder", decoder, allowed)
     for name in settings:
         if name not in ("alpha", "dola_layers", "relative_top"):
             raise FastMemError(f"generator: give {name} to generate, or none: it is no setting of a decoder")
     chosen = DECODERS[decoder](DecodingSettings(**settings), backbone)
+    if chosen.needs_without_context:
+        raise FastMemError(
+            f"generator: decoder {decoder!r} reads a second prompt, which generate does not have"
+        )
     if memory is not None:
         memory.check(backbone)
     elif chosen.needs_base:
@@ -91,9 +82,9 @@ def generator(
         prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
         deltas = memory and memory.serving(backbone, len(prompts))
         prefill = Prefill(backbone, prompts, memory.num_layers if memory else 1, chosen.early_layers)
-        room = generation_config.max_length - input_ids.shape[1]
+        room = max(generation_config.max_length - input_ids.shape[1], 1)
         chooser = _GenerateChooser(input_ids, logits_processor, generation_config)
-        limited = DecodingSettings(max_new_tokens=max(room, 1), **settings)
+        limited = DecodingSettings(max_new_tokens=room, **settings)
         decoding = Decoding(prefill, decoder, limited, deltas, chooser=chooser)
         if streamer is not None:
             streamer.put(input_ids.cpu())
@@ -104,9 +95,8 @@ def generator(
             chooser.going = chooser.going & ~stopping_criteria(chooser.ids, None)
         if streamer is not None:
             streamer.end()
-        if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=chooser.ids)
-        return chooser.ids
+        output = GenerateDecoderOnlyOutput(sequences=chooser.ids)
+        return output if generation_config.return_dict_in_generate else chooser.ids
 
     return generate
 
@@ -116,27 +106,21 @@ def _refused(config: Any, prepared: dict[str, Any]) -> Iterator[str]:
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         yield f"mode {str(mode.value).replace('_', ' ')}"
-    for name in (*(f"output_{kind}" for kind in _OUTPUTS), "guidance_scale"):
+    for name in _REFUSED:
         value = getattr(config, name, None)
         if value is not None and value is not False:
             yield f"{name} = {value}"
     cache = prepared.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         yield "filled past_key_values"
-    for name, value in prepared.items():
-        if name not in _PREPARED and value is not None:
-            yield name
+    yield from (name for name, value in prepared.items() if name not in _PREPARED and value is not None)
 
 
 class _GenerateChooser:
-    """Chooses tokens as generate does: its processors, then the highest score or a draw.
-
-    Attributes:
-        ids: prompts and answers so far, ``(B, T)``.
-        going: rows that have not ended, ``(B,)``.
-    """
+    """Chooses tokens as generate does: its processors, then the highest score or a draw."""
 
     def __init__(self, ids: Tensor, processors: Any, config: Any) -> None:
+        # Prompts and answers so far, (B, T), and the rows that have not ended, (B,).
         self.ids, self.going = ids, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self._processors, self._sample = processors, config.do_sample
         pad = config._pad_token_tensor if hasattr(config, "_pad_token_tensor") else config.pad_token_id

@@ -1,8 +1,7 @@
 """Decoding steps recorded as CUDA graphs, kept from batch to batch.
 
-Launching the kernels of one token takes the host longer than the GPU needs for them. A graph launches all
-of them at once. Recording takes about as long as one step launched one by one, so a pool keeps the graphs
-with the tensors that they work on, and later batches of the same shapes put their values there.
+Launching the kernels of one token one by one takes the host longer than the GPU needs for them. A pool keeps
+graphs with the tensors that they work on, and later batches of the same shapes put their values there.
 """
 
 from __future__ import annotations
@@ -23,17 +22,14 @@ from fastmem_pl.decoding.state import DecodeState
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Recorded:
-    """A state whose steps run as a graph, from the second step on.
+    """A state whose steps run as a graph, from the second step on."""
 
-    The first runs as it is: libraries choose and load their kernels then, which nothing may do while a
-    graph is recorded.
-    """
-
-    def __init__(self, state: DecodeState) -> None:
-        self.state = state
-        self._warm = False
-        self._replay: Callable[[], None] | None = None
+    state: DecodeState
+    # Libraries choose and load their kernels in the first step, which must not happen in a recording.
+    _warm: bool = False
+    _replay: Callable[[], None] | None = None
 
     def step(self) -> None:
         """Take one step."""
@@ -63,7 +59,7 @@ def _record(step: Callable[[], None]) -> Callable[[], None]:
         if is_out_of_memory(error):
             raise
         log.warning("decoding without a CUDA graph, several times slower: %s", str(error).splitlines()[0])
-        return lambda: step()
+        return step
     finally:
         torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
@@ -84,26 +80,20 @@ class Lease:
 
 
 class GraphPool:
-    """Recorded states by shape, for one decode at a time.
-
-    All of them read memories from the same tensors. States of another batch size are dropped when a new
-    one comes: they would hold their memory beside it.
-    """
+    """Recorded states by shape, for one decode at a time; all read memories from the same tensors."""
 
     def __init__(self) -> None:
-        self._idle: dict[Hashable, Recorded] = {}
-        self._rows = 0
-        self._deltas: list[dict[str, Tensor]] | None = None
         self._lent: Callable[[], Lease | None] = lambda: None
+        self._idle: dict[Hashable, Recorded] = {}
+        self.clear()
 
     def take(self, key: Hashable, fresh: DecodeState) -> Lease:
-        """Lend a recorded state with the values of ``fresh``; while one is lent, others run unrecorded.
-
-        ``key`` is all that steps depend on beside the values. Nothing else may use ``fresh``: it may be kept.
-        """
+        """Lend a state with the values of ``fresh``; ``key`` is all else that steps depend on."""
+        # One at a time.
         if self._lent() is not None:
             return Lease(fresh, fresh.step)
         rows = fresh.last.shape[1]
+        # States of another batch size would hold their memory beside the new one.
         if rows != self._rows:
             self.clear()
             self._rows = rows
@@ -112,7 +102,7 @@ class GraphPool:
             fresh.views.deltas = self._own(fresh.views.deltas)
             recorded = self._idle[key] = Recorded(fresh)
         else:
-            recorded.state.adopt(fresh)
+            torch._foreach_copy_(recorded.state.tensors(), fresh.tensors())
         lease = Lease(recorded.state, recorded.step)
         self._lent = weakref.ref(lease)
         return lease
@@ -123,7 +113,7 @@ class GraphPool:
     def clear(self) -> None:
         """Forget all, and free its memory."""
         self._idle.clear()
-        self._deltas = None
+        self._deltas: list[dict[str, Tensor]] | None = None
         self._rows = 0
 
     def _own(self, deltas: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:

@@ -4,65 +4,105 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmem_pl.backbone import Delta
+from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.decoding.answers import AnswerRows, Reader
-from fastmem_pl.decoding.decoders import DECODERS
+from fastmem_pl.decoding.decoders import DecoderFactory, make_decoder
 from fastmem_pl.decoding.graphs import GraphPool, Lease
 from fastmem_pl.decoding.prefill import Prefill, Prefills
-from fastmem_pl.decoding.sampling import TokenChooser
 from fastmem_pl.decoding.settings import DecodingSettings
-from fastmem_pl.decoding.state import DecodeState, Views
-
-# Tokens still to come from which copying the unfinished half of a batch pays: on a GPU a step is recorded
-# anew for it (docs/LOG.md).
-_PAYS_FROM = {"cpu": 4, "other": 128}
+from fastmem_pl.decoding.state import DecodeState, TokenChooser
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One decoded answer.
+    """One decoded answer, and what the decoder keeps beside it."""
 
-    Attributes:
-        token_ids: generated tokens, the end token included where one was produced.
-        text: without control tokens, and cut before a stop text.
-        details: what the decoder keeps beside it.
-    """
-
-    token_ids: list[int]
-    text: str
+    token_ids: list[int]  # with the end token, where one was produced
+    text: str  # without control tokens, cut before a stop text
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Decoding:
-    """One decode of ``B`` prompts in progress.
+class AnswerRows:
+    """The tokens of every answer as the host has seen them, with the decoder's notes, and where each ends."""
 
-    On a GPU the host is always one token ahead of what it has seen, so the device never waits for it.
+    def __init__(self, backbone: Backbone, stop: Sequence[str], num_rows: int) -> None:
+        self._chat = backbone.chat
+        # A control token is not part of any text, but its id is known.
+        controls = {t.content: i for i, t in backbone.tokenizer.added_tokens_decoder.items() if t.special}
+        self.stop_texts = [text for text in stop if text not in controls]
+        self._end_ids = {*backbone.stop_ids, *(controls[t] for t in stop if t in controls)}
+        # A character takes four tokens at most.
+        self._window = 4 * max(map(len, self.stop_texts), default=0)
+        self._done = [False] * num_rows
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        # Rows of the batch that are still being decoded.
+        self.live = list(range(num_rows))
+        self.tokens, self.notes = ([[] for _ in self.live] for _ in range(2))
+
+    def take(self, last: Tensor | None = None) -> None:
+        """Take tokens and notes ``(2, R)`` of the live rows: at once on a CPU, one step late from a GPU.
+
+        Without any, wait for those that are still to come.
+        """
+        coming, self._coming = self._coming, None
+        if last is not None and last.device.type == "cpu":
+            self._add(last)
+        elif last is not None:
+            copy, event = torch.empty(last.shape, dtype=last.dtype, pin_memory=True), torch.cuda.Event()
+            copy.copy_(last, non_blocking=True)
+            event.record()
+            self._coming = copy, event
+        if coming is not None:
+            coming[1].synchronize()
+            self._add(coming[0])
+
+    def open_rows(self) -> list[int]:
+        """Live rows that have not come to their end."""
+        return [row for row in self.live if not self._done[row]]
+
+    def text(self, row: int) -> str:
+        """An answer without control tokens, cut before a stop text."""
+        return self._before_stop(self.tokens[row])[0]
+
+    def _add(self, last: Tensor) -> None:
+        for row, token, note in zip(self.live, *last.tolist(), strict=True):
+            if not self._done[row]:
+                self.tokens[row].append(token)
+                self.notes[row].append(note)
+                # A stop text is in the last tokens, as many as its characters may take.
+                stops = self.stop_texts and self._before_stop(self.tokens[row][-self._window :])[1]
+                self._done[row] = token in self._end_ids or bool(stops)
+
+    def _before_stop(self, tokens: list[int]) -> tuple[str, bool]:
+        """The text of tokens up to a stop text, and whether there is one."""
+        text = self._chat.decode(tokens)
+        places = [text.find(stop) for stop in self.stop_texts]
+        end = min((place for place in places if place >= 0), default=len(text))
+        return text[:end], end < len(text)
+
+
+class Decoding:
+    """One decode of ``B`` prompts in progress; on a GPU, the device never waits for the host.
 
     Args:
-        prefill: of the prompts.
-        decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`.
-        settings: of decoding.
+        decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`, or what makes a decoder.
         deltas: one per trained layer with a row a prompt, or ``None`` for the base model.
         without_context: prefill of the prompts without their contexts, for decoders that look at it.
         keys: one number a row that its draws depend on; by default a hash of its prompt.
         graphs: recorded steps of earlier decodes with this backbone, to use again on a GPU.
         chooser: takes scores ``(B, V)`` to tokens ``(B,)`` in place of what the settings say.
-
-    Raises:
-        FastMemError: when the decoder needs a prefill that is not given.
     """
 
     def __init__(
         self,
         prefill: Prefill,
-        decoder: str,
+        decoder: str | DecoderFactory,
         settings: DecodingSettings,
         deltas: Sequence[Delta] | None = None,
         without_context: Prefill | None = None,
@@ -71,56 +111,42 @@ class Decoding:
         chooser: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         backbone = prefill.backbone
-        self.settings = settings
-        self.decoder = DECODERS[decoder](settings, backbone)
+        self.decoder = make_decoder(decoder, settings, backbone)
         if self.decoder.needs_without_context and without_context is None:
-            raise FastMemError(
-                f"decoder {decoder!r} contrasts with the prompt without its context; give both"
-            )
+            raise FastMemError(f"decoder {decoder!r} contrasts with the prompt without its context; give it")
         needed = [n for n in self.decoder.early_layers if n <= backbone.num_blocks - prefill.num_layers]
         if not set(needed) <= set(prefill.trunk_layers):
             raise FastMemError(f"decoder {decoder!r} looks at layers {needed}; give them to the prefill")
-        self._backbone = backbone
+        self._backbone, self._name, self._settings = backbone, decoder, settings
         self._prefills = [prefill] + ([without_context] if self.decoder.needs_without_context else [])
-        # What steps write to must not be made under a surrounding inference_mode: graphs outlive it.
-        with backbone.on_device(), torch.inference_mode(False):
-            self._reader = Reader(len(prefill), backbone.device.type == "cuda")
-            self._views = Views(backbone, prefill.num_layers, self.decoder, deltas)
-            vocabulary = self._views.tail.head_weight.shape[0]
-            self._chooser = chooser or TokenChooser(self.decoder, prefill, keys, vocabulary)
+        self._deltas, self._keys, self._chooser = deltas, keys, chooser
         recordable = backbone.recordable and chooser is None
         self._graphs = (GraphPool() if graphs is None else graphs) if recordable else None
-        self._name = decoder
         self._lease: Lease | None = None
         # Tokens that are still to be chosen.
         self._left = self.decoder.max_new_tokens
         self._answers = AnswerRows(backbone, settings.stop, len(prefill))
-        # Rows of the batch that are still being decoded.
-        self._live = list(range(len(prefill)))
 
     def step(self) -> None:
-        """Choose the next token of every row.
-
-        Raises:
-            FastMemError: after the last of ``max_new_tokens``.
-        """
+        """Choose the next token of every row; refused after the last of ``max_new_tokens``."""
         if not self._left:
-            limit = self.decoder.max_new_tokens
-            raise FastMemError(f"this decode has its {limit} tokens; start another")
+            raise FastMemError(f"this decode has its {self.decoder.max_new_tokens} tokens; start another")
+        # What steps write to must not be made under a surrounding inference_mode: graphs outlive it.
         with self._backbone.on_device(), torch.inference_mode(False), torch.no_grad():
             if self._lease is None:
-                state = DecodeState.start(self._prefills, self._views, self._chooser, self._left)
+                chooser = self._chooser or TokenChooser(self.decoder, self._prefills[0], self._keys)
+                state = DecodeState(self._prefills, self.decoder, self._deltas, chooser)
                 self._prefills = []
                 self._lease = self._borrow(state)
             else:
                 self._lease.step()
             self._left -= 1
-            self._answers.add(self._live, self._reader.swap(self._lease.state.last))
+            self._answers.take(self._lease.state.last)
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do, as far as the host has seen."""
-        return not self._left or self._answers.ended(self._live)
+        return not self._left or not self._answers.open_rows()
 
     def run(self) -> list[Generated]:
         """Decode to the end."""
@@ -133,13 +159,9 @@ class Decoding:
         return results
 
     def texts(self) -> Iterator[str]:
-        """Decode a single answer and yield its text piece by piece.
-
-        Raises:
-            FastMemError: for more than one prompt.
-        """
-        if len(self._live) != 1:
-            raise FastMemError(f"only a single answer can be streamed, not {len(self._live)}")
+        """Decode a single answer and yield its text piece by piece."""
+        if len(self._answers.live) != 1:
+            raise FastMemError(f"only a single answer can be streamed, not {len(self._answers.live)}")
         # A piece that may be the start of a stop text waits for the next token.
         held = max((len(text) - 1 for text in self._answers.stop_texts), default=0)
         shown = ""
@@ -154,7 +176,7 @@ class Decoding:
 
     def results(self) -> list[Generated]:
         """The answers so far."""
-        self._answers.add(self._live, self._reader.last())
+        self._answers.take()
         return [
             Generated(tokens, self._answers.text(row), self.decoder.details(notes))
             for row, (tokens, notes) in enumerate(zip(self._answers.tokens, self.notes, strict=True))
@@ -172,40 +194,31 @@ class Decoding:
         if self._graphs is None:
             return Lease(state, state.step)
         rooms = tuple(sequences.mask.shape[1] for sequences in state.sequences)
-        early, without_memory = tuple(state.sequences[0].early), self._views.deltas is None
+        early, without_memory = tuple(state.sequences[0].early), state.views.deltas is None
         # The tail is one of its backbone's, for one number of trained layers.
-        key = (id(state.views.tail), self._name, self.settings, rooms, early, without_memory)
+        key = (id(state.views.tail), self._name, self._settings, rooms, early, without_memory)
         return self._graphs.take(key, state)
 
     def _drop_ended_rows(self) -> None:
         """Go on with the rows that have not ended, when they are so few that it pays."""
-        live = [row for row in self._live if not self._answers.ended([row])]
-        pays = self._left >= _PAYS_FROM["cpu" if self._graphs is None else "other"]
-        if not (live and 2 * len(live) <= len(self._live) and pays):
+        before, live = self._answers.live, self._answers.open_rows()
+        # Copying them pays for enough tokens to come: a step may be recorded anew for it (docs/LOG.md).
+        pays = self._left >= (4 if self._graphs is None else 128)
+        if not (live and 2 * len(live) <= len(before) and pays):
             return
-        self._answers.add(self._live, self._reader.last())
-        places = [self._live.index(row) for row in live]
+        self._answers.take()
+        self._answers.live = live
+        if self._graphs is not None:
+            # The next batch is as large as this one was: its graphs stay.
+            self._graphs = GraphPool()
         with self._backbone.on_device(), torch.inference_mode(False), torch.no_grad():
-            state = self._lease.state.rows(torch.tensor(places, device=self._backbone.device))
-            self._reader = Reader(len(live), self._backbone.device.type == "cuda")
-            if self._graphs is not None:
-                # The next batch is as large as this one was: its graphs stay.
-                self._graphs = GraphPool()
-            self._lease = self._borrow(state)
-        self._live = live
-
-
-class Decoded(NamedTuple):
-    """Answers of a batch, and the seconds of the batch that they took."""
-
-    answers: list[Generated]
-    seconds: float
-    prefill_seconds: float
+            places = torch.tensor([before.index(row) for row in live], device=self._backbone.device)
+            self._lease = self._borrow(self._lease.state.rows(places))
 
 
 def begin(
     prefills: Prefills,
-    decoder: str,
+    decoder: str | DecoderFactory,
     settings: DecodingSettings,
     deltas: Sequence[Delta] | None = None,
     form: str = "prompt",
@@ -213,40 +226,30 @@ def begin(
     **options: Any,
 ) -> Decoding:
     """A decode to take step by step or as a stream; arguments as :func:`decode`."""
-    forms = DECODERS[decoder](settings, prefills.backbone).forms(form)
-    taken = [prefills.take(name) for name in forms]
-    if rows is not None:
-        taken = [prefill.expand(rows) for prefill in taken]
-    return Decoding(taken[0], decoder, settings, deltas, *taken[1:], **options)
+    forms = make_decoder(decoder, settings, prefills.backbone).forms(form)
+    prompt, *others = (prefills.take(name, rows) for name in forms)
+    return Decoding(prompt, decoder, settings, deltas, *others, **options)
 
 
 def decode(
     prefills: Prefills,
-    decoder: str,
+    decoder: str | DecoderFactory,
     settings: DecodingSettings,
     deltas: Sequence[Delta] | None = None,
     form: str = "prompt",
     part: str = "",
     **options: Any,
-) -> Decoded:
+) -> tuple[list[Generated], float, float]:
     """Answer a batch of prompts by one decoder: the way of all answers from token ids to texts.
 
-    Encode the prompts in every form that is read, share their :class:`Prefills` among the methods, and decode
-    by each::
-
-        prompts = {"prompt": [[1, 5, 7], [1, 9]], "without_context": [[1, 7], [1, 9]]}
-        prefills = Prefills(backbone, prompts, memory.num_layers, {"prompt": early_layers}, meter)
-        plain = decode(prefills, "greedy", settings)
-        tuned = decode(prefills, "cad", settings, memory.deltas)
-        seconds = (tuned.seconds + tuned.prefill_seconds) / len(tuned.answers)
-
-    A trunk pass counts in full for each method that reads it, whichever came first.
-
     Args:
-        decoder, settings, deltas: as :class:`Decoding` takes them.
-        form: of the prompt that is answered.
+        prefills: of the prompts in every form that is read, which methods share.
         part: names the decode in the meter's entries, such as the method.
         options: ``rows``, how many memories answer a single prompt; ``keys`` and ``graphs`` of the decoding.
+
+    Returns:
+        the answers, the seconds of their decode, and those of the trunk passes, which count in full for each
+        method that reads them, whichever came first.
     """
     decoding = begin(prefills, decoder, settings, deltas, form, **options)
     with prefills.measure("decode", part) as timing:
@@ -254,4 +257,4 @@ def decode(
         lengths = [len(answer.token_ids) for answer in answers]
         timing.update(samples=len(answers), tokens=sum(lengths), steps=max(lengths))
     prefill_seconds = sum(prefills.seconds[name] for name in decoding.decoder.forms(form))
-    return Decoded(answers, timing["seconds"], prefill_seconds)
+    return answers, timing["seconds"], prefill_seconds

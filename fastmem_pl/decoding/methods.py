@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.registry import Registry
 
 BASELINE = "zero-shot"
 
-PromptForm = Literal["prompt", "one_shot", "without_context"]
-
 
 @dataclass(frozen=True)
 class Method:
-    """One way to answer.
-
-    Attributes:
-        memory: whether the context is memorized first.
-        decoder: name in :data:`~fastmem_pl.decoding.decoders.DECODERS`.
-        prompt: which of the task's prompts it answers.
-    """
+    """One way to answer."""
 
     name: str
-    memory: bool
-    decoder: str
+    memory: bool  # whether the context is memorized first
+    decoder: str  # name in DECODERS
     description: str
-    prompt: PromptForm = "prompt"
+    prompt: str = "prompt"  # form of the task's prompt: this, "one_shot" or "without_context"
 
 
 METHODS: Registry[Method] = Registry("model.methods")
@@ -46,11 +37,7 @@ for _method in (
 
 
 def select_methods(names: Sequence[str]) -> list[Method]:
-    """Look up methods by name, in the given order.
-
-    Raises:
-        FastMemError: for an unknown, a repeated or no name.
-    """
+    """Look up methods by name, in the given order; an unknown, a repeated or no name is refused."""
     if not names:
         raise FastMemError(f"model.methods: empty; allowed: {', '.join(METHODS)}")
     if len(set(names)) < len(names):

@@ -1,14 +1,12 @@
-"""The trunk's pass over prompts, and the sequences that grow from it token by token.
-
-The trunk and its KV cache are the same with and without memories, so methods share them.
-"""
+"""The trunk's pass over prompts, which methods share, as memories leave it alone, and what grows from it."""
 
 from __future__ import annotations
 
 import copy
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +20,8 @@ from fastmem_pl.base.phases import PhaseMeter
 class Prefill:
     """The trunk's pass over a batch of prompts, from which several decodes continue.
 
-    Args:
-        backbone: the frozen model.
-        prompts: token ids of ``B`` prompts.
-        num_layers: trained layers of the memories that will be used.
-        early_layers: numbers of the hidden states that decoders will look at.
-        earlier: prefill of a prompt that began alike, which is used up: its KV cache becomes this one's.
+    ``num_layers`` is that of the memories that will be used, ``early_layers`` what the decoders will look at.
+    An ``earlier`` prefill of a prompt that began alike is used up: its KV cache becomes this one's.
     """
 
     def __init__(
@@ -78,25 +72,16 @@ class Prefill:
         return cache, known
 
 
-class PromptCache(dict[str, Prefill]):
-    """The last prompt's prefill by form of the prompt; the next one's pass begins where the two differ.
-
-    Questions about one text share all that comes before the question.
-    """
+# The last prompt's prefill by form; the next one's pass begins where the two prompts differ.
+PromptCache = dict[str, Prefill]
 
 
 class Prefills:
     """The prefills of a batch by form of the prompt, made when they are first needed.
 
-    Of the forms with contexts only the last one used is kept, as their KV caches are large.
-
-    Args:
-        backbone, num_layers: as :class:`Prefill` takes them; prompts and early_layers as well, by form.
-        meter: measures each pass, as part of decoding.
-        cache: prefills of a single earlier prompt, which are used up.
-
-    Attributes:
-        seconds: of each form's pass; 0 without a meter.
+    Of the forms with contexts only the last one used is kept, as their KV caches are large. The ``cache``
+    holds prefills of a single earlier prompt, which are used up; ``seconds`` those of each form's pass, 0
+    without a meter.
     """
 
     def __init__(
@@ -109,12 +94,14 @@ class Prefills:
         cache: PromptCache | None = None,
     ) -> None:
         self.backbone, self._prompts, self._num_layers = backbone, prompts, num_layers
-        self._early_layers, self._meter, self._cache = early_layers or {}, meter, cache
+        self._early_layers, self._cache = early_layers or {}, cache
+        nothing = lambda *part: nullcontext({"seconds": 0.0})  # noqa: E731
+        self.measure = partial(meter.measure, "decode") if meter else nothing
         self._kept: dict[str, Prefill] = {}
         self.seconds: dict[str, float] = {}
 
-    def take(self, form: str) -> Prefill:
-        """The prefill of one form."""
+    def take(self, form: str, rows: int | None = None) -> Prefill:
+        """The prefill of one form; expanded to ``rows``, if given."""
         if form not in self._kept:
             if form != "without_context":
                 self._kept = {name: p for name, p in self._kept.items() if name == "without_context"}
@@ -126,37 +113,24 @@ class Prefills:
             if self._cache is not None:
                 self._cache[form] = made
             self._kept[form], self.seconds[form] = made, timing["seconds"]
-        return self._kept[form]
-
-    def measure(self, name: str, part: str) -> AbstractContextManager[dict[str, float]]:
-        """Measure a part of decoding; see :meth:`~fastmem_pl.base.phases.PhaseMeter.measure`."""
-        if self._meter is None:
-            return nullcontext({"seconds": 0.0})
-        return self._meter.measure("decode", name, part)
+        return self._kept[form] if rows is None else self._kept[form].expand(rows)
 
 
 class SequenceState:
-    """One sequence a row that grows token by token from a prefill, which stays as it was.
-
-    Attributes:
-        early: numbers of the hidden states that the trunk hands over.
-        cache: keys and values of the trunk's blocks.
-        mask: 1 on slots that hold a token, ``(B, room)``.
-        position: slot of the next token, ``(1,)``.
-        place: its position in the row's text, ``(B, 1)``.
-        branch: trunk row of each row, ``(R,)``, where many memories answer one prompt: the trunk depends on
-            none, so rows share it until their tokens differ, and ``B`` above counts the branches.
-    """
+    """One sequence a row that grows token by token from a prefill, which stays as it was."""
 
     def __init__(self, prefill: Prefill, max_new_tokens: int) -> None:
         self.backbone, self.num_layers = prefill.backbone, prefill.num_layers
         self.early = prefill.trunk_layers
         self.length = prefill.mask.shape[1]
         room, rows = room_for(self.length + max_new_tokens), len(prefill.next_position)
+        # Slot of the next token, (1,); which slots hold one, (B, room); its position in the text, (B, 1).
         self.position = torch.tensor([self.length], device=prefill.mask.device)
         self.mask = F.pad(prefill.mask[:rows], (0, room - self.length))
         self.place = prefill.next_position.clone()
         self.cache = FixedCache.continuing(prefill.cache, room, self.position, self.length)
+        # Trunk row of each row, (R,), where many memories answer one prompt: the trunk depends on none, so
+        # rows share it until their tokens differ.
         self.branch: Tensor | None = None
         if len(prefill) > rows:
             first = self.position.new_zeros(len(prefill))

@@ -30,11 +30,6 @@ class DecodingSettings:
             (lower half), "auto" (high, but at most the upper 20 layers), or a list of hidden-state
             numbers or fractions of the depth.
         relative_top: dola keeps tokens of at least this share of the highest probability.
-        dola_unlimited: dola as published: no repetition penalty, and 399 tokens whatever
-            ``max_new_tokens`` says.
-
-    Raises:
-        FastMemError: when a value is out of its range.
     """
 
     max_new_tokens: int = 100
@@ -47,7 +42,6 @@ class DecodingSettings:
     stop: tuple[str, ...] = ()
     dola_layers: str | tuple[float, ...] = "auto"
     relative_top: float = 0.1
-    dola_unlimited: bool = False
 
     def __post_init__(self) -> None:
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty

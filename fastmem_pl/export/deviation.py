@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from fastmem_pl.backbone import Backbone, Delta, EncodedContext
+from fastmem_pl.base.environment import versions
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.files import MANIFEST, size_of
 from fastmem_pl.memory import Memorizer, Memory, encoded_text
@@ -26,32 +27,18 @@ _LABELS = 512
 
 @dataclass
 class ExportReport:
-    """What was written, and what of the memory it keeps.
+    """What was written, and what of the memory it keeps."""
 
-    Attributes:
-        to: ``lora``, ``checkpoint`` or ``memory``.
-        path: file or folder that was written.
-        form: of the numbers in it.
-        bytes: on disk.
-        relative_error: norm of what the deltas lose, relative to theirs.
-        kl: ``KL(exact memory || export)`` on the memorized text, nats a token; ``None`` where the text is
-            not known.
-        kl_base: the same for the base model, which holds nothing of the memory.
-        memory: what the export holds, to answer with.
-        rank: of low-rank forms.
-        tried: ranks that ``auto`` looked at, with their KL.
-    """
-
-    to: str
+    to: str  # "lora", "checkpoint" or "memory"
     path: Path
-    form: str
+    form: str  # of the numbers
     bytes: int
-    relative_error: float
-    kl: float | None
-    kl_base: float | None
-    memory: Memory
+    relative_error: float  # norm of what the deltas lose, relative to theirs
+    kl: float | None  # KL(exact memory || export) on the memorized text, nats a token, where that is known
+    kl_base: float | None  # the same for the base model, which holds nothing of the memory
+    memory: Memory  # what the export holds, to answer with
     rank: int | None = None
-    tried: list[dict[str, float]] = field(default_factory=list)
+    tried: list[dict[str, float]] = field(default_factory=list)  # ranks that "auto" looked at, with their KL
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for export.json."""
@@ -61,35 +48,27 @@ class ExportReport:
             **{name: getattr(self, name) for name in stated},
             **({"tried": self.tried} if self.tried else {}),
             **{"model": memory.backbone, "fingerprint": memory.fingerprint, "settings": memory.settings},
-            "packages": {name: _version(name) for name in _PACKAGES},
+            "packages": versions(_PACKAGES),
         }
 
     def lines(self) -> list[str]:
         """The same in words."""
         rank = f", rank {self.rank}" if self.rank else ""
-        lines = [f"{self.path}: {self.to}, {self.form}{rank}, {self.bytes:,} bytes"]
-        lines.append(f"relative error of the deltas: {self.relative_error:.2e}")
-        if self.kl is None:
-            lines.append("KL on the memorized text: not known, as the file does not hold it (--context FILE)")
-        else:
-            lines.append(
-                f"KL from the exact memory on its text: {self.kl:.2e} nats a token (the base model's: "
-                f"{self.kl_base:.2e})"
-            )
-        return lines
+        kl = "not known, as the file does not hold it (--context FILE)"
+        if self.kl is not None:
+            kl = f"{self.kl:.2e} nats a token (the base model's: {self.kl_base:.2e})"
+        return [
+            f"{self.path}: {self.to}, {self.form}{rank}, {self.bytes:,} bytes",
+            f"relative error of the deltas: {self.relative_error:.2e}",
+            f"KL from the exact memory on its text: {kl}",
+        ]
 
 
 class Deviation:
     """Measures how far an approximation of a memory of one row is from it.
 
-    The memorized text is ``context`` where the memory does not hold it.
-
-    Attributes:
-        encoded: the windows of the memorized text; empty where it is not known.
-        kl_base: :meth:`kl` of the base model.
-
-    Raises:
-        FastMemError: when the memory is of another model, holds nothing, or the text is another.
+    The memorized text is ``context`` where the memory does not hold it; its windows are ``encoded``, none
+    where it is not known. ``kl_base`` is :meth:`kl` of the base model.
     """
 
     def __init__(self, memory: Memory, backbone: Backbone, context: str | None = None) -> None:
@@ -115,31 +94,47 @@ class Deviation:
     def kl(self, deltas: Sequence[Delta] | None) -> float | None:
         """``KL(p_memory || p_other)``, nats a token, averaged over the label tokens of the memorized text.
 
-        The other's ``deltas`` are ``(1, out, in)`` each, by layer; ``None`` stands for the base model. The
-        result is ``None`` where the text is not known.
+        The other's ``deltas`` are ``(1, out, in)`` each, by layer, or ``None`` for the base model. The result
+        is ``None`` where the text is not known.
         """
         if not self.encoded:
             return None
         tail, total = self._tail, 0.0
         with self._backbone.numerics():
             changes = self._hidden(deltas) - self._exact
-            for start in range(0, len(changes), _LABELS):
-                place = slice(start, start + _LABELS)
-                hidden = self._exact[place]
+            split = (tensor.split(_LABELS) for tensor in (self._exact, changes, self._labels))
+            for hidden, change, labels in zip(*split, strict=True):
                 ones = hidden.new_ones(len(hidden))
                 out = tail.head_weight.new_empty(len(hidden), tail.head_weight.shape[0])
-                _, kl = predict(tail, hidden, self._labels[place]).loss(tail, changes[place], ones, ones, out)
+                _, kl = predict(tail, hidden, labels).loss(tail, change, ones, ones, out)
                 total += kl.sum().item()
         # Rounding may leave a tiny negative sum where nothing differs.
         return max(total, 0.0) / len(changes)
 
+    @torch.no_grad()
+    def kl_of_weights(self, state: dict[str, Tensor]) -> float | None:
+        """The same of the model with other weights, by the model's own code."""
+        backbone, total, count = self._backbone, 0.0, 0
+        # Window by window: the probabilities of a whole vocabulary are large.
+        for part in self.encoded:
+            given = {"input_ids": torch.tensor([part.input_ids], device=backbone.device), "use_cache": False}
+            with backbone.numerics(), backbone.autocast(), self._memory.attached(backbone):
+                memorized = backbone.model(**given).logits
+            with backbone.numerics():
+                rewritten = functional_call(backbone.model, state, (), given).logits
+            # (N, V) each, at the positions that have a label.
+            labelled = slice(part.header_length - 1, -1)
+            exact, other = (x[0, labelled].float().log_softmax(-1) for x in (memorized, rewritten))
+            total += (exact.exp() * (exact - other)).sum().item()
+            count += len(exact)
+        return max(total, 0.0) / count if count else None
+
     def _hidden(self, deltas: Sequence[Delta] | None) -> Tensor:
         """The head's input at all label tokens, ``(N, D)``."""
-        backbone, parts = self._backbone, []
+        device, dtype = self._backbone.device, self._backbone.compute_dtype
         # Cast once: a copy for every row would be made of what is cast after it is expanded.
-        cast = deltas and [
-            {n: t.to(backbone.device, backbone.compute_dtype) for n, t in layer.items()} for layer in deltas
-        ]
+        cast = deltas and [{n: t.to(device, dtype) for n, t in layer.items()} for layer in deltas]
+        parts = []
         for inputs, base, mask in self._groups:
             served = cast and [spread(layer, len(mask)) for layer in cast]
             parts.append(self._tail.hidden(inputs, base, served)[mask])
@@ -148,22 +143,14 @@ class Deviation:
     def report(
         self, to: str, out: Path, form: str, deltas: list[Delta], written: Path | None = None, **further: Any
     ) -> ExportReport:
-        """What an export states that holds these deltas.
+        """What an export states that holds these deltas; ``kl`` is theirs unless it is given.
 
         ``written`` is the folder that takes the place of ``out``; it gets the statement as ``export.json``.
-        ``further`` are ``kl``, where it is not that of the deltas, ``rank`` and ``tried``.
         """
-        if "kl" not in further:
-            further["kl"] = self.kl(deltas)
+        further = further if "kl" in further else {"kl": self.kl(deltas), **further}
+        error, memory = relative_error(self._memory.deltas, deltas), replace(self._memory, deltas=deltas)
         report = ExportReport(
-            to=to,
-            path=out,
-            form=form,
-            bytes=size_of(written or out),
-            relative_error=relative_error(self._memory.deltas, deltas),
-            kl_base=self.kl_base,
-            memory=replace(self._memory, deltas=deltas),
-            **further,
+            to, out, form, size_of(written or out), error, kl_base=self.kl_base, memory=memory, **further
         )
         if written is not None:
             # With the names of the files that are the export, so that it can be replaced.
@@ -174,22 +161,10 @@ class Deviation:
 
 def relative_error(exact: Sequence[Delta], other: Sequence[Delta]) -> float:
     """Norm of the difference of deltas, relative to that of the exact ones."""
-    pairs = [(a[name].float(), b[name].float()) for a, b in zip(exact, other, strict=True) for name in a]
-
-    def square(tensor: Tensor) -> float:
-        return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
-
-    whole = sum(square(a) for a, _ in pairs)
-    return (sum(square(a - b.to(a.device)) for a, b in pairs) / whole) ** 0.5 if whole else 0.0
-
-
-def as_matrix(parts: tuple[str, ...], deltas: Delta) -> Tensor:
-    """The delta of a module whose rows are these projections, ``(out, in)`` float32."""
-    return torch.cat([deltas[part][0] for part in parts]).float()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    lost = whole = 0.0
+    for ours, theirs in zip(exact, other, strict=True):
+        for name, delta in ours.items():
+            wide = delta.double()
+            whole += wide.square().sum().item()
+            lost += (wide - theirs[name].to(wide.device)).square().sum().item()
+    return (lost / whole) ** 0.5 if whole else 0.0

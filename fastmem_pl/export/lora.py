@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import torch
+from safetensors.torch import save
 from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone import Backbone
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.base.files import check_target, new_folder
+from fastmem_pl.base.files import check_target, new_folder, write_atomic
 from fastmem_pl.export.deviation import Deviation, ExportReport
 from fastmem_pl.export.low_rank import LowRank
 from fastmem_pl.memory import Memory
-from fastmem_pl.memory.files import write_tensors
 
 DTYPES = ("float32", "bfloat16")
 
@@ -42,11 +41,13 @@ def to_lora(
         dtype: of the adapter's weights.
         context: what was memorized, where the memory does not hold it.
         force: replace what exists.
-
-    Raises:
-        FastMemError: when peft is missing, ``out`` exists or cannot be written, or a value is out of range.
     """
-    peft = _peft()
+    try:
+        import peft
+    except ImportError as error:
+        raise FastMemError(
+            'exporting to LoRA needs the package peft; run: pip install "fastmem-pl[lora]" (or peft)'
+        ) from error
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     out = Path(out)
@@ -55,13 +56,13 @@ def to_lora(
     low_rank = LowRank(memory, backbone, getattr(torch, dtype))
     rank, tried = low_rank.choose(deviation, rank, max_kl)
     names = {module: name for name, module in backbone.model.named_modules()}
-    weights, targets, transposed = {}, [], False
+    weights, targets, transposed = {}, set(), False
     for layer, factors in zip(backbone.tail(memory.num_layers).layers, low_rank.modules(rank), strict=True):
         for (_, module), (outer, inner) in zip(backbone.anatomy.ffn_modules(layer), factors, strict=True):
-            targets.append(names[module])
+            targets.add(names[module])
             transposed = isinstance(module, Conv1D)
-            weights[f"base_model.model.{names[module]}.lora_A.weight"] = inner
-            weights[f"base_model.model.{names[module]}.lora_B.weight"] = outer
+            weights[f"base_model.model.{names[module]}.lora_A.weight"] = inner.cpu()
+            weights[f"base_model.model.{names[module]}.lora_B.weight"] = outer.cpu()
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=backbone.public_name,
@@ -69,33 +70,13 @@ def to_lora(
         r=rank,
         # PEFT scales by alpha / r.
         lora_alpha=rank,
-        lora_dropout=0.0,
         target_modules=targets,
         fan_in_fan_out=transposed,
     )
     with new_folder(out, sum(tensor.nbytes for tensor in weights.values()) + (1 << 20)) as folder:
-        _save(weights, config, folder)
-        return deviation.report(
-            "lora", out, dtype, low_rank.memory(rank).deltas, folder, rank=rank, tried=tried
-        )
-
-
-def _save(weights: dict[str, torch.Tensor], config: object, folder: Path) -> None:
-    cpu = {name: tensor.to("cpu").contiguous() for name, tensor in weights.items()}
-    write_tensors(folder / "adapter_model.safetensors", cpu, {"format": "pt"})
-    config.save_pretrained(folder)
-    # peft keeps the modules as a set, whose order changes from run to run.
-    path = folder / "adapter_config.json"
-    stated = json.loads(path.read_text())
-    stated["target_modules"] = sorted(stated["target_modules"])
-    path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
-
-
-def _peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError as error:
-        raise FastMemError(
-            'exporting to LoRA needs the package peft; run: pip install "fastmem-pl[lora]" (or peft)'
-        ) from error
-    return peft
+        write_atomic(folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
+        # As its save_pretrained writes it, but with the set of modules in an order that does not change.
+        stated = {**config.to_dict(), "target_modules": sorted(targets)}
+        write_atomic(folder / "adapter_config.json", json.dumps(stated, indent=2, sort_keys=True) + "\n")
+        deltas = low_rank.memory(rank).deltas
+        return deviation.report("lora", out, dtype, deltas, folder, rank=rank, tried=tried)

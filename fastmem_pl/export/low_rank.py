@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone
-from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.export.deviation import Deviation, as_matrix
+from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.files import check_target
+from fastmem_pl.export.deviation import Deviation, ExportReport
 from fastmem_pl.memory import Memory
+from fastmem_pl.memory.files import FORMS
 
 Factors = tuple[Tensor, Tensor]
 """``outer (out, r)`` and ``inner (r, in)`` of a delta."""
@@ -22,38 +26,27 @@ class LowRank:
 
     The delta of a module, ``(out, in)``, is projected on the leading singular vectors of its shorter side,
     found as eigenvectors of its Gram matrix in float64: the best approximation of that rank in Frobenius
-    norm (Eckart and Young, 1936).
-
-    Args:
-        memory: of one row.
-        backbone: its model.
-        dtype: type of the factors.
-
-    Attributes:
-        max_rank: the highest that every module's delta has.
+    norm (Eckart and Young, 1936). ``max_rank`` is the highest that every module's delta has.
     """
 
     def __init__(self, memory: Memory, backbone: Backbone, dtype: torch.dtype = torch.float32) -> None:
         self._memory, self._dtype = memory, dtype
-        anatomy, self._layers = backbone.anatomy, backbone.tail(memory.num_layers).layers
-        self._modules = [[parts for parts, _ in anatomy.ffn_modules(layer)] for layer in self._layers]
+        layers = backbone.tail(memory.num_layers).layers
+        self._modules = [[parts for parts, _ in backbone.anatomy.ffn_modules(layer)] for layer in layers]
         self._whole = [
-            [_decomposed(as_matrix(parts, deltas)) for parts in modules]
+            [_decomposed(torch.cat([deltas[part][0] for part in parts])) for parts in modules]
             for modules, deltas in zip(self._modules, memory.deltas, strict=True)
         ]
         self.max_rank = min(min(inner.shape) for layer in self._whole for _, inner in layer)
 
     def modules(self, rank: int) -> list[list[Factors]]:
-        """Factors by layer and module; a FastMemError when the rank is out of range."""
-        if not 1 <= rank <= self.max_rank:
-            raise self._out_of_range(rank)
-        return [
-            [
-                (outer[:, :rank].to(self._dtype).contiguous(), inner[:rank].to(self._dtype).contiguous())
-                for outer, inner in layer
-            ]
-            for layer in self._whole
-        ]
+        """Factors by layer and module."""
+        self._check_rank(rank)
+
+        def cut(outer: Tensor, inner: Tensor) -> Factors:
+            return outer[:, :rank].to(self._dtype).contiguous(), inner[:rank].to(self._dtype).contiguous()
+
+        return [[cut(*factors) for factors in layer] for layer in self._whole]
 
     def factors(self, rank: int) -> list[dict[str, Factors]]:
         """Factors by layer and projection; projections of one module share the inner one."""
@@ -81,16 +74,10 @@ class LowRank:
         """The rank that was asked for, or the smallest whose KL from the memory is at most ``max_kl``.
 
         The latter by bisection: KL falls with the rank, but for rounding, as approximations get better.
-
-        Returns:
-            the rank, and the ranks that were looked at with their KL, nats a token.
-
-        Raises:
-            FastMemError: when the rank is out of range, the text is not known, or no rank is that close.
+        Returned with it are the ranks that were looked at and their KL, nats a token.
         """
         if rank != "auto":
-            if not isinstance(rank, int):
-                raise self._out_of_range(rank)
+            self._check_rank(rank)
             return rank, []
         if not max_kl > 0:
             raise FastMemError(f"max_kl: {max_kl} is out of range; allowed: above 0")
@@ -104,34 +91,58 @@ class LowRank:
             tried[rank] = deviation.kl(self.memory(rank).deltas)
             return tried[rank] <= max_kl
 
-        # Small ranks first: doubling until one fits, then halving the gap.
-        low, high = 0, 1
-        while not fits(high):
-            if high == self.max_rank:
-                raise FastMemError(
-                    f"max_kl: no rank comes within {max_kl}: the highest, {high}, has a KL of "
-                    f"{tried[high]:.2e}; raise it, or give --dtype float32"
-                )
-            low, high = high, min(2 * high, self.max_rank)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return high, [{"rank": rank, "kl": tried[rank]} for rank in sorted(tried)]
+        smallest = bisect_left(range(1, self.max_rank + 1), True, key=fits) + 1
+        if smallest > self.max_rank:
+            raise FastMemError(
+                f"max_kl: no rank comes within {max_kl}: the highest, {self.max_rank}, has a KL of "
+                f"{tried[self.max_rank]:.2e}; raise it, or give --dtype float32"
+            )
+        return smallest, [{"rank": rank, "kl": tried[rank]} for rank in sorted(tried)]
 
-    def _out_of_range(self, rank: object) -> FastMemError:
-        return FastMemError(f"rank: {rank!r} is out of range; allowed: 1 to {self.max_rank}, or auto")
+    def _check_rank(self, rank: object) -> None:
+        if not (isinstance(rank, int) and 1 <= rank <= self.max_rank):
+            raise FastMemError(f"rank: {rank!r} is out of range; allowed: 1 to {self.max_rank}, or auto")
+
+
+def to_memory(
+    memory: Memory,
+    backbone: Backbone,
+    out: str | Path,
+    form: str = "low-rank",
+    rank: int | Literal["auto"] = "auto",
+    max_kl: float = 0.01,
+    context: str | None = None,
+    force: bool = False,
+    text: bool = True,
+) -> ExportReport:
+    """Write the memory as a file of another form: arguments as of :func:`.to_lora` and :meth:`.Memory.save`.
+
+    Factors of the form ``low-rank`` are kept in bfloat16.
+    """
+    if form not in FORMS:
+        raise unknown("form", form, FORMS)
+    out = Path(out)
+    check_target(out, force)
+    deviation = Deviation(memory, backbone, context)
+    factors, chosen, tried = None, None, []
+    if form == "low-rank":
+        low_rank = LowRank(memory, backbone, torch.bfloat16)
+        chosen, tried = low_rank.choose(deviation, rank, max_kl)
+        factors = low_rank.factors(chosen)
+    memory.save(out, form=form, text=text, factors=factors)
+    kept = Memory.load(out, backbone, backbone.device)
+    return deviation.report("memory", out, form, kept.deltas, rank=chosen, tried=tried)
 
 
 def _decomposed(delta: Tensor) -> Factors:
     """Outer ``(out, n)`` and inner ``(n, in)`` factors, strongest first; ``n`` is the shorter side."""
-    wide = delta.shape[1] > delta.shape[0]
+    if delta.shape[1] > delta.shape[0]:
+        outer, inner = _decomposed(delta.T)
+        return inner.T, outer.T
     exact = delta.double()
-    gram = exact @ exact.T if wide else exact.T @ exact
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = torch.linalg.eigh(exact.T @ exact)
     vectors = vectors.flip(1)
     # The scale is shared, so that both factors are of numbers of one size.
     scale = squares.flip(0).clamp(min=0).pow(0.25)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    if wide:
-        return (vectors * scale).float(), ((vectors.T @ exact) * inverse[:, None]).float()
     return ((exact @ vectors) * inverse).float(), (vectors * scale).T.float()

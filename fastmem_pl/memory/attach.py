@@ -15,7 +15,7 @@ from fastmem_pl.base.errors import FastMemError
 
 
 def check_shapes(shapes: Sequence[Mapping[str, tuple[int, ...]]], anatomy: Anatomy) -> None:
-    """Refuse, by a FastMemError, deltas ``(out, in)`` by layer that do not fit the model's last FFNs."""
+    """Refuse deltas ``(out, in)``, by layer, that do not fit the model's last FFNs."""
     total = len(anatomy.blocks)
     if not 1 <= len(shapes) <= total:
         raise FastMemError(f"the memory is of {len(shapes)} layers, this model has {total}")
@@ -29,10 +29,7 @@ def check_shapes(shapes: Sequence[Mapping[str, tuple[int, ...]]], anatomy: Anato
 
 
 def spread(deltas: Delta, count: int) -> dict[str, Tensor]:
-    """Deltas of ``B`` rows for ``count`` sequences, a multiple; a FastMemError where it is none.
-
-    One row serves all of them without copies; each of several rows serves as many, side by side.
-    """
+    """Deltas of ``B`` rows for ``count`` sequences; each row serves as many, side by side."""
     rows = len(next(iter(deltas.values())))
     if count % rows:
         raise FastMemError(
@@ -47,10 +44,10 @@ def spread(deltas: Delta, count: int) -> dict[str, Tensor]:
 
 @contextmanager
 def attached(anatomy: Anatomy, deltas: Sequence[Delta], dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Let a transformers model use deltas, given by layer, lowest first; see :meth:`.Memory.attached`.
+    """Let a transformers model use deltas, by layer, lowest first; see :meth:`.Memory.attached`.
 
-    Hooks on the trained feed-forward networks add the memory's change to their output, computed in ``dtype``,
-    by default that of the model's head. No weight is written to, and the hooks go when the context ends.
+    Hooks on the trained FFNs add the memory's change to their output, computed in ``dtype``, by default that
+    of the model's head. No weight is written to, and the hooks go when the context ends.
     """
     dtype = dtype or anatomy.head.weight.dtype
     first = len(anatomy.blocks) - len(deltas)
@@ -71,14 +68,11 @@ class _Hook:
 
     def __init__(self, ffn: FFN, deltas: dict[str, Tensor]) -> None:
         self._ffn, self._deltas = ffn, deltas
-        # Of the last number of sequences: copies of deltas are large, and made once a generate call.
-        self._count, self._served = 0, deltas
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         (ffn_input,) = args
-        if self._count != len(ffn_input):
-            self._served, self._count = spread(self._deltas, len(ffn_input)), len(ffn_input)
+        served = spread(self._deltas, len(ffn_input))
         with torch.autocast(ffn_input.device.type, enabled=False):
             base = self._ffn.base(ffn_input)
-            change = self._ffn.memorized(ffn_input, self._served, base) - base.output
+            change = self._ffn.memorized(ffn_input, served, base) - base.output
             return (output.float() + change).to(output.dtype)

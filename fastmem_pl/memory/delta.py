@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from fastmem_pl.backbone import GradientFactors
 from fastmem_pl.base.errors import FastMemError
@@ -18,16 +17,8 @@ _WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >
 class FFNDelta(nn.ParameterDict):
     """Weight changes of one FFN for ``B`` samples: ``gate``, ``up`` ``(B, F, D)``, ``down`` ``(B, D, F)``.
 
-    They keep their type whatever precision plugin converts the surrounding module.
-
-    Args:
-        shapes: ``(out, in)`` by projection.
-        num_samples: ``B``.
-        device: where they lie.
-        dtype: their type.
-        factored: leave gradients as the factors they are products of (GradientFactors), for the kernel
-            that updates a delta without storing its gradient.
-        start: deltas to go on from; zero otherwise.
+    They keep their type whatever precision plugin converts the module around them. With ``factored``, their
+    gradients are left as factors (GradientFactors) for the kernel. They are zero, or copies of ``start``.
     """
 
     def __init__(
@@ -39,13 +30,14 @@ class FFNDelta(nn.ParameterDict):
         factored: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
-        zeros = {n: torch.zeros(num_samples, *s, device=device, dtype=dtype) for n, s in shapes.items()}
-        super().__init__({name: nn.Parameter(tensor) for name, tensor in zeros.items()})
+        super().__init__()
         self._dtype = dtype
-        for name, values in (start or {}).items():
-            self[name].data.copy_(values)
-        for parameter in self.values() if factored else ():
-            parameter.factors = None
+        for name, shape in shapes.items():
+            self[name] = nn.Parameter(torch.zeros(num_samples, *shape, device=device, dtype=dtype))
+            if start:
+                self[name].data.copy_(start[name])
+            if factored:
+                self[name].factors = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFNDelta:
         super()._apply(fn, recurse)
@@ -58,40 +50,38 @@ class DeltaAdamW(torch.optim.AdamW):
     """AdamW on deltas that decays the weights they belong to.
 
     Training ``W + delta`` with decoupled decay ``c = lr * weight_decay`` maps ``delta`` to
-    ``(1 - c) * delta - c * W - update``: plain AdamW on the delta would leave out ``c * W``.
-
-    Deltas whose gradient is left in factors are updated by :mod:`fastmem_pl.kernels.adamw`, the others by
-    PyTorch.
+    ``(1 - c) * delta - c * W - update``: plain AdamW on the delta would leave out ``c * W``. Deltas whose
+    gradient is left in factors are updated by :mod:`fastmem_pl.kernels.adamw`, the others by PyTorch.
 
     Args:
         pairs: ``(delta (B, out, in), base weight (out, in))``.
-        lr: learning rate, one for all samples or one each; constant.
-        weight_decay: decoupled weight decay.
-        round_weights: keep ``W + delta`` at what float32 weights can hold, as editing them does. Updates of
-            one size then round alike (at 1e-5, by +0.14% wherever the weight is between 0.25 and 1).
-        last_step: number of the step that no other follows, whose moments need not be kept.
+        lr: constant learning rate of each sample.
+        last_step: number of the last step, whose moments need not be kept.
         from_zero: deltas are zero before the first step, which need not read them.
-
-    Raises:
-        FastMemError: on a step after the last.
     """
 
     def __init__(
         self,
         pairs: Iterable[tuple[Tensor, Tensor]],
-        lr: float | Sequence[float],
+        lr: Sequence[float],
         weight_decay: float,
-        round_weights: bool = False,
         last_step: int | None = None,
         from_zero: bool = False,
     ) -> None:
         self._last_step, self._from_zero, self._steps = last_step, from_zero, 0
-        self._pairs, self._round_weights = list(pairs), round_weights
+        self._pairs = list(pairs)
         deltas = [delta for delta, _ in self._pairs]
         fused = all(delta.device.type in ("cpu", "cuda") for delta in deltas) or None
-        self._lrs = [float(lr)] * len(deltas[0]) if isinstance(lr, int | float) else list(lr)
-        super().__init__(deltas, self._lrs[0], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
-        exact = torch.tensor(self._lrs, dtype=torch.float64, device=deltas[0].device)
+        self._mixed = len(set(lr)) > 1
+        groups = [{"params": deltas}]
+        if self._mixed:
+            # PyTorch takes one rate for a tensor.
+            groups = [
+                {"params": [delta.detach()[row] for delta in deltas], "lr": rate}
+                for row, rate in enumerate(lr)
+            ]
+        super().__init__(groups, lr[0], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
+        exact = torch.tensor(lr, dtype=torch.float64, device=deltas[0].device)
         self._lr = exact.float()
         # Share of weight and delta that a step takes away, and what it leaves, by sample.
         self._taken = (exact * weight_decay).float()[:, None, None]
@@ -102,8 +92,7 @@ class DeltaAdamW(torch.optim.AdamW):
     def clip(self, max_norm: float) -> Tensor:
         """Clip each sample's gradient over all its deltas to ``max_norm``; returns the norms ``(B,)``.
 
-        The rule of :func:`torch.nn.utils.clip_grad_norm_`, row by row: a batch must equal single runs.
-        Factored gradients are scaled when the step forms them.
+        As :func:`torch.nn.utils.clip_grad_norm_`, row by row. Factored gradients are scaled by the step.
         """
         deltas = [delta for delta, _ in self._pairs]
         grads = [delta.grad for delta in deltas if delta.grad is not None]
@@ -117,10 +106,7 @@ class DeltaAdamW(torch.optim.AdamW):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step; a given ``closure`` is evaluated before anything changes."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure() if closure else None
         if self._steps == self._last_step:
             raise FastMemError(
                 f"memorizing ends after its {self._last_step} steps; set model.memorize.steps higher"
@@ -132,73 +118,41 @@ class DeltaAdamW(torch.optim.AdamW):
                 if getattr(delta, "factors", None) is not None:
                     self._factored_step(delta, base)
             for delta, base in plain:
-                self._decay(delta, base)
-            if len(set(self._lrs)) == 1:
-                super().step()
-            else:
-                for delta, _ in plain:
-                    self._step_by_row(delta)
-            for delta, base in plain if self._round_weights else ():
-                delta.copy_((base.float() + delta) - base)
+                self.decay(delta, base)
+            for row, group in enumerate(self.param_groups) if self._mixed else ():
+                for view, (delta, _) in zip(group["params"], self._pairs, strict=True):
+                    view.grad = None if delta.grad is None else delta.grad[row]
+            super().step()
         self._scale = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, factored ones too."""
+        """Drop the gradients, factored ones too."""
         super().zero_grad(set_to_none)
         for delta, _ in self._pairs:
+            delta.grad = None
             if hasattr(delta, "factors"):
                 delta.factors = None
 
-    def _decay(self, delta: Tensor, base: Tensor) -> None:
-        if self._round_weights:
-            delta.copy_((base.float() + delta).mul_(self._left) - base)
-        else:
-            delta.mul_(self._left).addcmul_(base, self._taken, value=-1)
-
-    def _step_by_row(self, delta: Tensor) -> None:
-        """AdamW's update where samples differ in their learning rate, which PyTorch takes one of."""
-        state, group = self.state[delta], self.param_groups[0]
-        if not state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(delta), torch.zeros_like(delta)
-            state["step"] = torch.zeros((), device=delta.device if group["fused"] else None)
-        tensors = (delta.detach(), delta.grad, state["exp_avg"], state["exp_avg_sq"])
-        beta1, beta2 = group["betas"]
-        common = {"fused": group["fused"], "amsgrad": False, "maximize": False, "weight_decay": 0.0}
-        common |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-        for lr in dict.fromkeys(self._lrs):
-            rows = [row for row, own in enumerate(self._lrs) if own == lr]
-            # Counted up in place, in as many tensors.
-            counts = [state["step"].clone() for _ in rows]
-            adamw(*([tensor[row] for row in rows] for tensor in tensors), [], counts, lr=lr, **common)
-        state["step"] += 1
+    def decay(self, delta: Tensor, base: Tensor) -> None:
+        """Decay the weights that a delta belongs to."""
+        delta.mul_(self._left).addcmul_(base, self._taken, value=-1)
 
     def _factored_step(self, delta: Tensor, base: Tensor) -> None:
         from fastmem_pl.kernels.adamw import factored_adamw_
 
-        state, group, factors = self.state[delta], self.param_groups[0], delta.factors
+        state, factors = self.state[delta], delta.factors
         if not state:
             # The first moment takes the delta's type: it survives bfloat16, as the second, with its
             # decay of 0.999, would not. A first step from zero fills both and reads neither.
             new = torch.empty_like if self._from_zero else torch.zeros_like
             state["exp_avg"], state["exp_avg_sq"] = new(delta), new(delta, dtype=torch.float32)
-        scale = self._scale
-        factored_adamw_(
-            delta.detach(),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            base,
-            factors.outer,
-            factors.inner,
-            delta.new_ones(len(delta), dtype=torch.float32) if scale is None else scale,
-            self._steps,
-            self._lr,
-            group["betas"],
-            group["eps"],
-            self._weight_decay,
-            first_step=self._from_zero and self._steps == 1,
-            last=self._steps == self._last_step,
-        )
+        sides = base, factors.outer, factors.inner
+        scale = delta.new_ones(len(delta), dtype=torch.float32) if self._scale is None else self._scale
+        constants = self._lr, self.defaults["betas"], self.defaults["eps"], self._weight_decay
+        order = {"first_step": self._from_zero and self._steps == 1, "last": self._steps == self._last_step}
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        factored_adamw_(delta.detach(), *moments, *sides, scale, self._steps, *constants, **order)
 
 
 def squared_norm(factors: GradientFactors) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.base.files import write_whole
+from fastmem_pl.base.files import write_atomic
 from fastmem_pl.memory.attach import check_shapes
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings
 
@@ -37,7 +36,6 @@ _LAYOUTS = {
 }
 FORMS = tuple(_LAYOUTS)
 _CURVE = {"cross_entropy", "kl", "grad_norm"}
-_MOST_SHOWN = 300
 # Of all deltas: three times what one layer of a 70B model has.
 _MOST_NUMBERS = 1 << 31
 
@@ -45,14 +43,7 @@ _MOST_NUMBERS = 1 << 31
 def pack(
     name: str, delta: Tensor, form: str, low_rank: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Tensors that stand for one delta ``(out, in)`` in a file.
-
-    ``int8`` keeps a float32 scale for each output row; ``low-rank`` takes factors ``(out, r)`` and
-    ``(r, in)``, kept in their own type.
-
-    Raises:
-        FastMemError: for an unknown form, or one without its factors.
-    """
+    """Tensors that stand for one delta ``(out, in)``; ``int8`` has a float32 scale for each output row."""
     if form not in FORMS:
         raise unknown("form", form, FORMS)
     if form == "low-rank":
@@ -78,25 +69,13 @@ def unpack(name: str, tensors: Mapping[str, Tensor], form: str) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write a file; a reader sees the whole file or none.
-
-    Raises:
-        FastMemError: when it cannot be written.
-    """
+    """Write a file; a reader sees the whole file or none."""
     header = {"format": "fastmem", "version": FORMAT_VERSION, **header}
     header["digest"] = digest(tensors, header)
     try:
-        write_whole(path, lambda partial: write_tensors(partial, tensors, header))
+        write_atomic(path, save(dict(tensors), metadata=header))
     except OSError as error:
         raise FastMemError(f"cannot write the memory {path}: {error.strerror}") from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file down to the disk, with the permissions of any new file."""
-    with open(path, "wb") as file:
-        file.write(save(dict(tensors), metadata=dict(metadata)))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -118,9 +97,6 @@ def read(
 
     A memory of another ``fingerprint``, or of other shapes than those of a model's ``anatomy``, is refused
     before any tensor is read.
-
-    Raises:
-        FastMemError: when the file is missing, damaged, altered, or belongs to another model.
     """
     with _opened(path, fingerprint) as (file, values):
         form = values["form"]
@@ -138,11 +114,7 @@ def read(
 
 
 def read_header(path: str | Path, fingerprint: str | None = None) -> dict[str, str]:
-    """The header of a memory file, read without its tensors.
-
-    Raises:
-        FastMemError: when the file is missing, damaged, or belongs to another model than ``fingerprint``'s.
-    """
+    """The header of a memory file, checked, and read without its tensors."""
     with _opened(path, fingerprint) as (file, _):
         return file.metadata()
 
@@ -160,13 +132,9 @@ def other_model(what: str, made_with: str, fingerprint: str, other: str) -> Fast
 def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The file and the values of its header; a ``ValueError`` while it is open counts as damage to it."""
     try:
-        if not Path(path).is_file():
-            raise FastMemError(f"no such memory: {path}")
+        # safe_open does not say what the system has against a file.
         with open(path, "rb"):
             pass
-    except OSError as error:
-        raise FastMemError(f"cannot read the memory {str(path)[:120]}: {error.strerror}") from error
-    try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != "fastmem":
@@ -182,7 +150,9 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, di
             yield file, values
     except FastMemError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise FastMemError(f"cannot read the memory {str(path)[:120]}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FastMemError(
             f"memory {path} is damaged ({reason}), or no memory at all; give what fastmem memorize wrote, or "
@@ -191,52 +161,40 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, di
 
 
 def _shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]], form: str) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes of the deltas by layer and part, from types and shapes of the tensors that are stored.
-
-    Raises:
-        ValueError: when they are not those of a memory in this form.
-    """
+    """Shapes of the deltas by layer and part, from types and shapes of the tensors that are stored."""
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}")
     suffixes, allowed = _LAYOUTS[form]
-    layers: list[dict[str, tuple[int, ...]]] = []
-    left = set(stored)
-    while left:
-        layers.append({})
-        for part in ("gate", "up", "down"):
-            names = [f"{len(layers) - 1}.{part}{suffix}" for suffix in suffixes]
-            if part == "gate" and left.isdisjoint(names):
-                continue
-            if not left.issuperset(names):
-                raise ValueError(f"it lacks {names[0]}, or holds other tensors than a memory's")
-            left.difference_update(names)
-            dtypes, shapes = zip(*(stored[name] for name in names), strict=True)
-            if dtypes not in allowed or not all(len(shape) == 2 and all(shape) for shape in shapes):
-                raise ValueError(f"{names[0]} is no matrix of {form} numbers")
-            (out, inner), last = shapes[0], shapes[-1]
-            if (form == "low-rank" and last[0] != inner) or (form == "int8" and last != (out, 1)):
-                raise ValueError(f"{names[0]} does not fit its scale or factor")
-            layers[-1][part] = (out, last[1]) if form == "low-rank" else (out, inner)
+    layers = range(len({name.partition(".")[0] for name in stored}))
+    parts = [part for part in ("gate", "up", "down") if f"0.{part}{suffixes[0]}" in stored]
+    expected = {f"{layer}.{part}{suffix}" for layer in layers for part in parts for suffix in suffixes}
+    if not stored or stored.keys() != expected:
+        raise ValueError("it holds no deltas, or other tensors than a memory's")
+
+    def shape_of(name: str) -> tuple[int, int]:
+        dtypes, shapes = zip(*(stored[name + suffix] for suffix in suffixes), strict=True)
+        if dtypes not in allowed or not all(len(shape) == 2 and all(shape) for shape in shapes):
+            raise ValueError(f"{name} is no matrix of {form} numbers")
+        (out, inner), last = shapes[0], shapes[-1]
+        if (form == "low-rank" and last[0] != inner) or (form == "int8" and last != (out, 1)):
+            raise ValueError(f"{name} does not fit its scale or factor")
+        return (out, last[1]) if form == "low-rank" else (out, inner)
+
+    found = [{part: shape_of(f"{layer}.{part}") for part in parts} for layer in layers]
     # Factors are small and what they stand for is not.
-    if not layers or sum(out * width for parts in layers for out, width in parts.values()) > _MOST_NUMBERS:
-        raise ValueError("it holds no deltas, or more than any model has")
-    return layers
+    if sum(out * width for shapes in found for out, width in shapes.values()) > _MOST_NUMBERS:
+        raise ValueError("it holds more than any model has")
+    return found
 
 
 def checked(header: Mapping[str, str]) -> dict[str, Any]:
-    """The values of a header; ``None`` for ``windows``, ``text`` and ``context_hash`` where it lacks them.
-
-    Raises:
-        ValueError: naming what no memory's header holds.
-    """
-    for name in ("fingerprint", "form", "settings", "curve", "status", "backbone"):
-        if name not in header:
-            raise ValueError(f"its header lacks {name!r}")
-    if not re.fullmatch(r"[0-9a-f]{8,64}", header["fingerprint"]):
+    """The values of a header; ``None`` for ``windows``, ``text`` and ``context_hash`` where it lacks them."""
+    if not re.fullmatch(r"[0-9a-f]{8,64}", header.get("fingerprint", "")):
         raise ValueError("its fingerprint is none")
     for name in ("form", "status", "backbone"):
         # These are shown to people: one line, and nothing that a terminal would act on.
-        if not (header[name].isprintable() and len(header[name]) <= _MOST_SHOWN):
+        value = header.get(name)
+        if value is None or not value.isprintable() or len(value) > 300:
             raise ValueError(f"its {name} is no short line of text")
     return {
         **{name: header[name] for name in ("fingerprint", "form", "status", "backbone")},
@@ -248,13 +206,13 @@ def checked(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def trained_layers(header: Mapping[str, str]) -> int:
-    """Number of layers that a checked header's memory was trained with."""
+    """Number of layers that the memory of a header was trained with."""
     return checked(header)["settings"]["num_layers"]
 
 
 def _parsed(header: Mapping[str, str], name: str) -> dict[str, Any]:
     try:
-        value = json.loads(header[name])
+        value = json.loads(header.get(name, ""))
     except (ValueError, RecursionError):
         raise ValueError(f"its {name} are no JSON") from None
     if not isinstance(value, dict):
@@ -265,17 +223,22 @@ def _parsed(header: Mapping[str, str], name: str) -> dict[str, Any]:
 def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that :class:`MemorizationSettings` takes, each of its default's type."""
     defaults = MemorizationSettings().as_dict()
+    # No setting of memorizing alone: runs write them where there are any.
+    quirks = settings.pop("published_quirks", [])
+    if not isinstance(quirks, list) or not all(isinstance(name, str) for name in quirks):
+        raise ValueError("its setting 'published_quirks' does not fit")
+    if settings.keys() != defaults.keys():
+        raise ValueError("its settings are not those of memorizing")
     for name, value in settings.items():
-        like = type(defaults.get(name))
+        like = type(defaults[name])
         if type(value) not in ({like} if like in (bool, int, str) else {int, float, like}):
             raise ValueError(f"its setting {name!r} does not fit")
     try:
         MemorizationSettings(**settings)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"its settings do not fit, {error}") from None
-    if missing := defaults.keys() - settings.keys():
-        raise ValueError(f"its settings lack {min(missing)!r}")
-    return settings
+    # Lists hold the settings of several rows.
+    return settings | ({"published_quirks": tuple(quirks)} if quirks else {})
 
 
 def _curve(curve: dict[str, Any]) -> dict[str, list[float | None]]:

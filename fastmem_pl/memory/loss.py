@@ -54,20 +54,18 @@ class PlainPrediction:
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and KL of the tokens, ``(n,)`` each, as ``kl_coeff`` and ``weights`` are.
 
-        Args:
-            tail: whose head turns hidden states into logits.
-            change: of the head's input since step 0, ``(n, D)``; ``None`` for none at all.
-            out: receives the weighted gradient in the head's product, ``(n, V)`` in the product's type.
+        ``change`` is that of the head's input since step 0, ``(n, D)``, or ``None``; ``out`` receives the
+        weighted gradient in the head's product, ``(n, V)`` in the product's type.
         """
         if change is not None:
             tail.head_product(change, out=out)
         tokens, vocabulary = out.shape
         block = max(1, _BLOCK_BYTES // (4 * vocabulary)) if out.device.type == "cpu" else tokens
-        moved, losses = change is not None, []
-        for start in range(0, tokens, block):
-            part = slice(start, start + block)
-            coeffs = kl_coeff[part, None], weights[part, None]
-            losses.append(self._block_loss(tail, moved, *coeffs, part, out[part]))
+        blocks = [slice(start, start + block) for start in range(0, tokens, block)]
+        losses = [
+            self._block_loss(tail, change is not None, kl_coeff[b, None], weights[b, None], b, out[b])
+            for b in blocks
+        ]
         cross_entropy, kl = (torch.cat(values).squeeze(1) for values in zip(*losses, strict=True))
         return cross_entropy, kl
 
@@ -105,7 +103,7 @@ class PlainPrediction:
 
 
 class KernelPrediction:
-    """The same as logits in the head's own type, for :mod:`fastmem_pl.kernels.loss`."""
+    """The same, as logits in the head's own type, for :mod:`fastmem_pl.kernels.loss`."""
 
     def __init__(self, tail: Tail, hidden: Tensor, labels: Tensor) -> None:
         from fastmem_pl.kernels.loss import reference_normalizers
@@ -129,11 +127,8 @@ class KernelPrediction:
         return soft_target_loss_(out, *before, self._labels, kl_coeff, weights)
 
 
-Prediction = PlainPrediction | KernelPrediction
-
-
-def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> Prediction:
-    """The prediction from the head's input ``(n, D)``, for the kernel where it can run."""
+def predict(tail: Tail, hidden: Tensor, labels: Tensor) -> PlainPrediction | KernelPrediction:
+    """The prediction from the head's input ``(n, D)``, for the kernel where that can run."""
     return (KernelPrediction if _kernel_fits(tail) else PlainPrediction)(tail, hidden, labels)
 
 
@@ -145,46 +140,31 @@ class MemorizationBatch(SimpleNamespace):
     """All that stays constant while ``B`` contexts are memorized.
 
     A namespace rather than a dataclass: precision plugins would convert a dataclass's float32 tensors.
-
-    Attributes:
-        inputs: trunk results, ``(B, T, D)``.
-        base: products of the base weights with them.
-        positions: index into the flattened ``(B * T)`` positions of the ``N`` that predict a label.
-        labels: the ``N`` tokens predicted there.
-        rows: sample of each, ``(N,)``.
-        weights: ``1 / label tokens of that sample``, ``(N,)``.
-        hidden: the head's input at step 0, ``(N, D)`` float32.
-        predictions: the model's own at step 0 by token chunk; ``None`` for those that did not fit the memory
-            budget, which are made anew at every step.
-        scratch: room for the head's products of one chunk, ``(n, V)``; fresh memory would have to be
-            handed out by the system at every step.
     """
 
-    inputs: TailInputs
-    base: BaseActivations
-    positions: Tensor
-    labels: Tensor
-    rows: Tensor
-    weights: Tensor
-    hidden: Tensor
-    predictions: list[Prediction | None]
+    inputs: TailInputs  # of the trunk, (B, T, D)
+    base: BaseActivations  # products of the base weights with them
+    positions: Tensor  # (N,): of the flattened (B * T) positions, those that predict a label
+    labels: Tensor  # (N,): the tokens predicted there
+    rows: Tensor  # (N,): their samples
+    weights: Tensor  # (N,): 1 / label tokens of that sample
+    hidden: Tensor  # (N, D) float32: the head's input at step 0
+    # Of step 0, by token chunk; None for those made anew at every step, as they did not fit the budget.
+    predictions: list[PlainPrediction | KernelPrediction | None]
+    # (n, V): room for the head's products of one chunk, which takes the system time to hand out.
     scratch: Tensor
 
 
 def prepare(
     tail: Tail, inputs: TailInputs, labels: Tensor, label_mask: Tensor, reference_budget: float = 2 << 30
 ) -> MemorizationBatch:
-    """Compute what stays constant over the steps, from what :meth:`.Memorizer.read` returns.
-
-    Step-0 predictions are kept, rather than recomputed, up to ``reference_budget`` bytes.
-    """
+    """Compute what stays constant; step-0 predictions are kept up to ``reference_budget`` bytes."""
     base = tail.base(inputs)
     positions = label_mask.flatten().nonzero().squeeze(1)
     rows = positions // labels.shape[1]
     labels = labels.flatten()[positions]
     hidden = tail.hidden(inputs, base).flatten(0, 1)[positions]
-    predictions: list[Prediction | None] = []
-    parts = _parts(tail, hidden)
+    predictions, parts = [], _parts(tail, hidden)
     for part in parts:
         prediction = predict(tail, hidden[part], labels[part]) if reference_budget > 0 else None
         reference_budget -= prediction.nbytes if prediction else 0
@@ -207,39 +187,28 @@ def footprint_of(backbone: Backbone, settings: MemorizationSettings) -> Footprin
     tail = backbone.tail(settings.num_layers)
     # Of a label token's reference: logits or probabilities.
     kept = tail.head_weight.element_size() if _kernel_fits(tail) else 4 if tail.softcap is None else 8
-    float32_state = settings.optimizer_state == "float32"
-    return backbone.footprint(settings.num_layers, tail.head_weight.shape[0] * kept, float32_state)
+    reference = tail.head_weight.shape[0] * kept
+    return backbone.footprint(settings.num_layers, reference, settings.optimizer_state == "float32")
 
 
 class Losses(NamedTuple):
-    """Per-sample values ``(B,)``: ``total`` carries the gradient, the other two do not."""
+    """Per-sample values ``(B,)``, of which only ``total`` carries a gradient."""
 
     total: Tensor
     cross_entropy: Tensor
     kl: Tensor
 
 
-def memorization_loss(
-    tail: Tail, hidden: Tensor, batch: MemorizationBatch, kl_coeff: Tensor, moved: bool = True
-) -> Losses:
+class SoftTargetLoss(torch.autograd.Function):
     """Cross-entropy plus weighted KL of every sample (paper, equations 2 to 4).
 
-    Args:
-        tail: whose head turns hidden states into logits.
-        hidden: the head's input with the current deltas, ``(B, T, D)``.
-        batch: what stays constant.
-        kl_coeff: weight of the KL term by sample, ``(B,)``.
-        moved: false where the deltas are still zero, which saves the head's product.
+    Loss and gradient of the head's input, ``(N, D)``, are made in one pass over token chunks: no ``(N, V)``
+    is kept. Deltas that are still zero, not ``moved``, save the head's product.
     """
-    selected = hidden.flatten(0, 1)[batch.positions]
-    return Losses(*_SoftTargetLoss.apply(selected, tail, batch, kl_coeff, moved))
-
-
-class _SoftTargetLoss(torch.autograd.Function):
-    """Loss and gradient of the hidden states in one pass over token chunks: no ``(N, V)`` is kept."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, tail: Tail, batch: MemorizationBatch, kl_coeff: Tensor, moved: bool):
+        """The fields of :class:`Losses`."""
         tokens = hidden.shape[0]
         grad = torch.empty_like(hidden)
         ce_tokens, kl_tokens = hidden.new_empty(tokens), hidden.new_empty(tokens)
@@ -261,6 +230,7 @@ class _SoftTargetLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, *_):
+        """That of ``hidden``, from the forward pass."""
         grad, rows = ctx.saved_tensors
         return grad * grad_total[rows][:, None], None, None, None, None
 

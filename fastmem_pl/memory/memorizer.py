@@ -14,9 +14,9 @@ from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs, pad, usable_bytes
+from fastmem_pl.backbone.settings import fabric_settings
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.phases import PhaseMeter
-from fastmem_pl.memory.fabric import check_fabric
 from fastmem_pl.memory.loss import MemorizationBatch, prepare
 from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.module import MemorizationModule
@@ -37,6 +37,14 @@ def context_hash(encoded: Sequence[EncodedContext]) -> str:
     return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 
+def listed_texts(texts: str | Sequence[str]) -> list[str]:
+    """One text or several as a list; refuses none, and empty ones."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts or not all(text.strip() for text in texts):
+        raise FastMemError("there is nothing to memorize; give texts that are not empty")
+    return texts
+
+
 class Memorizer:
     """Turns contexts into a :class:`Memory`, driving :class:`MemorizationModule` through Fabric.
 
@@ -47,11 +55,14 @@ class Memorizer:
 
     Attributes:
         meter: of the trunk's passes, which a profile lists apart; by default it measures nothing.
+        module_class: of the modules that are fitted.
 
     Raises:
         FastMemError: when the Fabric is for another device or precision than the backbone's, or for several
             processes.
     """
+
+    module_class: type[MemorizationModule] = MemorizationModule
 
     def __init__(
         self,
@@ -62,35 +73,28 @@ class Memorizer:
     ) -> None:
         self.backbone = backbone
         if settings is not None and kwargs:
-            raise FastMemError(
-                f"Memorizer: give settings or keyword arguments, not both ({', '.join(kwargs)})"
-            )
+            raise FastMemError(f"Memorizer: give settings or {', '.join(kwargs)}, not both")
         self.settings = settings or MemorizationSettings(**kwargs)
+        # Of the trunk's passes, which a profile lists apart; this one measures nothing.
         self.meter = PhaseMeter(backbone.device)
         backbone.tail(self.settings.num_layers)
+        if fabric is not None:
+            _check_fabric(fabric, backbone)
         # Single-device whatever the outer program runs on: a distributed Fabric would average the
         # gradients of different samples. 32-true concerns the deltas; the tail chooses the type of its
         # products itself. Modules need no wrapping for either, and Fabric would keep every one that it
         # wrapped, with gradients and optimizer moments, in its list of callbacks.
         device = backbone.device
-        if fabric is not None:
-            check_fabric(fabric, backbone)
         self._fabric = fabric or Fabric(
             accelerator=device.type, strategy=SingleDeviceStrategy(device), precision="32-true"
         )
 
     def __call__(self, contexts: str | Sequence[str]) -> Memory:
-        """Memorize one context, or ``B`` together; equal to ``B`` separate calls up to rounding.
-
-        Raises:
-            FastMemError: when there is none, or one of them is empty.
-        """
-        contexts = [contexts] if isinstance(contexts, str) else contexts
-        if not contexts or not all(context.strip() for context in contexts):
-            raise FastMemError("Memorizer: there is nothing to memorize; give texts that are not empty")
+        """Memorize one context, or ``B`` together; equal to ``B`` separate calls up to rounding."""
+        contexts = listed_texts(contexts)
         encoded = [self.encode(context) for context in contexts]
         memory = self.fit(encoded)
-        memory.texts = list(contexts)
+        memory.texts = contexts
         memory.context_hashes = [context_hash([part]) for part in encoded]
         return memory
 
@@ -104,11 +108,8 @@ class Memorizer:
         return self.backbone.chat.context(context, self.context_limit)
 
     def read(self, encoded: Sequence[EncodedContext]) -> tuple[TailInputs, Tensor, Tensor]:
-        """Run the trunk on encoded contexts.
-
-        Returns:
-            inputs of the tail, ``(B, T, D)``; the token that each position predicts, ``(B, T)``; and a mask
-            that is true where it counts, ``(B, T)``.
+        """Run the trunk: gives inputs of the tail, ``(B, T, D)``, and by position, ``(B, T)``, the token that
+        it predicts and whether that counts.
         """
         backbone = self.backbone
         tokens = sum(item.context_tokens for item in encoded)
@@ -125,8 +126,7 @@ class Memorizer:
     def read_windows(self, encoded: Sequence[EncodedContext]) -> Iterator[tuple[TailInputs, Tensor, Tensor]]:
         """As :meth:`read`, of as many contexts at a time as one pass takes.
 
-        With one trained layer, the positions that have a label become one row, and others are left out: above
-        the trunk there is no attention then.
+        With one trained layer, above which is no attention, the positions that have a label become one row.
         """
         count = max(1, _TOKENS_AT_ONCE // max(len(part.input_ids) for part in encoded))
         for start in range(0, len(encoded), count):
@@ -143,28 +143,22 @@ class Memorizer:
         return self.prepare_read(*self.read(encoded))
 
     def prepare_read(
-        self, inputs: TailInputs, labels: Tensor, label_mask: Tensor, kept_bytes: int = 0
+        self, inputs: TailInputs, labels: Tensor, label_mask: Tensor, share: float = 1.0
     ) -> MemorizationBatch:
-        """Compute all that stays constant over the steps from what :meth:`read` returns.
-
-        ``kept_bytes`` are those of the step-0 predictions that other batches of the same fit keep.
-        """
-        budget = min(_REFERENCE_BYTES, _REFERENCE_SHARE * usable_bytes(self.backbone.device)) - kept_bytes
+        """As :meth:`prepare` after :meth:`read`, with a share of the memory for step-0 predictions."""
+        budget = share * min(_REFERENCE_BYTES, _REFERENCE_SHARE * usable_bytes(self.backbone.device))
         with self.backbone.numerics():
             return prepare(self.backbone.tail(self.settings.num_layers), inputs, labels, label_mask, budget)
 
     def fit(self, encoded: Sequence[EncodedContext]) -> Memory:
         """Memorize encoded contexts. The base weights are not touched, whatever happens."""
-        module = MemorizationModule(self.backbone, len(encoded), self.settings)
+        module = self.module_class(self.backbone, len(encoded), self.settings)
         for _ in self.run(module, [self.prepare(encoded)] if self.settings.steps else []):
             pass
         return module.memory()
 
     def run(self, module: MemorizationModule, parts: Sequence[MemorizationBatch]) -> Iterator[int]:
-        """Fit a module step by step, as many as its settings say; yields the number of steps taken so far.
-
-        The losses of the ``parts`` add up to that of one step; usually there is one.
-        """
+        """Take the steps of a module's settings, each on all parts; yields the number taken so far."""
         numerics = partial(self.backbone.numerics, grad=True)
         with numerics():
             plain = module.configure_optimizers()
@@ -180,6 +174,22 @@ class Memorizer:
             yield step + 1
 
 
+def _check_fabric(fabric: Fabric, backbone: Backbone) -> None:
+    """Refuse a Fabric that would change what memorizing computes."""
+    if not isinstance(fabric.strategy, SingleDeviceStrategy):
+        raise FastMemError(
+            f"fabric: {type(fabric.strategy).__name__} would average the gradients of different samples; "
+            "allowed: one device, so give each process a Fabric of its own (devices=1, no strategy)"
+        )
+    precision, device = fabric_settings(fabric)
+    same_device = (device.type, device.index or 0) == (backbone.device.type, backbone.device.index or 0)
+    if precision != backbone.precision or not same_device:
+        raise FastMemError(
+            f"fabric: it is for {precision} on {device}, the backbone for {backbone.precision} on "
+            f"{backbone.device}; load it with Backbone.load(..., fabric=fabric)"
+        )
+
+
 class ContextReader:
     """The trunk's pass over one context, from which it is memorized under many settings."""
 
@@ -191,19 +201,12 @@ class ContextReader:
     ) -> Iterator[tuple[int, Memory]]:
         """Memorize under the settings of each row, which may differ in learning rate and kl_coeff.
 
-        With a constant learning rate, fewer steps are the beginning of more (paper, section 4.1).
-
-        Args:
-            rows: settings, one a row; all others are the memorizer's.
-            stops: numbers of steps to stop at, ascending; 0 for the base model.
-
-        Yields:
-            number of steps, and the memory of all rows then. Its deltas go on being trained: use or copy
-            them before the next.
+        Yields each of the ``stops``, ascending numbers of steps, with the memory of all rows then: fewer
+        steps are the beginning of more. Its deltas go on being trained: use or copy them before the next.
         """
         memorizer, count = self._memorizer, len(rows)
         settings = replace(memorizer.settings, steps=max(stops))
-        module = MemorizationModule(memorizer.backbone, count, settings, rows)
+        module = memorizer.module_class(memorizer.backbone, count, settings, rows)
         inputs, labels, mask = self._read
         # One context as that many rows, in the same memory.
         expanded = inputs.expand(count), labels.expand(count, -1), mask.expand(count, -1)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,16 +23,13 @@ from fastmem_pl.memory.attach import attached, check_shapes, spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Attributes of a memory that hold a value for each row.
+# Attributes that hold a value for each row.
 _BY_ROW = ("curves", "status", "texts", "context_hashes")
 
 
 @dataclass
 class Curve:
-    """One value a step, taken before that step's update, as the paper reports them.
-
-    ``kl_coeff`` is kept where it is adapted from step to step.
-    """
+    """One value a step, from before its update; ``kl_coeff`` only where it is adapted."""
 
     cross_entropy: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -49,12 +47,7 @@ class Curve:
     @classmethod
     def from_dict(cls, values: dict[str, list[float | None]]) -> Curve:
         """Inverse of :meth:`as_dict`."""
-        return cls(**{n: [math.nan if v is None else v for v in values[n]] for n in values})
-
-    @classmethod
-    def joined(cls, curves: Sequence[Curve]) -> Curve:
-        """Curves of fits that went on from each other, as one."""
-        return cls(*([v for c in curves for v in getattr(c, field.name)] for field in fields(cls)))
+        return cls(**{n: [math.nan if v is None else v for v in row] for n, row in values.items()})
 
 
 @dataclass(repr=False)
@@ -66,10 +59,10 @@ class Memory:
         curves: one a row.
         status: ``"ok"`` or what failed, one a row; a failed row holds zero deltas (the base model).
         settings: those of memorizing; a list where rows differ.
-        fingerprint: identifies the backbone that the deltas belong to.
+        fingerprint: of the backbone that the deltas belong to.
         texts: what was memorized, one a row, where it is known.
-        context_hashes: hashes of the memorized token ids, one a row, where they are known.
-        backbone: name of the model.
+        context_hashes: of the memorized token ids, one a row, where they are known.
+        backbone: its name.
         windows: how a long text was cut, on the memory of a document.
     """
 
@@ -93,11 +86,11 @@ class Memory:
     def __repr__(self) -> str:
         rows = "1 context" if len(self) == 1 else f"{len(self)} contexts"
         losses = [curve.cross_entropy for curve in self.curves if curve.cross_entropy]
-        means = [sum(loss[i] for loss in losses) / len(losses) for i in (0, -1)] if losses else []
-        fell = f", cross-entropy {means[0]:.2f} -> {means[1]:.2f}" if means else ""
+        means = [f"{fmean(loss[i] for loss in losses):.2f}" for i in (0, -1)] if losses else []
+        fell = f", cross-entropy {' -> '.join(means)}" if means else ""
         megabytes = sum(tensor.nbytes for layer in self.deltas for tensor in layer.values()) / 1e6
-        steps = f"{self.settings.get('steps')} steps"
-        return f"Memory({rows}, {steps}{fell}, {megabytes:.1f} MB, model {self.backbone!r})"
+        steps = self.settings.get("steps")
+        return f"Memory({rows}, {steps} steps{fell}, {megabytes:.1f} MB, model {self.backbone!r})"
 
     @property
     def num_layers(self) -> int:
@@ -106,7 +99,7 @@ class Memory:
 
     @property
     def curve(self) -> Curve:
-        """The curve of a memory of one row; FastMemError when there are several."""
+        """The curve of a memory of one row."""
         if len(self) != 1:
             raise FastMemError(f"memory.curve: there are {len(self)}; take one of memory.curves")
         return self.curves[0]
@@ -118,11 +111,10 @@ class Memory:
         figure, panels = pyplot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
         # Notebooks show what is returned, and what pyplot keeps once more.
         pyplot.close(figure)
-        titles = {"cross_entropy": "cross-entropy of the context", "kl": "KL from the base model"}
-        for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for axes, name in zip(panels, ("cross_entropy", "kl"), strict=True):
             for row, curve in enumerate(self.curves):
                 axes.plot(getattr(curve, name), marker=".", label=f"row {row}")
-            axes.set(title=title, xlabel="step", ylabel="nats a token")
+            axes.set(title=name.replace("_", "-"), xlabel="step", ylabel="nats a token")
             if 1 < len(self) <= 10:
                 axes.legend(fontsize="small")
         return figure
@@ -145,43 +137,34 @@ class Memory:
 
     @classmethod
     def stack(cls, memories: Sequence[Memory]) -> Memory:
-        """Join memories of one backbone into one batch, one row after the other.
-
-        Raises:
-            FastMemError: when they are of several models, or of different layers.
-        """
+        """Join memories of one backbone and number of layers into one batch, one row after the other."""
         if not memories:
             raise FastMemError("Memory.stack: no memories; give one or more")
         first = memories[0]
-        for other in memories[1:]:
-            if other.fingerprint != first.fingerprint:
-                raise FastMemError(
-                    f"Memory.stack: memories of two models, {first.fingerprint} and {other.fingerprint}; "
-                    "a batch has one"
-                )
-            if other.num_layers != first.num_layers:
-                raise FastMemError(
-                    f"Memory.stack: memories of {first.num_layers} and of {other.num_layers} trained layers; "
-                    "a batch has one number"
-                )
+        for what in ("fingerprint", "num_layers"):
+            values = sorted({getattr(memory, what) for memory in memories})
+            if len(values) > 1:
+                raise FastMemError(f"Memory.stack: {what}: {values} differ; a batch has one")
         deltas = [
-            {name: torch.cat([m.deltas[layer][name] for m in memories]) for name in first.deltas[layer]}
-            for layer in range(first.num_layers)
+            {name: torch.cat([layer[name] for layer in layers]) for name in layers[0]}
+            for layers in zip(*(memory.deltas for memory in memories), strict=True)
         ]
         settings = joined_settings([m._settings_of(row) for m in memories for row in range(len(m))])
         joined = {name: [value for memory in memories for value in getattr(memory, name)] for name in _BY_ROW}
         return replace(first, deltas=deltas, settings=settings, windows=None, **joined)
 
-    def check(self, backbone: Backbone) -> None:
-        """Refuse another model, by a FastMemError with both fingerprints or the shapes that differ."""
-        self._check(backbone.fingerprint(), backbone.anatomy)
+    def check(self, model: Any) -> Anatomy:
+        """Refuse another model, with both fingerprints or the shapes that differ; returns its anatomy."""
+        loaded = isinstance(model, Backbone)
+        fingerprint = model.fingerprint() if loaded else fingerprint_of(model)
+        if self.fingerprint != fingerprint:
+            raise files.other_model("the memory", self.backbone, self.fingerprint, fingerprint)
+        anatomy = model.anatomy if loaded else find_anatomy(model)
+        check_shapes([{n: tuple(t.shape[1:]) for n, t in layer.items()} for layer in self.deltas], anatomy)
+        return anatomy
 
     def serving(self, backbone: Backbone, count: int) -> list[dict[str, Tensor]]:
-        """The deltas for ``count`` sequences, a multiple of the rows, in the type of the backbone's products.
-
-        Raises:
-            FastMemError: when the memory is of another model, or the rows do not share out evenly.
-        """
+        """The deltas for ``count`` sequences, a multiple of the rows, in the backbone's compute type."""
         self.check(backbone)
         placed = self.to(backbone.compute_dtype, backbone.device)
         return [spread(layer, count) for layer in placed.deltas]
@@ -191,21 +174,14 @@ class Memory:
 
         A trained last block feeds no attention, so a memory may come and go in the middle of a ``generate``
         call: the KV cache is the same with and without it. With several trained layers it is not, and a
-        backbone of the same model must not be asked meanwhile.
-
-        One row serves all sequences; of ``B`` rows, each serves one of ``B`` sequences, or all beams and
-        returned sequences of its prompt. The model may be given as a :class:`~fastmem_pl.Backbone`.
+        backbone of the same model must not be asked meanwhile. One row serves all sequences; of ``B`` rows,
+        each serves all beams and returned sequences of its prompt. ``model`` may be a ``Backbone``.
 
         Raises:
-            FastMemError: when the memory is of another model, or one is attached already; inside, when the
-                rows do not fit the batch.
+            FastMemError: where one is attached already; inside, where the rows do not fit the batch.
         """
-        if isinstance(model, Backbone):
-            self.check(model)
-            return attached(model.anatomy, self.deltas, model.compute_dtype)
-        anatomy = find_anatomy(model)
-        self._check(fingerprint_of(model), anatomy)
-        return attached(anatomy, self.deltas)
+        anatomy = self.check(model)
+        return attached(anatomy, self.deltas, model.compute_dtype if isinstance(model, Backbone) else None)
 
     def save(
         self,
@@ -227,9 +203,6 @@ class Memory:
             text: keep the memorized text, where it is known, in the file.
             factors: of every delta by layer, ``(out, r)`` and ``(r, in)``, for ``low-rank``.
             extra: further text for the header.
-
-        Raises:
-            FastMemError: when the file cannot be written.
         """
         form = str(form).removeprefix("torch.")
         tensors: dict[str, Tensor] = {}
@@ -260,10 +233,8 @@ class Memory:
     ) -> Memory:
         """Read one memory (nothing in the file is executed); its deltas go to ``device``.
 
-        With a ``fingerprint``, a memory of another backbone is refused; with a backbone, also other shapes.
-
-        Raises:
-            FastMemError: when the file is missing, damaged, altered, or belongs to another model.
+        A damaged or altered file is refused, with a ``fingerprint`` also a memory of another backbone, and
+        with a backbone also other shapes.
         """
         anatomy = None
         if isinstance(fingerprint, Backbone):
@@ -278,21 +249,11 @@ class Memory:
             **{name: values[name] for name in ("settings", "fingerprint", "backbone", "windows")},
         )
 
-    def _check(self, fingerprint: str, anatomy: Anatomy) -> None:
-        if self.fingerprint != fingerprint:
-            raise files.other_model("the memory", self.backbone, self.fingerprint, fingerprint)
-        shapes = [{name: tuple(t.shape[1:]) for name, t in layer.items()} for layer in self.deltas]
-        check_shapes(shapes, anatomy)
-
     def _settings_of(self, row: int) -> dict[str, Any]:
         return {name: v[row] if isinstance(v, list) else v for name, v in self.settings.items()}
 
 
 def joined_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings of several rows as one mapping: a list where they differ.
-
-    >>> joined_settings([{"steps": 10, "kl_coeff": 0.1}, {"steps": 10, "kl_coeff": 1.0}])
-    {'steps': 10, 'kl_coeff': [0.1, 1.0]}
-    """
+    """Settings of several rows as one mapping, with a list where they differ."""
     joined = {name: [settings.get(name) for settings in rows] for name in rows[0]}
     return {n: values[0] if all(v == values[0] for v in values) else values for n, values in joined.items()}

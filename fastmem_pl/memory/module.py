@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fastmem_pl import kernels
-from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
-from fastmem_pl.memory.loss import Losses, MemorizationBatch, memorization_loss
+from fastmem_pl.memory.loss import Losses, MemorizationBatch, SoftTargetLoss
 from fastmem_pl.memory.memory import Curve, Memory, joined_settings
 from fastmem_pl.memory.settings import MemorizationSettings
 
@@ -26,13 +26,14 @@ class MemorizationModule(LightningModule):
 
     Args:
         backbone: whose last FFNs the deltas change.
-        num_samples: ``B``.
-        settings: of memorizing.
-        rows: settings of each sample, where they differ; in ``learning_rate`` and ``kl_coeff`` they may.
+        settings: those of all samples.
+        rows: settings of each sample, which may differ in ``learning_rate`` and ``kl_coeff``.
         start: a memory to go on from; its KL is still from the base model.
         dense_gradients: give every delta an ordinary gradient, which losses of one's own may add to. On a GPU
             in bfloat16 a delta's gradient is otherwise left as the factors it is a product of, once a step.
     """
+
+    optimizer_class = DeltaAdamW
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class MemorizationModule(LightningModule):
         self._backbone, self.settings = backbone, settings
         self._tail = backbone.tail(settings.num_layers)
         factored = kernels.usable(backbone.device, backbone.compute_dtype)
-        factored = factored and not (settings.round_weights or dense_gradients)
+        factored = factored and not dense_gradients
         compact = factored and settings.optimizer_state == "auto"
         dtype = torch.bfloat16 if compact else torch.float32
         self._moved = start is not None
@@ -60,11 +61,11 @@ class MemorizationModule(LightningModule):
             )
             # Not a buffer: precision plugins would round it.
             self.kl_coeff = torch.tensor([row.kl_coeff for row in self._rows], device=backbone.device)
-        self._history: list[tuple[Tensor, Tensor, Tensor]] = []
+        # Of every step: the values of a curve, (4, B).
+        self._history: list[Tensor] = []
+        # (2, B) of the step in progress; several where a text is too long for one batch.
+        self._pending: list[Tensor] = []
         self._untouched = self._versions()
-        # Losses of the step in progress; of several, where a text is too long for one batch.
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._norms: list[Tensor] = []
 
     def training_step(self, batch: MemorizationBatch, batch_idx: int = 0) -> Tensor:
         """Return the sum over samples of their losses; each sample's gradient is its own."""
@@ -77,13 +78,15 @@ class MemorizationModule(LightningModule):
         """
         moved = self._moved or bool(self._history) or self._versions() != self._untouched
         with self._backbone.numerics(grad=True):
-            normed = self.settings.norm_every_layer and moved
-            deltas = [dict(delta.items()) for delta in self.deltas]
-            states = self._tail.residuals(batch.inputs, batch.base, deltas, norm_every_layer=normed)
-            hidden = self._tail.final_norm(states[-1])
-            losses = memorization_loss(self._tail, hidden, batch, self.kl_coeff, moved)
-        self._pending.append((losses.cross_entropy, losses.kl))
+            hidden = self.hidden(batch, [dict(delta.items()) for delta in self.deltas], moved)
+            labelled = hidden.flatten(0, 1)[batch.positions]
+            losses = Losses(*SoftTargetLoss.apply(labelled, self._tail, batch, self.kl_coeff, moved))
+        self._pending.append(torch.stack([losses.cross_entropy, losses.kl]))
         return losses
+
+    def hidden(self, batch: MemorizationBatch, deltas: Sequence[Delta], moved: bool) -> Tensor:
+        """Hidden states that the losses come from, ``(B, T, D)``; ``moved`` after the first update."""
+        return self._tail.hidden(batch.inputs, batch.base, deltas)
 
     def _versions(self) -> list[int]:
         # PyTorch counts writes: an optimizer of one's own may have moved the deltas.
@@ -95,21 +98,20 @@ class MemorizationModule(LightningModule):
         pairs = [(delta[n], ffn.base_weights[n]) for delta, ffn in layers for n in delta]
         rates, settings = [row.learning_rate for row in self._rows], self.settings
         moments = {"last_step": settings.steps, "from_zero": not self._moved}
-        return DeltaAdamW(pairs, rates, settings.weight_decay, settings.round_weights, **moments)
+        return self.optimizer_class(pairs, rates, settings.weight_decay, **moments)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``; ends the step.
-
-        The ``optimizer`` is that of :meth:`configure_optimizers`, as it is or set up by Fabric.
-        """
+        """Clip each sample's gradient over all its trained tensors to ``max_grad_norm``; ends the step."""
+        settings = self.settings
         plain = optimizer if isinstance(optimizer, DeltaAdamW) else optimizer.optimizer
-        self._norms.append(plain.clip(self.settings.max_grad_norm))
-        cross_entropy, kl = (sum(values[1:], values[0]) for values in zip(*self._pending, strict=True))
+        norms = plain.clip(settings.max_grad_norm)
+        cross_entropy, kl = sum(self._pending)
         self._pending.clear()
-        self._history.append((cross_entropy, kl, self.kl_coeff))
-        if self.settings.kl_target is not None:
-            settings = self.settings
-            self.kl_coeff = adapted_kl_coeff(self.kl_coeff, kl, settings.kl_target, settings.kl_gain)
+        self._history.append(torch.stack([cross_entropy, kl, norms, self.kl_coeff]))
+        if settings.kl_target is not None:
+            # A proportional controller in log space: Ziegler et al., arXiv 1909.08593, section 2.2.
+            error = (kl / settings.kl_target - 1).clamp(-0.2, 0.2)
+            self.kl_coeff = self.kl_coeff * (1 + settings.kl_gain * error)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch where the backbone made it."""
@@ -117,52 +119,32 @@ class MemorizationModule(LightningModule):
 
     def memory(self) -> Memory:
         """The deltas so far with their curves; rows that met a non-finite value get zero deltas."""
-        settings, backbone = self.settings, self._backbone
-        deltas = [{n: t.detach() for n, t in delta.items()} for delta in self.deltas]
-        curves, status = [Curve() for _ in self._rows], ["ok"] * len(self._rows)
-        if self._history:
-            with backbone.numerics():
-                deltas = self._judge(deltas, curves, status)
-        rows = [replace(settings, learning_rate=r.learning_rate, kl_coeff=r.kl_coeff) for r in self._rows]
-        stated = joined_settings([row.as_dict() for row in rows])
-        fingerprint, name = backbone.fingerprint(), backbone.public_name
-        return Memory(deltas, curves, status, stated, fingerprint, backbone=name)
-
-    def _judge(
-        self, deltas: list[dict[str, Tensor]], curves: list[Curve], status: list[str]
-    ) -> list[dict[str, Tensor]]:
-        """Fill in curves and status of all rows; returns the deltas, zero where a row failed."""
-        cross_entropy, kl, kl_coeff = (torch.stack(values) for values in zip(*self._history, strict=True))
-        norms = torch.stack(self._norms)
-        adaptive = [kl_coeff] if self.settings.kl_target is not None else []
-        by_row = (values.T.tolist() for values in (cross_entropy, kl, norms, *adaptive))
-        curves[:] = [Curve(*values) for values in zip(*by_row, strict=True)]
-        finite_steps = cross_entropy.isfinite() & kl.isfinite() & norms.isfinite()
-        # A norm is finite only where all is; it takes one pass and no copy.
-        delta_norms = [
-            torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float32)
-            for layer in deltas
-            for t in layer.values()
-        ]
-        failed = ~(finite_steps.all(0) & torch.stack(delta_norms).isfinite().all(0))
+        settings, backbone, count = self.settings, self._backbone, len(self._rows)
+        with backbone.numerics():
+            deltas = [{n: t.detach() for n, t in delta.items()} for delta in self.deltas]
+            history = torch.stack(self._history) if self._history else self.kl_coeff.new_empty(0, 4, count)
+            if settings.kl_target is None:
+                history = history[:, :3]
+            finite_steps = history.isfinite().all(1)
+            # A norm is finite only where all is; it takes one pass and no copy.
+            norms = [
+                torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float32)
+                for layer in deltas
+                for t in layer.values()
+            ]
+            failed = ~(finite_steps.all(0) & torch.stack(norms).isfinite().all(0))
+            if failed.any():
+                # Copies: who goes on training must not start anew from zero.
+                deltas = [
+                    {n: t.masked_fill(failed[:, None, None], 0.0) for n, t in d.items()} for d in deltas
+                ]
+        status = ["ok"] * count
         for row in failed.nonzero().flatten().tolist():
-            step = ([*finite_steps[:, row].tolist(), False]).index(False)
+            step = [*finite_steps[:, row].tolist(), False].index(False)
             status[row] = (
                 f"failed: the memorization loss is not finite at step {step}; answered by the base model"
             )
-        if not failed.any():
-            return deltas
-        # Copies: who goes on training must not start anew from zero.
-        return [{n: t.masked_fill(failed[:, None, None], 0.0) for n, t in d.items()} for d in deltas]
-
-
-def adapted_kl_coeff(kl_coeff: Tensor, kl: Tensor, target: float, gain: float) -> Tensor:
-    """Next coefficient of each sample: a proportional controller in log space.
-
-    ``kl_coeff * (1 + gain * clip(kl / target - 1, -0.2, 0.2))``; Ziegler et al., arXiv 1909.08593,
-    section 2.2, where the gain is 0.1.
-
-    >>> adapted_kl_coeff(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.1, 0.11]), 0.1, 0.1)
-    tensor([0.9800, 1.0000, 1.0100])
-    """
-    return kl_coeff * (1 + gain * (kl / target - 1).clamp(-0.2, 0.2))
+        curves = [Curve(*values) for values in history.permute(2, 1, 0).tolist()]
+        rows = [replace(settings, learning_rate=r.learning_rate, kl_coeff=r.kl_coeff) for r in self._rows]
+        stated = joined_settings([row.as_dict() for row in rows])
+        return Memory(deltas, curves, status, stated, backbone.fingerprint(), backbone=backbone.public_name)

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from fastmem_pl.base.errors import FastMemError, unknown
 
 OPTIMIZER_STATES = ("auto", "float32")
+_AT_LEAST = {"steps": 0, "kl_coeff": 0, "num_layers": 1, "weight_decay": 0}
+_AT_LEAST |= {"max_context_tokens": 1, "kl_gain": 0}
+_ABOVE_ZERO = ("learning_rate", "max_grad_norm", "kl_target")
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,9 @@ class MemorizationSettings:
         kl_target: adapt ``kl_coeff`` from step to step so that the KL approaches this value
             (nats a token); ``None`` keeps it constant.
         kl_gain: how fast it adapts.
-        norm_every_layer: with several trained layers, apply the final norm after each of them from the
-            second step on, as the published code does by mistake.
-        round_weights: round base weight plus delta to float32 after every update, as editing float32
-            weights does.
         optimizer_state: ``auto`` keeps deltas and first moments in bfloat16 where the kernel updates them
             (bfloat16 on CUDA); ``float32`` keeps everything in float32, which takes more of both time and
             memory.
-
-    Raises:
-        FastMemError: when a value is out of its range.
     """
 
     steps: int = 10
@@ -46,33 +42,19 @@ class MemorizationSettings:
     max_context_tokens: int = 7500
     kl_target: float | None = None
     kl_gain: float = 0.1
-    norm_every_layer: bool = False
-    round_weights: bool = False
     optimizer_state: str = "auto"
 
     def __post_init__(self) -> None:
         if self.optimizer_state not in OPTIMIZER_STATES:
             raise unknown("model.memorize.optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
-        for name, smallest, open_end in (
-            ("steps", 0, False),
-            ("learning_rate", 0, True),
-            ("kl_coeff", 0, False),
-            ("num_layers", 1, False),
-            ("weight_decay", 0, False),
-            ("max_grad_norm", 0, True),
-            ("max_context_tokens", 1, False),
-            ("kl_target", 0, True),
-            ("kl_gain", 0, False),
-        ):
-            value = getattr(self, name)
+        for name in (*_AT_LEAST, *_ABOVE_ZERO):
+            value, least = getattr(self, name), _AT_LEAST.get(name)
             if value is None:
                 continue
-            fits = value > smallest if open_end else value >= smallest
+            fits = value > 0 if least is None else value >= least
             if not (fits and math.isfinite(value)):
-                bound = "above" if open_end else "at least"
-                raise FastMemError(
-                    f"model.memorize.{name}: {value} is out of range; allowed: {bound} {smallest}"
-                )
+                allowed = "above 0" if least is None else f"at least {least}"
+                raise FastMemError(f"model.memorize.{name}: {value} is out of range; allowed: {allowed}")
 
     def as_dict(self) -> dict[str, float | bool | str | None]:
         """Plain values by name."""
@@ -93,9 +75,6 @@ class WindowSettings:
         window: most tokens of the text in a window; as many as model and settings allow by default.
         overlap: tokens that a window repeats from the one before, as context without loss; an eighth of a
             window by default.
-
-    Raises:
-        FastMemError: when a value is out of its range.
     """
 
     policy: str = "joint"
@@ -110,11 +89,7 @@ class WindowSettings:
                 raise FastMemError(f"{name}: {value} is out of range; allowed: whole numbers from {least}")
 
     def resolved(self, limit: int) -> tuple[int, int]:
-        """Window and overlap where at most ``limit`` tokens fit a window.
-
-        Raises:
-            FastMemError: when the window is over the limit, or the overlap not below the window.
-        """
+        """Window and overlap where at most ``limit`` tokens fit a window."""
         window = limit if self.window is None else self.window
         overlap = window // 8 if self.overlap is None else self.overlap
         if window > limit:

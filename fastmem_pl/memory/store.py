@@ -16,25 +16,25 @@ from fastmem_pl.memory.memory import Memory
 
 
 class MemoryFolder:
-    """Memories by the place of their sample in the data, as files of the folder ``path``."""
+    """Memories by the index of their sample in the data, as files of the folder ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def find(cls, path: Path) -> MemoryFolder:
-        """The folder of memories at ``path``, or in a run folder; a FastMemError where there is none."""
+        """The folder of memories at ``path``, or in the run folder there."""
         folder = path / "memories" if (path / "memories").is_dir() else path
         if not any(folder.glob("*.safetensors")):
             raise FastMemError(f"model.memories: no memories in {path}; make them with fastmem fit")
         return cls(folder)
 
     def file(self, index: int) -> Path:
-        """File of the sample at ``index`` of the data."""
+        """The file of a sample."""
         return self.path / f"{index:06d}.safetensors"
 
     def headers(self, indices: Sequence[int]) -> dict[int, dict[str, str]]:
-        """Headers of the whole files by index; damaged and missing ones are left out."""
+        """Headers by index; those of damaged and missing files are left out."""
         headers = {}
         for index in indices:
             with suppress(FastMemError):
@@ -44,7 +44,7 @@ class MemoryFolder:
     def check(
         self, index: int, sample_id: str, context_hash: str, fingerprint: str, settings: Mapping[str, Any]
     ) -> None:
-        """Refuse a missing memory, or one of another model, context or settings, by a FastMemError."""
+        """Refuse a missing memory, or one of another model, context or settings."""
         path = self.file(index)
         if not path.is_file():
             raise FastMemError(
@@ -53,10 +53,12 @@ class MemoryFolder:
         header = read_header(path, fingerprint)
         made = json.loads(header["settings"])
         for name, value in settings.items():
-            if value != made[name]:
+            there = made.get(name, [])
+            if value != there:
+                option = "model.published_quirks" if name == "published_quirks" else f"model.memorize.{name}"
                 raise FastMemError(
-                    f"model.memorize.{name}: {value}, but the memories in {self.path} were made with "
-                    f"{made[name]}; give {_option(name, made[name])}, or run fastmem fit again"
+                    f"{option}: {_shown(value)}, but the memories in {self.path} were made with "
+                    f"{_shown(there)}; give --{option} {_shown(there)}, or run fastmem fit again"
                 )
         if header.get("context_hash") != context_hash:
             raise FastMemError(
@@ -69,9 +71,6 @@ class MemoryFolder:
         return Memory.stack([Memory.load(self.file(index), fingerprint, device) for index in indices])
 
 
-def _option(name: str, value: Any) -> str:
-    """How a setting is given on the command line."""
-    # Settings that are on or off are quirks of the published code.
-    if not isinstance(value, bool):
-        return f"--model.memorize.{name} {value}"
-    return f"{'' if value else 'no '}--model.published_quirks [{name.replace('_', '-')}]"
+def _shown(value: Any) -> str:
+    """A setting as the command line takes it."""
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)

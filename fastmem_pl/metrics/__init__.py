@@ -3,7 +3,7 @@
 from fastmem_pl.metrics.models import METRIC_MODELS, MetricModel, load_metric_model
 from fastmem_pl.metrics.scores import SCORES, Score, find_score, format_score, lower_is_better, score_answer
 from fastmem_pl.metrics.statistics import Estimate, Paired, estimate, format_p, paired
-from fastmem_pl.metrics.text import contains_answer, extract_answer, has_answer_format, normalize_answer
+from fastmem_pl.metrics.text import contains_answer, extract_answer, normalize_answer
 
 __all__ = [
     "METRIC_MODELS",
@@ -18,7 +18,6 @@ __all__ = [
     "find_score",
     "format_p",
     "format_score",
-    "has_answer_format",
     "load_metric_model",
     "lower_is_better",
     "normalize_answer",

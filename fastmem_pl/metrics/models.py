@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,15 +18,6 @@ from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.hub import cache_first, load_tokenizer
 from fastmem_pl.base.registry import Registry
 
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    ImportError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-)
 # The layers that the bert-score package takes of roberta-base, roberta-large, bert-base-uncased and
 # bert-large-uncased: those whose BERTScore agrees best with human judgement (Zhang et al., 2020). By family
 # and depth, since a local copy of a checkpoint may lie in a folder of any name.
@@ -38,44 +28,42 @@ _FACTKB_TOKENIZER = "roberta-base"
 class MetricModel(ABC):
     """A model that scores answers against the articles they were written from.
 
+    A subclass states its ``name`` in records, the ``setting`` (option) that holds ``source``, the
+    ``auto_class`` of transformers that loads it, and the prefix of weights that stay ``unused``.
+
     Args:
         source: Hub id or local folder.
         device: where the model runs.
         batch_size: samples of one forward pass; the scores do not depend on it.
-
-    Raises:
-        FastMemError: when the checkpoint cannot be loaded or does not fit the metric.
-
-    Attributes:
-        name: name of the score in records and ``metrics.json``.
-        setting: option on the command line that holds ``source``.
-        max_tokens: length at which inputs are cut, special tokens included.
     """
 
     name: ClassVar[str]
     setting: ClassVar[str]
+    auto_class: ClassVar[str]
+    unused: ClassVar[str | None] = None
 
     def __init__(self, source: str, device: torch.device | str = "cpu", batch_size: int = 16) -> None:
         self.source, self.device, self.batch_size = source, torch.device(device), batch_size
         try:
             path = os.path.expanduser(source)
             with _isolated(self.device):
-                self.model = self._load_model(path).eval()
+                self.model = _pretrained(self.auto_class, path, self.unused).eval()
                 self.tokenizer = self._load_tokenizer(path)
             self.max_tokens = _max_tokens(self.model, self.tokenizer)
             self._check()
-        except UnpicklingError as error:
-            raise self._refusal("its weights file holds more than tensors, which is not read") from error
-        except _LOADING_ERRORS as error:
-            raise self._refusal(" ".join(str(error).split())[:300]) from error
+        except Exception as error:
+            # Foreign files fail in many ways.
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            if isinstance(error, UnpicklingError):
+                reason = "its weights file holds more than tensors, which is not read"
+            raise FastMemError(
+                f"{self.name}: cannot load {self.source!r}: {reason}; "
+                f"give a local folder (--{self.setting}), or null to leave it out"
+            ) from error
         self.model.to(self.device)
 
     def __call__(self, predictions: Sequence[str], articles: Sequence[str]) -> list[float]:
-        """Return one value per sample, in the given order; 0.0 for an empty prediction.
-
-        Raises:
-            ValueError: when there are not as many articles as predictions.
-        """
+        """Return one value per sample, in the given order; 0.0 for an empty prediction."""
         pairs = list(zip(predictions, articles, strict=True))
         values = [0.0] * len(pairs)
         rows = [i for i, (prediction, _) in enumerate(pairs) if prediction.strip()]
@@ -88,13 +76,11 @@ class MetricModel(ABC):
         return values
 
     @abstractmethod
-    def _load_model(self, path: str) -> Any: ...
-
-    @abstractmethod
     def _score(self, predictions: list[str], articles: list[str]) -> list[float]:
         """Score one batch of predictions, none of them empty."""
 
-    _load_tokenizer = staticmethod(load_tokenizer)
+    def _load_tokenizer(self, path: str) -> Any:
+        return load_tokenizer(path)
 
     def _check(self) -> None:
         rows = self.model.get_input_embeddings().num_embeddings
@@ -103,43 +89,30 @@ class MetricModel(ABC):
         if self.tokenizer.pad_token is None:
             raise ValueError("its tokenizer has no padding token")
 
-    def _refusal(self, reason: str) -> FastMemError:
-        return FastMemError(
-            f"{self.name}: cannot load {self.source!r}: {reason.rstrip('.')}; "
-            f"give a local folder (--{self.setting}), or null to leave it out"
-        )
-
 
 class BERTScorePrecision(MetricModel):
     """BERTScore precision of a summary against its article (Zhang et al., 2020, equation 2).
 
     Each token of the summary is matched with the most similar token of the article, by the cosine of their
-    contextual embeddings; the score is the mean over the summary's tokens. Special tokens are left out on
-    both sides, and a token without any similar one (negative cosines only) counts 0.
-
-    Attributes:
-        layer: layer whose hidden states are the embeddings: for RoBERTa and BERT as in bert-score, else the
-            last.
+    contextual embeddings: hidden states of the ``layer`` that bert-score takes, else of the last. The score
+    is the mean over the summary's tokens; special tokens are left out on both sides, and a token without
+    any similar one (negative cosines only) counts 0.
     """
 
     name = "bert_precision"
     setting = "model.bertscore_model"
-
-    def _load_model(self, path: str) -> Any:
-        from transformers import AutoModel
-
-        model = _pretrained(AutoModel, path, unused="pooler.")
-        depth = model.config.num_hidden_layers
-        self.layer = _BERTSCORE_LAYERS.get((model.config.model_type, depth), depth)
-        if self.layer < depth:
-            model.encoder.layer = model.encoder.layer[: self.layer]
-        return model
+    auto_class = "AutoModel"
+    unused = "pooler."
 
     def _check(self) -> None:
         super()._check()
         special = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         if self.model.config.is_encoder_decoder or (special[0], special[-1], sum(special)) != (1, 1, 2):
             raise ValueError("it is no encoder that puts one token before and one after a text, like RoBERTa")
+        depth = self.model.config.num_hidden_layers
+        self.layer = _BERTSCORE_LAYERS.get((self.model.config.model_type, depth), depth)
+        if self.layer < depth:
+            self.model.encoder.layer = self.model.encoder.layer[: self.layer]
 
     def _score(self, predictions: list[str], articles: list[str]) -> list[float]:
         pairs = zip(self._embed(predictions), self._embed(articles), strict=True)
@@ -159,35 +132,27 @@ class BERTScorePrecision(MetricModel):
             return_tensors="pt",
         ).to(self.device)
         hidden = functional.normalize(self.model(**batch).last_hidden_state, dim=-1)
-        return [
-            row[mask.bool()][1:-1].cpu() for row, mask in zip(hidden, batch["attention_mask"], strict=True)
-        ]
+        masks = batch["attention_mask"].bool()
+        return [row[mask][1:-1].cpu() for row, mask in zip(hidden, masks, strict=True)]
 
 
 class FactKB(MetricModel):
     """Probability that a summary is factual given its article (FactKB; Feng et al., 2023).
 
-    The probability of label 1 of a sequence classifier that reads (summary, article). The article is cut to
-    what fits; a summary that leaves it no room is cut too, the longer of both first.
+    The probability of label 1 of a sequence classifier of (summary, article). The article is cut to what
+    fits; a summary that leaves it no room is cut too, the longer of both first.
     """
 
     name = "factkb"
     setting = "model.factkb_model"
-
-    def _load_model(self, path: str) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
-        return _pretrained(AutoModelForSequenceClassification, path)
+    auto_class = "AutoModelForSequenceClassification"
 
     def _load_tokenizer(self, path: str) -> Any:
         try:
-            return super()._load_tokenizer(path)
+            return load_tokenizer(path)
         except OSError:
             # The published checkpoint comes without one and was trained with this one.
-            try:
-                return load_tokenizer(_FACTKB_TOKENIZER)
-            except OSError as error:
-                raise OSError(f"it has no tokenizer of its own, and {error}") from error
+            return load_tokenizer(_FACTKB_TOKENIZER)
 
     def _check(self) -> None:
         super()._check()
@@ -212,16 +177,12 @@ class FactKB(MetricModel):
 
 
 METRIC_MODELS: Registry[Callable[..., MetricModel]] = Registry("metric model")
-for _factory in (BERTScorePrecision, FactKB):
-    METRIC_MODELS.register(_factory.name, _factory)
+METRIC_MODELS.register("bert_precision", BERTScorePrecision)
+METRIC_MODELS.register("factkb", FactKB)
 
 
 def load_metric_model(name: str, source: str, device: torch.device | str = "cpu") -> MetricModel:
-    """Load a registered metric's model.
-
-    Raises:
-        FastMemError: when the name is unknown or the checkpoint cannot be loaded.
-    """
+    """Load the model of a registered metric."""
     return METRIC_MODELS[name](source, device)
 
 
@@ -243,20 +204,19 @@ def _isolated(device: torch.device) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _pretrained(auto_class: Any, path: str, unused: str | None = None) -> Any:
+def _pretrained(auto_class: str, path: str, unused: str | None) -> Any:
     """Load a model whose weights all come from the checkpoint, but for those with the prefix ``unused``.
 
-    Heads of the checkpoint for other purposes are left out; layers that the model lacks are not.
-
-    Raises:
-        ValueError: naming the first of the weights that are missing, of another shape, or left over.
+    Heads of the checkpoint for other purposes are left out; layers that the model lacks are refused.
     """
+    import transformers
+
     # Else transformers asks a bot, from a thread that outlives a failed network, to open a pull request
     # on the Hub for every checkpoint without safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     model, info = cache_first(
         path,
-        lambda local_files_only: auto_class.from_pretrained(
+        lambda local_files_only: getattr(transformers, auto_class).from_pretrained(
             path,
             dtype=torch.float32,
             # Safetensors where there are some. Of a pytorch_model.bin only tensors are read, which runs no
@@ -269,19 +229,19 @@ def _pretrained(auto_class: Any, path: str, unused: str | None = None) -> Any:
         ),
     )
 
-    def needed(keys: Iterable[str]) -> list[str]:
-        return sorted(key for key in keys if unused is None or not key.startswith(unused))
-
-    missing = needed(info["missing_keys"])
-    mismatched = needed(name for name, *_ in info["mismatched_keys"])
-    if missing:
-        raise ValueError(f"it was not trained for this: no weights for {missing[0]} ({len(missing)} missing)")
-    if mismatched:
-        raise ValueError(f"weights have other shapes than its config.json says: {mismatched[0]}")
     # Numbered, which no head's are.
-    layers = sorted(key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key))
-    if layers:
-        raise ValueError(f"it holds more layers than its config.json says: {layers[0]}")
+    layers = [key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key)]
+    for names, fault in (
+        (info["missing_keys"], "it was not trained for this: no weights for"),
+        (
+            (name for name, *_ in info["mismatched_keys"]),
+            "weights have other shapes than its config.json says:",
+        ),
+        (layers, "it holds more layers than its config.json says:"),
+    ):
+        wrong = sorted(name for name in names if unused is None or not name.startswith(unused))
+        if wrong:
+            raise ValueError(f"{fault} {wrong[0]} ({len(wrong)} in all)")
     return model
 
 

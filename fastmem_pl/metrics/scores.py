@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, lru_cache, partial
 from math import isfinite, nan
+from typing import Any
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.registry import Registry
-from fastmem_pl.metrics.rouge import rouge
 from fastmem_pl.metrics.text import contains_answer, extract_answer, has_answer_format, normalize_answer
+
+_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Score:
             without a function is computed after the answers (:mod:`fastmem_pl.metrics.models`).
         percent: shown as a percentage.
         binary: it is 0 or 1, so that methods are compared sample by sample with McNemar's test.
-        lower_is_better: whether a small value is the good one.
+        lower_is_better: whether small values are the good ones.
     """
 
     name: str
@@ -37,63 +39,70 @@ class Score:
 
 
 def accuracy(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    """Whether a reference is part of what follows "The answer is:" (the published accuracy).
-
-    >>> accuracy("The answer is: Paris, France", ["Paris"])
-    1.0
-    >>> accuracy("Paris", ["Paris"])
-    0.0
-    """
+    """Whether a reference is part of what follows "The answer is:" (the published accuracy)."""
     return float(contains_answer(extract_answer(prediction), references)) if references else None
 
 
 def contained(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    """Whether a reference is part of the output, in whatever format.
-
-    >>> contained("Paris it is", ["Paris"])
-    1.0
-    """
+    """Whether a reference is part of the output, in whatever format."""
     return float(contains_answer(prediction, references)) if references else None
 
 
 def exact_match(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    """Whether the answer equals a reference after normalization.
-
-    >>> exact_match("The answer is: the Paris.", ["Paris"])
-    1.0
-    """
+    """Whether the answer equals a reference after normalization."""
     answer = _comparable(extract_answer(prediction))
     return float(any(answer == _comparable(r) for r in references)) if references else None
 
 
 def f1(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    """Harmonic mean of word precision and recall against the best reference (SQuAD's F1).
-
-    >>> f1("The answer is: Paris France", ["Paris"])
-    0.6666666666666666
-    """
+    """Harmonic mean of word precision and recall against the best reference (SQuAD's F1)."""
     answer = _comparable(extract_answer(prediction)).split()
     return max((_word_f1(answer, _comparable(r).split()) for r in references), default=None)
 
 
 def format_failure(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float:
-    """Whether the output lacks "The answer is:".
-
-    >>> format_failure("Paris", [])
-    1.0
-    """
+    """Whether the output lacks "The answer is:"."""
     return float(not has_answer_format(prediction))
 
 
 def original(prediction: str, references: Sequence[str], originals: Sequence[str] = ()) -> float | None:
-    """Whether the output holds the answer that the context contradicts.
-
-    >>> original("The answer is: Paris", ["Lyon"], ["Paris"])
-    1.0
-    """
+    """Whether the output holds the answer that the context contradicts."""
     # An original inside a right answer ("five" in "twenty five") would be found in every right output.
     originals = [o for o in originals if not any(contains_answer(r, [o]) for r in references)]
     return float(contains_answer(prediction, originals)) if originals else None
+
+
+def rouge(
+    kind: str, prediction: str, references: Sequence[str], originals: Sequence[str] = ()
+) -> float | None:
+    r"""F-measure against the best reference, ``None`` without one.
+
+    Shared words (``rouge1``), shared word pairs (``rouge2``), the longest common subsequence (``rougeL``), or
+    the last line by line, where only newlines end a sentence (``rougeLsum``).
+
+    >>> [rouge(kind, "The cat sat", ["the cat lay down"]) for kind in ("rouge1", "rouge2")]
+    [0.5714285714285715, 0.4]
+    >>> rouge("rougeL", "four five one two three", ["one two three four five"])
+    0.6
+    >>> rouge("rougeLsum", "four five\none two three", ["one two three\nfour five"])
+    1.0
+    """
+    return _fmeasures(prediction, tuple(references))[kind] if references else None
+
+
+# The four scores of one answer are asked for in a row; the longest common subsequence is the slow part.
+@lru_cache(maxsize=32)
+def _fmeasures(prediction: str, references: tuple[str, ...]) -> dict[str, float]:
+    scores = _scorer().score_multi(references, prediction)
+    return {kind: float(score.fmeasure) for kind, score in scores.items()}
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    # split_summaries would fetch NLTK's sentence splitter over the network; evaluate leaves it off as well.
+    return RougeScorer(_ROUGE, use_stemmer=False, split_summaries=False)
 
 
 def _comparable(text: str) -> str:
@@ -112,11 +121,8 @@ for _score in (
     Score("exact_match", "exact", exact_match, binary=True),
     Score("f1", "F1", f1),
     Score("format_failure", "format failure", format_failure, binary=True, lower_is_better=True),
-    Score("original", "original fact", original, binary=True, lower_is_better=True),
-    Score("rouge1", "ROUGE-1", partial(rouge, "rouge1")),
-    Score("rouge2", "ROUGE-2", partial(rouge, "rouge2")),
-    Score("rougeL", "ROUGE-L", partial(rouge, "rougeL")),
-    Score("rougeLsum", "ROUGE-Lsum", partial(rouge, "rougeLsum")),
+    Score("original", "original", original, binary=True, lower_is_better=True),
+    *(Score(kind, kind.replace("rouge", "ROUGE-"), partial(rouge, kind)) for kind in _ROUGE),
     Score("bert_precision", "BERT-P", None),
     Score("factkb", "FactKB", None),
 ):
@@ -128,11 +134,7 @@ _OTHER = {"output_words": "words", "seconds": "s/sample"}
 def score_answer(
     names: Sequence[str], prediction: str, references: Sequence[str], originals: Sequence[str]
 ) -> dict[str, float]:
-    """Values by name of those scores that apply and need no model; none without references.
-
-    Raises:
-        FastMemError: for a value that is no finite number, which a mean could not be made of.
-    """
+    """Values by name of those scores that apply and need no model; none without references."""
     scores = {}
     for name in names if references else ():
         function = SCORES[name].function
@@ -157,7 +159,7 @@ def find_score(name: str) -> Score:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a small value of this score is the good one."""
+    """Whether small values of a score are the good ones."""
     return find_score(name).lower_is_better
 
 

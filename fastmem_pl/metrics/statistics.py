@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap
@@ -13,32 +13,19 @@ _RESAMPLES, _LEAST_RESAMPLES = 9999, 999
 _DRAWS, _DRAWS_AT_ONCE = 2e7, 1e6
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Mean of one number per sample.
-
-    Attributes:
-        value: the mean.
-        error: its standard error; ``None`` below two samples, or where samples are not independent.
-        n: samples.
-    """
+class Estimate(NamedTuple):
+    """Mean of one number per sample, and its standard error: ``None`` below two samples."""
 
     value: float
     error: float | None
     n: int
 
 
-@dataclass(frozen=True)
-class Paired:
-    """A method against a baseline on the samples that both answered.
+class Paired(NamedTuple):
+    """A method against a baseline on the ``n`` samples that both answered.
 
-    Attributes:
-        difference: mean of method minus baseline.
-        p_value: two-sided, of "there is no difference".
-        test: ``"exact McNemar"`` for scores of 0 and 1, else ``"paired bootstrap"``.
-        n: pairs.
-        gained: samples that the method has right and the baseline has not; of numbers, those that rose.
-        lost: the other way round.
+    ``difference``: mean of method minus baseline; ``test``: ``"exact McNemar"`` for scores of 0 and 1, else
+    ``"paired bootstrap"``, its ``p_value`` two-sided; ``gained`` samples rose, ``lost`` ones fell.
     """
 
     difference: float
@@ -69,17 +56,12 @@ def paired(baseline: Sequence[float], method: Sequence[float], binary: bool) -> 
     same p-value. Where few differ, no resample may cross zero: p is at least ``2 / 2**k`` with ``k`` samples
     that differ, the least that flipping the signs of their differences (Fisher, 1935) can give.
 
-    Args:
-        baseline: one value per sample.
-        method: values of the same samples.
-        binary: whether all values are 0 or 1.
-
     >>> paired([0, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1], binary=True).p_value
     0.03125
     """
     differences = np.asarray(method, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     gained, lost, n = int((differences > 0).sum()), int((differences < 0).sum()), len(differences)
-    if gained + lost == 0:
+    if gained + lost == 0 or n < 2:
         p_value = 1.0
     elif binary:
         p_value = float(binomtest(gained, gained + lost).pvalue)
@@ -92,8 +74,6 @@ def paired(baseline: Sequence[float], method: Sequence[float], binary: bool) -> 
 def _bootstrap_p(differences: np.ndarray) -> float:
     """Twice the share of resampled means on the other side of zero."""
     n = len(differences)
-    if n < 2:
-        return 1.0
     resamples = int(min(_RESAMPLES, max(_LEAST_RESAMPLES, _DRAWS // n)))
     batch = max(1, int(_DRAWS_AT_ONCE // n))
     # The percentile method, since BCa's further resamples (jackknife) are for intervals, which are not used.

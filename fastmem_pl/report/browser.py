@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import isnan
@@ -13,26 +14,29 @@ from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding.methods import METHODS
 from fastmem_pl.metrics import find_score
 from fastmem_pl.report.collect import Comparison
-from fastmem_pl.run.records import Record
 
 
 def browser_data(comparison: Comparison) -> dict[str, Any]:
     """What ``page/filters.js`` documents: variants, scores, and every sample with its answers."""
-    places, variants = comparison.tasks, comparison.variants
+    places, datasets = comparison.tasks, comparison.datasets
+    numbers = {variant: number for number, variant in enumerate(comparison.variants)}
     memory = comparison.answers.groupby("variant")["memory"].first()
-    names = dict.fromkeys(name for place in places for name in comparison.scores_of(place))
+    scores = [find_score(n) for n in dict.fromkeys(n for i in places for n in comparison.scores_of(i))]
     return {
         "variants": [
             {
                 "label": variant,
-                "baselines": [_baseline(comparison, variant, place) for place in places],
+                "baselines": [numbers.get(comparison.baseline(place, variant)) for place in places],
                 "memory": bool(memory[variant]),
             }
-            for variant in variants
+            for variant in numbers
         ],
-        "scores": {name: _score(name) for name in names},
-        "primary": {comparison.datasets[i].label: comparison.primary_score(i) for i in places},
-        "datasets": [comparison.datasets[place].label for place in places],
+        "scores": {
+            one.name: dict(label=one.label, percent=one.percent, binary=one.binary, lower=one.lower_is_better)
+            for one in scores
+        },
+        "primary": {datasets[place].label: comparison.primary_score(place) for place in places},
+        "datasets": [datasets[place].label for place in places],
         "samples": [
             {"dataset": number, **sample}
             for number, place in enumerate(places)
@@ -41,67 +45,49 @@ def browser_data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _baseline(comparison: Comparison, variant: str, place: int) -> int | None:
-    """Number of the variant that this one is compared with."""
-    known = variant in comparison.groups[place]
-    baseline = comparison.baseline(place, variant) if known else None
-    return None if baseline is None else comparison.variants.index(baseline)
-
-
-def _score(name: str) -> dict[str, Any]:
-    score = find_score(name)
-    shown = {"label": score.label, "percent": score.percent, "binary": score.binary}
-    return {**shown, "lower": score.lower_is_better}
-
-
 def _samples(comparison: Comparison, place: int) -> Iterator[dict[str, Any]]:
-    numbers = {variant: number for number, variant in enumerate(comparison.variants)}
     answers = comparison.answers[comparison.answers["dataset"] == place]
-    answers = answers.assign(number=answers["variant"].map(numbers)).sort_values(["index", "number"])
+    numbers = answers["variant"].map(comparison.variants.index)
+    answers = answers.assign(number=numbers).sort_values(["index", "number"])
     known: dict[int, ContextSample] = {}
     for number in sorted(answers["run"].unique(), reverse=True):
         known |= comparison.runs[number].samples
+    # What a model makes of a context, which any of its methods may have measured; one model needs no name.
     several = answers["model"].nunique() > 1
+    measures: dict[int, list[str]] = defaultdict(list)
     by_model = answers.groupby(["index", "model"], sort=False)[["length", "perplexity"]].first()
-    measures: dict[int, list[str]] = {}
     for (index, model), length, perplexity in by_model.itertuples():
-        measures.setdefault(index, []).extend(_measures(length, perplexity, f" ({model})" if several else ""))
-    columns = zip(answers["index"], answers["number"], answers["record"], strict=True)
-    for index, group in groupby(columns, key=itemgetter(0)):
-        records = [(number, record) for _, number, record in group]
-        yield _sample(records, known.get(index)) | {"measures": measures[index]}
-
-
-def _measures(length: float, perplexity: float, named: str) -> list[str]:
-    """What a model makes of a context: its tokens, and its perplexity; one model needs no name."""
-    found = [] if isnan(length) else [f"{int(length):,} context tokens{named}"]
-    shown = f"{perplexity:{'.3g' if perplexity < 1000 else ',.0f'}}"
-    return found if isnan(perplexity) else [*found, f"perplexity {shown}{named}"]
-
-
-def _sample(records: Sequence[tuple[int, Record]], sample: ContextSample | None) -> dict[str, Any]:
-    first = records[0][1]
-    references, originals = first.get("references") or [], first.get("originals") or []
-    return {
-        "id": str(first.get("id", first["index"])),
-        "question": first.get("question", ""),
-        "context": sample and marked(sample.context, references, originals),
-        "prompt": sample and _prompt(sample, first["method"]),
-        "references": references,
-        "originals": originals,
-        "answers": [
-            {
-                "v": number,
-                "text": record["prediction"],
-                "scores": {name: round(value, 4) for name, value in record["scores"].items()},
-                "status": record.get("status", "ok"),
-                "cut": record.get("n_truncated_tokens", 0),
-                "words": record.get("output_words"),
-                "seconds": round(sum(record["seconds"].values()), 2),
-            }
-            for number, record in records
-        ],
-    }
+        named = f" ({model})" if several else ""
+        if not isnan(length):
+            measures[index].append(f"{int(length):,} context tokens{named}")
+        if not isnan(perplexity):
+            measures[index].append(f"perplexity {perplexity:{'.3g' if perplexity < 1000 else ',.0f'}}{named}")
+    records = zip(answers["index"], answers["number"], answers["record"], strict=True)
+    for index, group in groupby(records, key=itemgetter(0)):
+        answered = [(number, record) for _, number, record in group]
+        sample, first = known.get(index), answered[0][1]
+        references, originals = first.get("references") or [], first.get("originals") or []
+        yield {
+            "id": str(first.get("id", index)),
+            "question": first.get("question", ""),
+            "context": sample and marked(sample.context, references, originals),
+            "prompt": sample and _prompt(sample, first["method"]),
+            "references": references,
+            "originals": originals,
+            "measures": measures[index],
+            "answers": [
+                {
+                    "v": number,
+                    "text": record["prediction"],
+                    "scores": {name: round(value, 4) for name, value in record["scores"].items()},
+                    "status": record.get("status", "ok"),
+                    "cut": record.get("n_truncated_tokens", 0),
+                    "words": record["output_words"],
+                    "seconds": round(sum(record["seconds"].values()), 2),
+                }
+                for number, record in answered
+            ],
+        }
 
 
 def _prompt(sample: ContextSample, method: str) -> str:
@@ -126,10 +112,8 @@ def marked(text: str, references: Sequence[str], originals: Sequence[str]) -> li
     wanted = "|".join(re.escape(name) for name in sorted(kinds, key=len, reverse=True))
     parts, end = [], 0
     for match in re.finditer(rf"(?<!\w)(?:{wanted})(?!\w)", text, re.IGNORECASE):
-        kind = kinds.get(match.group().lower())
-        if kind is None:
-            # Letters whose lower case has another length.
-            continue
+        # None has it among letters whose lower case has another length.
+        kind = kinds.get(match.group().lower(), "")
         parts += [[text[end : match.start()], ""], [match.group(), kind]]
         end = match.end()
     return [part for part in [*parts, [text[end:], ""]] if part[0]]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,45 +14,59 @@ import pandas as pd
 
 from fastmem_pl.metrics import estimate, find_score
 from fastmem_pl.report.collect import Comparison
-from fastmem_pl.report.figure import draw_chart, grouped_bars, line_look, marker, series_name, stacked_bars
-from fastmem_pl.report.page import Chart
+from fastmem_pl.report.page import FOLDER, Chart
+from fastmem_pl.report.table import PageTable
 
+# Colours of charts.mplstyle, and the page's variables that take their place.
+_VARIABLES = {f"#0000c{n}": f"var(--c{n})" for n in range(8)}
+_VARIABLES |= {"#010001": "var(--ink)", "#010002": "var(--muted)", "#010003": "var(--grid)"}
+# Before the label of a series: matplotlib leaves out those that begin with an underscore.
+_SHOWN = " "
 _BINS, _LEAST_OF_BIN, _MOST_BARS = 5, 4, 4
 
 
 def make_charts(comparison: Comparison) -> list[Chart]:
     """All charts that the records have numbers for."""
-    return [chart for chart in _all(comparison) if chart is not None]
-
-
-def _all(comparison: Comparison) -> Iterator[Chart | None]:
-    yield _curve_chart(comparison, "cross_entropy", "Loss over the steps", "cross-entropy, nats a token")
-    yield _curve_chart(comparison, "kl", "Distance from the model itself", "KL(p₀ ‖ pₙ), nats a token")
+    charts = [
+        _curve_chart(comparison, "cross_entropy", "Loss over the steps", "cross-entropy, nats a token"),
+        _curve_chart(comparison, "kl", "Distance from the model itself", "KL(p₀ ‖ pₙ), nats a token"),
+    ]
     for kind, label, about in (
         ("length", "context tokens", "context length"),
         ("perplexity", "perplexity of the context (base model)", "perplexity of the context"),
     ):
         for place in comparison.tasks:
             # Models have tokens and perplexities of their own.
-            for number, model in enumerate(comparison.models(place)):
-                yield _binned_chart(comparison, place, number, model, (kind, label, about))
-    yield _bar_chart(
-        comparison,
-        "format_failure",
-        "Format failures",
-        'Answers without "The answer is:". Lower is better; bars show standard errors.',
-    )
-    yield _bar_chart(
-        comparison,
-        "original",
-        "Answers of the memorized world",
-        "Answers that repeat the fact the context contradicts: what the model learned instead of what it was "
-        "given to read. Lower is better; bars show standard errors.",
-    )
-    yield _seconds_chart(comparison)
-    yield _memory_chart(comparison)
+            models = comparison.answers[comparison.answers["dataset"] == place].groupby("model", sort=False)
+            for number, (model, answers) in enumerate(models):
+                name = f"{kind}-{place}" + (f"-{number}" if number else "")
+                data = [comparison.datasets[place].label] if len(comparison.tasks) > 1 else []
+                where = ", ".join([about, *data, *([model] if models.ngroups > 1 else [])])
+                charts.append(_binned_chart(comparison, place, answers, kind, name, label, where))
+    for score, title, caption in (
+        ("format_failure", "Format failures", 'Answers without "The answer is:".'),
+        (
+            "original",
+            "Answers of the memorized world",
+            "Answers that repeat the fact the context contradicts: what the model learned instead of what it "
+            "was given to read.",
+        ),
+    ):
+        caption += " Lower is better; bars show standard errors."
+        charts.append(_score_chart(comparison, score, title, caption))
+    means = {}
     for place in comparison.tasks:
-        yield _layer_chart(comparison, place)
+        data = f"{comparison.datasets[place].label}: " if len(comparison.tasks) > 1 else ""
+        for variant, answers in comparison.groups[place].items():
+            means[f"{data}{variant}"] = answers[["memorize", "decode"]].mean()
+    caption = "A batch's seconds are shared out among its samples; decoding counts the prompt's pass."
+    header = ["phase", "method", "seconds a sample"]
+    charts.append(_bar_chart("seconds", "Time", caption, pd.DataFrame(means).T, header, 3, stacked=True))
+    peaks = comparison.peak_memory.rename(lambda number: comparison.runs[number].label).T
+    caption = "The weights included: allocated on a GPU, resident on a CPU."
+    charts.append(_bar_chart("memory", "Memory", caption, peaks, ["run", "phase", "peak GiB"], 2))
+    charts += [_layer_chart(comparison, place) for place in comparison.tasks]
+    return [chart for chart in charts if chart is not None]
 
 
 def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> Chart | None:
@@ -65,10 +82,10 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
 
     def draw(axes: Any) -> None:
         for number, (data, bands) in enumerate(found.items()):
-            look, steps = line_look(number), np.arange(bands.shape[1])
-            axes.plot(steps, bands[2], label=series_name(data), **look)
+            steps = np.arange(bands.shape[1])
+            axes.plot(steps, bands[2], marker="", label=_SHOWN + data)
             for low, high, alpha in ((0, 4, 0.12), (1, 3, 0.2)):
-                axes.fill_between(steps, bands[low], bands[high], color=look["color"], alpha=alpha, lw=0)
+                axes.fill_between(steps, bands[low], bands[high], color=f"C{number}", alpha=alpha, lw=0)
         axes.set_xlabel("updates so far")
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -80,16 +97,14 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
     ]
     header = ["data", "10%", "25%", "median", "75%", "90%"]
     caption = "Line: median over samples; bands: the middle 50% and 80%."
-    return draw_chart(f"curve-{name}", title, caption, draw, header, rows, legend=len(found) > 1)
+    return draw_chart(f"curve-{name}", draw, PageTable(title, header, rows, caption))
 
 
 def _binned_chart(
-    comparison: Comparison, place: int, number: int, model: str, names: tuple[str, str, str]
+    comparison: Comparison, place: int, answers: pd.DataFrame, kind: str, name: str, label: str, where: str
 ) -> Chart | None:
-    """Score by quantile bins of a property of one model's contexts; ``names``: column, axis, in the title."""
-    kind, label, about = names
-    models, score = comparison.models(place), comparison.primary_score(place)
-    answers = models[model]
+    """The primary score by quantile bins of ``kind``, a property of one model's contexts."""
+    score = comparison.primary_score(place)
     # Of a sample, any method may have measured it.
     values = answers.groupby("index")[kind].last().dropna()
     bins = min(_BINS, len(values) // _LEAST_OF_BIN)
@@ -98,10 +113,9 @@ def _binned_chart(
         return None
     # A value on an inner edge belongs to the bin above it.
     bin_of = pd.Series(np.searchsorted(edges[1:-1], values, "right"), values.index)
-    scale, unit = _scale(score)
-    variants = answers["variant"].unique()
+    scale, heading = _scale(score)
     series = {}
-    for variant in variants:
+    for variant in answers["variant"].unique():
         scored = scale * comparison.values(place, variant, score)
         by_bin = scored.groupby(bin_of.reindex(scored.index))
         series[variant] = {int(bin_): estimate(own) for bin_, own in by_bin}
@@ -114,98 +128,37 @@ def _binned_chart(
             places = np.asarray(list(points)) + (number - (len(shown) - 1) / 2) * 0.08
             # Bars of many methods would hide the lines; they are in the numbers.
             bars = [one.error or 0.0 for one in points.values()] if len(shown) <= _MOST_BARS else None
-            look = {**line_look(number), "marker": marker(number), "ms": 4}
-            means = [one.value for one in points.values()]
-            axes.errorbar(places, means, bars, label=series_name(variant), capsize=2, **look)
+            axes.errorbar(places, [one.value for one in points.values()], bars, label=_SHOWN + variant)
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlabel(label)
-        axes.set_ylabel(f"{find_score(score).label}{unit}")
+        axes.set_ylabel(heading)
 
     rows = [
         [variant, ticks[bin_], f"{one.value:.1f} ± {one.error or 0.0:.1f}", one.n]
         for variant, points in series.items()
         for bin_, one in points.items()
     ]
-    name = find_score(score).label
-    data = [comparison.datasets[place].label] if len(comparison.tasks) > 1 else []
-    title = f"{name.capitalize() if name.islower() else name} by {about}"
-    return draw_chart(
-        f"{kind}-{place}" + (f"-{number}" if number else ""),
-        ", ".join([title, *data, *([model] if len(models) > 1 else [])]),
-        f"Bins of about equally many samples{'; bars show standard errors' * (len(variants) <= _MOST_BARS)}.",
-        draw,
-        ["method", label, f"{name}{unit}", "samples"],
-        rows,
+    short = find_score(score).label
+    title = f"{short.capitalize() if short.islower() else short} by {where}"
+    caption = (
+        f"Bins of about equally many samples{'; bars show standard errors' * (len(series) <= _MOST_BARS)}."
     )
+    header = ["method", label, heading, "samples"]
+    return draw_chart(name, draw, PageTable(title, header, rows, caption))
 
 
-def _bar_chart(comparison: Comparison, score: str, title: str, caption: str) -> Chart | None:
+def _score_chart(comparison: Comparison, score: str, title: str, caption: str) -> Chart | None:
     """One score by method, grouped by data set."""
-    scale, unit = _scale(score)
-    found = pd.DataFrame(
-        [
-            (place, variant, scale * one.estimate.value, scale * (one.estimate.error or 0.0))
-            for (place, variant, name), one in comparison.results.items()
-            if name == score and comparison.datasets[place].task
-        ],
-        columns=["place", "variant", "value", "error"],
-    )
+    scale, heading = _scale(score)
+    values, errors = pd.DataFrame(index=comparison.variants), pd.DataFrame(index=comparison.variants)
+    for (place, variant, name), one in comparison.results.items():
+        if name == score and comparison.datasets[place].task:
+            data = comparison.datasets[place].label
+            values.loc[variant, data] = scale * one.estimate.value
+            errors.loc[variant, data] = scale * (one.estimate.error or 0.0)
     # All zeros would be an empty picture; the table says so.
-    found = found[found.groupby("place")["value"].transform("any")]
-    if found.empty:
-        return None
-    found["data"] = [comparison.datasets[place].label for place in found["place"]]
-    shown = [variant for variant in comparison.variants if variant in set(found["variant"])]
-    values, errors = (
-        found.pivot(index="variant", columns="data", values=name).loc[shown, found["data"].unique()]
-        for name in ("value", "error")
-    )
-
-    def draw(axes: Any) -> None:
-        grouped_bars(axes, values, errors)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(header[2])
-
-    header = ["method", "data", f"{find_score(score).label}{unit}"]
-    rows = [[one.variant, one.data, f"{one.value:.1f} ± {one.error:.1f}"] for one in found.itertuples()]
-    many = len(values.columns) > 1
-    return draw_chart(score, title, caption, draw, header, rows, many, _height(values))
-
-
-def _seconds_chart(comparison: Comparison) -> Chart:
-    """Memorizing and decoding stacked, by data set and method."""
-    means = {}
-    for place in comparison.tasks:
-        data = f"{comparison.datasets[place].label}: " if len(comparison.tasks) > 1 else ""
-        for variant, answers in comparison.groups[place].items():
-            means[f"{data}{variant}"] = answers[["memorize", "decode"]].mean()
-    frame = pd.DataFrame(means).T
-
-    def draw(axes: Any) -> None:
-        stacked_bars(axes, frame)
-        axes.set_xlabel("seconds a sample")
-
-    rows = [[label, *(f"{value:.3f}" for value in own)] for label, own in frame.iterrows()]
-    caption = "A batch's seconds are shared out among its samples; decoding counts the prompt's pass."
-    header = ["method", "memorize, s", "decode, s"]
-    return draw_chart("seconds", "Time", caption, draw, header, rows, rows_shown=len(frame))
-
-
-def _memory_chart(comparison: Comparison) -> Chart | None:
-    """Peak memory by phase and run."""
-    peaks = comparison.peak_memory
-    if peaks.empty:
-        return None
-    frame = peaks.rename(lambda number: comparison.runs[number].label).T
-
-    def draw(axes: Any) -> None:
-        grouped_bars(axes, frame)
-        axes.set_xlabel("peak GiB")
-
-    rows = [[run, phase, f"{peak:.2f}"] for run in frame for phase, peak in frame[run].dropna().items()]
-    caption = "The weights included: allocated on a GPU, resident on a CPU."
-    header = ["run", "phase", "peak GiB"]
-    return draw_chart("memory", "Memory", caption, draw, header, rows, len(peaks) > 1, _height(frame))
+    values = values.loc[:, (values > 0).any()].dropna(how="all")
+    return _bar_chart(score, title, caption, values, ["data", "method", heading], 1, errors)
 
 
 def _layer_chart(comparison: Comparison, place: int) -> Chart | None:
@@ -214,27 +167,80 @@ def _layer_chart(comparison: Comparison, place: int) -> Chart | None:
     for variant, answers in comparison.groups[place].items():
         counts = pd.DataFrame([record.get("dola_layers") or {} for record in answers["record"]]).sum()
         if counts.sum():
-            shares[variant] = 100 * (counts / counts.sum()).rename(int).sort_index()
-    if not shares:
-        return None
-    frame = pd.DataFrame(shares).sort_index()
-
-    def draw(axes: Any) -> None:
-        grouped_bars(axes, frame, upright=True)
-        axes.set_xlabel("premature layer")
-        axes.set_ylabel("share of tokens, %")
-
-    rows = [[name, layer, f"{share:.1f}"] for name, own in shares.items() for layer, share in own.items()]
+            shares[variant] = 100 * (counts / counts.sum()).rename(int)
     data = f", {comparison.datasets[place].label}" if len(comparison.tasks) > 1 else ""
     title = f"Layers that DoLa contrasts with{data}"
     caption = "The candidate whose prediction differs most from the last layer's, token by token."
-    return draw_chart(f"layers-{place}", title, caption, draw, ["method", "layer", "share, %"], rows)
-
-
-def _height(frame: pd.DataFrame) -> int:
-    """Rows of text that groups of thin bars take the height of."""
-    return max(len(frame), len(frame) * len(frame.columns) // 2)
+    header = ["method", "layer", "share, %"]
+    return _bar_chart(f"layers-{place}", title, caption, pd.DataFrame(shares).sort_index(), header)
 
 
 def _scale(score: str) -> tuple[float, str]:
-    return (100.0, ", %") if find_score(score).percent else (1.0, "")
+    """Factor of a score's values on a chart, and its heading there."""
+    found = find_score(score)
+    return (100.0, f"{found.label}, %") if found.percent else (1.0, found.label)
+
+
+def draw_chart(name: str, draw: Callable[[Any], None], table: PageTable) -> Chart:
+    """Let ``draw`` fill axes of an SVG in the page's colours; ``table`` holds title, caption and numbers."""
+    # Slow to import, and only the page has pictures.
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    # Neither the user's matplotlibrc nor a random salt may change the picture.
+    with style.context(["default", FOLDER / "charts.mplstyle", {"svg.hashsalt": f"fastmem-{name}"}]):
+        figure = Figure()
+        axes = figure.subplots()
+        draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        # Below the axes: eight methods would cover the curves.
+        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(4, len(labels))))
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match.group()], file.getvalue())
+    return Chart(name, table.title, table.caption, svg, replace(table, caption=""))
+
+
+def _bar_chart(
+    name: str,
+    title: str,
+    caption: str,
+    values: pd.DataFrame,
+    header: list[str],
+    digits: int = 1,
+    errors: pd.DataFrame | None = None,
+    stacked: bool = False,
+) -> Chart | None:
+    """A group of bars per row, the first on top, of a series per column: side by side, or stacked.
+
+    The table says them one by one; ``header`` names column, row and value.
+    """
+    if values.empty:
+        return None
+    side_by_side = 1 if stacked else len(values.columns)
+    width, ends, rows = 0.8 / side_by_side, values.cumsum(axis=1), []
+    for column in values:
+        for row, value in values[column].dropna().items():
+            error = "" if errors is None else f" ± {errors.loc[row, column]:.{digits}f}"
+            rows.append([column, row, f"{value:.{digits}f}{error}"])
+
+    def draw(axes: Any) -> None:
+        for number, column in enumerate(values):
+            own = values[column].dropna()
+            shift = 0.0 if stacked else (number - (side_by_side - 1) / 2) * width
+            look = {"color": f"C{number}", "label": _SHOWN + column}
+            if stacked:
+                look["left"] = ends[column] - own
+            if errors is not None:
+                look |= {"xerr": errors.loc[own.index, column], "ecolor": "#010001", "error_kw": {"lw": 1}}
+            axes.barh(values.index.get_indexer(own.index) + shift, own, 0.9 * width, **look)
+        axes.set_yticks(range(len(values)), values.index)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(left=0)
+        axes.set_ylabel(header[1])
+        axes.set_xlabel(header[2])
+        # Names and bars need height.
+        axes.figure.set_figheight(max(3.5, 0.9 + 0.3 * max(len(values), values.size // 2)))
+
+    return draw_chart(name, draw, PageTable(title, header, rows, caption))

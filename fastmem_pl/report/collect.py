@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -23,15 +23,8 @@ from fastmem_pl.report.table import Result
 _PRIMARY = ("accuracy", "factkb", "bert_precision", "rougeL")
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Samples that are scored together: one task of one data file, or all tasks of a mixed one.
-
-    Attributes:
-        label: the task (or ``all``), and the run where two files have the same task.
-        task: name of the task; empty for all tasks of a file.
-        data_key: that of the runs that answered about it (:attr:`ReportRun.data_key`).
-    """
+class Dataset(NamedTuple):
+    """Samples that are scored together: a task of one data file, or all (``""``) of a mixed one."""
 
     label: str
     task: str
@@ -43,12 +36,9 @@ class Comparison:
     """Runs side by side; numbers of runs and data sets are their places in these lists.
 
     Attributes:
-        runs: as given.
-        datasets: in the order of the runs; those of all tasks of a file come last.
-        answers: one row per answer, those of a mixed file once more in the data set of all its tasks: its
-            place (``dataset``, ``run``, ``system``, ``model``, ``method``, ``index`` of the sample, and
-            ``variant``, the row of the result tables: method and, where there are several, system), its
-            ``record``, and numbers of it (``memorize`` and ``decode`` in seconds, ``length`` in tokens).
+        datasets: all tasks of a file first, then single tasks, both in the order of the runs.
+        answers: one row per answer, those of a mixed file once more in the data set of all its tasks. A
+            ``variant`` is a row of the result tables: method and, where there are several, system.
         scores: the same rows, one column per score; NaN where an answer has none.
     """
 
@@ -61,11 +51,6 @@ class Comparison:
     def tasks(self) -> list[int]:
         """Data sets of one task, which hold each sample once."""
         return [place for place, dataset in enumerate(self.datasets) if dataset.task]
-
-    @property
-    def order(self) -> list[int]:
-        """All data sets, those of all tasks of a file first."""
-        return sorted(range(len(self.datasets)), key=lambda place: bool(self.datasets[place].task))
 
     @cached_property
     def variants(self) -> list[str]:
@@ -90,17 +75,15 @@ class Comparison:
                 baseline = self.baseline(place, variant)
                 run, method = self.runs[answers["run"].iat[0]], answers["method"].iat[0]
                 for score in self.scores_of(place):
-                    values = self.values(place, variant, score)
+                    values, against = self.values(place, variant, score), None
                     if values.empty:
                         continue
-                    against = None
                     if baseline is not None:
                         pairs = pd.concat([self.values(place, baseline, score), values], axis=1, join="inner")
-                        binary = find_score(score).binary
-                        against = paired(*pairs.to_numpy().T, binary) if len(pairs) else None
+                        if len(pairs):
+                            against = paired(*pairs.to_numpy().T, find_score(score).binary)
                     paper = published(run, self.datasets[place].task, method, score)
-                    result = Result(estimate(values), against, paper, len(answers))
-                    found[place, variant, score] = result
+                    found[place, variant, score] = Result(estimate(values), against, paper, len(answers))
         return found
 
     def values(self, dataset: int, variant: str, score: str) -> pd.Series:
@@ -120,56 +103,46 @@ class Comparison:
 
     def baseline(self, dataset: int, variant: str) -> str | None:
         """Zero-shot to compare with: that of the variant's system, or of another run that asked the same."""
-        groups = self.groups[dataset]
-        own = groups[variant].iloc[0]
-        others = [rows.iloc[0] for rows in groups.values() if rows["method"].iat[0] == BASELINE]
+        firsts = {name: rows.iloc[0] for name, rows in self.groups[dataset].items()}
+        own = firsts.get(variant)
+        if own is None or own["method"] == BASELINE:
+            return None
+        others = [first for first in firsts.values() if first["method"] == BASELINE]
         same = [other for other in others if other["system"] == own["system"]]
         same += [other for other in others if self.runs[other["run"]].asked == self.runs[own["run"]].asked]
-        return same[0]["variant"] if same and own["method"] != BASELINE else None
-
-    def models(self, dataset: int) -> dict[str, pd.DataFrame]:
-        """Answers of a data set by model."""
-        return dict(list(self.answers[self.answers["dataset"] == dataset].groupby("model", sort=False)))
+        return same[0]["variant"] if same else None
 
     @property
     def peak_memory(self) -> pd.DataFrame:
         """Peak GiB by run and phase, of the runs that measured it."""
-        found = {number: run.metrics.get("peak_memory_gib") for number, run in enumerate(self.runs)}
-        return pd.DataFrame.from_dict({n: peaks for n, peaks in found.items() if peaks}, orient="index")
+        peaks = [run.metrics.get("peak_memory_gib") or {} for run in self.runs]
+        return pd.DataFrame(peaks).dropna(how="all")
 
     @cached_property
     def curves(self) -> dict[str, list[Mapping[str, Sequence[float]]]]:
         """Loss curves of all memorized samples by data set, and by system where there are several."""
         # All methods of a system share the memory.
         memories = self.answers[self.answers["memory"]].drop_duplicates(["dataset", "system", "index"])
-        found = {}
-        groups = memories.groupby(["dataset", "system"], sort=False)
-        for (place, system), answers in sorted(groups, key=lambda group: group[0][0]):
-            whole = [r["curve"] for r in answers["record"] if r.get("curve") and r.get("status") == "ok"]
-            curves = [curve for curve in whole if curve.get("cross_entropy")]
-            if curves and self.datasets[place].task:
-                label = self.datasets[place].label
-                found[f"{label} · {system}" if system else label] = curves
-        return found
+        found: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+        for place in self.tasks:
+            label = self.datasets[place].label
+            for system, answers in memories[memories["dataset"] == place].groupby("system", sort=False):
+                whole = [r["curve"] for r in answers["record"] if r.get("curve") and r.get("status") == "ok"]
+                found[f"{label} · {system}" if system else label] = [c for c in whole if c["cross_entropy"]]
+        return {label: curves for label, curves in found.items() if curves}
 
 
 def collect(paths: Sequence[str | Path], data: str | Path | None = None, contexts: bool = True) -> Comparison:
-    """Read run folders.
-
-    Args:
-        paths: run folders.
-        data: file that holds the samples, where it is not where the runs found it.
-        contexts: read the data, too.
+    """Read run folders, and with ``contexts`` their samples: from ``data``, or where the runs found them.
 
     Raises:
         FastMemError: for a folder that is no run or holds no answers, and for damaged files.
     """
-    given = [Path(path) for path in paths]
-    resolved = [path.resolve() for path in given]
+    resolved = [Path(path).resolve() for path in paths]
     for place, path in enumerate(resolved):
         if path in resolved[:place]:
-            raise FastMemError(f"{given[place]} is given twice")
-    runs = [read_run(path, label) for path, label in zip(given, _labels(resolved), strict=True)]
+            raise FastMemError(f"{paths[place]} is given twice")
+    runs = [read_run(Path(path), label) for path, label in zip(paths, _labels(resolved), strict=True)]
     if data is not None and not Path(data).is_file():
         raise FastMemError(f"--data: no such file: {data}")
     if contexts:
@@ -180,9 +153,7 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
         raise FastMemError(f"--data: {data} is not the data of {listed} (its content differs)")
     datasets = _datasets(runs)
     answers = _answers(runs, datasets)
-    scores = pd.DataFrame(
-        [record["scores"] for record in answers["record"]], index=answers.index, dtype=float
-    )
+    scores = pd.DataFrame([r["scores"] for r in answers["record"]], index=answers.index, dtype=float)
     return Comparison(runs, datasets, answers, scores)
 
 
@@ -192,53 +163,34 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return next(labels for labels in options if len(set(labels)) == len(labels))
 
 
-def _systems(runs: Sequence[ReportRun]) -> list[str]:
-    """Name of each run's system: runs of one model over different data belong together.
+def _systems(runs: Sequence[ReportRun]) -> dict[str, str]:
+    """Name of a run's system by its label; empty where there is one system.
 
-    The name is empty where there is one system, else its model, or its runs where models have one name.
+    Runs of one model over different data belong together. Models of one name are named by their runs.
     """
-    found: list[list[ReportRun]] = []
+    found: list[tuple[Any, set[tuple[str, str]], list[ReportRun]]] = []
     for run in runs:
-        fitting = (system for system in found if _belongs(run, system))
-        system = next(fitting, None)
+        key, about = (run.model_key, run.precision), {(run.data_key, task) for task in run.tasks}
+        system = next((system for system in found if system[0] == key and not system[1] & about), None)
         if system is None:
-            found.append(system := [])
-        system.append(run)
-    names = [""] if len(found) == 1 else [system[0].model for system in found]
+            found.append(system := (key, set(), []))
+        system[1].update(about)
+        system[2].append(run)
+    systems = [members for _, _, members in found]
+    names = [""] if len(systems) == 1 else [members[0].model for members in systems]
     if len(set(names)) < len(names):
-        names = [", ".join(run.label for run in system) for system in found]
-    of = {id(run): name for name, system in zip(names, found, strict=True) for run in system}
-    return [of[id(run)] for run in runs]
-
-
-def _belongs(run: ReportRun, system: Sequence[ReportRun]) -> bool:
-    """Whether a run is of the system's model, and about other data."""
-    same = (run.model_key, run.precision) == (system[0].model_key, system[0].precision)
-    return same and not any(
-        run.data_key == other.data_key and set(run.tasks) & set(other.tasks) for other in system
-    )
-
-
-def _models(runs: Sequence[ReportRun]) -> list[str]:
-    """Name of each run's model, with the run where another model has the name."""
-    names: dict[str, str] = {}
-    for run in runs:
-        name = f"{run.model} ({run.label})" if run.model in names.values() else run.model
-        names.setdefault(run.model_key, name)
-    return [names[run.model_key] for run in runs]
+        names = [", ".join(run.label for run in members) for members in systems]
+    return {run.label: name for name, members in zip(names, systems, strict=True) for run in members}
 
 
 def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
     found: dict[tuple[str, str], str] = {}
     for run in runs:
-        for task in run.tasks:
+        for task in [*run.tasks, *([""] if len(run.tasks) > 1 else [])]:
             found.setdefault((task, run.data_key), run.label)
-    for run in runs:
-        if len(run.tasks) > 1:
-            found.setdefault(("", run.data_key), run.label)
     tasks, several = [task for task, _ in found], len({data_key for _, data_key in found}) > 1
     datasets = []
-    for (task, data_key), label in found.items():
+    for (task, data_key), label in sorted(found.items(), key=lambda item: item[0][0] != ""):
         # "all" is of one file, not of all that stand in the table.
         named = tasks.count(task) > 1 or (several and not task)
         datasets.append(Dataset(f"{task or 'all'} ({label})" if named else task or "all", task, data_key))
@@ -247,15 +199,24 @@ def _datasets(runs: Sequence[ReportRun]) -> list[Dataset]:
 
 def _answers(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> pd.DataFrame:
     places = {(dataset.task, dataset.data_key): place for place, dataset in enumerate(datasets)}
+    systems, models = _systems(runs), dict[str, str]()
     rows: list[dict[str, Any]] = []
-    for number, (run, system, model) in enumerate(zip(runs, _systems(runs), _models(runs), strict=True)):
+    for number, run in enumerate(runs):
+        system, whole = systems[run.label], [""] if len(run.tasks) > 1 else []
+        # With the run where another model has the name.
+        model = f"{run.model} ({run.label})" if run.model in models.values() else run.model
+        model = models.setdefault(run.model_key, model)
         for record in run.records:
             method = record["method"]
             row = {
-                **{"run": number, "system": system, "model": model, "method": method, "record": record},
+                "run": number,
+                "system": system,
+                "model": model,
+                "method": method,
                 "variant": f"{method} · {system}" if system else method,
                 "memory": method in METHODS and METHODS[method].memory,
                 "index": record["index"],
+                "record": record,
                 "memorize": record["seconds"].get("memorize", 0.0),
                 "decode": record["seconds"].get("decode", 0.0),
                 "tokens": len(record.get("token_ids") or ()),
@@ -263,10 +224,6 @@ def _answers(runs: Sequence[ReportRun], datasets: Sequence[Dataset]) -> pd.DataF
                 "length": record.get("n_context_tokens"),
                 "perplexity": perplexity(record),
             }
-            rows.append({"dataset": places[record["task"], run.data_key], **row})
-            if len(run.tasks) > 1:
-                rows.append({"dataset": places["", run.data_key], **row})
-    answers = pd.DataFrame(rows)
-    for name in ("length", "perplexity"):
-        answers[name] = pd.to_numeric(answers[name], errors="coerce").astype(float)
-    return answers
+            for task in (record["task"], *whole):
+                rows.append({"dataset": places[task, run.data_key], **row})
+    return pd.DataFrame(rows).astype({"length": float, "perplexity": float})

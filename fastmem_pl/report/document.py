@@ -1,45 +1,149 @@
-"""A report of run folders: one HTML page, and its tables as Markdown."""
+"""A report of run folders: its tables, one HTML page, and the tables as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from fastmem_pl.data import TASKS
+from fastmem_pl.metrics import Estimate, estimate, find_score
 from fastmem_pl.report.browser import browser_data
 from fastmem_pl.report.charts import make_charts
 from fastmem_pl.report.collect import Comparison
-from fastmem_pl.report.page import Page, render_page
-from fastmem_pl.report.profile_table import profile_page_table
-from fastmem_pl.report.results import cost_table, curve_table, dataset_table, memory_table, overview
+from fastmem_pl.report.page import render, render_page
 from fastmem_pl.report.runs import ReportRun
-from fastmem_pl.report.table import NONE, PageTable, count_of, escaped, markdown_table
+from fastmem_pl.report.table import EFFORT, NONE, PageTable, Result, count_of, phase_table, score_table
 
-# By these a file is known that may be replaced; the page's stands in page.html.
-_HTML_MARK = '<meta name="generator" content="fastmem report">'
-_MARKDOWN_MARK = "<!-- Made by fastmem report. -->"
+# By these a file is known that may be replaced; they stand in page.html and tables.md.
+_HTML_MARK = b'<meta name="generator" content="fastmem report">'
+_MARKDOWN_MARK = b"<!-- Made by fastmem report. -->"
+_LEGEND = (
+    "Mean ± standard error, and the change against zero-shot on the same samples (samples gained and lost, "
+    "exact McNemar test; of scores that are not 0 or 1 the mean difference, paired bootstrap). The p-values "
+    "are not corrected for the number of comparisons. Where the settings are the paper's, its value stands "
+    "beside, on its own data."
+)
 _SETTINGS = ("learning_rate", "steps", "kl_coeff", "num_layers", "alpha", "max_new_tokens", "temperature")
 
 
 def result_tables(comparison: Comparison) -> list[PageTable]:
     """Method by data set, then all scores of each data set."""
-    tables = [overview(comparison), *(dataset_table(comparison, place) for place in comparison.order)]
-    first, *others = (table for table in tables if table)
+    tables = [overview(comparison)] if len(comparison.datasets) > 1 else []
+    tables += [dataset_table(comparison, place) for place in range(len(comparison.datasets))]
     # What the values mean is said once.
-    return [first, *(replace(table, caption="") for table in others)]
+    tables[0].caption = _LEGEND
+    return tables
 
 
 def all_tables(comparison: Comparison) -> list[PageTable]:
     """Results, then what they cost."""
-    further = [curve_table(comparison), cost_table(comparison), memory_table(comparison)]
-    tables = [*result_tables(comparison), *(table for table in further if table)]
-    profiles = [
-        replace(profile_page_table(run.profile), title=f"Profile of {run.label}")
-        for run in comparison.runs
-        if run.profile
-    ]
-    return [*tables, *profiles, _run_table(comparison.runs)]
+    tables = [*result_tables(comparison), _curve_table(comparison), _cost_table(comparison)]
+    tables.append(_memory_table(comparison))
+    for run in comparison.runs:
+        if run.profile:
+            table = phase_table(run.profile)
+            table.caption = "; ".join(filter(None, (table.title, table.caption)))
+            table.title = f"Profile of {run.label}"
+            tables.append(table)
+    return [table for table in (*tables, _run_table(comparison.runs)) if table.rows]
+
+
+def overview(comparison: Comparison) -> PageTable:
+    """Method by data set, one score each."""
+    places = range(len(comparison.datasets))
+    chosen = [(place, score) for place in places if (score := comparison.primary_score(place))]
+    columns = [(score, f"{comparison.datasets[i].label}: {find_score(score).label}") for i, score in chosen]
+    rows = {
+        variant: [comparison.results.get((place, variant, score)) for place, score in chosen]
+        for variant in comparison.variants
+    }
+    return score_table("All data sets", columns, rows)
+
+
+def dataset_table(comparison: Comparison, place: int) -> PageTable:
+    """All scores of one data set, length and seconds of the answers."""
+    scores, groups, dataset = (
+        comparison.scores_of(place),
+        comparison.groups[place],
+        comparison.datasets[place],
+    )
+    rows = {
+        variant: [
+            *(comparison.results.get((place, variant, score)) for score in scores),
+            Result(estimate(answers["output_words"])),
+            Result(Estimate(answers["memorize"].add(answers["decode"]).mean(), None, len(answers))),
+        ]
+        for variant, answers in groups.items()
+    }
+    columns = [(name, find_score(name).label) for name in (*scores, *EFFORT)]
+    counts = {len(answers) for answers in groups.values()}
+    shown = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
+    about = f" ({TASKS[dataset.task].description})" if dataset.task in TASKS else ""
+    title = f"{dataset.label}: {shown} sample{'' if shown == '1' else 's'}{about}"
+    return score_table(title, columns, rows)
+
+
+def _cost_table(comparison: Comparison) -> PageTable:
+    """Seconds a sample for memorizing and decoding, by method and data set."""
+    rows = []
+    for place in comparison.tasks:
+        for variant, answers in comparison.groups[place].items():
+            memorize, decode, tokens = answers[["memorize", "decode", "tokens"]].mean()
+            seconds = [f"{value:.3f}" for value in (memorize, decode, memorize + decode)]
+            per_token = f"{1000 * decode / tokens:.1f}" if tokens else NONE
+            rows.append([variant, comparison.datasets[place].label, *seconds, f"{tokens:.1f}", per_token])
+    caption = (
+        "Means over samples; a batch's seconds are shared out among its samples. Every method that memorizes "
+        "counts the memorizing that all of them share, and decoding counts the prompt's pass, "
+        "in its milliseconds a token, too."
+    )
+    header = ["method", "data", "memorize, s", "decode, s", "sum, s", "tokens of the answer"]
+    return PageTable("Seconds a sample", [*header, "decode, ms a token"], rows, caption)
+
+
+def _memory_table(comparison: Comparison) -> PageTable:
+    """Peak memory by phase and run; without rows where no run measured it."""
+    rows = []
+    for number, own in comparison.peak_memory.iterrows():
+        run = comparison.runs[number]
+        device = (run.metrics.get("environment") or {}).get("device") or {}
+        name = device.get("name") or device.get("type") or NONE
+        rows.append([run.label, name, *(NONE if pd.isna(peak) else f"{peak:.2f}" for peak in own)])
+    caption = "GiB, the weights included: allocated on a GPU, resident on a CPU."
+    return PageTable("Peak memory", ["run", "device", *comparison.peak_memory.columns], rows, caption)
+
+
+def _curve_table(comparison: Comparison) -> PageTable:
+    """What memorizing did to the loss, by data set and system; without rows where nothing was memorized."""
+    rows = []
+    for label, curves in comparison.curves.items():
+        ends = [(c["cross_entropy"][0], c["cross_entropy"][-1], c["kl"][-1]) for c in curves]
+        first, last, kl = np.median(np.asarray(ends, dtype=np.float64), axis=0)
+        steps = max(len(curve["cross_entropy"]) for curve in curves)
+        rows.append([label, len(curves), steps, f"{first:.3f}", f"{last:.3f}", f"{kl:.4f}"])
+    caption = (
+        "Medians over samples, nats a token; each value is from before its step's update, so "
+        "that the last update shows in none."
+    )
+    header = ["data", "samples", "steps", "cross-entropy, first step", "last step", "KL, last step"]
+    return PageTable("Memorizing", header, rows, caption)
+
+
+def _run_table(runs: Sequence[ReportRun]) -> PageTable:
+    """The settings of every run."""
+    rows = []
+    for run in runs:
+        task, precision = run.identity["data"].get("task", ""), run.precision or NONE
+        values = [run.settings.get(name) for name in _SETTINGS]
+        numbers = [f"{value:g}" if isinstance(value, (int, float)) else value for value in values]
+        settings = [NONE if value is None else value for value in numbers]
+        rows.append([run.label, run.model, task, run.answered, precision, *settings])
+    header = ["run", "model", "task", "samples", "precision", *(name.replace("_", " ") for name in _SETTINGS)]
+    return PageTable("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")
 
 
 def notices(comparison: Comparison) -> list[str]:
@@ -52,11 +156,10 @@ def html(comparison: Comparison, title: str) -> str:
     runs = comparison.runs
     # Each once, whoever answered about it.
     answered = {(run.data_key, r["task"], r["index"]) for run in runs for r in run.records}
-    methods = comparison.answers["method"].unique()
-    page = Page(
+    counts = {"sample": len(answered), "method": comparison.answers["method"].nunique(), "run": len(runs)}
+    return render_page(
         title=title,
-        subtitle=f"{count_of(len(answered), 'sample')}, {count_of(len(methods), 'method')}, "
-        + count_of(len(runs), "run"),
+        subtitle=", ".join(count_of(number, noun) for noun, number in counts.items()),
         facts=_facts(runs),
         notices=notices(comparison),
         tables=all_tables(comparison),
@@ -64,64 +167,34 @@ def html(comparison: Comparison, title: str) -> str:
         browser=browser_data(comparison),
         footer="Made by fastmem report. FastMem: Zhu et al., Findings of EMNLP 2024, arXiv 2406.16069.",
     )
-    return render_page(page)
 
 
 def markdown(comparison: Comparison, title: str) -> str:
     """The tables as Markdown."""
-    facts = [f"- {escaped(name)}: {escaped(value)}" for name, value in _facts(comparison.runs)]
-    blocks = [f"# {escaped(title)}", "\n".join(facts), *(f"> {escaped(one)}" for one in notices(comparison))]
-    for table in all_tables(comparison):
-        blocks += [f"## {escaped(table.title)}", markdown_table(table), table.caption]
-    return "\n\n".join(filter(None, [*blocks, _MARKDOWN_MARK])) + "\n"
+    facts, tables = _facts(comparison.runs), all_tables(comparison)
+    lines = notices(comparison)
+    return render("tables.md", title=title, facts=facts, notices=lines, tables=tables) + "\n"
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file is a page or tables that :func:`html` or :func:`markdown` made."""
-    try:
+    with suppress(OSError):
         content = path.read_bytes()
-    except OSError:
-        return False
-    if path.suffix == ".md":
         # The last line: tables that somebody put into a text of their own are not ours any more.
-        return content.rstrip().endswith(_MARKDOWN_MARK.encode())
-    return _HTML_MARK.encode() in content
+        return content.rstrip().endswith(_MARKDOWN_MARK) if path.suffix == ".md" else _HTML_MARK in content
+    return False
 
 
 def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
     """What all runs share, in a few lines."""
     environments = [run.metrics.get("environment") or {} for run in runs]
-    devices = (str((e.get("device") or {}).get("name", "")) for e in environments)
-    versions = (e.get("packages") or {} for e in environments)
+    versions = [e.get("packages") or {} for e in environments]
     packages = ("fastmem-pl", "torch", "transformers")
     facts = {
-        "model": _distinct(run.model for run in runs),
-        "precision": _distinct(run.precision for run in runs),
-        "device": _distinct(devices),
-        "versions": _distinct(", ".join(f"{n} {v[n]}" for n in packages if n in v) for v in versions),
+        "model": [run.model for run in runs],
+        "precision": [run.precision for run in runs],
+        "device": [str((e.get("device") or {}).get("name", "")) for e in environments],
+        "versions": [", ".join(f"{name} {v[name]}" for name in packages if name in v) for v in versions],
     }
-    return [(name, value) for name, value in facts.items() if value]
-
-
-def _distinct(values: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(value for value in values if value))
-
-
-def _run_table(runs: Sequence[ReportRun]) -> PageTable:
-    """The settings of every run."""
-    header = ["run", "model", "task", "samples", "precision", *(name.replace("_", " ") for name in _SETTINGS)]
-    rows = []
-    for run in runs:
-        cells = [
-            run.label,
-            run.model,
-            run.identity["data"].get("task", ""),
-            run.answered,
-            run.precision or NONE,
-        ]
-        rows.append([*cells, *(_setting(run.settings.get(name)) for name in _SETTINGS)])
-    return PageTable.of("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")
-
-
-def _setting(value: Any) -> str:
-    return NONE if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    shown = {name: "; ".join(dict.fromkeys(filter(None, values))) for name, values in facts.items()}
+    return [(name, value) for name, value in shown.items() if value]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fastmem_pl.report.table import PageTable
+from fastmem_pl.report.table import PageTable, escaped
 
-_FOLDER = Path(__file__).parent / "page"
+FOLDER = Path(__file__).parent / "page"
 # Print comes last, in page.css.
 _STYLES = ("samples.css", "page.css")
 _SCRIPTS = ("filters.js", "list.js", "detail.js", "page.js")
@@ -39,13 +37,8 @@ _UNSAFE_JSON = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 class Chart:
     """A chart of this package's own making: its markup is trusted.
 
-    Attributes:
-        id: unique on the page; the prefix of all ids in the SVG.
-        title: heading, and the name of the picture to those who do not see it.
-        caption: what the chart shows.
-        svg: ``<svg ...>`` without XML prolog, in the page's CSS variables ``--c0`` ... ``--c7``, ``--ink``,
-            ``--muted``, ``--grid`` and ``--panel``; ``style`` elements in it are left out.
-        table: the numbers.
+    ``svg`` uses the page's CSS variables ``--c0`` ... ``--c7``, ``--ink``, ``--muted`` and ``--grid``; XML
+    prolog and ``style`` elements are left out, and ``id`` is the prefix of all ids in it.
     """
 
     id: str
@@ -55,39 +48,31 @@ class Chart:
     table: PageTable | None = None
 
 
-@dataclass(frozen=True)
-class Page:
-    """All that stands in a report, from top to bottom; ``browser`` is described in ``page/filters.js``."""
-
-    title: str
-    subtitle: str
-    facts: list[tuple[str, str]]
-    notices: list[str]
-    tables: list[PageTable]
-    charts: list[Chart]
-    browser: dict[str, Any]
-    footer: str
+def render(template: str, **values: Any) -> str:
+    """Fill a template of the page's folder, with texts escaped for HTML or Markdown."""
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    escape = {"finalize": escaped} if template.endswith(".md") else {"autoescape": True}
+    environment = Environment(loader=FileSystemLoader(FOLDER), **options, **escape)
+    return environment.get_template(template).render(**values)
 
 
-def render_page(page: Page) -> str:
-    """Return the page as one self-contained HTML document, to be written as UTF-8."""
+def render_page(**page: Any) -> str:
+    """Return one self-contained HTML document, to be written as UTF-8.
+
+    From top to bottom: texts ``title`` and ``subtitle``, ``facts`` (pairs of texts), ``notices`` (texts),
+    ``tables``, ``charts``, ``browser`` (see ``page/filters.js``), ``footer``.
+    """
     style, script = (
-        "\n".join((_FOLDER / n).read_text("utf-8") for n in names) for names in (_STYLES, _SCRIPTS)
+        "\n".join((FOLDER / n).read_text("utf-8") for n in names) for names in (_STYLES, _SCRIPTS)
     )
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html").render(
+    html = render(
+        "page.html",
         page=page,
         style=style,
         script=script,
         policy=_POLICY.format(script=_digest(script), style=_digest(style)),
-        charts=[(chart, _inline_svg(chart)) for chart in page.charts],
-        data=_embedded_json(page.browser) if page.browser.get("samples") else "",
+        charts=[(chart, _inline_svg(chart)) for chart in page["charts"]],
+        data=_embedded_json(page["browser"]) if page["browser"].get("samples") else "",
     )
     # A lone surrogate, half a character that a model or a file broke, cannot be written as UTF-8.
     return html.encode("utf-8", "replace").decode("utf-8")
@@ -105,19 +90,6 @@ def _inline_svg(chart: Chart) -> str:
 
 
 def _embedded_json(data: dict[str, Any]) -> str:
-    """Return data as JSON that can stand in a script element; what is not finite becomes null."""
-    try:
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except ValueError:
-        text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Return data as JSON that can stand in a script element."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(entry) for entry in value]
-    return value

@@ -16,23 +16,22 @@ from fastmem_pl.decoding.settings import DecodingSettings
 from fastmem_pl.memory.settings import MemorizationSettings
 from fastmem_pl.report.runs import ReportRun, flat_settings
 
+PUBLISHED = Path(__file__).with_name("published.yaml")
 # Settings of decoding that only some methods look at.
 _OF_DECODER = {"alpha": ("cd", "cad"), "dola_layers": ("dola",), "relative_top": ("dola",)}
-_NO_MATTER = {"seed", "optimizer_state"}
+_NO_MATTER = ("seed", "optimizer_state")
 
 
 def published(run: ReportRun, task: str, method: str, score: str) -> float | None:
     """The paper's value, where there is one and the run's settings for this method are the paper's.
 
-    The paper's settings are those of the packaged configs ``base``, the task, and the task with the decoder
-    (``xsum+cd``); all samples have to be asked, by prompts without an opened answer.
+    Those are in the packaged configs ``base``, of the task, and of both with the decoder (``xsum+cd``).
     """
     settings, data = run.settings, run.identity["data"]
     name = Path(str(settings.get("source"))).name
-    value = _table().get(name, {}).get(task, {}).get(score, {}).get(method)
-    if value is None or method not in METHODS or not run.metrics:
-        return None
-    if data.get("limit") is not None or data.get("answer_prefix") or data.get("fields"):
+    value = _read(PUBLISHED).get(name, {}).get(task, {}).get(score, {}).get(method)
+    changed = data.get("limit") is not None or data.get("answer_prefix") or data.get("fields")
+    if value is None or method not in METHODS or not run.metrics or changed:
         return None
     wanted = _paper_settings(task, method)
     return value if all(settings.get(key) == wanted[key] for key in wanted) else None
@@ -40,26 +39,21 @@ def published(run: ReportRun, task: str, method: str, score: str) -> float | Non
 
 def _paper_settings(task: str, method: str) -> dict[str, Any]:
     """Settings that a method's answers depend on, as the paper has them."""
-    decoder = METHODS[method].decoder
-    defaults = {f.name: f.default for f in fields(DecodingSettings)} | {"stop": []}
+    decoder, memory = METHODS[method].decoder, METHODS[method].memory
     used = {"template": True, "system_prompt": None, "quantization": None, "max_context_tokens": None}
+    defaults = {f.name: f.default for f in fields(DecodingSettings)} | {"stop": []}
     used |= {n: v for n, v in defaults.items() if decoder in _OF_DECODER.get(n, (decoder,))}
-    if METHODS[method].memory:
+    if memory:
         used |= {f.name: f.default for f in fields(MemorizationSettings)}
-    for name in (*_NO_MATTER, "norm_every_layer", "round_weights", "dola_unlimited"):
+    for name in _NO_MATTER:
         used.pop(name, None)
-    for config in ("base", task, f"{task}+{decoder}" if METHODS[method].memory else ""):
-        given = _config_model(config)
+    for config in ("base", task, f"{task}+{decoder}" if memory else ""):
+        path = packaged_configs().get(config)
+        given = flat_settings(_read(path).get("model", {})) if path else {}
         used |= {name: value for name, value in given.items() if name in used}
     return used
 
 
 @cache
-def _config_model(name: str) -> Mapping[str, Any]:
-    path = packaged_configs().get(name)
-    return flat_settings(yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {})) if path else {}
-
-
-@cache
-def _table() -> Mapping[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+def _read(path: Path) -> Mapping[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

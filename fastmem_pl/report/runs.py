@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file, file_hash
-from fastmem_pl.report.profile_table import read_profile
-from fastmem_pl.report.table import count_of
+from fastmem_pl.report.table import count_of, profile_table
 from fastmem_pl.run.folder import RunFolder
+from fastmem_pl.run.profile import FILE, FOLDER
 from fastmem_pl.run.records import Record
 
 _ZERO_SHOT = (
@@ -26,7 +26,6 @@ _ZERO_SHOT = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
     "answer_quirks",
 )
-_KINDS = {"task": str, "prediction": str, "scores": dict, "seconds": dict, "output_words": int}
 
 
 @dataclass
@@ -34,14 +33,10 @@ class ReportRun:
     """One run folder as a report sees it.
 
     Attributes:
-        path: the folder.
-        label: short name, unlike that of any other run of the report.
         identity: nested settings that the results depend on (``run.json``).
         records: answers to the samples that all methods have answered, in the order of the data.
         metrics: content of ``metrics.json``; empty while the run is not complete.
-        profile: content of ``profile.json``; empty without one.
         samples: the data by index, where the file was found unchanged.
-        notices: lines for the reader.
     """
 
     path: Path
@@ -53,56 +48,27 @@ class ReportRun:
     samples: dict[int, ContextSample] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
-    @property
-    def data_hash(self) -> str:
-        """Hash of the data file."""
-        return str(self.identity["data"].get("file_hash"))
-
-    @property
-    def data_key(self) -> str:
-        """Name of the samples: the file, and the fields of it that were read."""
-        fields = self.identity["data"].get("fields")
-        return f"{self.data_hash} {json.dumps(fields, sort_keys=True)}" if fields else self.data_hash
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """Settings of the model by their short names, which differ between groups."""
-        return flat_settings(self.identity["model"])
-
-    @property
-    def model_key(self) -> str:
-        """Hash of the model's weights, or its name where a run does not state them."""
-        return str(self.settings.get("fingerprint") or self.settings.get("source"))
-
-    @property
-    def model(self) -> str:
-        """Name of the model, with its quantization."""
+    def __post_init__(self) -> None:
+        data, self.settings = self.identity["data"], flat_settings(self.identity["model"])
+        self.tasks = list(dict.fromkeys(record["task"] for record in self.records))
+        self.answered = len({record["index"] for record in self.records})
+        self.data_hash = str(data.get("file_hash"))
+        # The samples: the file, and the fields of it that were read.
+        self.data_key = f"{self.data_hash} {json.dumps(data.get('fields') or '', sort_keys=True)}"
         source, quantization = str(self.settings.get("source", "model")), self.settings.get("quantization")
         name = "SmolLM2-135M-Instruct" if source == "demo" else Path(source).name
-        return f"{name} ({quantization})" if quantization else name
-
-    @property
-    def asked(self) -> Any:
-        """What zero-shot answers depend on beside the sample: runs that agree in it have the same ones."""
-        settings = {name: self.settings.get(name) for name in _ZERO_SHOT}
-        settings |= {name: self.identity["data"].get(name) for name in ("task", "answer_prefix")}
-        settings |= {"model": self.model_key, "data": self.data_key}
-        return {**settings, "precision": self.precision}
-
-    @property
-    def precision(self) -> str:
-        """That of the trainer; empty where a run does not state it."""
-        return str(self.identity.get("trainer", {}).get("precision") or "")
-
-    @cached_property
-    def answered(self) -> int:
-        """Number of samples."""
-        return len({record["index"] for record in self.records})
-
-    @cached_property
-    def tasks(self) -> list[str]:
-        """Tasks of the answers, in the order of the data."""
-        return list(dict.fromkeys(record["task"] for record in self.records))
+        self.model = f"{name} ({quantization})" if quantization else name
+        self.model_key = str(self.settings.get("fingerprint") or source)
+        self.precision = str(self.identity.get("trainer", {}).get("precision") or "")
+        # What zero-shot answers depend on beside the sample: runs that agree in it have the same ones.
+        self.asked = [
+            self.model_key,
+            self.precision,
+            self.data_key,
+            data.get("task"),
+            data.get("answer_prefix"),
+        ]
+        self.asked += [self.settings.get(name) for name in _ZERO_SHOT]
 
 
 def flat_settings(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,10 +85,9 @@ def read_run(path: Path, label: str = "") -> ReportRun:
     Raises:
         FastMemError: when it is no run, holds no answers, or a file of it is damaged.
     """
-    if not path.is_dir():
-        raise FastMemError(f"no such run folder: {path}")
     if not (path / "run.json").is_file():
-        raise FastMemError(f"{path} is no run folder (it holds no run.json)")
+        wrong = f"{path} is no run folder (it holds no run.json)"
+        raise FastMemError(wrong if path.is_dir() else f"no such run folder: {path}")
     identity = _read_json(path / "run.json").get("identity")
     if not (isinstance(identity, dict) and all(isinstance(identity.get(k), dict) for k in ("model", "data"))):
         raise FastMemError(f"{path / 'run.json'} is damaged (no settings in it)")
@@ -137,70 +102,88 @@ def read_run(path: Path, label: str = "") -> ReportRun:
         raise FastMemError(f"{path} holds {why}")
     for record in records:
         _check(record, path)
-    run = ReportRun(path, label or path.resolve().name, identity, records)
-    if folder.metrics_path.is_file():
-        run.metrics = _read_json(folder.metrics_path)
-    run.profile = read_profile(path)
-    lines = notices_of(records, run.metrics.get("num_samples"))
-    if not run.metrics:
+    metrics = _read_json(folder.metrics_path) if folder.metrics_path.is_file() else {}
+    run = ReportRun(path, label or path.resolve().name, identity, records, metrics, read_profile(path))
+    lines = notices_of(records, metrics.get("num_samples"))
+    if not metrics:
         lines.insert(0, f"the run is not complete; {count_of(run.answered, 'sample')} so far")
     run.notices = [f"{run.label}: {line}" for line in lines]
     return run
 
 
+def read_profile(run: Path) -> dict[str, Any]:
+    """The profile of a run's last session; empty where there is none.
+
+    Raises:
+        FastMemError: for a file of which no table can be made.
+    """
+    path = run / FOLDER / FILE
+    if not path.is_file():
+        return {}
+    try:
+        profile = json.loads(path.read_bytes())
+        profile_table(profile)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FastMemError(f"{path} is damaged; remove it, or run again with --profile") from error
+    return profile
+
+
 def _check(record: Record, path: Path) -> None:
     """Refuse a record that is not as a run writes them."""
-    fits = {name: isinstance(record.get(name), kind) for name, kind in _KINDS.items()}
-    for name in ("scores", "seconds"):
-        fits[name] = fits[name] and all(map(_is_finite, record[name].values()))
+    for name, fits in _FITS.items():
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            if fits(record):
+                continue
+        where = f"{name!r} of sample {record['index']} is not as a run writes it"
+        raise FastMemError(f"{path / 'predictions.jsonl'} is damaged: {where}")
+
+
+def _is_finite(numbers: Mapping[str, Any]) -> bool:
+    """Whether these are finite numbers, or lists of them of one length."""
+    values = np.array(list(numbers.values()))
+    return values.dtype.kind in "iuf" and bool(np.isfinite(values).all())
+
+
+def _has_curve(record: Record) -> bool:
     curve = record.get("curve")
-    fits["curve"] = not curve or _is_curve(curve, record.get("status") == "ok")
-    wrong = [name for name, fit in fits.items() if not fit]
-    if wrong:
-        raise FastMemError(
-            f"{path / 'predictions.jsonl'} is damaged: {wrong[0]!r} of sample {record['index']} is "
-            "not as a run writes it"
-        )
+    # That of a memory that failed ends in what is no number.
+    failed = record.get("status") != "ok"
+    return not curve or (curve.keys() >= {"cross_entropy", "kl"} and (failed or _is_finite(curve)))
 
 
-def _is_curve(curve: Any, whole: bool) -> bool:
-    """Whether these are lists of numbers, one a step; those of a memory that failed end in what is none."""
-    if not (isinstance(curve, dict) and curve.keys() >= {"cross_entropy", "kl"}):
-        return False
-    columns = list(curve.values())
-    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-        return False
-    values = [value for column in columns for value in column]
-    return all(_is_finite(value) or (not whole and isinstance(value, float | None)) for value in values)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+_FITS: dict[str, Callable[[Record], bool]] = {
+    "task": lambda record: isinstance(record["task"], str),
+    "prediction": lambda record: isinstance(record["prediction"], str),
+    "output_words": lambda record: isinstance(record["output_words"], int),
+    "n_context_tokens": lambda record: isinstance(record.get("n_context_tokens", 0), int),
+    "scores": lambda record: _is_finite(record["scores"]),
+    "seconds": lambda record: _is_finite(record["seconds"]),
+    "curve": _has_curve,
+}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FastMemError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise FastMemError(f"{path} is damaged: no JSON object")
-    return content
+        if isinstance(content, dict):
+            return content
+    raise FastMemError(f"{path} is damaged: it holds no JSON object")
 
 
 def notices_of(records: Sequence[Record], total: int | None) -> list[str]:
     """What a reader should know of answers, where ``total`` samples were to be answered."""
-    answered = len({record["index"] for record in records})
+    answered = {record["index"] for record in records}
     failed = {record["index"] for record in records if record.get("status", "ok") != "ok"}
     cut = {record["index"] for record in records if record.get("n_truncated_tokens")}
     lines = []
-    if total and answered < total:
-        lines.append(f"only {answered} of {total} samples are answered so far")
-    if failed:
-        shown = count_of(len(failed), "sample")
-        lines.append(f"{shown} could not be memorized; the base model answered (see 'status')")
-    if cut:
-        lines.append(f"{count_of(len(cut), 'sample')} had a context over the limit, which was cut off")
+    if total and len(answered) < total:
+        lines.append(f"only {len(answered)} of {total} samples are answered so far")
+    for what, samples in (
+        ("could not be memorized; the base model answered (see 'status')", failed),
+        ("had a context over the limit, which was cut off", cut),
+    ):
+        if samples:
+            lines.append(f"{count_of(len(samples), 'sample')} {what}")
     return lines
 
 
@@ -221,9 +204,8 @@ def find_samples(run: ReportRun, given: str | Path | None) -> None:
         )
         return
     data = run.identity["data"]
-    prefix = data.get("answer_prefix", "")
-    samples = read_samples(path, data["task"], data.get("fields"), prefix, data.get("limit"))
-    run.samples = {sample.index: sample for sample in samples}
+    prefix, limit = data.get("answer_prefix", ""), data.get("limit")
+    run.samples = dict(enumerate(read_samples(path, data["task"], data.get("fields"), prefix, limit)))
 
 
 def perplexity(record: Mapping[str, Any]) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,66 +15,53 @@ from fastmem_pl.metrics import SCORES, Estimate, Paired, find_score, format_p, f
 
 NONE = "–"
 EFFORT = ("output_words", "seconds")
+# Heading and name of each number of a phase.
+_PHASE_COLUMNS = {
+    "seconds": "seconds",
+    "share": "share",
+    "calls": "calls",
+    "first call": "first_seconds",
+    "others (median)": "median_seconds",
+    "tokens": "tokens",
+    "tokens/s": "tokens_per_second",
+    "ms/token": "ms_per_token",
+    "ms/step": "ms_per_step",
+    "peak GiB": "peak_memory_gib",
+}
 _NUMBER = re.compile(r"[<>=~+±−–-]?\s*\d.*|[-–—]?")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: its value.
-        note: a second, smaller line.
-        best: mark it as the best of its column.
-    """
+    """A value, a smaller note below it, and whether it is marked as the best of its column."""
 
     text: str
     note: str = ""
     best: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class PageTable:
-    """A table; the first cell of a row is the row's heading."""
+    """A table of cells, or of plain values; the first cell of a row is the row's heading."""
 
     title: str
     header: list[str]
-    rows: list[list[Cell]]
+    rows: Sequence[Iterable[Any]]
     caption: str = ""
 
-    @classmethod
-    def of(
-        cls, title: str, header: Sequence[str], rows: Iterable[Iterable[Any]], caption: str = ""
-    ) -> PageTable:
-        """Make a table of plain values."""
-        return cls(title, list(header), [[Cell(str(value)) for value in row] for row in rows], caption)
+    def __post_init__(self) -> None:
+        self.rows: list[list[Cell]] = [
+            [cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows
+        ]
 
     def numeric(self, column: int) -> bool:
-        """Whether all cells of a column look like numbers, which are aligned to the right.
-
-        >>> table = PageTable.of("", ["", "n", "why"], [["a", "71.7% ± 5.9", "gold"]])
-        >>> [table.numeric(column) for column in range(3)]
-        [False, True, False]
-        """
+        """Whether all cells of a column look like numbers, which are aligned to the right."""
         cells = (row[column].text.strip() for row in self.rows if column < len(row))
         return column > 0 and all(_NUMBER.fullmatch(text) for text in cells)
 
-    @property
-    def has_best(self) -> bool:
-        """Whether a cell is marked as the best."""
-        return any(cell.best for row in self.rows for cell in row)
 
-
-@dataclass(frozen=True)
-class Result:
-    """One method's score on one data set.
-
-    Attributes:
-        estimate: mean over the samples that have the score.
-        against: comparison with zero-shot on the same samples; ``None`` for zero-shot itself, or without it.
-        published: the paper's value, where settings are the paper's.
-        total: samples that the method answered; where the score is of fewer, the cell says of how many.
-    """
+class Result(NamedTuple):
+    """One method's score on one data set, beside zero-shot's and the paper's; ``total`` are its answers."""
 
     estimate: Estimate
     against: Paired | None = None
@@ -86,22 +73,14 @@ def score_table(
     title: str,
     columns: Sequence[tuple[str, str]],
     rows: Mapping[str, Sequence[Result | None]],
-    caption: str = "",
 ) -> PageTable:
-    """Build a table of scores, one row per method.
-
-    Args:
-        title: heading.
-        columns: score and heading of each column.
-        rows: results by name of the method, one per column, ``None`` where there is none.
-        caption: what the values mean.
-    """
+    """Build a table of scores: a column per ``(score, heading)``, a row per method."""
     best = [_best(score, [row[i] for row in rows.values()]) for i, (score, _) in enumerate(columns)]
     body = [
         [Cell(name), *(_cell(score, *found) for (score, _), *found in zip(columns, row, best, strict=True))]
         for name, row in rows.items()
     ]
-    return PageTable(title, ["method", *(heading for _, heading in columns)], body, caption)
+    return PageTable(title, ["method", *(heading for _, heading in columns)], body)
 
 
 def _best(score: str, results: Iterable[Result | None]) -> float | None:
@@ -114,22 +93,16 @@ def _best(score: str, results: Iterable[Result | None]) -> float | None:
 def _cell(score: str, found: Result | None, best: float | None) -> Cell:
     if found is None:
         return Cell(NONE)
+    value, against = found.estimate.value, found.against
     notes = [f"n = {found.estimate.n}"] if found.estimate.n < found.total else []
-    if found.against and found.against.gained + found.against.lost:
-        notes.append(_change(score, found.against))
+    if against and against.gained + against.lost:
+        change = f"+{against.gained} −{against.lost}"
+        if against.test != "exact McNemar":
+            change = format_score(score, against.difference, sign="+").rstrip("%").replace("-", "−")
+        notes.append(f"{change}, {format_p(against.p_value)}")
     if found.published is not None:
         notes.append(f"paper {format_score(score, found.published)}")
-    text = format_score(score, found.estimate.value, found.estimate.error)
-    return Cell(text, "; ".join(notes), found.estimate.value == best)
-
-
-def _change(score: str, against: Paired) -> str:
-    """``+11 −1, p = 0.006`` or ``+1.2, p = 0.300``."""
-    if against.test == "exact McNemar":
-        change = f"+{against.gained} −{against.lost}"
-    else:
-        change = format_score(score, against.difference, sign="+").rstrip("%").replace("-", "−")
-    return f"{change}, {format_p(against.p_value)}"
+    return Cell(format_score(score, value, found.estimate.error), "; ".join(notes), value == best)
 
 
 def method_table(methods: Mapping[str, Any], group: str = "") -> PageTable:
@@ -150,53 +123,80 @@ def method_table(methods: Mapping[str, Any], group: str = "") -> PageTable:
     return score_table(title, [(name, find_score(name).label) for name in names], rows)
 
 
-def rich_table(table: PageTable, stacked: bool = False) -> Table:
-    """A table for the terminal.
+def phase_table(profile: Mapping[str, Any]) -> PageTable:
+    """The phases of a ``profile.json``, decoding by method where there are several, and the sum."""
+    phases = {}
+    for phase, numbers in profile["phases"].items():
+        phases[phase] = numbers
+        methods = numbers.get("methods", {})
+        if len(methods) > 1:
+            phases |= {f"{phase}: {method}": own for method, own in methods.items()}
+    peak = max(numbers.get("peak_memory_gib", 0.0) for numbers in profile["phases"].values())
+    phases["all"] = {"seconds": profile["wall_seconds"], "share": 1.0, "peak_memory_gib": peak}
+    rows = [
+        [phase, *(_shown(name, numbers.get(name)) for name in _PHASE_COLUMNS.values())]
+        for phase, numbers in phases.items()
+    ]
+    device, settings = profile["environment"]["device"], profile["settings"]
+    processes, traced, notes = profile["environment"]["processes"], profile["traced_batches"], []
+    title = (
+        f"profile of {profile['mode']}: {count_of(profile['num_samples'], 'sample')}, "
+        f"{settings['model']['backbone']['source']} in {settings['trainer']['precision']} on "
+        f"{f'{processes} processes, ' if processes > 1 else ''}{device['name']}"
+        + (f", {count_of(device['threads'], 'thread')}" if device["type"] == "cpu" else "")
+    )
+    if processes > 1:
+        notes.append("seconds are those of the slowest process, tokens those of all")
+    if traced:
+        watched = "batch was" if traced == 1 else "batches were"
+        notes.append(f"{traced} {watched} watched by torch.profiler, which slows them")
+    if profile["files"]:
+        notes.append(f"beside profile.json: {', '.join(profile['files'])}")
+    return PageTable(title, ["phase", *_PHASE_COLUMNS], rows, "; ".join(notes))
 
-    Args:
-        table: to show.
-        stacked: put the words of headings below each other, for tables of many columns.
-    """
+
+def _shown(name: str, value: float | None) -> str:
+    """Counts as they are; of other numbers three digits that count, and all of those before the point."""
+    if value is None:
+        return NONE
+    if name == "share":
+        return f"{value:.1%}"
+    bounds = () if name in ("calls", "tokens") else ((0.0995, 3), (9.95, 2), (99.5, 1))
+    digits = next((digits for bound, digits in bounds if abs(value) < bound), 0)
+    return f"{value:,.{digits}f}"
+
+
+def rich_table(table: PageTable, stacked: bool = False) -> Table:
+    """A table for the terminal; ``stacked`` puts the words of headings below each other."""
     shown = Table(title=escape(table.title), title_justify="left")
     for number, name in enumerate(table.header):
         heading = name.replace(": ", ":\n").replace(" ", "\n") if stacked else name
         shown.add_column(escape(heading), justify="left" if number == 0 else "right")
     for row in table.rows:
-        shown.add_row(*map(_rich_cell, row))
+        cells = [Text(cell.text, style="bold" if cell.best else "") for cell in row]
+        for text, note in ((text, cell.note) for text, cell in zip(cells, row, strict=True) if cell.note):
+            # Narrow columns: the samples in one line, the p-value in the next.
+            text.append("\n" + re.sub("[,;] ", "\n", note), style="not bold dim")
+        shown.add_row(*cells)
     return shown
 
 
-def _rich_cell(cell: Cell) -> Text:
-    text = Text(cell.text, style="bold" if cell.best else "")
-    if cell.note:
-        # Narrow columns: the samples in one line, the p-value in the next.
-        text.append("\n" + re.sub("[,;] ", "\n", cell.note), style="not bold dim")
-    return text
+def profile_table(profile: Mapping[str, Any]) -> Table:
+    """The same for the terminal."""
+    made = phase_table(profile)
+    table = rich_table(made, stacked=True)
+    table.rows[-1].style = "bold"
+    table.caption, table.caption_justify = escape(made.caption) or None, "left"
+    return table
 
 
-def markdown_table(table: PageTable) -> str:
-    """A table as Markdown; the best cells are bold, notes stand in parentheses."""
-    lines = [[escaped(name) for name in table.header], ["---", *(["---:"] * (len(table.header) - 1))]]
-    lines += [[_markdown_cell(cell) for cell in row] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = f"**{escaped(cell.text)}**" if cell.best else escaped(cell.text)
-    return f"{text} ({escaped(cell.note)})" if cell.note else text
-
-
-def escaped(text: str) -> str:
+def escaped(value: Any) -> str:
     """Text that Markdown leaves as it is, and in its table cell."""
-    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(str(value).split()))
     # A sign that something follows might begin HTML.
     return re.sub(r"<(?=\S)", "&lt;", text)
 
 
 def count_of(number: int, noun: str) -> str:
-    """A number with its noun.
-
-    >>> count_of(1, "sample"), count_of(1200, "sample")
-    ('1 sample', '1,200 samples')
-    """
+    """A number with its noun, as ``1,200 samples``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

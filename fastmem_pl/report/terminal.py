@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,17 @@ from rich.text import Text
 from fastmem_pl.metrics import find_score, format_p, normalize_answer
 from fastmem_pl.report.runs import notices_of
 from fastmem_pl.report.table import PageTable, method_table, rich_table
-from fastmem_pl.run.records import read_records
-
-_COMPARED = ("accuracy", "contained")
+from fastmem_pl.run.records import Record, read_records
 
 
 def print_run(path: str | Path, console: Console | None = None) -> None:
     """Print table, paired tests, run folder, and three samples where the methods differ."""
-    path = Path(path)
-    console = console or make_console()
+    path, console = Path(path), console or make_console()
     metrics = json.loads((path / "metrics.json").read_text())
     groups = metrics["groups"]
     for group, methods in groups.items():
         console.print(rich_table(method_table(methods, group if len(groups) > 1 else "")))
-    for line in comparison_lines(next(iter(groups.values()))):
+    for line in _comparison_lines(next(iter(groups.values()))):
         console.print(line)
     records = [record for _, record in read_records(path / "predictions.jsonl")]
     for line in notices_of(records, metrics["num_samples"]):
@@ -39,15 +37,12 @@ def print_run(path: str | Path, console: Console | None = None) -> None:
 
 def print_comparison(tables: Sequence[PageTable], notices: Sequence[str], console: Console) -> None:
     """Print the tables of a report that compare methods, with what changed below each value."""
-    legend = None
     for table in tables:
         shown = rich_table(table, stacked=True)
         for column in shown.columns:
             column.no_wrap = True
         console.print(shown)
-        legend = table.caption or legend
-    if legend:
-        console.print(Text(legend, style="dim"))
+    console.print(Text(tables[0].caption, style="dim"))
     for notice in notices:
         console.print(Text(notice, style="yellow"))
 
@@ -57,14 +52,12 @@ def make_console(width: int = 120) -> Console:
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width, highlight=False)
 
 
-def comparison_lines(methods: Mapping[str, Any]) -> list[str]:
-    """Gains, losses and p-value of every method against zero-shot; a score is left out where it says the
-    same as the one before.
-    """
+def _comparison_lines(methods: Mapping[str, Any]) -> list[str]:
+    """Changes against zero-shot; a score is left out where it says the same as the one before."""
     lines = []
     for method, entry in methods.items():
         shown = None
-        for name in _COMPARED:
+        for name in ("accuracy", "contained"):
             test = entry["against_zero_shot"].get(name)
             if test and test != shown:
                 shown = test
@@ -75,31 +68,26 @@ def comparison_lines(methods: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _print_differences(records: Sequence[Mapping[str, Any]], console: Console, count: int = 3) -> None:
-    samples = differing_samples(records, count)
-    if not samples:
-        return
-    console.print("\nsamples where the methods differ:")
-    for records in samples:
-        first = records[0]
+def _print_differences(records: Sequence[Record], console: Console) -> None:
+    """Print three samples whose methods disagree: first on correctness, then in words."""
+    samples: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        samples[record["index"]].append(record)
+    by_score = [s for s in samples.values() if len({r["scores"].get("contained") for r in s}) > 1]
+    by_text = [s for s in samples.values() if len({normalize_answer(r["prediction"]) for r in s}) > 1]
+    shown = (by_score + [sample for sample in by_text if sample not in by_score])[:3]
+    if shown:
+        console.print("\nsamples where the methods differ:")
+    for answers in shown:
+        first = answers[0]
         wanted = f"(expected: {', '.join(first['references'])})" if first["references"] else ""
         about = first["question"] or f"sample {first['id']}"
         console.print(f"  [bold]{escape(_line(about))}[/bold]  {escape(_line(wanted, 120))}")
-        width = max(len(record["method"]) for record in records)
-        for record in records:
+        width = max(len(record["method"]) for record in answers)
+        for record in answers:
             correct = record["scores"].get("contained")
             mark = " " if correct is None else "✓" if correct else "✗"
             console.print(f"    {mark} {record['method']:<{width}}  {escape(_line(record['prediction']))}")
-
-
-def differing_samples(records: Sequence[Mapping[str, Any]], count: int) -> list[list[Mapping[str, Any]]]:
-    """Records of up to ``count`` samples whose methods disagree: first on correctness, then in words."""
-    samples: dict[int, list[Mapping[str, Any]]] = {}
-    for record in records:
-        samples.setdefault(record["index"], []).append(record)
-    by_score = [s for s in samples.values() if len({r["scores"].get("contained") for r in s}) > 1]
-    by_text = [s for s in samples.values() if len({normalize_answer(r["prediction"]) for r in s}) > 1]
-    return (by_score + [sample for sample in by_text if sample not in by_score])[:count]
 
 
 def _line(text: str, limit: int = 90) -> str:

@@ -48,7 +48,7 @@ class SampleEncoder:
 
     def __call__(self, sample: ContextSample) -> EncodedSample:
         """Encode one sample."""
-        text, kept, cut = self._cut(sample)
+        text, kept, cut = self.cut(sample)
         prompts, prompt_cuts = {}, {}
         for form in self._forms:
             room = self._room(sample, form)
@@ -62,7 +62,7 @@ class SampleEncoder:
         rooms = {form: self._room(sample, form) for form in self._forms}
         if not strict:
             return
-        _, kept, cut = self._cut(sample)
+        _, kept, cut = self.cut(sample)
         allowed = min(kept, *rooms.values()) if cut else min(rooms.values())
         if kept + cut > allowed:
             bound = self._max_context_tokens <= allowed
@@ -94,13 +94,9 @@ class SampleEncoder:
             )
         return room
 
-    def _cut(self, sample: ContextSample) -> tuple[str, int, int]:
-        text, kept, cut = self._chat.truncate(sample.context, self._limit)
-        if self._chat.settings.round_trip and TASKS[sample.task].is_summary:
-            # The published code sends articles through it on loading and again for every sample.
-            text, kept, cut_again = self._chat.truncate(text, self._limit)
-            cut += cut_again
-        return text, kept, cut
+    def cut(self, sample: ContextSample) -> tuple[str, int, int]:
+        """The context, its tokens that are kept, and those that are cut off."""
+        return self._chat.cut(sample.context, self._limit)
 
     def _prompt(self, sample: ContextSample, context: str, form: str) -> list[int]:
         text = TASKS[sample.task].prompt_text(context, sample.question, form)

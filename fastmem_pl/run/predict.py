@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from fastmem_pl.backbone import Backbone, BackboneSettings, ChatSettings, normalize_precision
+from fastmem_pl.backbone import Backbone, BackboneSettings, ChatEncoder, ChatSettings, normalize_precision
 from fastmem_pl.base.errors import FastMemError, OutOfMemoryError, RunStoppedError
 from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
-from fastmem_pl.base.quirks import ANSWER_QUIRKS, select_quirks
 from fastmem_pl.data import TASKS, ContextSample
 from fastmem_pl.decoding import (
     BASELINE,
     DECODERS,
     METHODS,
+    DecoderFactory,
     DecodingSettings,
     Generated,
     GraphPool,
@@ -27,15 +27,14 @@ from fastmem_pl.decoding import (
     decode,
     select_methods,
 )
-from fastmem_pl.memory import MemorizationSettings, Memorizer, Memory, MemoryFolder
+from fastmem_pl.memory import MemorizationModule, MemorizationSettings, Memorizer, Memory, MemoryFolder
 from fastmem_pl.metrics import score_answer
+from fastmem_pl.run import published
 from fastmem_pl.run.batching import MemoryBudget, halved_when_too_large
 from fastmem_pl.run.encoding import EncodedSample, SampleEncoder
 
 Mode = Literal["fit", "predict", "fit-predict"]
 Record = dict[str, Any]
-
-_QUIRK_FIELDS = {"norm_every_layer", "round_weights", "dola_unlimited", "round_trip", "parse_special_tokens"}
 
 
 class FastMemModule(LightningModule):
@@ -63,6 +62,12 @@ class FastMemModule(LightningModule):
             norm-every-layer, round-weights, dola-unlimited, context-round-trip, parse-special-tokens.
     """
 
+    # What quirks of the published code take the place of.
+    chat_class: type[ChatEncoder] = ChatEncoder
+    encoder_class: type[SampleEncoder] = SampleEncoder
+    memorization_class: type[MemorizationModule] = MemorizationModule
+    decoders: Mapping[str, DecoderFactory] = DECODERS
+
     def __init__(
         self,
         backbone: BackboneSettings = BackboneSettings(),  # noqa: B008 (jsonargparse shows it)
@@ -78,20 +83,9 @@ class FastMemModule(LightningModule):
         published_quirks: list[str] = [],  # noqa: B006
     ) -> None:
         super().__init__()
-        quirks = select_quirks(published_quirks)
         self.loading = BackboneSettings.of(backbone)
-        self.memorization = replace(
-            memorize,
-            norm_every_layer="norm-every-layer" in quirks,
-            round_weights="round-weights" in quirks,
-        )
-        self.decoding = replace(decode, dola_unlimited="dola-unlimited" in quirks)
-        self.chat = replace(
-            chat,
-            round_trip="context-round-trip" in quirks,
-            parse_special_tokens="parse-special-tokens" in quirks,
-        )
-        self.published_quirks = sorted(quirks)
+        self.memorization, self.decoding, self.chat = memorize, decode, chat
+        self.memory_quirks, self.answer_quirks = published.apply(self, published_quirks)
         self.given_methods = list(methods)
         self.methods = select_methods(methods)
         self.given_memories = memories
@@ -194,7 +188,7 @@ class FastMemModule(LightningModule):
         """
         answers, seconds, prefill_seconds = decode(
             prefills,
-            method.decoder,
+            self.decoders[method.decoder],
             decoding or self.decoding,
             memory and memory.deltas,
             method.prompt,
@@ -255,6 +249,9 @@ class FastMemModule(LightningModule):
     ) -> list[Record]:
         """Save the memory of each sample as a file of its own."""
         folder = MemoryFolder(self.memories)
+        if self.memory_quirks:
+            quirks = {"published_quirks": tuple(self.memory_quirks)}
+            memory = replace(memory, settings=memory.settings | quirks)
         form = "float32" if self.backbone.compute_dtype is torch.float32 else "bfloat16"
         with self.meter.detail("memories", samples=len(batch)):
             for row, sample in enumerate(batch):
@@ -328,8 +325,9 @@ class FastMemModule(LightningModule):
                     f"out of memory while loading {loading.source}; use "
                     "--trainer.precision bf16-true, a smaller --model.backbone or another device"
                 ) from error
-        object.__setattr__(self, "_backbone", backbone.with_chat(self.chat))
+        object.__setattr__(self, "_backbone", backbone.with_chat(self.chat, self.chat_class))
         self.memorizer = Memorizer(self.backbone, self.memorization)
+        self.memorizer.module_class = self.memorization_class
         self.meter = self.memorizer.meter = PhaseMeter(self.backbone.device)
         self.graphs = GraphPool()
         self.budget = MemoryBudget(self.backbone, self.memorization, self.graphs, self.auto_batch)
@@ -337,13 +335,15 @@ class FastMemModule(LightningModule):
 
     def _prepare_methods(self) -> None:
         """Find out what the methods need of every batch; refuse decoders that do not fit the model."""
-        self._decoders = {m.name: DECODERS[m.decoder](self.decoding, self.backbone) for m in self.methods}
+        self._decoders = {
+            m.name: self.decoders[m.decoder](self.decoding, self.backbone) for m in self.methods
+        }
         decoders = self._decoders.values()
         forms = {method.prompt for method in self.methods}
         if any(decoder.needs_without_context for decoder in decoders):
             forms.add("without_context")
         self.longest_answer = max(decoder.max_new_tokens for decoder in decoders)
-        self.encoder = SampleEncoder(self.memorizer, self.longest_answer, forms)
+        self.encoder = self.encoder_class(self.memorizer, self.longest_answer, forms)
         self._encoded: list[tuple[ContextSample, EncodedSample]] = []
 
     def early_layers(self, form: str) -> list[int]:
@@ -390,7 +390,8 @@ class FastMemModule(LightningModule):
         for sample in samples:
             self.encoder.check(sample, self.strict)
         if self.mode == "predict" and self.memories and any(method.memory for method in self.methods):
-            folder, wanted = MemoryFolder(self.memories), self.memorization.as_dict()
+            folder = MemoryFolder(self.memories)
+            wanted = {**self.memorization.as_dict(), "published_quirks": self.memory_quirks}
             for sample in samples:
                 context_hash = self.encoder(sample).context_hash
                 folder.check(sample.index, sample.id, context_hash, self.backbone.fingerprint(), wanted)
@@ -400,34 +401,35 @@ class FastMemModule(LightningModule):
         return {
             "backbone": asdict(self.loading),
             "methods": self.given_methods,
-            "memorize": _public(self.memorization),
-            "decode": _public(self.decoding),
-            "chat": _public(self.chat),
+            "memorize": _plain(self.memorization),
+            "decode": _plain(self.decoding),
+            "chat": _plain(self.chat),
             "memories": self.given_memories,
             "strict": self.strict,
             "auto_batch": self.auto_batch,
             **self.metric_models,
-            "published_quirks": self.published_quirks,
+            "published_quirks": sorted(self.memory_quirks + self.answer_quirks),
         }
 
     def identity(self, answers: bool) -> dict[str, Any]:
         """Settings that memories depend on and, with ``answers``, what answers depend on beside them."""
         settings: dict[str, Any] = {
             "backbone": {"source": self.loading.source, "quantization": self.loading.quantization},
-            "memorize": _public(self.memorization),
+            "memorize": _plain(self.memorization),
             "chat": {"template": self.chat.template},
-            "published_quirks": [quirk for quirk in self.published_quirks if quirk not in ANSWER_QUIRKS],
+            "published_quirks": self.memory_quirks,
         }
         if answers:
-            settings["chat"] = _public(self.chat)
-            settings["decode"] = _public(self.decoding)
+            settings["chat"] = _plain(self.chat)
+            settings["decode"] = _plain(self.decoding)
             settings["methods"] = [method.name for method in self.methods]
             settings["memories"] = self.given_memories
-            settings["answer_quirks"] = [quirk for quirk in self.published_quirks if quirk in ANSWER_QUIRKS]
+            settings["answer_quirks"] = self.answer_quirks
         return settings
 
 
-def _public(settings: Any) -> dict[str, Any]:
-    """Fields of a settings class that users set, as JSON and YAML know values."""
-    values = {name: value for name, value in asdict(settings).items() if name not in _QUIRK_FIELDS}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def _plain(settings: Any) -> dict[str, Any]:
+    """Fields of a settings class, as JSON and YAML know values."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()
+    }

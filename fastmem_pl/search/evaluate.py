@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from fastmem_pl.data import ContextSample
 from fastmem_pl.decoding import BASELINE, METHODS, Method
 from fastmem_pl.memory import ContextReader, Memory
-from fastmem_pl.run.callbacks import SampleProgress
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.records import Record
 from fastmem_pl.search.grid import AXES, Point, Todo, key_of
@@ -24,12 +23,10 @@ _MOST_ROWS, _CPU_TOKENS = 32, 4096
 
 
 class SearchModule(LightningModule):
-    """Answers every sample zero-shot and at every point of ``todo``; ``progress`` is notified of answers.
+    """Answers every sample zero-shot and at every point of ``todo``.
 
-    Args:
-        model: its settings hold where a point does not say otherwise.
-        method: method that is searched for.
-        trials: numbers of the trials by key of their points, to be written into the records.
+    The model's settings hold where a point does not say otherwise. ``trials`` are the numbers of Optuna's
+    trials by key of their points, to be written into the records.
     """
 
     def __init__(self, model: FastMemModule, method: Method, trials: Mapping[Any, int] | None = None) -> None:
@@ -37,10 +34,8 @@ class SearchModule(LightningModule):
         # Kept out of the module tree, as the model keeps its backbone.
         object.__setattr__(self, "_model", model)
         self._method, self._trials = method, trials
-        numbers = sorted({min(trials.values()), max(trials.values())}) if trials else []
-        self.mode = f"trial {'-'.join(map(str, numbers))}" if trials else "search"
+        self.mode = "search"
         self.todo: Todo = {}
-        self.progress: Callable[[int], None] = lambda count: None
 
     def configure_model(self) -> None:
         """Load the model; trials have it already."""
@@ -52,11 +47,9 @@ class SearchModule(LightningModule):
         return batch
 
     def predict_step(self, batch: list[ContextSample], batch_idx: int = 0) -> list[Record]:
-        """Evaluate samples, one after the other; returns one record per sample and point."""
-        records = []
-        for sample in batch:
-            search = SampleSearch(self._model, sample, self._method, self.progress)
-            records += search.run(self.todo[sample.index])
+        """Evaluate a batch of one sample; returns one record per point."""
+        (sample,) = batch
+        records = SampleSearch(self._model, sample, self._method).run(self.todo[sample.index])
         if self._trials is not None:
             records = [{**record, "trial": self._trials.get(key_of(record["point"]))} for record in records]
         return records
@@ -66,27 +59,20 @@ class SearchModule(LightningModule):
         for todo in self.todo.values():
             if point in todo:
                 todo.remove(point)
-                self.progress(1)
 
 
 class SampleSearch:
     """One sample under search: the trunk reads its prompts and its context once."""
 
-    def __init__(
-        self, model: FastMemModule, sample: ContextSample, method: Method, progress: Callable[[int], None]
-    ) -> None:
-        self._model, self._sample, self._method, self._progress = model, sample, method, progress
+    def __init__(self, model: FastMemModule, sample: ContextSample, method: Method) -> None:
+        self._model, self._sample, self._method = model, sample, method
         (self._encoded,) = model.encode([sample])
         self._prefills = model.prefills([self._encoded])
         self._reader: ContextReader | None = None
         self._reading, self._num_rows, self._num_points = 0.0, 1, 1
 
     def run(self, todo: Sequence[Point | None]) -> list[Record]:
-        """A record for every point, and for zero-shot where ``None`` is among them.
-
-        Raises:
-            OutOfMemoryError: when a single row does not fit.
-        """
+        """A record for every point, and for zero-shot where ``None`` is among them."""
         rows: dict[tuple[float, float], list[Point]] = defaultdict(list)
         for point in filter(None, todo):
             rows[point["learning_rate"], point["kl_coeff"]].append(point)
@@ -105,26 +91,12 @@ class SampleSearch:
             records += budget.in_halves(self._answer_rows, chunk, lambda rows: tokens)
         return records
 
-    def _answer_zero_shot(self, _: Sequence[None]) -> list[Record]:
-        records = self._answers(METHODS[BASELINE], None, 0.0, [None], {})
-        self._progress(1)
-        return records
+    def _answer_zero_shot(self, points: Sequence[None]) -> list[Record]:
+        return self._answers(METHODS[BASELINE], None, 0.0, points)
 
     def _answer_rows(self, rows: Sequence[Sequence[Point]]) -> list[Record]:
-        records: list[Record] = []
-        try:
-            for steps, memory, seconds in self._memories(rows):
-                found = self._at_step(rows, steps, memory, seconds)
-                records += found
-                self._progress(len(found))
-        except BaseException:
-            self._progress(-len(records))
-            raise
-        return records
-
-    def _memories(self, rows: Sequence[Sequence[Point]]) -> Iterator[tuple[int, Memory, float]]:
-        """Numbers of steps that points have, the memory of all rows then, and seconds of a row so far."""
-        model = self._model
+        """Memorize with the settings of every row, and answer wherever points stop on the way."""
+        model, records = self._model, []
         settings = [
             replace(model.memorization, learning_rate=row[0]["learning_rate"], kl_coeff=row[0]["kl_coeff"])
             for row in rows
@@ -139,7 +111,8 @@ class SampleSearch:
             with model.meter.measure("memorize") as timing:
                 steps, memory = next(snapshots)
             seconds += timing["seconds"] / len(rows)
-            yield steps, memory.to(model.backbone.compute_dtype), seconds
+            records += self._at_step(rows, steps, memory.to(model.backbone.compute_dtype), seconds)
+        return records
 
     def _at_step(
         self, rows: Sequence[Sequence[Point]], steps: int, memory: Memory, seconds: float
@@ -149,24 +122,18 @@ class SampleSearch:
         for number, row in enumerate(rows):
             for point in row:
                 if point["steps"] == steps:
-                    own = {name: value for name, value in point.items() if AXES[name].group == "decode"}
-                    by_decoder[key_of(own)][number] = point
+                    by_decoder[key_of(_decoding_of(point))][number] = point
         records = []
-        for own, asked in by_decoder.items():
+        for asked in by_decoder.values():
             used = memory if len(asked) == len(rows) else memory.rows(list(asked))
-            records += self._answers(self._method, used, seconds, [*asked.values()], dict(own))
+            records += self._answers(self._method, used, seconds, [*asked.values()])
         return records
 
     def _answers(
-        self,
-        method: Method,
-        memory: Memory | None,
-        seconds: float,
-        points: Sequence[Point | None],
-        settings: Mapping[str, float],
+        self, method: Method, memory: Memory | None, seconds: float, points: Sequence[Point | None]
     ) -> list[Record]:
-        """Records of rows that answer the one prompt."""
-        decoding = replace(self._model.decoding, **settings)
+        """Records of rows that answer the one prompt, with one decoder."""
+        decoding = replace(self._model.decoding, **_decoding_of(points[0] or {}))
         samples = [self._sample] * len(points)
         answers, decode = self._model.answer(
             samples, method, memory, self._prefills, decoding, sharing=self._num_points
@@ -181,26 +148,5 @@ class SampleSearch:
         ]
 
 
-class AnswerProgress(SampleProgress):
-    """Counts answers: a sample has one for every point. Those of an earlier session count as done."""
-
-    unit = "answer"
-
-    def __init__(self, total: int) -> None:
-        super().__init__()
-        self._total = total
-
-    def extent(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, int]:
-        """Answers that are there, and all."""
-        return self._total - sum(map(len, pl_module.todo.values())), self._total
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar."""
-        super().on_predict_start(trainer, pl_module)
-        if not self.count:
-            pl_module.progress = self._bar.update
-
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Advance where the answers of other processes are counted; else the module notifies of every one."""
-        if self.count:
-            super().on_predict_batch_end(*args, **kwargs)
+def _decoding_of(point: Point) -> dict[str, float]:
+    return {name: value for name, value in point.items() if AXES[name].group == "decode"}

@@ -25,21 +25,13 @@ Todo = dict[int, list[Point | None]]
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting that a search may vary.
-
-    Attributes:
-        group: settings that hold it, ``"memorize"`` or ``"decode"`` under ``model``.
-        whole: whether it takes whole numbers only.
-        logarithmic: scale of the trials.
-        decoders: those that it concerns; empty for all.
-        bound: value beyond which nothing lies, so that the best value there asks for no larger search.
-    """
+    """A setting under ``model`` that a search may vary."""
 
     group: Literal["memorize", "decode"]
     whole: bool = False
     logarithmic: bool = False
-    decoders: tuple[str, ...] = ()
-    bound: float | None = None
+    decoders: tuple[str, ...] = ()  # empty where it concerns all
+    bound: float | None = None  # nothing lies beyond: the best value there asks for no larger search
 
     def tidy(self, value: float) -> float:
         """The value in the type that the setting takes."""
@@ -60,12 +52,11 @@ AXES = {
 MEMORY_AXES = tuple(name for name, axis in AXES.items() if axis.group == "memorize")
 
 
-def _paper_grid() -> dict[str, list[float]]:
-    return {
-        "learning_rate": [1e-6, 3e-6, 1e-5, 3e-5],
-        "steps": [10, 20, 50],
-        "kl_coeff": [0.01, 0.03, 0.1, 0.3, 1.0],
-    }
+_PAPER_GRID = {
+    "learning_rate": [1e-6, 3e-6, 1e-5, 3e-5],
+    "steps": [10, 20, 50],
+    "kl_coeff": [0.01, 0.03, 0.1, 0.3, 1.0],
+}
 
 
 @dataclass(frozen=True)
@@ -97,41 +88,25 @@ class OptunaSettings:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse a missing package, ranges that are none, and numbers out of range.
-
-        Raises:
-            FastMemError: naming the setting.
-        """
+        """Refuse a missing package, ranges that are none, and numbers out of range."""
         if importlib.util.find_spec("optuna") is None:
-            raise FastMemError(
-                'search.optuna: the package optuna is not installed; pip install "fastmem-pl[optuna]"'
-            )
-        if not self.space:
-            raise FastMemError(
-                "search.optuna.space: empty; give lowest and highest value of one axis or more, such as "
-                "--search.optuna.space '{learning_rate: [1e-6, 1e-3], steps: [5, 50]}'"
-            )
+            raise FastMemError('search.optuna: it is not installed; pip install "fastmem-pl[optuna]"')
         for name, values in self.space.items():
             where = f"search.optuna.space.{name}"
             if len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]:
                 raise FastMemError(f"{where}: {values} is no range; give the lowest and the highest value")
             # Other axes of this scale refuse 0 themselves.
             if name == "kl_coeff" and values[0] == 0:
-                raise FastMemError(
-                    f"{where}: starts at 0, but its scale is logarithmic; give a lowest value above 0"
-                )
+                raise FastMemError(f"{where}: 0 has no place on its logarithmic scale; allowed: above 0")
         for name, least in (("trials", 1), ("parallel", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise FastMemError(
-                    f"search.optuna.{name}: {getattr(self, name)} is out of range; allowed: at least {least}"
-                )
+            value = getattr(self, name)
+            if value < least:
+                raise FastMemError(f"search.optuna.{name}: {value} is out of range; allowed: {least} or more")
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What to search, and by what to judge.
-
-    Defaults are the paper's (arXiv 2406.16069, appendix).
+    """What to search, and by what to judge; defaults are the paper's (arXiv 2406.16069, appendix).
 
     Args:
         grid: values of each axis; every combination is a point. Axes: learning_rate, steps, kl_coeff, and of
@@ -144,7 +119,7 @@ class SearchSettings:
         optuna: search a larger space by trials of Optuna instead of the grid.
     """
 
-    grid: dict[str, list[float]] = field(default_factory=_paper_grid)
+    grid: dict[str, list[float]] = field(default_factory=lambda: dict(_PAPER_GRID))
     objective: str = "accuracy"
     every: int = 5
     method: str | None = None
@@ -156,37 +131,22 @@ class SearchSettings:
         return self.optuna.space if self.optuna else self.grid
 
     def chosen_method(self) -> Method:
-        """The method that is searched for.
-
-        Raises:
-            FastMemError: for an unknown one, or one without a memory.
-        """
-        if self.method is None:
-            return METHODS["fastmem+cd" if "alpha" in self.values else "fastmem"]
-        method = METHODS[self.method]
+        """The method that is searched for."""
+        method = METHODS[self.method or ("fastmem+cd" if "alpha" in self.values else "fastmem")]
         if not method.memory:
-            allowed = [name for name, other in METHODS.items() if other.memory]
-            raise FastMemError(
-                f"search.method: {method.name!r} memorizes nothing; allowed: {', '.join(allowed)}"
-            )
+            allowed = ", ".join(name for name, other in METHODS.items() if other.memory)
+            raise FastMemError(f"search.method: {method.name!r} memorizes nothing; allowed: {allowed}")
         return method
 
     def check(self, model: FastMemModule, samples: Sequence[ContextSample]) -> None:
-        """Refuse a search that cannot be done, before anything is.
-
-        Raises:
-            FastMemError: naming the setting.
-        """
+        """Refuse a search that cannot be done, before anything is."""
         where = "search.optuna.space" if self.optuna else "search.grid"
+        if not self.values:
+            raise FastMemError(f"{where}: empty; such as --{where} '{{learning_rate: [1e-5, 1e-4]}}'")
         for name in self.values:
             self._check_axis(name, model, where)
         if self.optuna:
             self.optuna.check()
-        elif not self.grid:
-            raise FastMemError(
-                "search.grid: empty; give values of one axis or more, such as "
-                "--search.grid '{learning_rate: [1e-5, 1e-4], steps: [10, 20]}'"
-            )
         for name, values in self.values.items():
             if not values:
                 raise FastMemError(f"{where}.{name}: empty; give one value or more, or leave the axis out")
@@ -211,16 +171,14 @@ class SearchSettings:
             raise unknown(where, name, AXES)
         method, concerned = self.chosen_method(), AXES[name].decoders
         if concerned and method.decoder not in concerned:
-            fitting = [m.name for m in METHODS.values() if m.memory and m.decoder in concerned]
             raise FastMemError(
-                f"{where}: {method.name!r} does not depend on {name}; leave {name} out, or set "
-                f"search.method to one of: {', '.join(fitting)}"
+                f"{where}: {method.name!r} does not depend on {name}; leave it out, or set a search.method "
+                f"with one of: {', '.join(concerned)}"
             )
         temperatures = self.values.get("temperature") or [model.decoding.temperature]
         if name in ("top_p", "top_k") and not min(temperatures) > 0:
             raise FastMemError(
-                f"{where}.{name}: has no effect where the best token is taken; set "
-                "--model.decode.temperature above 0"
+                f"{where}.{name}: has no effect without drawing; set --model.decode.temperature above 0"
             )
 
 
@@ -242,12 +200,10 @@ def missing(
 
 
 def _check_value(model: FastMemModule, name: str, value: float, where: str) -> None:
-    if AXES[name].whole and (not math.isfinite(value) or value != int(value)):
+    if AXES[name].whole and not float(value).is_integer():
         raise FastMemError(f"{where}.{name}: {value} is no whole number")
     if name == "steps" and value < 1:
-        raise FastMemError(
-            f"{where}.steps: {int(value)} is out of range; allowed: at least 1 (zero-shot is answered anyway)"
-        )
+        raise FastMemError(f"{where}.steps: {int(value)} is out of range; allowed: at least 1")
     settings = model.memorization if AXES[name].group == "memorize" else model.decoding
     try:
         replace(settings, **{name: AXES[name].tidy(value)})
@@ -259,20 +215,14 @@ def _check_value(model: FastMemModule, name: str, value: float, where: str) -> N
 def _check_objective(objective: str, model: FastMemModule, samples: Sequence[ContextSample]) -> None:
     if objective not in SCORES:
         raise unknown("search.objective", objective, SCORES)
+    where = f"search.objective: {objective!r}"
     for task in sorted({sample.task for sample in samples}):
         if objective not in TASKS[task].scores:
-            raise FastMemError(
-                f"search.objective: {objective!r} is no score of task {task}; "
-                f"allowed: {', '.join(TASKS[task].scores)}"
-            )
-    if objective in METRIC_MODELS and not model.metric_models[METRIC_MODELS[objective].setting[6:]]:
-        setting = METRIC_MODELS[objective].setting
-        raise FastMemError(f"search.objective: {objective!r} needs a model of its own; set --{setting}")
-    function = SCORES[objective].function
-    if not any(
-        sample.references and (not function or function("", sample.references, sample.originals) is not None)
-        for sample in samples
-    ):
-        raise FastMemError(
-            f"search.objective: no sample has an answer to score {objective!r} against; add some to the data"
-        )
+            allowed = ", ".join(TASKS[task].scores)
+            raise FastMemError(f"{where} is no score of task {task}; allowed: {allowed}")
+    setting = METRIC_MODELS[objective].setting if objective in METRIC_MODELS else None
+    if setting and not model.metric_models[setting.removeprefix("model.")]:
+        raise FastMemError(f"{where} needs a model of its own; set --{setting}")
+    function = SCORES[objective].function or (lambda *texts: 0.0)
+    if all(not s.references or function("", s.references, s.originals) is None for s in samples):
+        raise FastMemError(f"{where}: no sample has an answer to score against; add some to the data")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,22 @@ from lightning.pytorch import Callback
 
 from fastmem_pl.base.errors import RunStoppedError
 from fastmem_pl.base.files import write_atomic
-from fastmem_pl.data import BatchLimits, ContextSample, FastMemDataModule
+from fastmem_pl.data import BatchLimits, FastMemDataModule
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.metrics import METRIC_MODELS, format_score
-from fastmem_pl.run.callbacks import PredictionWriter
-from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
+from fastmem_pl.run.callbacks import PredictionWriter, SampleProgress
+from fastmem_pl.run.folder import SCHEMA_VERSION
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.provenance import describe_run
 from fastmem_pl.run.records import Record
 from fastmem_pl.run.scoring import score_records
 from fastmem_pl.run.trainer import FastMemTrainer
-from fastmem_pl.search.evaluate import AnswerProgress, SearchModule
-from fastmem_pl.search.grid import AXES, MEMORY_AXES, SearchSettings, Todo
-from fastmem_pl.search.ranking import Ranking
+from fastmem_pl.search.evaluate import SearchModule
+from fastmem_pl.search.grid import AXES, MEMORY_AXES, SearchSettings, Todo, missing
+from fastmem_pl.search.ranking import Ranking, rank
 from fastmem_pl.search.summary import heat_map, markdown
+
+log = logging.getLogger(__name__)
 
 RESULTS = ("search.json", "search.md", "heatmap.svg", "best.yaml")
 _MEASURED = ("seconds_of_last_session", "peak_memory_gib", "environment")
@@ -36,46 +39,34 @@ _MEASURED = ("seconds_of_last_session", "peak_memory_gib", "environment")
 
 @dataclass
 class SearchResult:
-    """What a search leaves.
-
-    Attributes:
-        path: the run folder.
-        ranking: all points, best first.
-        num_samples: that were searched on.
-        num_new: answers that were not there before this session.
-        files: of the run folder that show the result.
-    """
+    """What a search leaves: ``num_new`` answers are of this session, ``files`` show the result."""
 
     path: Path
     ranking: Ranking
     num_samples: int
     num_new: int
-    mode: str = "search"
-    files: tuple[str, ...] = ("search.md", "heatmap.svg", "search.json")
+    files: tuple[str, ...]
 
 
-@dataclass
 class SearchJob:
-    """One search, from its settings to its files; ``model`` has the settings of all that is no axis."""
+    """One search, from its settings to its files; making one refuses what needs no model to be refused."""
 
-    trainer: FastMemTrainer
-    model: FastMemModule
-    datamodule: FastMemDataModule
-    settings: SearchSettings
-    path: Path
-    run: RunFolder | None = None
-    _start: float = field(default_factory=time.perf_counter)
+    def __init__(
+        self,
+        trainer: FastMemTrainer,
+        model: FastMemModule,
+        datamodule: FastMemDataModule,
+        settings: SearchSettings,
+        path: Path,
+    ) -> None:
+        self.trainer, self.model, self.datamodule = trainer, model, datamodule
+        self.settings, self.path = settings, path
+        self.samples = datamodule.samples
+        self.run = trainer.prepare_run(path, self._identity(), [], model)
+        self.num_new, self._start = 0, time.perf_counter()
 
-    @property
-    def samples(self) -> list[ContextSample]:
-        """Those that are searched on."""
-        return self.datamodule.samples
-
-    def identity(self) -> dict[str, Any]:
-        """What the records depend on beside their points and, of trials, all that the study depends on.
-
-        A folder may hold the points of several grids, but those of one study only.
-        """
+    def _identity(self) -> dict[str, Any]:
+        """What records depend on; a folder may hold the points of several grids, but of one study only."""
         settings, identity = self.settings, self.trainer.identity(self.model, self.datamodule, answers=True)
         axes = settings.optuna.space if settings.optuna else {*MEMORY_AXES, *settings.grid}
         for name in axes:
@@ -90,43 +81,41 @@ class SearchJob:
                 "samples": len(self.samples),
                 "space": {name: [AXES[name].tidy(end) for end in ends] for name, ends in axes.items()},
             }
-        return json.loads(json.dumps(identity))
-
-    def prepare(self) -> RunFolder:
-        """Refuse what can be refused before the model is loaded and anything is written."""
-        self.run = self.trainer.prepare_run(self.path, self.identity(), [], self.model)
-        return self.run
+        return identity
 
     def answer(
         self,
-        bar: AnswerProgress,
         look: Callable[[], Todo],
-        callbacks: Sequence[Callback] = (),
+        callback: Callback | None = None,
         trials: Mapping[Any, int] | None = None,
-    ) -> int:
-        """Run Lightning's predict loop, one sample a batch; returns the number of answers that were missing.
+    ) -> None:
+        """Run Lightning's predict loop, one sample a batch.
 
-        ``look`` returns them once the model is loaded, the same in all processes. Callbacks find the answers
-        on disk.
+        ``look`` returns what is missing once the model is loaded, the same in all processes.
         """
         model, data, ranks = self.model, self.datamodule, self.trainer.ranks
         search = SearchModule(model, self.settings.chosen_method(), trials)
-        left: list[int] = []
 
         def plan() -> None:
             search.todo = look()
-            left.append(sum(map(len, search.todo.values())))
+            new, there = sum(map(len, search.todo.values())), self.run.count_lines()
             data.skip({sample.index for sample in self.samples} - search.todo.keys())
-            lengths = model.context_lengths(data.remaining)
+            left, lengths = len(data.remaining), model.context_lengths(data.remaining)
             data.use_plan(ranks.first(lambda: data.plan(lengths, BatchLimits(1))))
-            bar.count = self.run.count_lines if ranks.count > 1 else None
+            self.num_new += new
 
+            def count() -> int:
+                return len(self.samples) - left + (self.run.count_lines() - there) * left // max(1, new)
+
+            for bar in (c for c in self.trainer.callbacks if isinstance(c, SampleProgress)):
+                bar.count = count if ranks.count > 1 else None
+
+        callbacks = [PredictionWriter(self.run), *([callback] if callback else [])]
         try:
-            self.trainer.run_loop(search, data, plan, [PredictionWriter(self.run), *callbacks], bar)
+            self.trainer.run_loop(search, data, plan, callbacks)
         finally:
             if model.is_loaded:
                 model.graphs.clear()
-        return sum(left)
 
     def scored_records(self) -> list[Record]:
         """Records of the samples that are searched on, with the scores that need a model of their own."""
@@ -134,16 +123,10 @@ class SearchJob:
         wanted = {sample.index for sample in self.samples}
         return [record for record in self.run.records() if record["index"] in wanted]
 
-    def write(
-        self, ranking: Ranking, new: bool, study: Mapping[str, Any] | None = None, plots: Sequence[str] = ()
-    ) -> None:
-        """Write ``search.json``, ``search.md``, ``best.yaml`` and, but for trials, ``heatmap.svg``.
-
-        Where nothing was left to do, ``search.json`` keeps what was measured while there was.
-
-        Raises:
-            RunStoppedError: when the folder cannot be written.
-        """
+    def finish(
+        self, ranking: Ranking, study: Mapping[str, Any] | None = None, plots: Sequence[str] = ()
+    ) -> SearchResult:
+        """Write ``search.json``, ``search.md``, ``best.yaml`` and, but for trials, ``heatmap.svg``."""
         summary = self.path / "search.json"
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -154,9 +137,10 @@ class SearchJob:
             **({"study": study} if study else {}),
             **describe_run(self.model, self.run.identity),
         }
-        if new:
+        if self.num_new:
             content["seconds_of_last_session"] = round(time.perf_counter() - self._start, 2)
         elif summary.is_file():
+            # Nothing was left to do, so what was measured while there was stays.
             kept = json.loads(summary.read_text())
             content |= {name: kept[name] for name in _MEASURED if name in kept}
         config = self.trainer.config_of(self.model, self.datamodule, self.path)
@@ -168,9 +152,42 @@ class SearchJob:
             write_atomic(self.path / "best.yaml", best_config(config, ranking, self.settings, self.path))
         except OSError as error:
             raise RunStoppedError(
-                f"cannot write {self.path}: {error.strerror}; the answers are kept, and the same command "
-                "writes the results"
+                f"cannot write {self.path}: {error.strerror}; answers stay, and the same command goes on"
             ) from error
+        files = ("search.md", *(plots if study else ["heatmap.svg"]), "search.json")
+        return SearchResult(self.path, ranking, len(self.samples), self.num_new, files)
+
+
+def search_grid(job: SearchJob) -> SearchResult:
+    """Answer what is missing of every point of the grid, and rank the points."""
+    points, run, ranks = job.settings.points(job.model), job.run, job.trainer.ranks
+
+    def look() -> Todo:
+        records = run.records()
+        todo = missing(points, job.samples, records)
+        if todo:
+            # They would be stale, should this session be killed.
+            for name in RESULTS:
+                (job.path / name).unlink(missing_ok=True)
+        if records and todo:
+            total, left = len(job.samples) * (len(points) + 1), sum(map(len, todo.values()))
+            log.warning("going on in %s: %d of %d answers are there", job.path, total - left, total)
+        return todo
+
+    def open_and_look() -> Todo:
+        job.trainer.open_run(run, job.model, job.datamodule)
+        return ranks.first(look)
+
+    def finish() -> SearchResult:
+        run.merge_parts()
+        return job.finish(rank(job.scored_records(), job.settings.objective, points))
+
+    try:
+        job.answer(open_and_look)
+        ranks.gather(None)  # all are done
+        return ranks.first(finish)
+    finally:
+        run.close()
 
 
 def best_config(config_text: str, ranking: Ranking, settings: SearchSettings, path: Path) -> str:

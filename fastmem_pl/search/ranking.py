@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.metrics import format_score, lower_is_better
-from fastmem_pl.search.grid import AXES, Point, key_of
+from fastmem_pl.metrics import estimate, format_score, lower_is_better
+from fastmem_pl.search.grid import AXES, MEMORY_AXES, Point, key_of
 
 # A value nearer to the end of a range than this share of it is at the end.
 _NEAR = 0.02
 _MORE_SAMPLES = "lower search.every or give more data"
 
-Range = tuple[float, float, bool]
-"""Lowest and highest value of an axis, and whether its scale is logarithmic."""
+Range = tuple[float, float, bool]  # lowest and highest value, and whether the scale is logarithmic
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """Results of zero-shot on the samples of the search.
+    """Results of zero-shot: means over the ``n`` samples of the search that have the objective.
 
-    Attributes:
-        n: samples with the objective.
-        value: mean of the objective.
-        standard_error: of ``value``; ``None`` below two samples.
-        scores: mean of every score, and of ``output_words``.
-        seconds: mean time of memorizing and decoding a sample.
+    ``value`` is that of the objective; standard errors are ``None`` below two samples.
     """
 
     n: int
@@ -45,9 +39,7 @@ class RankedPoint(Baseline):
     """Results of one point.
 
     Attributes:
-        point: setting of every axis.
-        gain: mean difference to zero-shot on the same samples; a negative one is good where lower is better.
-        gain_error: standard error of ``gain``, of the paired differences; ``None`` below two samples.
+        gain: mean of the paired differences to zero-shot; a negative one is good where lower is better.
         failed: samples that could not be memorized and were answered by the base model.
     """
 
@@ -59,10 +51,7 @@ class RankedPoint(Baseline):
 
 @dataclass(frozen=True)
 class Ranking:
-    """All points, best first; ``axes`` holds the values that occur, ascending.
-
-    ``ranges`` are those of a search by trials.
-    """
+    """All points, best first; ``axes`` are the values that occur, ascending, ``ranges`` those of trials."""
 
     objective: str
     axes: dict[str, list[float]]
@@ -92,87 +81,65 @@ def rank(
     Before them come points that failed on a sample: it is the base model's answer that was scored there.
     Ties go to fewer steps, then smaller learning rates, then larger KL weights: nearest to the model.
 
-    Args:
-        records: of points and of zero-shot; a sample counts where zero-shot has answered it as well.
-        objective: name of a score.
-        points: to rank. Records of others, as of an earlier and larger grid, are left out.
-        ranges: of a search by trials, which gives up points before their last sample; ``None`` for a grid.
-
-    Raises:
-        FastMemError: when no point has a sample with the objective in common with zero-shot.
+    A sample counts where zero-shot has answered it as well. Records of other points, as of an earlier and
+    larger grid, are left out. ``ranges`` are those of a search by trials.
     """
-    scored = [record for record in records if objective in record["scores"]]
     by_key = {key_of(point): dict(point) for point in points}
-    zero_shot = _table([record for record in scored if record["point"] is None], objective)
-    table = _table([record for record in scored if key_of(record["point"]) in by_key], objective)
-    pairs = table.merge(zero_shot[["index", "value"]], on="index", suffixes=("", "_before"))
+    table = _table(records, objective)
+    zero_shot = table[table["key"].isna()].set_index("index")
+    pairs = table[table["key"].isin(by_key) & table["index"].isin(zero_shot.index)]
     if pairs.empty:
         raise FastMemError(f"search.objective: zero-shot and the search share no sample with {objective!r}")
-    pairs["gain"] = pairs["value"] - pairs["value_before"]
-    ranked = [
-        RankedPoint(
-            point=by_key[key],
-            gain=_mean(rows["gain"]),
-            gain_error=_error(rows["gain"]),
-            failed=int(rows["failed"].sum()),
-            **_results(rows),
-        )
-        for key, rows in pairs.groupby("key", sort=False)
-    ]
+    ranked = []
+    for key, rows in pairs.groupby("key", sort=False):
+        gain = estimate(rows["value"] - rows["index"].map(zero_shot["value"]))
+        own = {"point": by_key[key], "failed": int(rows["failed"].sum())}
+        ranked.append(RankedPoint(**own, gain=gain.value, gain_error=gain.error, **_results(rows)))
     sign = 1 if lower_is_better(objective) else -1
     ranked.sort(key=lambda p: (-p.n, p.failed > 0, sign * p.value, _precedence(p.point)))
     axes = {name: sorted({p.point[name] for p in ranked}) for name in points[0]}
-    baseline = Baseline(**_results(zero_shot))
+    ranges = dict(ranges) if ranges else None
     warnings = _warnings(objective, axes, ranked, ranges)
-    return Ranking(objective, axes, baseline, ranked, warnings, dict(ranges) if ranges else None)
+    return Ranking(objective, axes, Baseline(**_results(zero_shot)), ranked, warnings, ranges)
 
 
-def format_setting(value: float, digits: int = 10) -> str:
-    """Return a setting without the noise of its last binary digits."""
-    return f"{value:.{digits}g}"
+def format_setting(value: float) -> str:
+    """A setting in six digits: without those that are noise in drawn values."""
+    return f"{value:g}"
 
 
-def _table(records: Iterable[Mapping[str, Any]], objective: str) -> pd.DataFrame:
-    """One row a record, in the order of the data."""
+def _table(records: Sequence[Mapping[str, Any]], objective: str) -> pd.DataFrame:
+    """One row a record with the objective, in the order of the data."""
     rows = [
-        (
-            record["index"],
-            key_of(record["point"]),
-            record["scores"][objective],
-            {**record["scores"], "output_words": record["output_words"]},
-            record["status"] != "ok",
-            sum(record["seconds"].values()),
-        )
+        {
+            "index": record["index"],
+            "key": key_of(record["point"]),
+            "value": record["scores"][objective],
+            "scores": {**record["scores"], "output_words": record["output_words"]},
+            "failed": record["status"] != "ok",
+            "seconds": sum(record["seconds"].values()),
+        }
         for record in records
+        if objective in record["scores"]
     ]
-    return pd.DataFrame(rows, columns=["index", "key", "value", "scores", "failed", "seconds"]).sort_values(
-        "index"
-    )
+    columns = ["index", "key", "value", "scores", "failed", "seconds"]
+    return pd.DataFrame(rows, columns=columns).sort_values("index")
 
 
 def _results(rows: pd.DataFrame) -> dict[str, Any]:
-    scores = pd.DataFrame(list(rows["scores"]))
+    mean = estimate(rows["value"])
     return {
-        "n": len(rows),
-        "value": _mean(rows["value"]),
-        "standard_error": _error(rows["value"]),
-        "scores": {name: _mean(scores[name]) for name in scores},
-        "seconds": _mean(rows["seconds"]),
+        "n": mean.n,
+        "value": mean.value,
+        "standard_error": mean.error,
+        "scores": pd.DataFrame(list(rows["scores"])).mean().to_dict(),
+        "seconds": float(rows["seconds"].mean()),
     }
 
 
-def _mean(values: pd.Series) -> float:
-    # Rounded, as the same scores summed in another order are the same value, and tie.
-    return round(float(values.mean()), 12)
-
-
-def _error(values: pd.Series) -> float | None:
-    return float(values.sem()) if len(values) > 1 else None
-
-
 def _precedence(point: Point) -> list[float]:
-    names = ("steps", "learning_rate", "kl_coeff", *sorted(point))
-    return [-point[name] if name == "kl_coeff" else point[name] for name in names]
+    nearest = [point["steps"], point["learning_rate"], -point["kl_coeff"]]
+    return nearest + [value for name, value in sorted(point.items()) if name not in MEMORY_AXES]
 
 
 def _warnings(
@@ -181,58 +148,44 @@ def _warnings(
     points: Sequence[RankedPoint],
     ranges: Mapping[str, Range] | None,
 ) -> list[str]:
-    best = points[0]
+    best, total = points[0], len(points)
     tied = [p for p in points if p.n == best.n and p.value == best.value]
-    lines = _at_an_end(tied, axes, ranges)
+    lines = [_end_warning(name, tied, values, ranges) for name, values in (ranges or axes).items()]
     if best.n < 2:
         lines.append(f"a single sample gives no standard error and no ranking to rely on: {_MORE_SAMPLES}")
     if (-best.gain if lower_is_better(objective) else best.gain) <= (best.gain_error or 0.0):
         gain = format_score(objective, best.gain, best.gain_error, sign="+")
         lines.append(
             f"the search does not show a gain: the best {objective} differs from zero-shot's by {gain} on "
-            f"{best.n} samples, which is no improvement by more than one standard error: {_MORE_SAMPLES}"
+            f"{best.n} samples, no more than one standard error: {_MORE_SAMPLES}"
         )
     if ties := len(tied) - 1:
+        tie = "points tie" if ties > 1 else "point ties"
+        lines.append(f"{ties} more {tie} with the best, which is nearest to the model: {_MORE_SAMPLES}")
+    if short := sum(p.n < best.n for p in points):
+        lines.append(f"{short} of {total} points were given up before the last sample and are ranked last")
+    if failed := [p.failed for p in points if p.failed]:
         lines.append(
-            f"{ties} more point{'s tie' if ties > 1 else ' ties'} with the best; first is the one of fewest "
-            f"steps, then of smallest learning_rate and largest kl_coeff: to tell them apart, {_MORE_SAMPLES}"
+            f"the loss was not finite in {len(failed)} of {total} points, where the base model gave "
+            f"{sum(failed)} answers: leave out the largest learning rates"
         )
-    short = [p for p in points if p.n < best.n]
-    if short and ranges is not None:
-        lines.append(
-            f"{len(short)} of {len(points)} points were given up before the last sample and are ranked last"
-        )
-    elif short:
-        named = ["/".join(map(format_setting, p.point.values())) + f" ({p.n})" for p in short[:3]]
-        lines.append(
-            f"{len(short)} of {len(points)} points lack some of the {best.n} samples and are ranked last, "
-            f"{'/'.join(axes)} {', '.join(named)}{', ...' if len(short) > 3 else ''}: "
-            "run the same command again to complete them"
-        )
-    if failed := [p for p in points if p.failed]:
-        lines.append(
-            f"the loss was not finite in {len(failed)} of {len(points)} points, where the base model gave "
-            f"{sum(p.failed for p in failed)} answers (see 'status'): leave out the largest learning rates"
-        )
-    return lines
+    return list(filter(None, lines))
 
 
-def _at_an_end(
-    tied: Sequence[RankedPoint], axes: Mapping[str, list[float]], ranges: Mapping[str, Range] | None
-) -> list[str]:
-    """Axes on whose end the best point lies; of a grid, where no other value does as well."""
-    lines = []
-    for name, values in axes.items() if ranges is None else ranges.items():
-        low, high = values[0], values[1 if ranges else -1]
-        best = tied[0].point[name]
-        near = _NEAR if ranges else 0.0
-        scale = math.log if ranges and values[2] else float
-        share = (scale(best) - scale(low)) / (scale(high) - scale(low)) if high > low else 0.5
-        alone = ranges is not None or all(point.point[name] == best for point in tied)
-        bound, end, further = (low, "lower", "smaller") if share < 0.5 else (high, "upper", "larger")
-        if alone and not near < share < 1 - near and bound != AXES[name].bound:
-            lines.append(
-                f"the best {name}, {format_setting(best, 4)}, is at the {end} end; the optimum may lie "
-                f"beyond {format_setting(bound)}: search {further} values, too"
-            )
-    return lines
+def _end_warning(
+    name: str, tied: Sequence[RankedPoint], values: Sequence[float], ranges: Mapping[str, Range] | None
+) -> str | None:
+    """Where the best value of an axis lies at an end of what was searched, and, in a grid, no other ties."""
+    best, low, high = tied[0].point[name], values[0], values[1 if ranges else -1]
+    if high <= low or (ranges is None and any(point.point[name] != best for point in tied)):
+        return None
+    near = _NEAR if ranges else 0.0
+    scale = math.log if ranges and values[2] else float
+    share = (scale(best) - scale(low)) / (scale(high) - scale(low))
+    bound, end, further = (low, "lower", "smaller") if share < 0.5 else (high, "upper", "larger")
+    if near < share < 1 - near or bound == AXES[name].bound:
+        return None
+    return (
+        f"the best {name}, {format_setting(best)}, is at the {end} end; the optimum may lie beyond "
+        f"{format_setting(bound)}: search {further} values, too"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from fastmem_pl.base.errors import FastMemError
@@ -10,12 +9,8 @@ from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.trainer import FastMemTrainer
-from fastmem_pl.search.evaluate import AnswerProgress
-from fastmem_pl.search.grid import SearchSettings, Todo, missing
-from fastmem_pl.search.job import RESULTS, SearchJob, SearchResult
-from fastmem_pl.search.ranking import Ranking, rank
-
-log = logging.getLogger(__name__)
+from fastmem_pl.search.grid import SearchSettings
+from fastmem_pl.search.job import SearchJob, SearchResult, search_grid
 
 
 class SearchTrainer(FastMemTrainer):
@@ -43,7 +38,7 @@ class SearchTrainer(FastMemTrainer):
             search.check(model, datamodule.samples)
             self._check_for_search(model, search)
             model.use_methods([BASELINE, search.chosen_method().name])
-            path = Path(run_dir or Path("runs") / f"search-{datamodule.task}")
+            path = Path(run_dir or f"runs/search-{datamodule.task}")
             job = SearchJob(self, model, datamodule, search, path)
             if search.optuna is None:
                 return search_grid(job)
@@ -58,52 +53,11 @@ class SearchTrainer(FastMemTrainer):
 
     def _check_for_search(self, model: FastMemModule, search: SearchSettings) -> None:
         if self.profile:
-            raise FastMemError(
-                "trainer.profile: a search is not profiled; allowed with fit-predict, fit and predict"
-            )
+            raise FastMemError("trainer.profile: not in a search; allowed with fit-predict, fit and predict")
         if model.loading.tp_plan is not None:
-            raise FastMemError(
-                "model.backbone.tp_plan: a search chooses its batches by the memory of one process; allowed: "
-                "model.backbone.device_map or model.backbone.quantization for a model too large for one"
-            )
+            raise FastMemError("model.backbone.tp_plan: not in a search; allowed: model.backbone.device_map")
         if search.optuna and self.num_devices * self.num_nodes > 1:
             raise FastMemError(
-                f"trainer.devices: {self.num_devices} on {self.num_nodes} node(s); workers of an Optuna "
-                "study are single processes: start the command once for every device, with one "
-                "--search.optuna.storage"
+                f"trainer.devices: {self.num_devices} on {self.num_nodes} node(s); a worker of a study is "
+                "one process: start one for every device, with one --search.optuna.storage"
             )
-
-
-def search_grid(job: SearchJob) -> SearchResult:
-    """Answer what is missing of every point of the grid, and rank the points."""
-    points, run, ranks = job.settings.points(job.model), job.prepare(), job.trainer.ranks
-    total = len(job.samples) * (len(points) + 1)
-
-    def look() -> Todo:
-        records = run.records()
-        todo = missing(points, job.samples, records)
-        if todo:
-            # They would be stale, should this session be killed.
-            for name in RESULTS:
-                (job.path / name).unlink(missing_ok=True)
-        left = sum(map(len, todo.values()))
-        if records and todo:
-            log.warning("going on in %s: %d of %d answers are there", job.path, total - left, total)
-        return todo
-
-    def open_and_look() -> Todo:
-        job.trainer.open_run(run, job.model, job.datamodule)
-        return ranks.first(look)
-
-    def finish() -> Ranking:
-        run.merge_parts()
-        ranking = rank(job.scored_records(), job.settings.objective, points)
-        job.write(ranking, new > 0)
-        return ranking
-
-    try:
-        new = job.answer(AnswerProgress(total), open_and_look)
-        ranks.gather(None)  # all are done
-        return SearchResult(job.path, ranks.first(finish), len(job.samples), new)
-    finally:
-        run.close()

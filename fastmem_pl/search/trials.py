@@ -1,7 +1,4 @@
-"""A search by trials of Optuna: batches of points that it chooses, given up on the way or scored at the end.
-
-Imports Optuna, which is an extra: import this module only where a study is asked for.
-"""
+"""A search by trials of Optuna, which is an extra: import this module only where a study is asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import METRIC_MODELS, lower_is_better
 from fastmem_pl.run.folder import differences
-from fastmem_pl.run.records import Record, read_records
-from fastmem_pl.search.evaluate import AnswerProgress, SearchModule
+from fastmem_pl.run.records import Record, merge_records
+from fastmem_pl.search.evaluate import SearchModule
 from fastmem_pl.search.grid import AXES, OptunaSettings, key_of, missing
 from fastmem_pl.search.job import SearchJob, SearchResult
 from fastmem_pl.search.ranking import rank
@@ -40,21 +38,17 @@ log = logging.getLogger(__name__)
 _HEARTBEAT, _GRACE = 60, 180
 _SQLITE_TIMEOUT = 60
 _FINISHED, _RUNNING = (TrialState.COMPLETE, TrialState.PRUNED), (TrialState.RUNNING,)
-# User attributes: what the study depends on; the run that has a trial, and its folder.
-_IDENTITY, _RUN, _FOLDER = "fastmem", "run", "run_dir"
+# User attributes: what the study depends on, and the folder of the run that has a trial.
+_IDENTITY, _FOLDER = "fastmem", "run_dir"
 # The mean of the first few samples says nothing, and the median pruner would keep whatever began well.
 _UNREPORTED_SHARE = 4
 
 
 def search_by_trials(job: SearchJob) -> SearchResult:
-    """Run trials until the study has as many as were asked for, and rank those of all its workers.
-
-    Raises:
-        FastMemError: for a study of other settings, or a storage that does not work.
-    """
+    """Run trials until the study has as many as were asked for, and rank those of all its workers."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    settings, url = job.settings.optuna, _url(job)
-    with _errors_of(url), warnings.catch_warnings():
+    settings, url, run = job.settings.optuna, _url(job), job.run
+    with warnings.catch_warnings():
         # Heartbeats beside ask and tell work, and workers need both.
         warnings.filterwarnings("ignore", message=".*supposed to be used with Study.optimize")
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -62,8 +56,7 @@ def search_by_trials(job: SearchJob) -> SearchResult:
             # Mistakes in it show before the model is loaded and anything is written.
             with _connected(url) as storage:
                 if settings.study in optuna.get_all_study_names(storage):
-                    _check(optuna.load_study(study_name=settings.study, storage=storage), job.identity(), url)
-        run = job.prepare()
+                    _check(optuna.load_study(study_name=settings.study, storage=storage), job, url)
         try:
             # The study may lie in the run folder, and needs neither loop nor other processes.
             job.model.load_for(job.trainer)
@@ -77,18 +70,17 @@ def search_by_trials(job: SearchJob) -> SearchResult:
 def distributions_of(space: Mapping[str, Sequence[float]]) -> dict[str, BaseDistribution]:
     """Ranges as Optuna takes them."""
     return {
-        name: IntDistribution(int(low), int(high), log=AXES[name].logarithmic)
-        if AXES[name].whole
-        else FloatDistribution(low, high, log=AXES[name].logarithmic)
-        for name, (low, high) in space.items()
+        name: (IntDistribution if AXES[name].whole else FloatDistribution)(
+            *map(AXES[name].tidy, ends), log=AXES[name].logarithmic
+        )
+        for name, ends in space.items()
     }
 
 
 def sampler_of(settings: OptunaSettings, begun: int, folder: Path) -> optuna.samplers.BaseSampler:
-    """The sampler of one session of one worker.
+    """The sampler of one session of one worker, where the study has begun some trials.
 
-    Going on in a study, and beside other workers, it needs random numbers of its own: with the same ones it
-    would ask for the points that are there. ``begun`` counts the trials that the study has already.
+    It needs random numbers of its own: with the same ones it would ask for the points that are there.
     """
     if settings.sampler == "qmc":
         # Counts its points in the storage, and needs one seed for all of them.
@@ -102,7 +94,7 @@ def sampler_of(settings: OptunaSettings, begun: int, folder: Path) -> optuna.sam
 
 def _search(job: SearchJob, study: optuna.Study, url: URL) -> SearchResult:
     """Run what is left, and rank all."""
-    settings, new, notes = job.settings.optuna, 0, []
+    settings, notes = job.settings.optuna, []
     done = len(_trials(study, _FINISHED))
     if 0 < done < settings.trials:
         log.warning("going on in %s: %d of %d trials are finished", job.path, done, settings.trials)
@@ -110,29 +102,20 @@ def _search(job: SearchJob, study: optuna.Study, url: URL) -> SearchResult:
         with ExitStack() as alive:
             for trial in trials:
                 alive.enter_context(get_heartbeat_thread(trial._trial_id, study._storage))
-            batch = TrialBatch(job, study, trials)
-            batch.run()
-            new += batch.answers
+            TrialBatch(job, study, trials).run()
     if running := len(_trials(study, _RUNNING)):
-        notes.append(
-            f"{running} trials are still running elsewhere; once they are done, the same command ranks them"
-        )
+        notes.append(f"{running} trials are still running elsewhere: later, the same command ranks them too")
     finished = _trials(study, _FINISHED)
     if not finished:
         raise FastMemError(f"search.optuna: no trial is finished yet; {notes[0]}")
     records = _records_of_all(job, finished, notes)
-    if not _trials(study, (TrialState.COMPLETE,)):
-        notes.append("no trial was complete")
     points = [job.settings.point(job.model, trial.params) for trial in finished]
     ranges = {name: (*ends, AXES[name].logarithmic) for name, ends in settings.space.items()}
     ranking = rank(records, job.settings.objective, points, ranges)
     ranking.warnings.extend(notes)
-    plots = plot_study(study, job.path, job.settings.objective)
     states = Counter(trial.state.name.lower() for trial in _trials(study))
     state = {"name": settings.study, "storage": repr(url), "trials": dict(sorted(states.items()))}
-    job.write(ranking, new > 0, state, plots)
-    files = ("search.md", *plots, "search.json")
-    return SearchResult(job.path, ranking, len(job.samples), new, files=files)
+    return job.finish(ranking, state, plot_study(study, job.path, job.settings.objective))
 
 
 def _trials(study: optuna.Study, states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
@@ -140,35 +123,30 @@ def _trials(study: optuna.Study, states: tuple[TrialState, ...] | None = None) -
 
 
 def _ask(job: SearchJob, study: optuna.Study) -> list[Trial]:
-    """The next trials to run; none when nothing is left to ask for."""
+    """The next trials to run."""
     settings, trials = job.settings.optuna, []
     fail_stale_trials(study)
-    # A worker that was killed in the moment after it had asked left a trial without a run.
-    running = sum(_RUN in trial.user_attrs for trial in _trials(study, _RUNNING))
+    # A worker that was killed in the moment after it had asked left a trial without a folder.
+    running = sum(_FOLDER in trial.user_attrs for trial in _trials(study, _RUNNING))
     left = settings.trials - len(_trials(study, _FINISHED)) - running
     for _ in range(min(settings.parallel, left)):
         trial = study.ask(distributions_of(settings.space))
-        trial.set_user_attr(_RUN, job.run.id)
         trial.set_user_attr(_FOLDER, str(job.path.resolve()))
         trials.append(trial)
     return trials
 
 
 class TrialBatch(Callback):
-    """Trials that run at once: reports their means sample by sample, and gives up those that fall behind.
-
-    In small spaces several trials may have one point: all is kept by the points' keys.
-    """
+    """Trials that run at once, by the keys of their points: in small spaces several may have one."""
 
     def __init__(self, job: SearchJob, study: optuna.Study, trials: Sequence[Trial]) -> None:
-        self._job, self._study, self.answers = job, study, 0
+        self._job, self._study = job, study
         self._objective, self._samples = job.settings.objective, len(job.samples)
-        self.points: dict[Any, dict[str, float]] = {}
-        self.trials: dict[Any, list[Trial]] = {}
-        for trial in trials:
-            point = job.settings.point(job.model, trial.params)
-            self.points[key_of(point)] = point
-            self.trials.setdefault(key_of(point), []).append(trial)
+        points = [job.settings.point(job.model, trial.params) for trial in trials]
+        self.points = {key_of(point): point for point in points}
+        self.trials: dict[Any, list[Trial]] = {key: [] for key in self.points}
+        for trial, point in zip(trials, points, strict=True):
+            self.trials[key_of(point)].append(trial)
         self.scores: dict[Any, dict[int, float]] = {key: {} for key in self.points}
 
     def run(self) -> None:
@@ -177,28 +155,25 @@ class TrialBatch(Callback):
         self._take(records)
         if todo := missing(self.points.values(), self._job.samples, records):
             numbers = {key: trials[0].number for key, trials in self.trials.items()}
-            self._job.answer(AnswerProgress(sum(map(len, todo.values()))), lambda: todo, [self], numbers)
+            self._job.answer(lambda: todo, self, numbers)
         if self._objective in METRIC_MODELS:
             self._take(self._job.scored_records())
         for key, trials in self.trials.items():
             scores = self.scores[key].values()
             if trials and not scores:
-                raise FastMemError(
-                    f"search.objective: no answer has a score {self._objective!r}, so trials have no value"
-                )
+                raise FastMemError(f"search.objective: no answer has a score {self._objective!r}")
             for trial in trials:
-                self._study.tell(trial, sum(scores) / len(scores), skip_if_finished=True)
+                self._study.tell(trial, fmean(scores), skip_if_finished=True)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: SearchModule, outputs: list[Record], *args: Any
     ) -> None:
         """Report, and leave out what is given up."""
-        self.answers += len(outputs)
         self._take(outputs)
         for key, scores in self.scores.items():
             if not scores or len(scores) < self._samples / _UNREPORTED_SHARE or not self.trials[key]:
                 continue
-            mean = sum(scores.values()) / len(scores)
+            mean = fmean(scores.values())
             self.trials[key] = [t for t in self.trials[key] if not self._falls_behind(t, mean, len(scores))]
             if not self.trials[key]:
                 pl_module.leave_out(self.points[key])
@@ -222,76 +197,72 @@ class TrialBatch(Callback):
 
 def _records_of_all(job: SearchJob, finished: Sequence[FrozenTrial], notes: list[str]) -> list[Record]:
     """Records of all workers' trials; a note is added about those that cannot be read here."""
-    found = {(record["index"], key_of(record["point"])): record for record in job.scored_records()}
-    wanted = {sample.index for sample in job.samples}
-    for folder in sorted({trial.user_attrs[_FOLDER] for trial in finished} - {str(job.path.resolve())}):
-        for _, record in read_records(Path(folder) / "predictions.jsonl"):
-            if record["index"] in wanted:
-                found.setdefault((record["index"], key_of(record["point"])), record)
-    seen = {key for _, key in found}
-    lost = [t for t in finished if key_of(job.settings.point(job.model, t.params)) not in seen]
+    job.scored_records()
+    folders = {trial.user_attrs[_FOLDER] for trial in finished} - {str(job.path.resolve())}
+    name, indices = job.run.predictions_path.name, {sample.index for sample in job.samples}
+    merged = merge_records([job.path / name, *(Path(folder) / name for folder in sorted(folders))], [])
+    records = [record for _, record in merged if record["index"] in indices]
+    points = {key_of(record["point"]) for record in records}
+    lost = [t for t in finished if key_of(job.settings.point(job.model, t.params)) not in points]
     if lost:
         places = ", ".join(sorted({trial.user_attrs[_FOLDER] for trial in lost}))
-        notes.append(
-            f"{len(lost)} of {len(finished)} trials are not in this ranking, as their answers cannot be read "
-            f"here ({places})"
-        )
+        notes.append(f"answers of {len(lost)} of {len(finished)} trials cannot be read here ({places})")
         if len(lost) == len(finished):
             raise FastMemError(f"search.optuna: {notes[-1]}")
-    return list(found.values())
+    return records
 
 
 def _open_study(job: SearchJob, url: URL, storage: RDBStorage) -> optuna.Study:
     """Make the study, or join it; what this folder's earlier process left undone is queued again."""
     settings = job.settings.optuna
-    pruners = {"median": optuna.pruners.MedianPruner, "none": optuna.pruners.NopPruner}
+    pruner = optuna.pruners.MedianPruner if settings.pruner == "median" else optuna.pruners.NopPruner
     study = optuna.create_study(
         storage=storage,
         study_name=settings.study,
-        pruner=pruners[settings.pruner](),
+        pruner=pruner(),
         direction="minimize" if lower_is_better(job.settings.objective) else "maximize",
         load_if_exists=True,
     )
-    _check(study, job.run.identity, url)
+    _check(study, job, url)
     study.set_user_attr(_IDENTITY, job.run.identity)
     study.sampler = sampler_of(settings, len(_trials(study)), job.path)
     for trial in _trials(study, _RUNNING):
         # This process holds the folder's lock, so the one that began the trial is gone.
-        if trial.user_attrs.get(_RUN) == job.run.id or not settings.storage:
+        if not settings.storage or trial.user_attrs.get(_FOLDER) == str(job.path.resolve()):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             storage.get_heartbeat_stale_trial_callback()(study, trial)
     return study
 
 
-def _check(study: optuna.Study, identity: Mapping[str, Any], url: URL) -> None:
+def _check(study: optuna.Study, job: SearchJob, url: URL) -> None:
     """Refuse a study of other settings."""
     found = study.user_attrs.get(_IDENTITY)
     if found is None and not _trials(study):
         return
     optional = {"model.fingerprint"}  # not known before the model is loaded
-    different = ["fastmem did not make it"] if found is None else differences(found, identity, optional)
+    different = differences(found, job.run.identity, optional) if found else ["fastmem did not make it"]
     if different:
         raise FastMemError(
             f"search.optuna.study: {study.study_name!r} in {url!r} is of other settings "
-            f"({'; '.join(different)}); give another --search.optuna.study, or the settings of that one"
+            f"({'; '.join(different)}); give another"
         )
 
 
 def _url(job: SearchJob) -> URL:
     given = job.settings.optuna.storage
     try:
-        url = make_url(given or f"sqlite:///{job.path.resolve() / 'optuna.db'}")
+        return make_url(given or f"sqlite:///{job.path.resolve() / 'optuna.db'}")
     except (SQLAlchemyError, ValueError):
-        example = "sqlite:///study.db" if "://" in given else f"sqlite:///{given}"
-        raise FastMemError(f"search.optuna.storage: {given!r} is no URL; such as {example}") from None
-    if given and url.get_backend_name() == "sqlite" and not Path(url.database).absolute().parent.is_dir():
-        raise FastMemError(f"search.optuna.storage: {url!r}: no such folder; make it first")
-    return url
+        raise FastMemError(
+            f"search.optuna.storage: {given!r} is no URL; such as sqlite:///study.db"
+        ) from None
 
 
 @contextmanager
 def _connected(url: URL) -> Iterator[RDBStorage]:
+    """The storage; what goes wrong with it is raised as a :class:`FastMemError`."""
     sqlite = url.get_backend_name() == "sqlite"
+    storage: RDBStorage | None = None
     try:
         storage = RDBStorage(
             url.render_as_string(hide_password=False),
@@ -300,26 +271,17 @@ def _connected(url: URL) -> Iterator[RDBStorage]:
             grace_period=_GRACE,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
-    except (RuntimeError, ImportError) as error:
-        # Tables of another version of Optuna, or a driver that is not installed.
-        raise FastMemError(
-            f"search.optuna.storage: {url!r} failed: {' '.join(str(error).split())}"
-        ) from error
-    try:
         yield storage
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-@contextmanager
-def _errors_of(url: URL) -> Iterator[None]:
-    """Raise what goes wrong with the storage as a :class:`FastMemError`."""
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, ImportError) as error:
+        # The last two only while it is opened: tables of another Optuna, or no driver.
+        if storage is not None and not isinstance(error, (SQLAlchemyError, optuna.exceptions.OptunaError)):
+            raise
         cause = str(getattr(error.__cause__, "orig", None) or getattr(error, "orig", None) or error)
         raise FastMemError(
             f"search.optuna.storage: {url!r} failed: {' '.join(cause.split())}; what was answered "
             "stays, and the same command goes on from there"
         ) from error
+    finally:
+        if storage is not None:
+            storage.remove_session()
+            storage.engine.dispose()

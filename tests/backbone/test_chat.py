@@ -4,7 +4,8 @@ import pytest
 from conftest import CHATML, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from fastmem_pl.backbone import ChatEncoder, ChatSettings, derive_pieces
+from fastmem_pl.backbone import ChatEncoder, ChatSettings
+from fastmem_pl.backbone.chat import derive_pieces
 from fastmem_pl.base.errors import FastMemError
 
 # Templates of this project's own with the control tokens and the layout of the models that they are named
@@ -130,24 +131,11 @@ def test_system_prompt_goes_before_the_question_where_there_is_no_place_for_it(t
 
 
 def test_without_the_chat_template_prompts_are_plain(tokenizer):
-    chat = ChatEncoder(tokenizer, ChatSettings(chat_template=False))
+    chat = ChatEncoder(tokenizer, ChatSettings(template=False))
     assert chat.prompt("Why?", "Since") == tokenizer("Why?\nSince").input_ids
     encoded = chat.context("Hi you", 100)
     assert encoded.input_ids == tokenizer("Hi you<|im_end|>").input_ids
     assert encoded.header_length == 0
-
-
-def test_published_quirks_of_texts(tokenizer):
-    published = ChatSettings(round_trip=True, parse_special_tokens=True)
-    add_bos(tokenizer)
-    text = "a <|im_end|> b"
-    assert ChatEncoder(tokenizer).truncate(text, 50)[0] == text
-    chat = ChatEncoder(tokenizer, published)
-    cut, kept, left = chat.truncate(text, 50)
-    assert (cut, kept, left) == ("<|bos|>a <|im_end|> b", 6, 0)
-    ids = chat.whole_context(cut, kept, left).input_ids
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
-    assert ids.count(tokenizer.bos_token_id) == 2
 
 
 def test_template_that_drops_turns_is_refused():
@@ -193,5 +181,5 @@ def test_no_second_bos_from_the_template():
 
 def test_truncation_keeps_the_text_as_written(tokenizer):
     chat = ChatEncoder(tokenizer)
-    assert chat.truncate("  do n't  stop", 7) == ("  do n'", 7, 7)
-    assert chat.truncate("short", 7) == ("short", 5, 0)
+    assert chat.cut("  do n't  stop", 7) == ("  do n'", 7, 7)
+    assert chat.cut("short", 7) == ("short", 5, 0)

@@ -7,7 +7,6 @@ import json
 import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from memories import OTHER, QUESTIONS, TEXT, assert_deltas
 from safetensors.torch import load_file
 
 from fastmem_pl import Backbone, FastMemError, Memory, answer
-from fastmem_pl.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,30 +57,37 @@ def test_export_refuses_what_it_cannot_do(
     assert re.search(words, line), line
 
 
-def test_force_replaces_an_export(fastmem, refused_command, kept: Path) -> None:
-    fastmem("export", kept, to="lora", rank=2, out="lora")
-    before = report_of("lora")
-    assert "--force" in refused_command("export", kept, to="lora", rank=3, out="lora")
+@pytest.mark.parametrize("to", ["lora", "checkpoint"])
+def test_force_replaces_exports_only(fastmem, refused_command, kept, tiny_folder, tmp_path, to: str) -> None:
+    """A folder that holds a model, or whatever else, is not this command's to delete."""
+    fastmem("export", kept, to=to, out="lora")
+    assert "--force" in refused_command("export", kept, to=to, out="lora")
     fastmem("export", kept, to="lora", rank=3, out="lora", force=True)
-    assert (before["rank"], report_of("lora")["rank"]) == (2, 3)
-
-
-@pytest.mark.parametrize(("to", "out"), [("lora", "model"), ("checkpoint", "mine"), ("lora", ".")])
-def test_force_replaces_exports_only(
-    refused_command, kept: Path, backbone, tiny_folder: Path, tmp_path: Path, to: str, out: str
-) -> None:
-    # A folder that holds a model, or whatever else, is not this command's to delete.
+    assert (report_of("lora")["to"], report_of("lora")["rank"]) == ("lora", 3)
     shutil.copytree(tiny_folder, tmp_path / "model")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    refused_command("export", kept, to=to, out=out, force=True, model=tmp_path / "model")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    for name, content in (
+        ("mine/thesis.txt", "precious"),
+        ("nested/src/a.c", ""),
+        ("other/export.json", "[]"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    shutil.copy("lora/export.json", "nested")
+    own = [
+        ("model", "chat_template.jinja"),
+        ("mine", "thesis.txt"),
+        ("nested", "src"),
+        ("other", "export.json"),
+    ]
+    for out, foreign in own:
+        line = refused_command("export", kept, to=to, out=out, force=True)
+        assert f"{out} holds {foreign}, which fastmem export did not write" in line
+    assert "the folder you are in" in refused_command("export", kept, to=to, out=".", force=True)
 
 
-def test_a_memory_without_text_needs_its_context(
-    fastmem, refused_command, notes: Path, tmp_path: Path, kept
-) -> None:
+def test_a_memory_without_text_needs_its_context(fastmem, refused_command, notes, tmp_path, kept) -> None:
     fastmem("memorize", notes, no_text=True, form="float32")
+    assert b"The tower stands" not in Path("notes.fastmem").read_bytes()
     (tmp_path / "other.txt").write_text(OTHER)
     assert "--context" in refused_command("export", "notes.fastmem", to="lora", out="lora")
     refused_command("export", "notes.fastmem", to="lora", out="lora", context="other.txt")
@@ -93,58 +98,56 @@ def test_a_memory_without_text_needs_its_context(
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
 
 
-def test_checkpoint_by_the_command(fastmem, kept: Path, backbone, tiny_folder: Path, stranger: Path) -> None:
-    out = fastmem("export", kept, to="checkpoint", out="made").out
-    assert "made" in out
+def test_checkpoint_by_the_command(fastmem, refused_command, kept, backbone, tiny_folder, stranger) -> None:
+    assert "made" in fastmem("export", kept, to="checkpoint", out="made").out
     report = report_of("made")
     assert (report["to"], report["form"]) == ("checkpoint", "float32")
     assert report["fingerprint"] == backbone.fingerprint()
-    weights = sum(p.stat().st_size for p in Path("made").glob("*.safetensors"))
-    assert weights == pytest.approx((tiny_folder / "model.safetensors").stat().st_size, abs=1000)
-    assert report["bytes"] >= weights
     base, ours = load_file(tiny_folder / "model.safetensors"), load_file("made/model.safetensors")
+    assert report["bytes"] >= sum(tensor.nbytes for tensor in ours.values())
     changed = {name for name in base if not torch.equal(base[name], ours[name])}
     assert base.keys() == ours.keys()
     assert changed == {f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
     # What the command's own ask says of the merged model is what it says of the memory.
-    merged_out = fastmem("ask", kept, QUESTIONS[0], max_new_tokens=12).out
-    other = Backbone.load("made")
-    assert answer(other, QUESTIONS[0], TEXT, max_new_tokens=12)[0] + "\n" == merged_out
-    with pytest.raises(FastMemError, match=other.fingerprint()):
-        Memory.load(kept, other)
+    other, shown = Backbone.load("made"), fastmem("ask", kept, QUESTIONS[0], max_new_tokens=12).out
+    assert answer(other, QUESTIONS[0], TEXT, max_new_tokens=12)[0] + "\n" == shown
+    # Of that model, as of any other, the memory is not.
+    for line in (
+        refused_command("ask", kept, "Who?", model="made"),
+        refused_command("export", kept, to="lora", model="made", out="x"),
+    ):
+        assert re.search(f"{backbone.fingerprint()}.*{other.fingerprint()}", line)
 
 
 @pytest.mark.parametrize(
     ("options", "most"),
     [
-        ({"form": "float32"}, 0.0),
-        ({"form": "bfloat16"}, 4e-3),
-        ({"form": "int8"}, 2e-2),
-        ({"form": "low-rank", "rank": 4}, 0.9),
-        ({"form": "low-rank"}, 0.9),
+        *(({"form": form}, most) for form, most in (("float32", 0.0), ("bfloat16", 4e-3), ("int8", 2e-2))),
+        *(({"form": "low-rank", "rank": rank}, 0.9) for rank in (4, None)),
     ],
     ids=str,
 )
 def test_a_memory_in_another_form(
     fastmem, kept: Path, tmp_path: Path, backbone, memory: Memory, options: dict, most: float
 ) -> None:
-    mine = tmp_path / "notes.fastmem"
+    (tmp_path / "sub").mkdir()
+    mine = tmp_path / "sub" / "my.notes.fastmem"
     mine.write_bytes(kept.read_bytes())
     out = fastmem("export", mine, to="memory", **options).out
-    path = tmp_path / f"notes-{options['form']}.fastmem"
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["notes.fastmem", path.name])
+    # Beside the memory, not beside the user.
+    path = tmp_path / "sub" / f"my.notes-{options['form']}.fastmem"
+    assert {p.name for p in tmp_path.rglob("*")} == {"sub", mine.name, path.name}
     assert f"{path.stat().st_size}" in out.replace(",", "")
     assert "KL" in out
     found = Memory.load(path, backbone)
-    assert found.texts == [TEXT]
-    assert found.curve == memory.curve
+    assert (found.texts, found.curve) == ([TEXT], memory.curve)
     assert_deltas(found, memory, most)
     shown = fastmem("ask", path, QUESTIONS[0], max_new_tokens=12).out
     assert shown == answer(backbone, QUESTIONS[0], TEXT, found, max_new_tokens=12)[0] + "\n"
-    if "rank" in options:
+    if options.get("rank"):
         assert path.stat().st_size < kept.stat().st_size / 2
         assert all(torch.linalg.matrix_rank(d[0].float(), rtol=1e-3) == 4 for d in found.deltas[0].values())
-    # A damaged one is refused_command, whatever its form.
+    # A damaged one is refused, whatever its form.
     content = bytearray(path.read_bytes())
     content[-9] ^= 4
     path.write_bytes(content)
@@ -152,14 +155,15 @@ def test_a_memory_in_another_form(
         Memory.load(path)
 
 
-def test_exports_stand_beside_the_memory(fastmem, kept: Path, tmp_path: Path, monkeypatch) -> None:
-    folder = tmp_path / "sub"
-    folder.mkdir()
-    (folder / "my.notes.fastmem").write_bytes(kept.read_bytes())
-    fastmem("export", "sub/my.notes.fastmem", to="lora", rank=2)
-    fastmem("export", "sub/my.notes.fastmem", to="checkpoint")
-    assert {p.name for p in folder.iterdir()} == {"my.notes.fastmem", "my.notes-lora", "my.notes-checkpoint"}
-    assert {p.name for p in tmp_path.iterdir()} == {"sub"}
+def test_exports_stand_beside_the_memory(fastmem, kept: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.notes.fastmem").write_bytes(kept.read_bytes())
+    fastmem("export", "my.notes.fastmem", to="lora", rank=2)
+    fastmem("export", "my.notes.fastmem", to="checkpoint")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "my.notes.fastmem",
+        "my.notes-lora",
+        "my.notes-checkpoint",
+    }
 
 
 class Payload:
@@ -172,29 +176,19 @@ class Payload:
         return Path.touch, (self.marker,)
 
 
-def zipped(content: bytes) -> bytes:
+def saved(payload: object, **options: object) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("archive/data.pkl", content)
-    return buffer.getvalue()
-
-
-def saved(payload: object, new: bool) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(payload, buffer, _use_new_zipfile_serialization=new)
+    torch.save(payload, buffer, **options)
     return buffer.getvalue()
 
 
 KINDS: dict[str, Callable[[bytes, dict, Path], bytes]] = {
     "pickle": lambda whole, payload, model: pickle.dumps(payload),
-    "torch": lambda whole, payload, model: saved(payload, new=True),
-    "torch-legacy": lambda whole, payload, model: saved(payload, new=False),
-    "zip": lambda whole, payload, model: zipped(pickle.dumps(payload)),
+    "torch": lambda whole, payload, model: saved(payload),
+    "torch-legacy": lambda whole, payload, model: saved(payload, _use_new_zipfile_serialization=False),
     "text": lambda whole, payload, model: b"Just a text. " * 50,
     "weights": lambda whole, payload, model: (model / "model.safetensors").read_bytes(),
-    "damaged: tensor": lambda whole, payload, model: whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:],
     "damaged: header": lambda whole, payload, model: whole.replace(b"Rome", b"Oslo"),
-    "damaged: short": lambda whole, payload, model: whole[: len(whole) // 2],
     "damaged: empty": lambda whole, payload, model: b"",
 }
 
@@ -221,36 +215,3 @@ def test_what_is_no_memory_is_refused_and_not_executed(
     with pytest.raises(FastMemError, match=path.name):
         Memory.load(path)
     assert not payload["down"].marker.exists()
-
-
-def test_no_pickle_is_needed(fastmem, notes: Path, monkeypatch) -> None:
-    def forbidden(*_, **__):
-        raise AssertionError("pickle")
-
-    for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load"), (pickle, "Unpickler")):
-        monkeypatch.setattr(module, name, forbidden)
-    fastmem("memorize", notes)
-    assert fastmem("ask", "notes.fastmem", QUESTIONS[0], max_new_tokens=3).out
-
-
-def test_another_model_is_refused_with_both_fingerprints(refused_command, kept, stranger, backbone) -> None:
-    lines = [refused_command("ask", kept, "Who?", model=stranger)]
-    lines += [
-        refused_command("export", kept, to=to, model=stranger, out="x") for to in ("lora", "checkpoint")
-    ]
-    for line in lines:
-        assert Backbone.load(str(stranger)).fingerprint() in line
-        assert backbone.fingerprint() in line
-
-
-def test_help_names_the_options(capsys) -> None:
-    windows = ["--windows", "joint", "sequential", "cut", "--overlap", "--form", "--force", "--no-text"]
-    shown = ["--questions", "--with-context", "--without-context", "--decoder", "--json", "--no-memory"]
-    ship = ["--to", "lora", "checkpoint", "--rank", "auto", "--max-kl", "--context", "low-rank"]
-    for command, words in {"memorize": windows, "ask": shown, "export": ship}.items():
-        assert main([command, "--help"]) == 0
-        out = capsys.readouterr().out
-        assert all(word in out for word in words), (command, out)
-        assert max(map(len, out.splitlines())) <= 120
-        assert main(["--help"]) == 0
-        assert re.search(rf"^  {command}\b", capsys.readouterr().out, re.MULTILINE)

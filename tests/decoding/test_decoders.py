@@ -9,7 +9,8 @@ from decodes import BARE, DECODER_NAMES, PROMPTS, SAMPLED, STRONG, expected_toke
 
 from fastmem_pl import DecodingSettings, FastMemError, Memorizer
 from fastmem_pl.decoding import DECODERS, Decoder, Prefill
-from fastmem_pl.decoding.dola import candidate_layers, contrast_layers
+from fastmem_pl.decoding.decoders import candidate_layers, contrast_layers
+from fastmem_pl.run.published import UnlimitedDoLa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,11 +117,11 @@ def test_dola_has_its_own_penalty_and_the_published_one_none(make_tiny):
     tiny.model.lm_head.weight.data[tiny.stop_ids[0]] = 0  # it hardly ends by itself
     own, alike, none = (token_ids(tiny, "dola", max_new_tokens=30, **p) for p in PENALTIES)
     assert own == alike != none
-    published = token_ids(tiny, "dola", dola_unlimited=True)
+    published = token_ids(tiny, UnlimitedDoLa)
     assert [row[:30] for row in published] == none
     assert [len(row) for row in published] == [399] * 3
     with pytest.raises(FastMemError, match="dola as published applies none"):
-        start(tiny, "dola", dola_unlimited=True, repetition_penalty=1.2)
+        start(tiny, UnlimitedDoLa, repetition_penalty=1.2)
 
 
 @pytest.mark.parametrize(
@@ -177,27 +178,33 @@ def test_candidate_layers(wanted, blocks, tied, expected):
 
 @pytest.mark.parametrize("wanted", [(8,), (-1,), (2.5,), (), (float("nan"),), (float("inf"),)])
 def test_layers_that_are_none(wanted):
-    with pytest.raises(FastMemError, match=r"model\.dola_layers: .*allowed: "):
+    with pytest.raises(FastMemError, match=r"model\.decode\.dola_layers: .*allowed: "):
         candidate_layers(wanted, 8, False)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, r"model\.max_new_tokens: 0 is out of range; allowed: at least 1"),
-        ({"alpha": -1.0}, r"model\.alpha: -1.0 is out of range; allowed: 0 or above"),
-        ({"temperature": -1.0}, r"model\.temperature: -1.0 is out of range; allowed: 0 or above"),
-        ({"temperature": float("nan")}, r"model\.temperature: nan is out of range; allowed: 0 or above"),
-        ({"top_p": 0.0}, r"model\.top_p: 0.0 is out of range; allowed: above 0, at most 1"),
-        ({"top_p": 1.1}, r"model\.top_p: 1.1 is out of range; allowed: above 0, at most 1"),
-        ({"top_k": -2}, r"model\.top_k: -2 is out of range; allowed: 0 \(all\) or above"),
-        ({"repetition_penalty": 0.0}, r"model\.repetition_penalty: 0.0 is out of range; allowed: above 0"),
-        ({"relative_top": 0.0}, r"model\.relative_top: 0.0 is out of range; allowed: above 0"),
-        ({"relative_top": 2.0}, r"model\.relative_top: 2.0 is out of range; allowed: .*at most 1"),
-        ({"seed": -1}, r"model\.seed: -1 is out of range; allowed: 0 or above"),
-        ({"stop": ("",)}, r"model\.stop: \('',\) is out of range; allowed: texts, none empty"),
-        ({"stop": "abc"}, r"model\.stop: 'abc' is out of range"),
-        ({"dola_layers": "hihg"}, r"model\.dola_layers: 'hihg' is unknown; .* did you mean 'high'"),
+        ({"max_new_tokens": 0}, r"model\.decode\.max_new_tokens: 0 is out of range; allowed: at least 1"),
+        ({"alpha": -1.0}, r"model\.decode\.alpha: -1.0 is out of range; allowed: 0 or above"),
+        ({"temperature": -1.0}, r"model\.decode\.temperature: -1.0 is out of range; allowed: 0 or above"),
+        (
+            {"temperature": float("nan")},
+            r"model\.decode\.temperature: nan is out of range; allowed: 0 or above",
+        ),
+        ({"top_p": 0.0}, r"model\.decode\.top_p: 0.0 is out of range; allowed: above 0, at most 1"),
+        ({"top_p": 1.1}, r"model\.decode\.top_p: 1.1 is out of range; allowed: above 0, at most 1"),
+        ({"top_k": -2}, r"model\.decode\.top_k: -2 is out of range; allowed: 0 \(all\) or above"),
+        (
+            {"repetition_penalty": 0.0},
+            r"model\.decode\.repetition_penalty: 0.0 is out of range; allowed: above 0",
+        ),
+        ({"relative_top": 0.0}, r"model\.decode\.relative_top: 0.0 is out of range; allowed: above 0"),
+        ({"relative_top": 2.0}, r"model\.decode\.relative_top: 2.0 is out of range; allowed: .*at most 1"),
+        ({"seed": -1}, r"model\.decode\.seed: -1 is out of range; allowed: 0 or above"),
+        ({"stop": ("",)}, r"model\.decode\.stop: \('',\) is out of range; allowed: texts, none empty"),
+        ({"stop": "abc"}, r"model\.decode\.stop: 'abc' is out of range"),
+        ({"dola_layers": "hihg"}, r"model\.decode\.dola_layers: 'hihg' is unknown; .* did you mean 'high'"),
     ],
 )
 def test_settings_out_of_range(settings, message):

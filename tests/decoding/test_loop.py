@@ -8,7 +8,7 @@ from decodes import BARE, DECODER_NAMES, PROMPTS, SAMPLED, STRONG, start, token_
 from fastmem_pl import Backbone, DecodingSettings, FastMemError, Memorizer
 from fastmem_pl.base.phases import PhaseMeter
 from fastmem_pl.decoding import DECODERS, Decoding, Prefill, Prefills, decode
-from fastmem_pl.decoding.sampling import draw
+from fastmem_pl.decoding.state import draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,7 +70,7 @@ def saying(tiny, monkeypatch):
         said = iter([*tiny.tokenizer(text).input_ids, tiny.stop_ids[0]])
         scores = torch.zeros(1, 259)
         monkeypatch.setattr("fastmem_pl.decoding.state.Views.logits", lambda self, *inputs: None)
-        monkeypatch.setattr("fastmem_pl.decoding.Greedy.scores", lambda self, logits: scores)
+        monkeypatch.setattr("fastmem_pl.decoding.Decoder.scores", lambda self, logits: scores)
         chooser = lambda scores: torch.tensor([next(said)])  # noqa: E731
         return Decoding(Prefill(tiny, [[1]]), "greedy", DecodingSettings(**settings), chooser=chooser)
 
@@ -125,11 +125,11 @@ def test_methods_share_prefills_and_do_not_disturb_each_other(tiny, contexts, mo
     expected = {name: token_ids(tiny, name, memory, num_layers=num_layers) for name in DECODER_NAMES}
     prefills_made.clear()
     for decoder in ("cad", "greedy", "cd", "greedy", "dola", "cad"):
-        found = decode(prefills, decoder, settings, memory.deltas, part=decoder)
-        assert [generated.token_ids for generated in found.answers] == expected[decoder]
+        answers, seconds, read_seconds = decode(prefills, decoder, settings, memory.deltas, part=decoder)
+        assert [generated.token_ids for generated in answers] == expected[decoder]
         read = ["prompt", "without_context"] if decoder == "cad" else ["prompt"]
-        assert found.prefill_seconds == sum(prefills.seconds[form] for form in read) > 0
-        assert found.seconds > 0
+        assert read_seconds == sum(prefills.seconds[form] for form in read) > 0
+        assert seconds > 0
     assert len(prefills_made) == 2
     last = meter.calls[-1]
     assert (last.phase, last.part, last.samples) == ("decode", "cad", 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_untouched, snapshot
-from memories import QUESTIONS, STRONG, TEXT, cut_at_end, generated, logits_of, merged
+from memories import QUESTIONS, STRONG, TEXT, cut_at_end, generated, logits_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastmem_pl import Backbone, Memorizer, Memory, answer, generator
@@ -55,49 +55,37 @@ def test_checkpoint_is_the_memory_for_plain_transformers(
     assert names.isdisjoint({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 
-def test_bfloat16_checkpoint_states_its_rounding(backbone, memory: Memory, tmp_path: Path) -> None:
-    report = to_checkpoint(memory, backbone, tmp_path / "made", "bfloat16")
+@pytest.mark.parametrize("given", ["bfloat16", None])
+def test_bfloat16_checkpoint_states_its_rounding(make_tiny, tmp_path: Path, given: str | None) -> None:
+    backbone = make_tiny(precision="32-true" if given else "bf16-true")
+    memory = Memorizer(backbone, **STRONG)([TEXT])
+    report = to_checkpoint(memory, backbone, tmp_path / "made", given)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype="auto")
     assert (model.dtype, report.form) == (torch.bfloat16, "bfloat16")
     # Rounding is of the sum, so that base and delta cannot be rounded one by one.
-    expected = merged(backbone, memory).model.layers[2].mlp.down_proj.weight.bfloat16()
-    assert torch.equal(model.model.layers[2].mlp.down_proj.weight, expected)
-    delta = memory.deltas[0]["down"][0]
-    lost = expected.float() - backbone.model.model.layers[2].mlp.down_proj.weight - delta
-    assert report.relative_error == pytest.approx((lost.norm() / delta.norm()).item(), rel=0.5)
-
-
-def test_checkpoint_of_a_bfloat16_model_is_bfloat16(make_tiny, tmp_path: Path) -> None:
-    backbone = make_tiny(precision="bf16-true")
-    report = to_checkpoint(Memorizer(backbone, **STRONG)([TEXT]), backbone, tmp_path / "out")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
-    assert report.form == "bfloat16"
+    base = backbone.model.model.layers[2].mlp.down_proj.weight.float()
+    delta = memory.deltas[0]["down"][0].float()
+    assert torch.equal(model.model.layers[2].mlp.down_proj.weight, (base + delta).bfloat16())
 
 
 @pytest.mark.demo
-def test_demo_memories_give_identical_tokens(demo: Backbone, tmp_path: Path) -> None:
-    text = "The museum of Lindt was founded by Ada Birch in 1741. It keeps nine thousand blue lanterns."
+def test_demo_memories_give_identical_tokens(demo: Backbone, demo_memory: Memory, tmp_path: Path) -> None:
     questions = ["Who founded the museum of Lindt?", "How many lanterns does it keep?"]
-    memory = Memorizer(demo, steps=5, learning_rate=3e-4)([text])
-    memory.save(tmp_path / "m.fastmem")
-    to_checkpoint(memory, demo, tmp_path / "merged", context=text)
+    demo_memory.save(tmp_path / "m.fastmem")
+    to_checkpoint(demo_memory, demo, tmp_path / "merged")
     loaded = Memory.load(tmp_path / "m.fastmem", demo)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prompts = [demo.chat.prompt(question) for question in questions]
-    settings = {"pad": demo.pad_id, "max_new_tokens": 12}
-    found = {}
-    found["merged"] = generated(plain, prompts, **settings)
-    for name, one in (("made", memory), ("loaded", loaded)):
-        with one.attached(demo):
-            found[f"attached, {name}"] = generated(demo.model, prompts, **settings)
-        found[f"custom, {name}"] = generated(
-            demo.model, prompts, custom_generate=generator(demo, one), **settings
-        )
-    base = generated(demo.model, prompts, **settings)
+    settings = {"pad": demo.pad_id, "max_new_tokens": 8}
+    found = {"merged": generated(plain, prompts, **settings)}
+    with loaded.attached(demo):
+        found["attached"] = generated(demo.model, prompts, **settings)
+    own = generator(demo, loaded)
+    found["custom"] = generated(demo.model, prompts, custom_generate=own, **settings)
     cut = {name: cut_at_end(rows, demo.stop_ids) for name, rows in found.items()}
     assert all(rows == cut["merged"] for rows in cut.values()), cut
-    assert cut_at_end(base, demo.stop_ids) != cut["merged"], "the memory changes nothing"
-    texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut["merged"]]
-    for one in (memory, loaded):
-        assert [a.strip() for a in answer(demo, questions, None, one, max_new_tokens=12)] == texts
+    base = cut_at_end(generated(demo.model, prompts, **settings), demo.stop_ids)
+    assert base != cut["merged"], "the memory changes nothing"
+    texts = [demo.tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut["merged"]]
+    for one in (demo_memory, loaded):
+        assert [a.strip() for a in answer(demo, questions, None, one, max_new_tokens=8)] == texts

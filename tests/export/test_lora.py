@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from memories import QUESTIONS, STRONG, TEXT, assert_deltas, generated, logits_of, merged, truncated
+from memories import QUESTIONS, STRONG, TEXT, assert_deltas, generated, logits_of, truncated
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastmem_pl import Backbone, FastMemError, Memorizer, Memory
 from fastmem_pl.export import to_checkpoint, to_lora, to_memory
+from fastmem_pl.export.deviation import Deviation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,17 +77,6 @@ def test_full_rank_is_the_memory(peft, make_tiny, tmp_path: Path, family, layers
     assert report.relative_error < {"float32": 1e-4, "bfloat16": 1e-2}[dtype]
 
 
-@torch.no_grad()
-def context_kl(backbone, memory: Memory, other: Any) -> float:
-    """KL of the exact memory to another model in nats a token of the memorized text."""
-    encoded = Memorizer(backbone).encode(TEXT)
-    ids, place = torch.tensor([encoded.input_ids]), slice(encoded.header_length - 1, -1)
-    with memory.attached(backbone):
-        exact = backbone.model(input_ids=ids).logits[0, place].log_softmax(-1)
-    found = other(input_ids=ids).logits[0, place].log_softmax(-1)
-    return F.kl_div(found, exact, reduction="batchmean", log_target=True).item()
-
-
 def test_lora_report_states_what_is_true(fastmem, kept: Path, backbone, memory: Memory) -> None:
     out, folder = fastmem("export", kept, to="lora", rank=6, dtype="float32", out="lora").out, Path("lora")
     report, sizes = report_of(folder), {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -95,14 +84,12 @@ def test_lora_report_states_what_is_true(fastmem, kept: Path, backbone, memory: 
     assert (report["to"], report["rank"], report["form"]) == ("lora", 6, "float32")
     assert report["bytes"] == sum(sizes.values()) - sizes["export.json"]
     assert report["fingerprint"] == backbone.fingerprint()
-    low = truncated(memory, 6)[0]
-    total = sum((low[n] - d).square().sum() for n, d in memory.deltas[0].items())
+    low = truncated(memory, 6)
+    total = sum((low[0][n] - d).square().sum() for n, d in memory.deltas[0].items())
     error = (total / sum(d.square().sum() for d in memory.deltas[0].values())).sqrt().item()
     assert error > 0.01
     assert report["relative_error"] == pytest.approx(error, rel=1e-3)
-    held = merged(backbone, replace(memory, deltas=[low]))
-    assert report["kl"] == pytest.approx(context_kl(backbone, memory, held), rel=0.02)
-    assert report["kl"] > 0
+    assert report["kl"] == pytest.approx(Deviation(memory, backbone).kl(low), rel=0.02)
     for word in ("rank", "6", "bytes", "relative error", "KL"):
         assert word.lower() in out.lower()
     config = json.loads(Path("lora/adapter_config.json").read_text())
@@ -128,7 +115,7 @@ def test_a_full_disk_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     to_lora(memory, tiny, target, rank=2)
     before = contents(target)
     with monkeypatch.context() as patched:
-        patched.setattr("fastmem_pl.export.lora.write_tensors", full)
+        patched.setattr("fastmem_pl.export.lora.write_atomic", full)
         with pytest.raises(FastMemError, match=r"cannot write .*lora: No space left on device"):
             to_lora(memory, tiny, target, force=True)
     assert (list(tmp_path.iterdir()), contents(target)) == ([target], before)
@@ -148,31 +135,6 @@ def test_a_full_disk_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     assert (list(tmp_path.iterdir()), contents(target)) == ([target], before)
 
 
-@pytest.mark.parametrize("foreign", ["chapter1.tex", "src/a.c"])
-def test_what_an_export_did_not_write_is_not_replaced(tiny, tmp_path, foreign):
-    memory, target = Memorizer(tiny, **STRONG)(TEXT), tmp_path / "thesis"
-    to_lora(memory, tiny, target, rank=2)
-    (target / foreign).parent.mkdir(exist_ok=True)
-    (target / foreign).write_text("mine")
-    with pytest.raises(FastMemError, match=r"holds (chapter1.tex|src), which fastmem export did not write"):
-        to_lora(memory, tiny, target, rank=3, force=True)
-    assert (target / foreign).read_text() == "mine"
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "export.json").write_text("[]")
-    with pytest.raises(FastMemError, match=r"holds export\.json, which"):
-        to_lora(memory, tiny, tmp_path / "other", rank=3, force=True)
-
-
-def test_another_text_is_refused_and_a_failed_memory_is_not_exported(tiny, tmp_path):
-    memory = Memorizer(tiny, **STRONG)(TEXT)
-    with pytest.raises(FastMemError, match="this is not the text that was memorized"):
-        to_lora(memory, tiny, tmp_path / "lora", context="Something else entirely.")
-    memory.status = ["failed: the memorization loss is not finite at step 2; answered by the base model"]
-    with pytest.raises(FastMemError, match="the memorization loss is not finite at step 2"):
-        to_lora(memory, tiny, tmp_path / "lora")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_no_private_folder_is_shipped(tiny_folder, tmp_path):
     backbone = Backbone.load(str(tiny_folder))
     memory = Memorizer(backbone, **STRONG)(TEXT)
@@ -186,11 +148,13 @@ def test_no_private_folder_is_shipped(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("write", [to_lora, to_checkpoint])
 def test_an_export_that_fails_leaves_nothing(memory, batch, backbone, stranger, tmp_path, write) -> None:
+    failed = replace(memory, status=["failed: the memorization loss is not finite at step 2; answered by"])
     for one, model, options, words in (
         (memory, Backbone.load(str(stranger)), {}, "belongs to another model"),
         (memory, backbone, {"dtype": "float8"}, "float8"),
         (memory, backbone, {"context": "Something else."}, "this is not the text that was memorized"),
         (batch, backbone, {}, "the memory has 3 rows"),
+        (failed, backbone, {}, "the memorization loss is not finite at step 2; memorize"),
     ):
         with pytest.raises(FastMemError, match=words):
             write(one, model, tmp_path / "out", **options)
@@ -198,16 +162,16 @@ def test_an_export_that_fails_leaves_nothing(memory, batch, backbone, stranger, 
 
 
 @pytest.mark.demo
-def test_demo_adapter_gives_the_answers_of_the_low_rank_memory(peft, demo: Backbone, tmp_path: Path) -> None:
-    text = "The museum of Lindt was founded by Ada Birch in 1741. It keeps nine thousand blue lanterns."
-    memory = Memorizer(demo, steps=5, learning_rate=3e-4)([text])
-    report = to_lora(memory, demo, tmp_path / "lora", rank="auto", max_kl=0.05, dtype="float32", context=text)
-    low = replace(memory, deltas=truncated(memory, report.rank))
-    prompts = [demo.chat.prompt(q) for q in ("Who founded the museum of Lindt?", "When was it founded?")]
-    settings = {"pad": demo.pad_id, "max_new_tokens": 10}
+def test_demo_adapter_gives_the_answers_of_the_low_rank_memory(
+    peft, demo, demo_memory, tmp_path: Path
+) -> None:
+    report = to_lora(demo_memory, demo, tmp_path / "lora", rank=4, dtype="float32")
+    low = replace(demo_memory, deltas=truncated(demo_memory, 4))
+    prompts = [demo.chat.prompt("Who founded the museum of Lindt?")]
+    settings = {"pad": demo.pad_id, "max_new_tokens": 6}
     with low.attached(demo):
         expected = generated(demo.model, prompts, **settings)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(demo.model), tmp_path / "lora").eval()
     assert generated(model, prompts, **settings) == expected
-    assert report.kl <= 0.05
-    assert report.bytes < sum(d.numel() for d in memory.deltas[0].values()) * 4
+    assert 0 < report.kl < report.kl_base
+    assert report.bytes < sum(d.numel() for d in demo_memory.deltas[0].values()) * 4

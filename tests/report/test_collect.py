@@ -96,15 +96,14 @@ def test_a_mixed_file_has_all_samples_as_well(make_run, two_methods):
         record["task"] = "memotrap" if record["index"] < 4 else "qa"
     found = collect([make_run("run", two_methods, task="mixed")], contexts=False)
     assert counts(found) == {"memotrap": 4, "qa": 8, "all": 12}
-    assert found.order == [2, 0, 1]
-    assert found.tasks == [0, 1]
+    assert found.tasks == [1, 2]
 
 
 def test_all_samples_are_those_of_one_file(make_run, two_methods):
     mixed = [{**r, "task": "memotrap" if r["index"] < 4 else "nqswap"} for r in two_methods]
     runs = [make_run("a", mixed, task="mixed"), make_run("b", two_methods, data="other.jsonl")]
     found = collect(runs, contexts=False)
-    assert [found.datasets[place].label for place in found.order] == ["all (a)", "memotrap", "nqswap", "qa"]
+    assert [dataset.label for dataset in found.datasets] == ["all (a)", "memotrap", "nqswap", "qa"]
 
 
 def test_two_tasks_of_one_file_are_two_data_sets(make_run, two_methods, tmp_path):
@@ -277,6 +276,7 @@ def test_what_is_no_run(make_run, two_methods, tmp_path):
         ("scores", "high"),
         ("scores", {"accuracy": "yes"}),
         ("scores", {"accuracy": None}),
+        ("scores", {"accuracy": math.nan}),
         ("seconds", "long"),
         ("seconds", {"decode": None}),
         ("curve", [1, "a"]),

@@ -7,8 +7,8 @@ import pytest
 from report_runs import HOSTILE
 
 from fastmem_pl.cli import main
-from fastmem_pl.report.figure import draw_chart, line_look
-from fastmem_pl.report.page import Chart, Page, render_page
+from fastmem_pl.report.charts import draw_chart
+from fastmem_pl.report.page import Chart, render_page
 from fastmem_pl.report.table import Cell, PageTable
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -28,7 +28,7 @@ SCORES = {
     "accuracy": {"label": "accuracy", "percent": True, "binary": True, "lower": False},
     "contained": {"label": "contained", "percent": True, "binary": True, "lower": False},
     "format_failure": {"label": "format failure", "percent": True, "binary": True, "lower": True},
-    "original": {"label": "original fact", "percent": True, "binary": True, "lower": True},
+    "original": {"label": "original", "percent": True, "binary": True, "lower": True},
     "factkb": {"label": "FactKB", "percent": False, "binary": False, "lower": False},
 }
 EVIL = '<img src=x onerror="window.hacked=1"></script><script>window.hacked=2</script>'
@@ -98,8 +98,7 @@ def data(samples=SAMPLES):
 
 
 def svg():
-    figure = draw_chart("loss", "Loss", "", lambda axes: axes.plot([3, 2, 1], **line_look(1)), [], [], False)
-    return figure.svg
+    return draw_chart("loss", lambda axes: axes.plot([3, 2, 1], color="C1"), PageTable("Loss", [], [])).svg
 
 
 def example(browser=None):
@@ -109,7 +108,7 @@ def example(browser=None):
         for v in VARIANTS
     ]
     table = PageTable("nqswap: 7 samples", header, rows, "Mean ± standard error.")
-    return Page(
+    return render_page(
         title="FastMem against zero-shot",
         subtitle="7 samples, 4 methods, 1 run",
         facts=[("model", "SmolLM2-135M-Instruct"), ("folder", "/a/very/long/path/without/any/space" * 4)],
@@ -135,7 +134,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     made = tmp_path_factory.mktemp("page") / "report.html"
-    made.write_text(render_page(example()), encoding="utf-8")
+    made.write_text(example(), encoding="utf-8")
     return made
 
 
@@ -241,10 +240,10 @@ def test_method_score_and_dataset(visit):
     choose(tab, "Score", "contained")
     assert show(tab, "fixed by FastMem") == ["q0", "q2"]
     # Lower is better.
-    choose(tab, "Score", "original fact")
+    choose(tab, "Score", "original")
     assert show(tab, "fixed by FastMem") == ["q0"]
     assert tab.locator("#score").locator("option").all_inner_texts() == [
-        *("main score", "accuracy", "contained", "format failure", "original fact")
+        *("main score", "accuracy", "contained", "format failure", "original")
     ]
     tab.get_by_role("button", name="Clear filters").click()
     choose(tab, "Dataset", "xsum")
@@ -296,7 +295,7 @@ def test_a_sample_shows_context_prompt_and_answers(visit):
     assert cards.locator("h5").all_inner_texts() == ["zero-shot", "cad", "fastmem", "fastmem+cd"]
     assert cards.nth(0).inner_text().split("\n\n")[0] == "zero-shot"
     assert cards.nth(0).locator("li").all_inner_texts() == [
-        *("✗ accuracy", "✗ contained", "no format failure", "! original fact")
+        *("✗ accuracy", "✗ contained", "no format failure", "! original")
     ]
     assert cards.nth(2).locator(".change").inner_text() == "fixed"
     assert cards.nth(2).locator(".effort").inner_text() == "2 words · 0.25 s"
@@ -506,7 +505,7 @@ def test_without_script_tables_and_charts_are_there(visit):
 
 def test_no_samples_no_browser_no_complaint(visit, tmp_path):
     file = tmp_path / "empty.html"
-    file.write_text(render_page(Page("Empty", "", [], [], [], [], {}, "")), encoding="utf-8")
+    file.write_text(example({}), encoding="utf-8")
     assert visit(file=file).get_by_role("heading", level=1).is_visible()
 
 
@@ -525,7 +524,7 @@ def test_of_ten_thousand_samples_few_are_drawn(visit, tmp_path):
         for i in range(10_000)
     ]
     file = tmp_path / "large.html"
-    file.write_text(render_page(example(data(samples))), encoding="utf-8")
+    file.write_text(example(data(samples)), encoding="utf-8")
     tab = visit(file=file)
     for query, found in (("", "10,000 samples"), ("town 999", "19 of 10,000 samples"), ("bob", None)):
         tab.get_by_role("searchbox").fill(query)

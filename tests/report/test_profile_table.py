@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from fastmem_pl import FastMemError
-from fastmem_pl.report.profile_table import profile_page_table, profile_table, read_profile
+from fastmem_pl.report.runs import read_profile
+from fastmem_pl.report.table import phase_table, profile_table
 
 NUMBERS = {"calls": 2, "first_seconds": 3.0, "median_seconds": 1.0, "samples": 2, "peak_memory_gib": 1.5}
 
@@ -41,7 +42,7 @@ def shown(profile):
 
 
 def test_rows_are_as_wide_as_the_header_and_end_with_the_sum():
-    table = profile_page_table(made())
+    table = phase_table(made())
     rows = [[cell.text for cell in row] for row in table.rows]
     assert {len(row) for row in rows} == {len(table.header)}
     assert [row[0] for row in rows] == [
@@ -55,7 +56,7 @@ def test_rows_are_as_wide_as_the_header_and_end_with_the_sum():
 def test_one_method_has_no_row_of_its_own():
     profile = made()
     del profile["phases"]["decode"]["methods"]["zero-shot"]
-    rows = profile_page_table(profile).rows
+    rows = phase_table(profile).rows
     assert [row[0].text for row in rows] == ["trunk", "decode", "other", "all"]
 
 

@@ -7,9 +7,8 @@ from conftest import make_module
 from fastmem_pl.cli.configs import config_paths
 from fastmem_pl.metrics import SCORES, paired
 from fastmem_pl.report.collect import collect
-from fastmem_pl.report.document import markdown, result_tables
-from fastmem_pl.report.paper import published
-from fastmem_pl.report.results import dataset_table, overview
+from fastmem_pl.report.document import dataset_table, markdown, overview, result_tables
+from fastmem_pl.report.paper import PUBLISHED, published
 from fastmem_pl.report.runs import flat_settings
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -74,7 +73,7 @@ def test_a_score_that_some_samples_lack_says_of_how_many_it_is(make_run, two_met
 def test_the_overview_puts_data_sets_side_by_side(make_run, two_methods):
     runs = [make_run("a", two_methods), make_run("b", two_methods[:8], data="other.jsonl")]
     comparison = collect(runs)
-    assert overview(collect(runs[:1])) is None
+    assert len(result_tables(collect(runs[:1]))) == 1
     assert overview(comparison).header == ["method", "qa (a): accuracy", "qa (b): accuracy"]
     assert len(result_tables(comparison)) == 3
 
@@ -155,9 +154,8 @@ def test_the_papers_value_is_shown(make_run, two_methods):
 def test_every_published_value_is_of_a_known_score_task_and_method():
     from fastmem_pl.data import TASKS
     from fastmem_pl.decoding import METHODS
-    from fastmem_pl.report.paper import _table
 
-    for tasks in _table().values():
+    for tasks in yaml.safe_load(PUBLISHED.read_text()).values():
         for task, scores in tasks.items():
             assert task in TASKS
             for score, methods in scores.items():

@@ -214,9 +214,10 @@ def test_settings_of_answers_do_not_shut_a_folder_of_memories(run, tmp_path):
     run("predict", published_quirks=quirks, system_prompt="Be brief.", trust_remote_code=True)
     with pytest.raises(FastMemError, match=r"model\.chat\.system_prompt: there 'Be brief\.', here None"):
         run("predict", published_quirks=quirks)
-    with pytest.raises(
-        FastMemError, match=r"round_weights: False, .* give --model.published_quirks \[round-w"
-    ):
+    message = (
+        r"published_quirks: \[\], .* give --model.published_quirks \[parse-special-tokens,round-weights\]"
+    )
+    with pytest.raises(FastMemError, match=message):
         run("predict", name="other", memories=str(tmp_path / "run"))
 
 

@@ -13,7 +13,7 @@ from ranks import fork_ranks
 
 from fastmem_pl import FastMemError, FastMemTrainer
 from fastmem_pl.base.phases import PhaseCall, PhaseMeter
-from fastmem_pl.report.profile_table import read_profile
+from fastmem_pl.report.runs import read_profile
 from fastmem_pl.run.profile import PHASES, Measured, RunProfile, summarize
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]

@@ -29,25 +29,23 @@ def sample():
 
 
 def search(model, sample, points):
-    told = []
-    found = SampleSearch(model, sample, SearchSettings().chosen_method(), told.append).run(points)
-    return {tuple(record["point"].values()): record for record in found}, told
+    found = SampleSearch(model, sample, SearchSettings().chosen_method()).run(points)
+    return {tuple(record["point"].values()): record for record in found}
 
 
-def essence(records):
-    return {key: (r["token_ids"], pytest.approx(r["curve"]["cross_entropy"])) for key, r in records.items()}
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, record in found.items():
+        assert record["token_ids"] == expected[key]["token_ids"]
+        assert record["curve"]["cross_entropy"] == pytest.approx(expected[key]["curve"]["cross_entropy"])
 
 
 def test_chunks_of_rows_change_nothing(model, sample, monkeypatch):
     points = SearchSettings(grid=GRID).points(model)
-    together, _ = search(model, sample, points)
+    together = search(model, sample, points)
     monkeypatch.setattr(evaluate_module, "_MOST_ROWS", 4)
-    found, told = search(model, sample, points)
-    assert len(found) == len(points) == 12
-    assert essence(found) == {
-        key: (r["token_ids"], r["curve"]["cross_entropy"]) for key, r in together.items()
-    }
-    assert told == [4, 4, 2, 2]
+    assert len(together) == len(points) == 12
+    assert_same(search(model, sample, points), together)
 
 
 def test_the_context_is_read_once(model, sample, monkeypatch):
@@ -65,7 +63,7 @@ def test_the_context_is_read_once(model, sample, monkeypatch):
 
 def test_out_of_memory_halves_the_rows_and_loses_nothing(model, sample, monkeypatch, caplog):
     points = SearchSettings(grid=GRID).points(model)
-    expected, _ = search(model, sample, points)
+    expected = search(model, sample, points)
     original = ContextReader.snapshots
 
     def tight(self, rows, stops):
@@ -76,11 +74,7 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(model, sample, monkeypa
             yield steps, memory
 
     monkeypatch.setattr(ContextReader, "snapshots", tight)
-    found, told = search(model, sample, points)
-    assert essence(found) == {
-        key: (r["token_ids"], r["curve"]["cross_entropy"]) for key, r in expected.items()
-    }
-    assert sum(told) == len(points)
+    assert_same(search(model, sample, points), expected)
     assert "out of memory with 6 samples at once; trying 3" in caplog.text
 
 
@@ -96,11 +90,7 @@ def test_out_of_memory_with_one_row_is_one_line(model, sample, monkeypatch):
 
 def test_points_of_unlike_steps_need_not_fill_the_grid(model, sample):
     """As when a search goes on with some points done, or trials differ in their steps."""
-    whole, _ = search(model, sample, SearchSettings(grid=GRID).points(model))
+    whole = search(model, sample, SearchSettings(grid=GRID).points(model))
     keys = [(1e-4, 2, 0.1), (3e-3, 4, 0.1), (1e-3, 2, 1.0), (1e-3, 4, 1.0)]
     points = [dict(zip(GRID, key, strict=True)) for key in keys]
-    found, _ = search(model, sample, points)
-    assert found.keys() == set(keys)
-    assert essence(found) == {
-        key: (whole[key]["token_ids"], whole[key]["curve"]["cross_entropy"]) for key in keys
-    }
+    assert_same(search(model, sample, points), {key: whole[key] for key in keys})

@@ -126,7 +126,7 @@ def aimed(records: list[dict], point: Point | None) -> list[dict]:
     return [record | {"sub_answer": found.get(i, "x")} for i, record in enumerate(DATA)]
 
 
-INNER = {"learning_rate": [1e-2, 3e-2, 6e-3], "steps": [2, 6, 12], "kl_coeff": [0.03, 30.0, 1.0]}
+INNER = {"learning_rate": [1e-2, 3e-2, 6e-3], "steps": [2, 6, 12], "kl_coeff": [1.0]}
 MIDDLE = {"learning_rate": 1e-2, "steps": 6, "kl_coeff": 1.0}
 
 
@@ -138,7 +138,8 @@ def aim(searches: Searches, tmp_path: Path, capsys: pytest.CaptureFixture):
     """
 
     def search(point: Point | None, grid: Grid = INNER, **settings: object) -> tuple[Path, list[dict], str]:
-        settings = {"search__every": 2, "max_new_tokens": 16, **settings}
+        further = {"weight_decay": 0.3, "max_context_tokens": 100}
+        settings = {"search__every": 2, "max_new_tokens": 16, **further, **settings}
         data = aimed(searches.records(grid, **settings), point)
         capsys.readouterr()
         folder = searches.search(grid, data=data, search__objective="exact_match", **settings)
@@ -153,7 +154,7 @@ def aim(searches: Searches, tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 def test_a_best_point_inside_and_clearly_better_runs_as_it_is(aim, tmp_path, monkeypatch) -> None:
-    folder, records, printed = aim(MIDDLE, weight_decay=0.3, max_context_tokens=100)
+    folder, records, printed = aim(MIDDLE)
     assert best_of(folder) == MIDDLE
     assert ranked(folder)[0] == name_of(MIDDLE)
     for text in (printed, (folder / "search.md").read_text()):
@@ -170,12 +171,11 @@ def test_a_best_point_inside_and_clearly_better_runs_as_it_is(aim, tmp_path, mon
     assert_like(at(records, MIDDLE), found)
 
 
-@pytest.mark.parametrize(("axis", "value"), [("steps", 12), ("kl_coeff", 0.03)])
-def test_a_warning_where_the_best_is_on_the_edge(aim, axis: str, value: float) -> None:
-    folder, _, printed = aim({**MIDDLE, axis: value})
-    assert best_of(folder) == {**MIDDLE, axis: value}
+def test_a_warning_where_the_best_is_on_the_edge(aim) -> None:
+    folder, _, printed = aim({**MIDDLE, "steps": 12})
+    assert best_of(folder) == {**MIDDLE, "steps": 12}
     for text in (printed, (folder / "search.md").read_text()):
-        assert re.findall(r"best (\w+), [^;]* end; the optimum may lie beyond", text) == [axis]
+        assert re.findall(r"best (\w+), [^;]* end; the optimum may lie beyond", text) == ["steps"]
 
 
 def test_best_yaml_has_the_settings_of_the_decoder(aim, tmp_path, monkeypatch) -> None:
@@ -188,22 +188,6 @@ def test_best_yaml_has_the_settings_of_the_decoder(aim, tmp_path, monkeypatch) -
     assert "best alpha, 2, is at the upper end" in printed
 
 
-def test_a_best_point_below_zero_shot_is_not_praised(aim) -> None:
-    folder, _, printed = aim(None)
-    for text in (printed, (folder / "search.md").read_text()):
-        assert "the search does not show a gain" in text
-
-
-def test_a_point_that_failed_is_not_the_best(searches: Searches, capsys) -> None:
-    """It is answered by the base model, here rightly."""
-    grid = {"learning_rate": [1e30, 1e-2], "steps": [4, 2], "kl_coeff": [0.1]}
-    data = aimed(searches.records(grid), None)
-    folder = searches.search(grid, data=data, search__objective="exact_match")
-    assert all(r["scores"]["exact_match"] for r in at(read(folder), points_of(grid)[0]).values())
-    assert best_of(folder)["learning_rate"] == 1e-2
-    assert "not finite" in capsys.readouterr().out
-
-
 def half_a_last_line(lines: list[bytes]) -> bytes:
     return b"".join(lines[:29]) + lines[29][: len(lines[29]) // 2]
 
@@ -212,20 +196,8 @@ def lines_missing_in_the_middle(lines: list[bytes]) -> bytes:
     return b"".join(line for i, line in enumerate(lines) if i % 3)
 
 
-def one_sample_and_half_a_line_missing(lines: list[bytes]) -> bytes:
-    return b"".join(line for line in lines if json.loads(line)["index"] != 4) + lines[5][:40]
-
-
 def one_point_missing(lines: list[bytes]) -> bytes:
     return b"".join(line for line in lines if json.loads(line)["point"] != points_of(SMALL)[3])
-
-
-def zero_shot_missing(lines: list[bytes]) -> bytes:
-    return b"".join(line for line in lines if json.loads(line)["point"] is not None)
-
-
-def nothing_left(lines: list[bytes]) -> bytes:
-    return b""
 
 
 @pytest.mark.parametrize(
@@ -233,10 +205,7 @@ def nothing_left(lines: list[bytes]) -> bytes:
     [
         half_a_last_line,
         lines_missing_in_the_middle,
-        one_sample_and_half_a_line_missing,
         one_point_missing,
-        zero_shot_missing,
-        nothing_left,
     ],
 )
 def test_a_search_goes_on(searches: Searches, done, copied, cut: Callable[[list[bytes]], bytes]) -> None:
@@ -262,15 +231,8 @@ def test_a_finished_search_is_not_made_again(searches: Searches, done, copied, c
     assert summary_of(copied) == summary_of(done)
 
 
-@pytest.mark.parametrize(
-    "small",
-    [
-        {"learning_rate": [3e-3, 1e-2], "steps": [2], "kl_coeff": [0.1, 1.0]},
-        {"learning_rate": [1e-2], "steps": [4, 2], "kl_coeff": [1.0]},
-    ],
-    ids=flow,
-)
-def test_a_grown_grid_keeps_what_is_done(searches: Searches, done: Path, small: Grid) -> None:
+def test_a_grown_grid_keeps_what_is_done(searches: Searches, done: Path) -> None:
+    small = {"learning_rate": [1e-2], "steps": [4, 2], "kl_coeff": [1.0]}
     folder = searches.search(small, **COMMON)
     before = keyed(read(folder))
     assert len(before) == 6 * (len(points_of(small)) + 1)
@@ -309,9 +271,7 @@ def test_a_killed_search_goes_on(searches: Searches, tmp_path: Path) -> None:
     ("settings", "part"),
     [
         ({"weight_decay": 0.5}, "weight_decay"),
-        ({"max_new_tokens": 9}, "max_new_tokens"),
         ({"search__method": "fastmem+cd"}, "fastmem+cd"),
-        ({"family": "gpt2"}, "backbone"),
         ({"data": DATA[:11]}, "data"),
     ],
     ids=lambda value: str(value)[:30],
@@ -326,29 +286,16 @@ def test_a_folder_of_other_settings_is_refused(searches, copied, capsys, setting
 
 
 def test_searches_and_runs_do_not_share_a_folder(searches: Searches, copied, tmp_path, capsys) -> None:
-    before = files(copied)
-    line = refused_line(capsys, ["fit-predict", *searches.arguments(), "--run_dir", str(copied)])
-    assert "run_dir" in line
-    assert files(copied) == before
     run = tmp_path / "other"
     assert main(["fit-predict", *searches.arguments(steps=1), "--run_dir", str(run)]) == 0
-    before = files(run)
     given = searches.arguments(search__grid=flow(SMALL), steps=1)
-    assert "run_dir" in refused_line(capsys, ["search", *given, "--run_dir", str(run)])
-    assert files(run) == before
-
-
-def test_a_score_that_is_bad_when_high_is_minimized(searches: Searches) -> None:
-    """The share of outputs with the original fact."""
-    grid = {"learning_rate": [1e-2], "steps": [2, 6], "kl_coeff": [0.1]}
-    few, many = points_of(grid)
-    first = searches.records(grid)
-    for bad, good in ((few, many), (many, few)):
-        texts = {i: extract_answer(r["prediction"]) for i, r in at(first, bad).items()}
-        data = [record | {"answer": texts.get(i, "x")} for i, record in enumerate(DATA)]
-        folder = searches.search(grid, data=data, search__objective="original")
-        assert all(r["scores"]["original"] for r in at(read(folder), bad).values())
-        assert best_of(folder) == good
+    for folder, arguments in (
+        (copied, ["fit-predict", *searches.arguments()]),
+        (run, ["search", *given]),
+    ):
+        before = files(folder)
+        assert "run_dir" in refused_line(capsys, [*arguments, "--run_dir", str(folder)])
+        assert files(folder) == before
 
 
 def test_rouge_is_an_objective(searches: Searches) -> None:
@@ -383,31 +330,6 @@ def test_scores_with_a_model_of_their_own_are_objectives_and_added_after_a_kill(
     searches.search(SMALL, data=SUMMARIES, run_dir=folder, **given)
     assert_same_answers(read(folder), [*expected.values()])
     assert ranked(folder) == order
-
-
-def test_a_config_file_holds_the_block(searches: Searches, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    block = {"grid": {"learning_rate": ["1e-3", 1e-2], "steps": [2]}, "objective": "f1", "every": 3}
-    Path("mine.yaml").write_text(
-        yaml.safe_dump({"search": {**block, "method": "fastmem+cd"}}).replace("'", "")
-    )
-    given = searches.arguments(kl_coeff=0.3)
-    assert main(["search", "--config", "mine.yaml", *given, "--run_dir", "run"]) == 0
-    records = read(tmp_path / "run")
-    assert {r["index"] for r in records} == {0, 3, 6, 9}
-    assert {r["method"] for r in records} == {"zero-shot", "fastmem+cd"}
-    expected = points_of({"learning_rate": [1e-3, 1e-2], "steps": [2], "kl_coeff": [0.3]})
-    assert {name_of(r["point"]) for r in records if r["point"]} == set(map(name_of, expected))
-
-
-def test_help_lists_the_command_and_its_options(capsys) -> None:
-    assert main(["--help"]) == 0
-    assert re.search(r"^  search\s", capsys.readouterr().out, re.MULTILINE)
-    assert main(["search", "--help"]) == 0
-    out = capsys.readouterr().out
-    for name in ("search.grid", "search.objective", "search.every", "search.method", "run_dir", "config"):
-        assert f"--{name}" in out
-    assert "did you mean 'search'" in refused_line(capsys, ["serach"])
 
 
 def test_print_config_shows_what_was_given_and_reads_again(searches, capsys, tmp_path, monkeypatch) -> None:
