@@ -97,13 +97,14 @@ def memorize(
 
 def _fit(fit: DocumentFit, interrupts: list[int], quiet: bool) -> bool:
     """Take all updates; returns whether the user stopped after at least one."""
-    # A log gets a line now and then.
-    every = 0.1 if sys.stderr.isatty() else _LINE_EVERY
-    with tqdm(
-        desc="memorizing", total=fit.num_updates, unit="update", disable=quiet, mininterval=every
-    ) as bar:
+    last = time.perf_counter()
+    with tqdm(total=fit.num_updates, desc="memorizing", unit="update", disable=quiet or None) as bar:
         for done in fit.run():
             bar.update(done - bar.n)
+            if bar.disable and not quiet and time.perf_counter() - last > _LINE_EVERY:
+                # A log has no use for a bar.
+                last = time.perf_counter()
+                print(f"fastmem: {done} of {fit.num_updates} updates", file=sys.stderr, flush=True)
             if interrupts and done < fit.num_updates:
                 return True
     return False

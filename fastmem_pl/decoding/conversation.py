@@ -44,10 +44,14 @@ class Conversation:
         """One answer, piece by piece."""
         return stream_answer(question=question, prompts=self._prompts, **self._common([question]))
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether questions go one by one, so that the text is read once: on a CPU where it is shown."""
+        return self.context is not None and self.backbone.device.type == "cpu"
+
     def answers(self, questions: Sequence[str]) -> Iterator[str]:
         """One answer a question, in batches."""
-        # On a CPU one by one where the text is shown: it is then read once, not once a question.
-        size = 1 if self.context is not None and self.backbone.device.type == "cpu" else _BATCH
+        size = 1 if self.reads_once else _BATCH
         for start in range(0, len(questions), size):
             yield from self._together(questions[start : start + size])
 

@@ -67,7 +67,7 @@ class MetricAggregation(Callback):
             entry = groups.setdefault(group, {}).setdefault(
                 method, {"n": 0, "metrics": {}, "against_zero_shot": {}}
             )
-            found = estimate(values.compute().tolist())
+            found = estimate(values.compute().reshape(-1).tolist())
             entry["n"] = max(entry["n"], found.n)
             # Seconds are shares of a batch, not independent values.
             error = None if name.startswith("seconds") else found.error

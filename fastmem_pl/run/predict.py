@@ -325,11 +325,12 @@ class FastMemModule(LightningModule):
                     f"out of memory while loading {loading.source}; use "
                     "--trainer.precision bf16-true, a smaller --model.backbone or another device"
                 ) from error
+        # Settings that do not fit the model are refused below, and whoever ends the run clears this.
+        self.graphs = GraphPool()
         object.__setattr__(self, "_backbone", backbone.with_chat(self.chat, self.chat_class))
         self.memorizer = Memorizer(self.backbone, self.memorization)
         self.memorizer.module_class = self.memorization_class
         self.meter = self.memorizer.meter = PhaseMeter(self.backbone.device)
-        self.graphs = GraphPool()
         self.budget = MemoryBudget(self.backbone, self.memorization, self.graphs, self.auto_batch)
         self._prepare_methods()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastmem_pl.cli.asker import Asker
 from memories import QUESTIONS, TEXT, prose
 
 from fastmem_pl import FastMemError, Memory, answer
 from fastmem_pl.cli import main
 from fastmem_pl.cli.ask import _read_questions
+from fastmem_pl.decoding.conversation import Conversation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +85,7 @@ def test_a_file_of_questions_is_answered_in_batches(
     fastmem, kept: Path, backbone, tmp_path: Path, monkeypatch
 ) -> None:
     # On a CPU they go one by one where a text is shown.
-    monkeypatch.setattr(Asker, "reads_once", False)
+    monkeypatch.setattr(Conversation, "reads_once", False)
     questions = [f"What is {i}{' and why' * (i % 4)}?" for i in range(20)]
     expected = expected_answers(backbone, kept, questions, max_new_tokens=6)
     assert len(set(expected)) > 10

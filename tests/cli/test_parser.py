@@ -86,7 +86,7 @@ def test_a_list_option_is_repeated():
     [
         (asked, [], "give a MEMORY; see fastmem x --help"),
         (shipped, ["m", "n"], "unrecognized arguments: n"),
-        (shipped, ["m", "--max_kll", "1"], "unrecognized arguments: --max_kll 1; did you mean --max-kl"),
+        (shipped, ["m", "--max_kll", "1"], "unrecognized arguments: --max_kll; did you mean --max-kl"),
         (shipped, ["m", "--max-kl"], "--max-kl: give a value"),
         (shipped, ["m", "--max-kl", "--form"], "--max-kl: give a value"),
         (shipped, ["m", "--max-kl", "much"], "max_kl: 'much' does not fit; allowed: float, null"),
