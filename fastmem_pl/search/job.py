@@ -111,11 +111,8 @@ class SearchJob:
                 bar.count = count if ranks.count > 1 else None
 
         callbacks = [PredictionWriter(self.run), *([callback] if callback else [])]
-        try:
-            self.trainer.run_loop(search, data, plan, callbacks)
-        finally:
-            if model.is_loaded:
-                model.graphs.clear()
+        self.trainer.run_loop(search, data, plan, callbacks)
+        model.graphs.clear()
 
     def scored_records(self) -> list[Record]:
         """Records of the samples that are searched on, with the scores that need a model of their own."""
