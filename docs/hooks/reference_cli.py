@@ -103,12 +103,7 @@ def own_trainer_options() -> set[str]:
 
 
 def shown(parser: Any) -> list[Any]:
-    """The actions that the page shows: no help, no loading of a group from a file, no setting of a quirk.
-
-    Quirks are chosen by name, with ``model.published_quirks``, whatever their settings say.
-    """
-    from fastmem_pl.run.predict import _QUIRK_FIELDS
-
+    """The actions that the page shows: no help, no loading of a group from a file."""
     return [
         action
         for action in parser._actions
@@ -116,7 +111,6 @@ def shown(parser: Any) -> list[Any]:
         and action.dest not in _NOT_SHOWN
         and not action.dest.endswith(".help")
         and not isinstance(action, _ActionConfigLoad)
-        and action.dest.rpartition(".")[2] not in _QUIRK_FIELDS
     ]
 
 

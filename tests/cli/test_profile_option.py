@@ -40,7 +40,7 @@ def test_the_option(capsys, given, expected):
         (["search", "--profile"], "--profile: not with search; allowed with fit-predict, fit, predict"),
         (["ask", "x.fastmem", "--profile=trace"], "--profile: not with ask"),
         (["fit-predcit", "--profile"], "'fit-predcit' is no command"),
-        (["search", "--config", "smollm2,search,profile"], "trainer.profile: a search is not profiled"),
+        (["search", "--config", "smollm2,search,profile"], "trainer.profile: not in a search"),
     ],
 )
 def test_what_is_refused(capsys, arguments, said, tmp_path, monkeypatch):
