@@ -116,6 +116,8 @@ class Backbone:
             if is_out_of_memory(error):
                 raise
             raise FastMemError(f"model.backbone: {source!r} does not run here: {one_line(error)}") from error
+        # What was laid out or sharded for fewer layers is refused here.
+        backbone.tail(num_layers)
         if backbone.shards.processes > 1:
             # Here all processes ask for it; later, one alone would wait for the others.
             backbone.fingerprint()
@@ -279,8 +281,10 @@ class Backbone:
             problem = "is too many, as the feed-forward networks of the last blocks differ; lower it"
         elif missing:
             problem = f"leaves no {missing.pop()} block in the trunk; lower it"
-        elif not together or any(map(is_sharded, shares)):
-            problem = "is more than the model was sharded or laid out for; load it with as many"
+        elif not together:
+            problem = "needs all of its blocks where the LM head is; give another model.backbone.device_map"
+        elif any(map(is_sharded, shares)):
+            problem = "is more than the model was sharded for; load it with as many"
         if problem:
             raise FastMemError(f"model.memorize.num_layers: {num_layers} {problem}")
 

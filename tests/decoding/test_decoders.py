@@ -82,7 +82,7 @@ class Adaptive(Decoder):
 
 
 def test_a_decoder_of_ones_own_keeps_floats_by_step(tiny, contexts, monkeypatch):
-    monkeypatch.setitem(DECODERS._items, "adaptive", Adaptive)
+    monkeypatch.setitem(DECODERS, "adaptive", Adaptive)
     memory, common = Memorizer(tiny, **STRONG)(contexts[:3]), {"alpha": 2.0, "max_new_tokens": 30}
     free = start(tiny, "adaptive", memory, **common).run()
     stops = (free[0].text[2:4], free[1].text[6:8])

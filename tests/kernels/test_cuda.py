@@ -206,7 +206,7 @@ def test_batches_fit_the_memory_that_is_allowed(tmp_path):
         module = make_module(steps=2, max_new_tokens=4, auto_batch=True)
         object.__setattr__(module, "_backbone", backbone)
         module.load_backbone("bf16-true", backbone.device, backbone)
-        assert 1 < module.room.limits(module.longest_answer).most(100) < 32
+        assert 1 < module.budget.limits(module.longest_answer).most(100) < 32
         result = trainer.fit_predict(module, FastMemDataModule(limit=20), run_dir=str(tmp_path / "run"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -365,7 +365,6 @@ class TestSpread:
         for device in ("cpu", "cuda:0"):
             found = spread.model.generate(ids.to(device), max_new_tokens=5, do_sample=False)
             assert found.cpu().tolist() == expected.tolist()
-            assert spread.model(ids.to(device)).logits.device == torch.device(device)
 
     def test_a_run(self, folder, tmp_path):
         trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False)
@@ -374,10 +373,10 @@ class TestSpread:
         assert result.metrics["groups"]["all"]["fastmem"]["n"] == 3
 
     def test_blocks_below_the_head_are_not_trained(self, folder):
-        with pytest.raises(FastMemError, match=r"trained blocks, final norm and LM head are on cpu"):
+        with pytest.raises(FastMemError, match=r"num_layers: 2 needs all of its blocks where the LM head is"):
             self.load(folder, **{"model.layers.3": "cpu"})
         backbone = Backbone.load(folder, device="cuda:0", device_map=self.MAP | {"model.layers.3": "cpu"})
-        with pytest.raises(FastMemError, match=r"block 3 is trained .* allowed: cuda:0"):
+        with pytest.raises(FastMemError, match=r"num_layers: 2 needs all of its blocks where the LM head is"):
             backbone.tail(2)
 
 

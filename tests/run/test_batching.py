@@ -321,7 +321,7 @@ def test_fit_runs_out_of_memory_and_saves_every_memory_once(run, monkeypatch):
     assert [path.name for path in roomy] == [path.name for path in cramped]
     for one, other in zip(map(Memory.load, roomy), map(Memory.load, cramped), strict=True):
         assert other.curves[0].cross_entropy == pytest.approx(one.curves[0].cross_entropy, rel=1e-4)
-        assert one.context_hash == other.context_hash
+        assert one.context_hashes == other.context_hashes
 
 
 def test_a_sample_that_never_fits_ends_the_run_and_keeps_the_rest(run, alone, monkeypatch):
