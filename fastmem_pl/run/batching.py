@@ -92,9 +92,6 @@ class MemoryBudget:
 
         ``work`` returns the results of some items in their order, ``longest_row`` the tokens of their longest
         row, answer included.
-
-        Raises:
-            OutOfMemoryError: when a single item does not fit, or batches are not to be halved.
         """
         cost = self._footprint.cost(len(items), longest_row(items))
         # What was too much once is not tried again.

@@ -131,8 +131,6 @@ class SampleProgress(ProgressBar):
         count: returns the samples that are done, where other processes do some of them.
     """
 
-    unit = "sample"
-
     def __init__(self) -> None:
         super().__init__()
         self.count: Callable[[], int] | None = None
@@ -147,20 +145,14 @@ class SampleProgress(ProgressBar):
         """Show the bar again."""
         self._enabled = True
 
-    def extent(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, int]:
-        """What is done already, and all."""
-        data = trainer.datamodule
-        done = self.count() if self.count else len(data.samples) - len(data.remaining)
-        return done, len(data.samples)
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
-        done, total = self.extent(trainer, pl_module)
+        data = trainer.datamodule
         self._bar = tqdm(
-            total=total,
-            initial=done,
+            total=len(data.samples),
+            initial=self.count() if self.count else len(data.samples) - len(data.remaining),
             desc=pl_module.mode,
-            unit=self.unit,
+            unit="sample",
             disable=not self._enabled,
             # In a log file, one line now and then.
             mininterval=0.1 if sys.stderr.isatty() else 15,

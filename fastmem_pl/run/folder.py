@@ -62,11 +62,7 @@ class RunFolder:
         self._counted: dict[Path, tuple[int, int]] = {}
 
     def check(self) -> None:
-        """Refuse a folder that holds something else; reads only.
-
-        Raises:
-            FastMemError: naming the settings that differ.
-        """
+        """Refuse a folder that holds something else; reads only."""
         self._check_ours()
         manifest = self._manifest_path
         if not manifest.is_file():
@@ -107,11 +103,7 @@ class RunFolder:
             )
 
     def open(self, config_text: str) -> None:
-        """Create or reopen the folder, take its lock, and repair what a killed run left behind.
-
-        Raises:
-            FastMemError: when the folder cannot be written or another process writes to it.
-        """
+        """Create or reopen the folder, take its lock, and repair what a killed run left behind."""
         try:
             # Before the lock's file is in the folder.
             self._check_ours()
@@ -148,20 +140,13 @@ class RunFolder:
         return [record for _, record in merge_records(self._files(), self.methods)]
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add the records of a batch; on disk when this returns.
-
-        Raises:
-            RunStoppedError: when the disk is full or gone; what was there before stays.
-        """
+        """Add the records of a batch; on disk when this returns."""
         append_records(self._written_to, records, self.id, self._manifest_path)
 
     def merge_parts(self) -> None:
         """Bring all records together in the order of the data; batches were formed by length.
 
         Half-written lines, samples that lack one of their methods and repeated records are dropped.
-
-        Raises:
-            FastMemError: for a damaged file, or when it cannot be written; nothing is lost then.
         """
         files = self._files()
         content = b"".join(line for line, _ in merge_records(files, self.methods))

@@ -34,9 +34,6 @@ def select_loggers(given: object) -> list[str | Logger]:
         given: a name, several with commas between, a Lightning logger, a list of either, ``False`` for none;
             ``True`` and ``None`` ask for the default.
 
-    Raises:
-        FastMemError: for an unknown name, or one whose package is not installed.
-
     >>> select_loggers("csv,csv")
     ['csv']
     """

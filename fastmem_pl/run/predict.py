@@ -269,11 +269,7 @@ class FastMemModule(LightningModule):
 
     @property
     def backbone(self) -> Backbone:
-        """The loaded model.
-
-        Raises:
-            FastMemError: before :meth:`load_backbone`.
-        """
+        """The loaded model."""
         if self._backbone is None:
             raise FastMemError("the backbone is not loaded; call load_backbone() or run a trainer")
         return self._backbone
@@ -382,12 +378,7 @@ class FastMemModule(LightningModule):
         return [min(count, self.memorizer.context_limit) for count in counts]
 
     def check_samples(self, samples: Sequence[ContextSample]) -> None:
-        """Refuse what cannot be answered before anything is.
-
-        Raises:
-            FastMemError: for a question without room for its context, a memory that does not fit and, under
-                ``strict``, a context that would be cut off.
-        """
+        """Refuse what cannot be answered before anything is."""
         for sample in samples:
             self.encoder.check(sample, self.strict)
         if self.mode == "predict" and self.memories and any(method.memory for method in self.methods):

@@ -57,9 +57,6 @@ def check_kinds(kinds: Sequence[str] | str | None, option: str = "trainer.profil
 
     >>> check_kinds("trace")
     ['phases', 'trace']
-
-    Raises:
-        FastMemError: for an unknown name.
     """
     if isinstance(kinds, str):
         kinds = [name.strip() for name in kinds.strip("[]").split(",")]
@@ -192,11 +189,7 @@ class RunProfile(Callback):
 
 
 def _export(trace: torch.profiler.profile, path: Path) -> None:
-    """Write a trace.
-
-    Raises:
-        OSError: when it cannot be written in full, which torch does not report.
-    """
+    """Write a trace."""
     trace.export_chrome_trace(str(path))
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)

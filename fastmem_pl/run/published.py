@@ -66,11 +66,7 @@ class RoundWeights(MemorizationModule):
 
 
 class UnlimitedDoLa(DoLa):
-    """DoLa without repetition penalty, and 399 tokens whatever max_new_tokens says.
-
-    Raises:
-        FastMemError: when the settings have a penalty.
-    """
+    """DoLa without repetition penalty, and 399 tokens whatever max_new_tokens says."""
 
     def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
         super().__init__(settings, backbone)
@@ -132,9 +128,6 @@ def apply(module: LightningModule, names: Sequence[str]) -> tuple[list[str], lis
 
     Returns:
         the names of those that memories depend on, and of those that only answers do.
-
-    Raises:
-        FastMemError: for an unknown name.
     """
     if isinstance(names, str):
         raise FastMemError(f"model.published_quirks: give a list, such as [{names}]")

@@ -24,11 +24,7 @@ def split_lines(content: bytes) -> list[bytes]:
 
 
 def read_records(path: Path) -> list[tuple[bytes, Record]]:
-    """Whole lines of a file with what they say; a half-written last line is left out.
-
-    Raises:
-        FastMemError: for a line before the last that is no record.
-    """
+    """Whole lines of a file with what they say; a half-written last line is left out."""
     try:
         lines = split_lines(path.read_bytes())
     except FileNotFoundError:
@@ -85,10 +81,6 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]], run_id: str
         run_id: of the run, for the rescue folder.
         witness: file of the same folder: without it, the folder is another one (of a file system that is not
             mounted any more).
-
-    Raises:
-        RunStoppedError: when the disk is full or gone; what was there before stays, and these records are in
-            the rescue folder.
     """
     content = to_bytes("".join(map(as_line, records)))
     size = None

@@ -197,7 +197,6 @@ class FastMemTrainer(Trainer):
         datamodule: FastMemDataModule,
         plan: Callable[[], None],
         callbacks: Sequence[Callback],
-        progress: SampleProgress | None = None,
     ) -> None:
         """Run Lightning's predict loop; it ends early, with all on disk, when SIGTERM comes.
 
@@ -206,13 +205,11 @@ class FastMemTrainer(Trainer):
             datamodule: the samples.
             plan: chooses the batches (``datamodule.use_plan``), once the model is loaded.
             callbacks: come before the trainer's own.
-            progress: takes the place of the trainer's progress bar, where it has one.
         """
         usual = list(self.callbacks)
-        shown = [progress if progress and isinstance(c, SampleProgress) else c for c in usual]
         # Processes that hold one model together end after the same batch.
         agree = (lambda asked: any(self.ranks.gather(asked))) if datamodule.whole else bool
-        self.callbacks = [*callbacks, StopOnSignal(agree), *shown]
+        self.callbacks = [*callbacks, StopOnSignal(agree), *usual]
         datamodule.planner = plan
         try:
             with one_may_be_gone():
