@@ -90,7 +90,9 @@ class OptunaSettings:
     def check(self) -> None:
         """Refuse a missing package, ranges that are none, and numbers out of range."""
         if importlib.util.find_spec("optuna") is None:
-            raise FastMemError('search.optuna: it is not installed; pip install "fastmem-pl[optuna]"')
+            raise FastMemError(
+                'search.optuna: the package optuna is not installed; pip install "fastmem-pl[optuna]"'
+            )
         for name, values in self.space.items():
             where = f"search.optuna.space.{name}"
             if len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]:
