@@ -32,9 +32,9 @@ from fastmem_pl.metrics import score_answer
 from fastmem_pl.run import published
 from fastmem_pl.run.batching import MemoryBudget, halved_when_too_large
 from fastmem_pl.run.encoding import EncodedSample, SampleEncoder
+from fastmem_pl.run.records import Record
 
 Mode = Literal["fit", "predict", "fit-predict"]
-Record = dict[str, Any]
 
 
 class FastMemModule(LightningModule):

@@ -20,10 +20,11 @@ from fastmem_pl.memory import MemoryFolder
 from fastmem_pl.run.callbacks import ALL, MetricAggregation, PredictionWriter, SampleProgress
 from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
 from fastmem_pl.run.loggers import RunLogging
-from fastmem_pl.run.predict import FastMemModule, Mode, Record
+from fastmem_pl.run.predict import FastMemModule, Mode
 from fastmem_pl.run.profile import SCHEMA_VERSION as PROFILE_VERSION
 from fastmem_pl.run.profile import RunProfile, summarize
 from fastmem_pl.run.provenance import describe_run
+from fastmem_pl.run.records import Record
 from fastmem_pl.run.scoring import score_records
 
 log = logging.getLogger(__name__)
