@@ -93,33 +93,38 @@ class MemoryBudget:
         ``work`` returns the results of some items in their order, ``longest_row`` the tokens of their longest
         row, answer included.
         """
-        cost = self._footprint.cost(len(items), longest_row(items))
-        # What was too much once is not tried again.
-        known = self._too_much is not None and len(items) > 1 and cost >= self._too_much
-        if not known:
-            if cost > usable_bytes(self._backbone.device):
-                self._graphs.clear()
-            results = self.attempt(lambda: work(items))
-            if results is not None:
-                return results
-            # Processes that hold one model together must go on with the same batches.
-            if len(items) == 1 or not self._auto or self._backbone.shards.processes > 1:
-                raise OutOfMemoryError(
-                    f"out of memory with {len(items)} sample(s) at once; lower --data.batch_size, "
-                    "--model.memorize.max_context_tokens or use --trainer.precision bf16-true; "
-                    "what was answered before stays, and the same command goes on from there"
-                )
-            log.warning("out of memory with %d samples at once; trying %d", len(items), len(items) // 2)
-            self._too_much = cost
-        half = len(items) // 2
-        halves = (self.in_halves(work, part, longest_row) for part in (items[:half], items[half:]))
-        return [result for results in halves for result in results]
+        waiting, results = [items], []
+        while waiting:
+            part = waiting.pop()
+            cost = self._footprint.cost(len(part), longest_row(part))
+            # What was too much once is not tried again.
+            if self._too_much is None or len(part) == 1 or cost < self._too_much:
+                if cost > usable_bytes(self._backbone.device):
+                    self._graphs.clear()
+                done = self._attempt(work, part)
+                if done is not None:
+                    results += done
+                    continue
+                # Processes that hold one model together must go on with the same batches.
+                if len(part) == 1 or not self._auto or self._backbone.shards.processes > 1:
+                    raise OutOfMemoryError(
+                        f"out of memory with {len(part)} sample(s) at once; lower --data.batch_size, "
+                        "--model.memorize.max_context_tokens or use --trainer.precision bf16-true; "
+                        "what was answered before stays, and the same command goes on from there"
+                    )
+                log.warning("out of memory with %d samples at once; trying %d", len(part), len(part) // 2)
+                self._too_much = cost
+            half = len(part) // 2
+            waiting += [part[half:], part[:half]]
+        return results
 
-    def attempt(self, work: Callable[[], Result]) -> Result | None:
+    def _attempt(
+        self, work: Callable[[Sequence[Item]], list[Result]], part: Sequence[Item]
+    ) -> list[Result] | None:
         """Do the work; when out of memory, again without recorded steps; ``None`` when it does not fit."""
         for held in (bool(self._graphs), False):
             try:
-                return work()
+                return work(part)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -143,6 +148,6 @@ def halved_when_too_large(step: Callable[..., list[Any]]) -> Callable[..., list[
 
     @functools.wraps(step)
     def wrapped(self: Any, batch: Sequence[Any], batch_idx: int = 0) -> list[Any]:
-        return self.budget.in_halves(lambda part: step(self, part, batch_idx), batch, self.longest_row)
+        return self.budget.in_halves(functools.partial(step, self), batch, self.longest_row)
 
     return wrapped
