@@ -4,7 +4,7 @@
     python benchmarks/large.py --devices cuda:0,cpu --batches 1     # on one, some blocks on the CPU
     python benchmarks/large.py --devices cuda:0 --blocks 60         # fewer blocks, on one
     python benchmarks/large.py --shape tiny --devices cpu           # on a CPU in seconds, to try the program
-    python benchmarks/large.py render benchmarks/results/large_*.csv        # a table for docs/performance.md
+    python benchmarks/large.py render benchmarks/results/large_*.csv        # the numbers in docs/scaling.md
 
 The model has the shapes of Llama 3 and random weights, which are made on the devices block by block; nothing
 is read or downloaded. Blocks are laid out as `--model.backbone.device_map auto` does it, with room for the

@@ -1,8 +1,8 @@
 """What policies for long texts, forms of files and adapters keep of a memory, and what they cost.
 
-    python benchmarks/memories.py measure --data ../shared/data/nqswap.json   # results/memories_cpu.csv
-    python benchmarks/memories.py measure --shape 8b                          # on a GPU, random weights
-    python benchmarks/memories.py render                                      # prints what they say
+    python benchmarks/memories.py measure --data nqswap.json   # results/memories_cpu.csv
+    python benchmarks/memories.py measure --shape 8b           # on a GPU, random weights
+    python benchmarks/memories.py render                       # prints what they say
 
 With data: the demo model. Documents are 8 NQ-Swap contexts each, cut into windows of 256 tokens; every policy
 memorizes them, and the 8 questions are asked of the memory alone and with their own passage shown ("The

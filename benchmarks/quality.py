@@ -1,9 +1,9 @@
 """Answers of the demo model on real data, by every method, with the paper's settings and with searched ones.
 
-    python benchmarks/quality.py measure --data ../shared/data --device cuda     # writes the CSV files
-    python benchmarks/quality.py render                                          # writes docs/quality.md
+    python benchmarks/quality.py measure --data FOLDER --device cuda     # writes the CSV files
+    python benchmarks/quality.py render                                  # writes docs/quality.md
 
-The first 100 records of NQ-Swap and MemoTrap are answered. The searched settings are those with which FastMem
+The folder has `nqswap.json` and `memotrap.json`. The first 100 records of each are answered. The searched settings are those with which FastMem
 answers the *next* 100 records best (accuracy), so they have not seen the records of the table.
 """
 

@@ -1,6 +1,6 @@
 """What quantized trunks change of memorizing, and how much memory they take.
 
-    python benchmarks/quantization.py losses --data ../shared/data/nqswap.json --samples 100
+    python benchmarks/quantization.py losses --data nqswap.json --samples 100
     python benchmarks/quantization.py memory --shape 70b --kind bnb-4bit --limit-gb 80     # on a GPU
     python benchmarks/quantization.py memory --shape 8b --kind bnb-4bit bnb-8bit --limit-gb 12
     python benchmarks/quantization.py render                                # prints what the files say

@@ -1,7 +1,7 @@
 """The paper's 60-point search against 60 separate runs: time, losses and answers.
 
-    python benchmarks/search.py measure --data ../shared/data/nqswap.json     # writes results/search_cpu.csv
-    python benchmarks/search.py render                                        # prints what it says
+    python benchmarks/search.py measure --data nqswap.json     # writes results/search_cpu.csv
+    python benchmarks/search.py render                             # prints what it says
 
 `fastmem search` runs on 20 records (every fifth of those whose context is at most `--max-words` long), then
 `fastmem fit-predict` at some of the points, each a process of its own as a user would start it. The time of
