@@ -3,8 +3,9 @@
     python benchmarks/quality.py measure --data FOLDER --device cuda     # writes the CSV files
     python benchmarks/quality.py render                                  # writes docs/quality.md
 
-The folder has `nqswap.json` and `memotrap.json`. The first 100 records of each are answered. The searched settings are those with which FastMem
-answers the *next* 100 records best (accuracy), so they have not seen the records of the table.
+The folder has `nqswap.json` and `memotrap.json`. The first 100 records of each are answered. The searched
+settings are those with which FastMem answers the *next* 100 records best (accuracy), so they have not seen
+the records of the table.
 """
 
 from __future__ import annotations
