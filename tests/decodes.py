@@ -1,16 +1,15 @@
 """Decodes of short prompts, and plain loops over whole models with edited weights."""
 
-import copy
 import math
 import re
 from collections import Counter
 
 import torch
 from conftest import make_model, make_tokenizer
+from memories import merged
 from runs import RECORDS, SUMMARIES, SUMMARY_TASKS, shown
 from torch.nn import functional as F
 
-from fastmem_pl.backbone.families import find_anatomy
 from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
 
 PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
@@ -67,19 +66,6 @@ def start(
 
 def token_ids(backbone, *args, **kwargs):
     return [generated.token_ids for generated in start(backbone, *args, **kwargs).run()]
-
-
-def merged(backbone, memory, row):
-    """A copy of the model whose weights hold one memory."""
-    model = copy.deepcopy(backbone.model)
-    if memory is None:
-        return model
-    anatomy, first = find_anatomy(model), backbone.num_blocks - memory.num_layers
-    with torch.no_grad():
-        for layer, deltas in enumerate(memory.deltas):
-            for name, projection in anatomy.projections(first + layer).items():
-                projection.weight.add_(deltas[name][row])
-    return model
 
 
 @torch.no_grad()

@@ -191,9 +191,11 @@ def logits_of(model: Any, *texts: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merged(backbone: Backbone, memory: Memory, row: int = 0) -> Any:
-    """A copy of the model whose weights hold one memory."""
+def merged(backbone: Backbone, memory: Memory | None, row: int = 0) -> Any:
+    """A copy of the model whose weights hold one memory, if there is any."""
     model = copy.deepcopy(backbone.model)
+    if memory is None:
+        return model
     anatomy, first = find_anatomy(model), backbone.num_blocks - memory.num_layers
     for layer, deltas in enumerate(memory.deltas):
         for name, projection in anatomy.projections(first + layer).items():

@@ -309,3 +309,15 @@ def _option(name: str) -> str:
         return f"--{name.replace('__', '.')}"
     groups = (group for group, kind in _GROUPS.items() if name in {field.name for field in fields(kind)})
     return "--" + ".".join(["model", *groups, name])
+
+
+def final_metrics(folder: Path) -> dict[str, float]:
+    """What loggers get at the end of a run, by name."""
+    found = {}
+    for method, entry in json.loads((folder / "metrics.json").read_text())["groups"]["all"].items():
+        for name, metric in entry["metrics"].items():
+            found[f"all/{method}/{name}"] = metric["value"]
+            found[f"all/{method}/{name}/standard_error"] = metric["standard_error"]
+        for name, test in entry["against_zero_shot"].items():
+            found[f"all/{method}/{name}/p_value"] = test["p_value"]
+    return {name: value for name, value in found.items() if value is not None}

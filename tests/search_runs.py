@@ -158,12 +158,14 @@ def assert_same_answers(found: list[dict], expected: list[dict]) -> None:
         assert_same_curve(record["curve"], others[key]["curve"])
 
 
-def refused_line(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
+def refused_line(capsys: pytest.CaptureFixture, arguments: list[str], alone: bool = True) -> str:
+    """What a command that is refused says; nothing but this line, if ``alone``."""
     capsys.readouterr()
     status = main(arguments)
     out, err = capsys.readouterr()
     assert (status, out) == (2, ""), f"exit status {status}: {err}"
-    lines = [line for line in err.splitlines() if "error" in line]
+    assert "Traceback" not in err, err
+    lines = [line for line in err.splitlines() if alone or "error" in line]
     assert len(lines) == 1, f"not one line: {err!r}"
     assert re.fullmatch(r"fastmem: error: .*", lines[0])
     return lines[0]

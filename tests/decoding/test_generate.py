@@ -141,7 +141,7 @@ def test_custom_generate_refuses_by_name(backbone, memory: Memory, settings: dic
 
 
 def test_generator_refuses_what_it_cannot_use(backbone, memory: Memory, batch, stranger: Path) -> None:
-    with pytest.raises(FastMemError):
+    with pytest.raises(FastMemError, match="belongs to another model"):
         generator(Backbone.load(str(stranger)), memory)
     for decoder in ("cad", "beam"):
         with pytest.raises(FastMemError, match=decoder):
@@ -149,7 +149,7 @@ def test_generator_refuses_what_it_cannot_use(backbone, memory: Memory, batch, s
     with pytest.raises(FastMemError, match="alfa"):
         generator(backbone, memory, "cd", alfa=1)
     prompts = [backbone.chat.prompt(question) for question in QUESTIONS[:2]]
-    with pytest.raises(FastMemError, match="3"):
+    with pytest.raises(FastMemError, match="3 rows for 2 sequences"):
         generated(backbone.model, prompts, custom_generate=generator(backbone, batch))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_untouched, snapshot
-from memories import QUESTIONS, STRONG, TEXT, cut_at_end, generated, logits_of
+from memories import QUESTIONS, STRONG, TEXT, cut_at_end, generated, logits_of, merged
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastmem_pl import Backbone, Memorizer, Memory, answer, generator
@@ -48,6 +48,10 @@ def test_checkpoint_is_the_memory_for_plain_transformers(
     if dtype == "float32":
         torch.testing.assert_close(logits_of(model, TEXT), expected, rtol=1e-4, atol=1e-4)
         assert generated(model, prompts) == tokens
+    elif family == "llama":
+        # The sum is rounded, not base and delta one by one.
+        wanted = merged(backbone, memory).model.layers[2].mlp.down_proj.weight.bfloat16()
+        assert torch.equal(model.model.layers[2].mlp.down_proj.weight, wanted)
     assert tokenizer(TEXT).input_ids == backbone.tokenizer(TEXT).input_ids
     assert tokenizer.chat_template == backbone.tokenizer.chat_template
     assert model.generation_config.eos_token_id == backbone.model.generation_config.eos_token_id

@@ -74,7 +74,7 @@ def test_full_rank_is_the_memory(peft, make_tiny, tmp_path: Path, family, layers
     weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
     assert report.rank == 32
-    assert report.relative_error < {"float32": 1e-4, "bfloat16": 1e-2}[dtype]
+    assert report.relative_error < (1e-2 if dtype == "bfloat16" else 1e-5 if family == "llama" else 1e-4)
 
 
 def test_lora_report_states_what_is_true(fastmem, kept: Path, backbone, memory: Memory) -> None:

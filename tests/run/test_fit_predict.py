@@ -193,14 +193,12 @@ def test_memories_are_safetensors_with_settings_and_fingerprint(small_run, base:
         assert "0.01" in metadata
 
 
-def test_predict_does_not_claim_other_settings_than_its_memories(
-    small_run, small: list[str], tmp_path: Path
-) -> None:
-    memories = str(small_run(command="fit", run_dir="fitted") / "memories")
-    options = ["--run_dir", "run", "--model.memories", memories, "--model.memorize.learning_rate", "0.5"]
-    if main(["predict", *small, *options]) == 0:
-        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-        assert metrics["settings"]["model"]["memorize"]["learning_rate"] == 0.01
+def test_predict_does_not_claim_other_settings_than_its_memories(small_run, refused_small) -> None:
+    memories = small_run(command="fit", run_dir="fitted") / "memories"
+    options = ["--model.memories", memories, "--model.memorize.learning_rate", "0.5"]
+    line = refused_small(*options, command="predict")
+    assert "model.memorize.learning_rate: 0.5, but the memories in" in line
+    assert "were made with 0.01; give --model.memorize.learning_rate 0.01" in line
 
 
 def test_a_long_context_is_cut_off_and_counted(small_run, capsys: pytest.CaptureFixture) -> None:

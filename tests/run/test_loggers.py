@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from ranks import fork_ranks
+from runs import final_metrics
 
 from fastmem_pl import FastMemError, FastMemTrainer
 from fastmem_pl.memory import MemoryFolder
@@ -73,17 +74,6 @@ def by_step(curve):
 
 def scores_of(rows):
     return {(r["sample"], name): r[name] for r in rows if "sample" in r for name in r if "/" in name}
-
-
-def final_metrics(folder):
-    found = {}
-    for method, entry in json.loads((folder / "metrics.json").read_text())["groups"]["all"].items():
-        for name, metric in entry["metrics"].items():
-            found[f"all/{method}/{name}"] = metric["value"]
-            found[f"all/{method}/{name}/standard_error"] = metric["standard_error"]
-        for name, test in entry["against_zero_shot"].items():
-            found[f"all/{method}/{name}/p_value"] = test["p_value"]
-    return {name: value for name, value in found.items() if value is not None}
 
 
 @pytest.fixture

@@ -71,9 +71,6 @@ def test_scores_of_two_metric_models_are_not_mixed(run_methods, metric_models):
     first = run_methods("xsum", ["zero-shot"], **metric_models)
     other = metric_models | {"factkb_model": metric_models["factkb_model"].with_name("other")}
     fresh = run_methods("xsum", ["zero-shot"], run_dir="fresh", **other)
-    try:
-        again = run_methods("xsum", ["zero-shot"], **other)
-    except AssertionError:
-        return  # refused, which would do as well
+    again = run_methods("xsum", ["zero-shot"], **other)
     assert [r["scores"] for r in again] != [r["scores"] for r in first]
     assert [r["scores"] for r in again] == [pytest.approx(r["scores"], abs=1e-5) for r in fresh]

@@ -45,7 +45,12 @@ def test_chunks_of_rows_change_nothing(model, sample, monkeypatch):
     together = search(model, sample, points)
     monkeypatch.setattr(evaluate_module, "_MOST_ROWS", 4)
     assert len(together) == len(points) == 12
+    chunks, answer = [], SampleSearch._answer_rows
+    monkeypatch.setattr(
+        SampleSearch, "_answer_rows", lambda self, rows: chunks.append(len(rows)) or answer(self, rows)
+    )
     assert_same(search(model, sample, points), together)
+    assert chunks == [4, 2]
 
 
 def test_the_context_is_read_once(model, sample, monkeypatch):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_module
+from ranks import fork_ranks
 from search_runs import (
     AXES,
     DATA,
@@ -347,3 +348,19 @@ def test_print_config_shows_what_was_given_and_reads_again(searches, capsys, tmp
     Path("saved.yaml").write_text(yaml.safe_dump(config))
     assert printed("--config", "saved.yaml") == config
     assert not Path("run").exists()
+
+
+def test_a_grid_is_shared_out_among_processes(searches: Searches, tmp_path: Path) -> None:
+    source, path = str(searches.model("llama")), str(searches.data(DATA))
+
+    def search(name: str, devices: int) -> list[tuple]:
+        trainer = SearchTrainer(accelerator="cpu", devices=devices, enable_progress_bar=False)
+        data = FastMemDataModule(path=path, task="nqswap", answer_prefix="The answer is:")
+        module, settings = make_module(source, max_new_tokens=4), SearchSettings(grid=SMALL, every=4)
+        result = trainer.search(module, data, settings, str(tmp_path / name))
+        return [(name_of(row.point), row.value) for row in result.ranking.points]
+
+    expected = search("one", 1)
+    assert fork_ranks(2, lambda rank: search("several", 2), tmp_path) == [expected] * 2
+    assert_same_answers(read(tmp_path / "several"), read(tmp_path / "one"))
+    assert not (tmp_path / "several" / "parts").exists()
