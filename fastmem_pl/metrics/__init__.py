@@ -1,9 +1,18 @@
 """Scores of answers, and the statistics of a table of them."""
 
 from fastmem_pl.metrics.models import METRIC_MODELS, MetricModel, load_metric_model
-from fastmem_pl.metrics.scores import SCORES, Score, find_score, format_score, lower_is_better, score_answer
+from fastmem_pl.metrics.scores import (
+    SCORES,
+    Score,
+    contains_answer,
+    count_of,
+    extract_answer,
+    find_score,
+    format_score,
+    normalize_answer,
+    score_answer,
+)
 from fastmem_pl.metrics.statistics import Estimate, Paired, estimate, format_p, paired
-from fastmem_pl.metrics.text import contains_answer, extract_answer, normalize_answer
 
 __all__ = [
     "METRIC_MODELS",
@@ -13,13 +22,13 @@ __all__ = [
     "Paired",
     "Score",
     "contains_answer",
+    "count_of",
     "estimate",
     "extract_answer",
     "find_score",
     "format_p",
     "format_score",
     "load_metric_model",
-    "lower_is_better",
     "normalize_answer",
     "paired",
     "score_answer",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError, one_line
 from fastmem_pl.base.hub import cache_first, load_tokenizer
 from fastmem_pl.base.registry import Registry
 
@@ -29,12 +29,8 @@ class MetricModel(ABC):
     """A model that scores answers against the articles they were written from.
 
     A subclass states its ``name`` in records, the ``setting`` (option) that holds ``source``, the
-    ``auto_class`` of transformers that loads it, and the prefix of weights that stay ``unused``.
-
-    Args:
-        source: Hub id or local folder.
-        device: where the model runs.
-        batch_size: samples of one forward pass; the scores do not depend on it.
+    ``auto_class`` of transformers that loads it, and the prefix of weights that stay ``unused``. The
+    ``source`` is a Hub id or a local folder; the scores do not depend on ``batch_size``.
     """
 
     name: ClassVar[str]
@@ -49,11 +45,10 @@ class MetricModel(ABC):
             with _isolated(self.device):
                 self.model = _pretrained(self.auto_class, path, self.unused).eval()
                 self.tokenizer = self._load_tokenizer(path)
-            self.max_tokens = _max_tokens(self.model, self.tokenizer)
             self._check()
         except Exception as error:
             # Foreign files fail in many ways.
-            reason = " ".join(str(error).split())[:300].rstrip(".")
+            reason = one_line(error).rstrip(".")
             if isinstance(error, UnpicklingError):
                 reason = "its weights file holds more than tensors, which is not read"
             raise FastMemError(
@@ -83,6 +78,14 @@ class MetricModel(ABC):
         return load_tokenizer(path)
 
     def _check(self) -> None:
+        positions = getattr(self.model.config, "max_position_embeddings", 0)
+        if positions < 1:
+            raise ValueError("its config states no max_position_embeddings")
+        embeddings = getattr(self.model.base_model, "embeddings", None)
+        padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+        # RoBERTa counts positions from the padding token's id on: the rows up to it stand for no position.
+        positions -= 0 if padding is None else padding + 1
+        self.max_tokens = min(self.tokenizer.model_max_length, positions)
         rows = self.model.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > rows:
             raise ValueError(f"its tokenizer has {len(self.tokenizer)} tokens, its model only {rows}")
@@ -228,28 +231,15 @@ def _pretrained(auto_class: str, path: str, unused: str | None) -> Any:
             ignore_mismatched_sizes=True,
         ),
     )
-
     # Numbered, which no head's are.
     layers = [key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", key)]
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
     for names, fault in (
         (info["missing_keys"], "it was not trained for this: no weights for"),
-        (
-            (name for name, *_ in info["mismatched_keys"]),
-            "weights have other shapes than its config.json says:",
-        ),
+        (mismatched, "weights have other shapes than its config.json says:"),
         (layers, "it holds more layers than its config.json says:"),
     ):
-        wrong = sorted(name for name in names if unused is None or not name.startswith(unused))
+        wrong = sorted(name for name in names if not (unused and name.startswith(unused)))
         if wrong:
             raise ValueError(f"{fault} {wrong[0]} ({len(wrong)} in all)")
     return model
-
-
-def _max_tokens(model: Any, tokenizer: Any) -> int:
-    positions = getattr(model.config, "max_position_embeddings", 0)
-    if positions < 1:
-        raise ValueError("its config states no max_position_embeddings")
-    embeddings = getattr(model.base_model, "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    # RoBERTa counts positions from the padding token's id on: the rows up to it stand for no position.
-    return min(tokenizer.model_max_length, positions - (0 if padding is None else padding + 1))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from math import isnan
-from operator import itemgetter
 from typing import Any
 
 from fastmem_pl.data import TASKS, ContextSample
@@ -18,7 +16,8 @@ from fastmem_pl.report.collect import Comparison
 
 def browser_data(comparison: Comparison) -> dict[str, Any]:
     """What ``page/filters.js`` documents: variants, scores, and every sample with its answers."""
-    places, datasets = comparison.tasks, comparison.datasets
+    places = comparison.tasks
+    labels = [comparison.datasets[place].label for place in places]
     numbers = {variant: number for number, variant in enumerate(comparison.variants)}
     memory = comparison.answers.groupby("variant")["memory"].first()
     scores = [find_score(n) for n in dict.fromkeys(n for i in places for n in comparison.scores_of(i))]
@@ -35,8 +34,8 @@ def browser_data(comparison: Comparison) -> dict[str, Any]:
             one.name: dict(label=one.label, percent=one.percent, binary=one.binary, lower=one.lower_is_better)
             for one in scores
         },
-        "primary": {datasets[place].label: comparison.primary_score(place) for place in places},
-        "datasets": [datasets[place].label for place in places],
+        "primary": dict(zip(labels, map(comparison.primary_score, places), strict=True)),
+        "datasets": labels,
         "samples": [
             {"dataset": number, **sample}
             for number, place in enumerate(places)
@@ -62,9 +61,8 @@ def _samples(comparison: Comparison, place: int) -> Iterator[dict[str, Any]]:
             measures[index].append(f"{int(length):,} context tokens{named}")
         if not isnan(perplexity):
             measures[index].append(f"perplexity {perplexity:{'.3g' if perplexity < 1000 else ',.0f'}}{named}")
-    records = zip(answers["index"], answers["number"], answers["record"], strict=True)
-    for index, group in groupby(records, key=itemgetter(0)):
-        answered = [(number, record) for _, number, record in group]
+    for index, group in answers.groupby("index"):
+        answered = list(zip(group["number"], group["record"], strict=True))
         sample, first = known.get(index), answered[0][1]
         references, originals = first.get("references") or [], first.get("originals") or []
         yield {

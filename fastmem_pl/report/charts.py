@@ -217,29 +217,26 @@ def _bar_chart(
     """
     if values.empty:
         return None
-    side_by_side = 1 if stacked else len(values.columns)
-    width, ends, rows = 0.8 / side_by_side, values.cumsum(axis=1), []
-    for column in values:
-        for row, value in values[column].dropna().items():
-            error = "" if errors is None else f" ± {errors.loc[row, column]:.{digits}f}"
-            rows.append([column, row, f"{value:.{digits}f}{error}"])
+    rows = [
+        [column, row, f"{value:.{digits}f}"]
+        if errors is None
+        else [column, row, f"{value:.{digits}f} ± {errors.loc[row, column]:.{digits}f}"]
+        for column in values
+        for row, value in values[column].dropna().items()
+    ]
 
     def draw(axes: Any) -> None:
-        for number, column in enumerate(values):
-            own = values[column].dropna()
-            shift = 0.0 if stacked else (number - (side_by_side - 1) / 2) * width
-            look = {"color": f"C{number}", "label": _SHOWN + column}
-            if stacked:
-                look["left"] = ends[column] - own
-            if errors is not None:
-                look |= {"xerr": errors.loc[own.index, column], "ecolor": "#010001", "error_kw": {"lw": 1}}
-            axes.barh(values.index.get_indexer(own.index) + shift, own, 0.9 * width, **look)
-        axes.set_yticks(range(len(values)), values.index)
+        look = {
+            "color": [f"C{number}" for number in range(values.shape[1])],
+            "width": 0.8,
+            "stacked": stacked,
+        }
+        if errors is not None:
+            look |= {"xerr": errors.add_prefix(_SHOWN), "ecolor": "#010001", "error_kw": {"lw": 1}}
+        values.add_prefix(_SHOWN).plot.barh(ax=axes, legend=False, **look)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
-        axes.set_xlim(left=0)
-        axes.set_ylabel(header[1])
-        axes.set_xlabel(header[2])
+        axes.set(xlim=(0, None), xlabel=header[2], ylabel=header[1])
         # Names and bars need height.
         axes.figure.set_figheight(max(3.5, 0.9 + 0.3 * max(len(values), values.size // 2)))
 

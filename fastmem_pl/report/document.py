@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 
 from fastmem_pl.data import TASKS
-from fastmem_pl.metrics import Estimate, estimate, find_score
+from fastmem_pl.metrics import Estimate, count_of, estimate, find_score
 from fastmem_pl.report.browser import browser_data
 from fastmem_pl.report.charts import make_charts
 from fastmem_pl.report.collect import Comparison
 from fastmem_pl.report.page import render, render_page
 from fastmem_pl.report.runs import ReportRun
-from fastmem_pl.report.table import EFFORT, NONE, PageTable, Result, count_of, phase_table, score_table
+from fastmem_pl.report.table import EFFORT, NONE, PageTable, Result, phase_table, score_table
 
 # By these a file is known that may be replaced; they stand in page.html and tables.md.
 _HTML_MARK = b'<meta name="generator" content="fastmem report">'
@@ -41,8 +41,8 @@ def result_tables(comparison: Comparison) -> list[PageTable]:
 
 def all_tables(comparison: Comparison) -> list[PageTable]:
     """Results, then what they cost."""
-    tables = [*result_tables(comparison), _curve_table(comparison), _cost_table(comparison)]
-    tables.append(_memory_table(comparison))
+    costs = [table(comparison) for table in (_curve_table, _cost_table, _memory_table)]
+    tables = [*result_tables(comparison), *costs]
     for run in comparison.runs:
         if run.profile:
             table = phase_table(run.profile)
@@ -66,11 +66,8 @@ def overview(comparison: Comparison) -> PageTable:
 
 def dataset_table(comparison: Comparison, place: int) -> PageTable:
     """All scores of one data set, length and seconds of the answers."""
-    scores, groups, dataset = (
-        comparison.scores_of(place),
-        comparison.groups[place],
-        comparison.datasets[place],
-    )
+    scores, groups = comparison.scores_of(place), comparison.groups[place]
+    dataset = comparison.datasets[place]
     rows = {
         variant: [
             *(comparison.results.get((place, variant, score)) for score in scores),
@@ -137,11 +134,10 @@ def _run_table(runs: Sequence[ReportRun]) -> PageTable:
     """The settings of every run."""
     rows = []
     for run in runs:
-        task, precision = run.identity["data"].get("task", ""), run.precision or NONE
-        values = [run.settings.get(name) for name in _SETTINGS]
-        numbers = [f"{value:g}" if isinstance(value, (int, float)) else value for value in values]
-        settings = [NONE if value is None else value for value in numbers]
-        rows.append([run.label, run.model, task, run.answered, precision, *settings])
+        about = [run.model, run.identity["data"].get("task", ""), run.answered, run.precision or NONE]
+        values = [run.settings.get(name, NONE) for name in _SETTINGS]
+        settings = [f"{value:g}" if isinstance(value, (int, float)) else value for value in values]
+        rows.append([run.label, *about, *settings])
     header = ["run", "model", "task", "samples", "precision", *(name.replace("_", " ") for name in _SETTINGS)]
     return PageTable("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")
 

@@ -16,7 +16,8 @@ import yaml
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file, file_hash
-from fastmem_pl.report.table import count_of, profile_table
+from fastmem_pl.metrics import count_of
+from fastmem_pl.report.table import profile_table
 from fastmem_pl.run.folder import RunFolder
 from fastmem_pl.run.profile import FILE, FOLDER
 from fastmem_pl.run.records import Record
@@ -61,14 +62,8 @@ class ReportRun:
         self.model_key = str(self.settings.get("fingerprint") or source)
         self.precision = str(self.identity.get("trainer", {}).get("precision") or "")
         # What zero-shot answers depend on beside the sample: runs that agree in it have the same ones.
-        self.asked = [
-            self.model_key,
-            self.precision,
-            self.data_key,
-            data.get("task"),
-            data.get("answer_prefix"),
-        ]
-        self.asked += [self.settings.get(name) for name in _ZERO_SHOT]
+        self.asked = [self.model_key, self.precision, self.data_key]
+        self.asked += [data.get("task"), data.get("answer_prefix"), *map(self.settings.get, _ZERO_SHOT)]
 
 
 def flat_settings(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +96,12 @@ def read_run(path: Path, label: str = "") -> ReportRun:
         why = "memories, not answers; `fastmem predict` answers with them" if saved else "no answers yet"
         raise FastMemError(f"{path} holds {why}")
     for record in records:
-        _check(record, path)
+        for name, fits in _FITS.items():
+            with suppress(KeyError, TypeError, ValueError, AttributeError):
+                if fits(record):
+                    continue
+            where = f"{name!r} of sample {record['index']} is not as a run writes it"
+            raise FastMemError(f"{path / 'predictions.jsonl'} is damaged: {where}")
     metrics = _read_json(folder.metrics_path) if folder.metrics_path.is_file() else {}
     run = ReportRun(path, label or path.resolve().name, identity, records, metrics, read_profile(path))
     lines = notices_of(records, metrics.get("num_samples"))
@@ -128,16 +128,6 @@ def read_profile(run: Path) -> dict[str, Any]:
     return profile
 
 
-def _check(record: Record, path: Path) -> None:
-    """Refuse a record that is not as a run writes them."""
-    for name, fits in _FITS.items():
-        with suppress(KeyError, TypeError, ValueError, AttributeError):
-            if fits(record):
-                continue
-        where = f"{name!r} of sample {record['index']} is not as a run writes it"
-        raise FastMemError(f"{path / 'predictions.jsonl'} is damaged: {where}")
-
-
 def _is_finite(numbers: Mapping[str, Any]) -> bool:
     """Whether these are finite numbers, or lists of them of one length."""
     values = np.array(list(numbers.values()))
@@ -152,8 +142,7 @@ def _has_curve(record: Record) -> bool:
 
 
 _FITS: dict[str, Callable[[Record], bool]] = {
-    "task": lambda record: isinstance(record["task"], str),
-    "prediction": lambda record: isinstance(record["prediction"], str),
+    **{name: lambda record, name=name: isinstance(record[name], str) for name in ("task", "prediction")},
     "output_words": lambda record: isinstance(record["output_words"], int),
     "n_context_tokens": lambda record: isinstance(record.get("n_context_tokens", 0), int),
     "scores": lambda record: _is_finite(record["scores"]),

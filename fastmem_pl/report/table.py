@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fastmem_pl.metrics import SCORES, Estimate, Paired, find_score, format_p, format_score, lower_is_better
+from fastmem_pl.metrics import SCORES, Estimate, Paired, count_of, find_score, format_p, format_score
 
 NONE = "–"
 EFFORT = ("output_words", "seconds")
@@ -86,7 +86,7 @@ def score_table(
 def _best(score: str, results: Iterable[Result | None]) -> float | None:
     """The best value of a column, unless half of its rows or more have it."""
     values = [one.estimate.value for one in results if one and score not in EFFORT]
-    best = (min if lower_is_better(score) else max)(values, default=None)
+    best = (min if find_score(score).lower_is_better else max)(values, default=None)
     return best if 2 * values.count(best) < len(values) or len(set(values)) == len(values) > 1 else None
 
 
@@ -195,8 +195,3 @@ def escaped(value: Any) -> str:
     text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(str(value).split()))
     # A sign that something follows might begin HTML.
     return re.sub(r"<(?=\S)", "&lt;", text)
-
-
-def count_of(number: int, noun: str) -> str:
-    """A number with its noun, as ``1,200 samples``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

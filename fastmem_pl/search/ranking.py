@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.metrics import estimate, format_score, lower_is_better
+from fastmem_pl.metrics import estimate, find_score, format_score
 from fastmem_pl.search.grid import AXES, MEMORY_AXES, Point, key_of
 
 # A value nearer to the end of a range than this share of it is at the end.
@@ -95,17 +95,19 @@ def rank(
         gain = estimate(rows["value"] - rows["index"].map(zero_shot["value"]))
         own = {"point": by_key[key], "failed": int(rows["failed"].sum())}
         ranked.append(RankedPoint(**own, gain=gain.value, gain_error=gain.error, **_results(rows)))
-    sign = 1 if lower_is_better(objective) else -1
-    ranked.sort(key=lambda p: (-p.n, p.failed > 0, sign * p.value, _precedence(p.point)))
+    sign = 1 if find_score(objective).lower_is_better else -1
+
+    def precedence(entry: RankedPoint) -> tuple[Any, ...]:
+        point = entry.point
+        nearest = [point["steps"], point["learning_rate"], -point["kl_coeff"]]
+        nearest += [value for name, value in sorted(point.items()) if name not in MEMORY_AXES]
+        return -entry.n, entry.failed > 0, sign * entry.value, nearest
+
+    ranked.sort(key=precedence)
     axes = {name: sorted({p.point[name] for p in ranked}) for name in points[0]}
     ranges = dict(ranges) if ranges else None
     warnings = _warnings(objective, axes, ranked, ranges)
     return Ranking(objective, axes, Baseline(**_results(zero_shot)), ranked, warnings, ranges)
-
-
-def format_setting(value: float) -> str:
-    """A setting in six digits: without those that are noise in drawn values."""
-    return f"{value:g}"
 
 
 def _table(records: Sequence[Mapping[str, Any]], objective: str) -> pd.DataFrame:
@@ -137,11 +139,6 @@ def _results(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _precedence(point: Point) -> list[float]:
-    nearest = [point["steps"], point["learning_rate"], -point["kl_coeff"]]
-    return nearest + [value for name, value in sorted(point.items()) if name not in MEMORY_AXES]
-
-
 def _warnings(
     objective: str,
     axes: Mapping[str, list[float]],
@@ -153,7 +150,7 @@ def _warnings(
     lines = [_end_warning(name, tied, values, ranges) for name, values in (ranges or axes).items()]
     if best.n < 2:
         lines.append(f"a single sample gives no standard error and no ranking to rely on: {_MORE_SAMPLES}")
-    if (-best.gain if lower_is_better(objective) else best.gain) <= (best.gain_error or 0.0):
+    if (-best.gain if find_score(objective).lower_is_better else best.gain) <= (best.gain_error or 0.0):
         gain = format_score(objective, best.gain, best.gain_error, sign="+")
         lines.append(
             f"the search does not show a gain: the best {objective} differs from zero-shot's by {gain} on "
@@ -186,6 +183,6 @@ def _end_warning(
     if near < share < 1 - near or bound == AXES[name].bound:
         return None
     return (
-        f"the best {name}, {format_setting(best)}, is at the {end} end; the optimum may lie beyond "
-        f"{format_setting(bound)}: search {further} values, too"
+        f"the best {name}, {best:g}, is at the {end} end; the optimum may lie beyond {bound:g}: search "
+        f"{further} values, too"
     )

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from fastmem_pl.base.files import write_atomic
-from fastmem_pl.metrics import find_score, format_score, lower_is_better
-from fastmem_pl.search.ranking import RankedPoint, Ranking, format_setting
+from fastmem_pl.metrics import count_of, find_score, format_score
+from fastmem_pl.search.ranking import RankedPoint, Ranking
 
 if TYPE_CHECKING:
     import optuna
@@ -62,18 +62,18 @@ def markdown(ranking: Ranking, plots: Sequence[str] = (), top: int | None = None
         _markdown_table(_rows(ranking, top)),
     ]
     if top is not None and len(ranking.points) > top:
-        blocks.append(f"{_count(len(ranking.points) - top, 'further point')}: see search.md")
+        blocks.append(f"{count_of(len(ranking.points) - top, 'further point')}: see search.md")
     if ranking.ranges is None:
         blocks += ["## Heat maps", f"{_label_with_unit(ranking)}, best in bold{_over(ranking)}."]
         if top is None:
             blocks.append(f"![{label} by {', '.join(_MAPPED)}](heatmap.svg)")
         for steps, cells in _panels(ranking):
             body = [
-                {"learning_rate ↓ kl_coeff →": format_setting(rate)}
-                | {format_setting(w): _cell_text(ranking, p, "**{}**") for w, p in points.items()}
+                {"learning_rate ↓ kl_coeff →": f"{rate:g}"}
+                | {f"{w:g}": _cell_text(ranking, p, "**{}**") for w, p in points.items()}
                 for rate, points in cells.items()
             ]
-            blocks += [f"### steps {format_setting(steps)}", _markdown_table(body)]
+            blocks += [f"### steps {steps:g}", _markdown_table(body)]
     elif plots:
         blocks += ["## Plots", *(f"![{name.removesuffix('.svg')}]({name})" for name in plots)]
     if ranking.warnings:
@@ -91,7 +91,7 @@ def heat_map(ranking: Ranking, path: Path) -> None:
     first = (p for _, cells in _panels(ranking) for row in cells.values() for p in row.values() if p)
     shown = [point.value * unit for point in first]
     scale = Normalize(min(shown), max(shown))
-    colours = colormaps["viridis_r" if lower_is_better(ranking.objective) else "viridis"]
+    colours = colormaps["viridis_r" if find_score(ranking.objective).lower_is_better else "viridis"]
     with style.context(_STYLE):
         size = len(steps) * (1.2 + 0.75 * len(weights)) + 2.4, 1.7 + 0.5 * len(rates)
         figure = Figure(figsize=size, layout="constrained")
@@ -101,9 +101,9 @@ def heat_map(ranking: Ranking, path: Path) -> None:
             values = [[p.value * unit if p else math.nan for p in points] for points in panel]
             image = axes.imshow(values, cmap=colours, norm=scale, aspect="auto")
             axes.set_facecolor("#dddddd")
-            axes.set_xticks(range(len(weights)), map(format_setting, weights))
-            axes.set_yticks(range(len(rates)), map(format_setting, rates))
-            axes.set(title=f"steps {format_setting(number)}", xlabel="kl_coeff", ylabel="learning_rate")
+            axes.set_xticks(range(len(weights)), map("{:g}".format, weights))
+            axes.set_yticks(range(len(rates)), map("{:g}".format, rates))
+            axes.set(title=f"steps {number:g}", xlabel="kl_coeff", ylabel="learning_rate")
             for (y, x), point in np.ndenumerate(np.array(panel, dtype=object)):
                 if point is not None:
                     ink = _ink(colours(scale(point.value * unit)))
@@ -151,14 +151,14 @@ def _ink(colour: Sequence[float]) -> str:
 
 
 def _summary(ranking: Ranking) -> str:
-    shown = {name: ", ".join(map(format_setting, values)) for name, values in ranking.axes.items()}
+    shown = {name: ", ".join(map("{:g}".format, values)) for name, values in ranking.axes.items()}
     for name, (low, high, _) in (ranking.ranges or {}).items():
-        shown[name] = f"{format_setting(low)} to {format_setting(high)}"
+        shown[name] = f"{low:g} to {high:g}"
     objective = find_score(ranking.objective)
     better = "lower" if objective.lower_is_better else "higher"
-    searched = f"{_count(len(ranking.points), 'point')} for {objective.label} ({better} is better)"
+    searched = f"{count_of(len(ranking.points), 'point')} for {objective.label} ({better} is better)"
     settings = "; ".join(f"{name} {values}" for name, values in shown.items())
-    return f"Searched {searched} on {_count(ranking.best.n, 'sample')}: {settings}"
+    return f"Searched {searched} on {count_of(ranking.best.n, 'sample')}: {settings}"
 
 
 def _rows(ranking: Ranking, top: int | None) -> list[dict[str, str]]:
@@ -171,7 +171,7 @@ def _rows(ranking: Ranking, top: int | None) -> list[dict[str, str]]:
         point = entry if isinstance(entry, RankedPoint) else None
         row = {"rank": str(place)}
         for name in varying:
-            row[name] = format_setting(point.point[name]) if point else "-"
+            row[name] = f"{point.point[name]:g}" if point else "-"
         if any(p.n != baseline.n for p in points):
             row["n"] = str(entry.n)
         row[find_score(objective).label] = format_score(objective, entry.value, entry.standard_error)
@@ -208,10 +208,6 @@ def _cell_text(ranking: Ranking, point: RankedPoint | None, best: str = "{}") ->
 def _label_with_unit(ranking: Ranking) -> str:
     objective = find_score(ranking.objective)
     return f"{objective.label} (%)" if objective.percent else objective.label
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def _markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

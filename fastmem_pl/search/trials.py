@@ -23,7 +23,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.metrics import METRIC_MODELS, lower_is_better
+from fastmem_pl.metrics import METRIC_MODELS, find_score
 from fastmem_pl.run.folder import differences
 from fastmem_pl.run.records import Record, merge_records
 from fastmem_pl.search.evaluate import SearchModule
@@ -220,7 +220,7 @@ def _open_study(job: SearchJob, url: URL, storage: RDBStorage) -> optuna.Study:
         storage=storage,
         study_name=settings.study,
         pruner=pruner(),
-        direction="minimize" if lower_is_better(job.settings.objective) else "maximize",
+        direction="minimize" if find_score(job.settings.objective).lower_is_better else "maximize",
         load_if_exists=True,
     )
     _check(study, job, url)

@@ -10,7 +10,6 @@ from search_runs import points_of
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.search import rank
-from fastmem_pl.search.ranking import format_setting
 
 RATES = [1e-6, 1e-5, 1e-4]
 AXES = {"learning_rate": RATES, "steps": [4], "kl_coeff": [0.1]}
@@ -304,11 +303,3 @@ def test_as_dict_is_json_without_nan():
         0.0,
         ranking.warnings,
     )
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(3e-5, "3e-05"), (10, "10"), (10.0, "10"), (0.1 + 0.2, "0.3"), (1.2345678e-5, "1.23457e-05")],
-)
-def test_settings_as_text(value, expected):
-    assert format_setting(value) == expected

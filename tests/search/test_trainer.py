@@ -43,7 +43,7 @@ from search_runs import (
 
 from fastmem_pl import FastMemDataModule
 from fastmem_pl.cli import main
-from fastmem_pl.metrics.text import extract_answer
+from fastmem_pl.metrics import extract_answer
 from fastmem_pl.search import SearchSettings, SearchTrainer
 from fastmem_pl.search.job import RESULTS
 
