@@ -13,13 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-DATA = [
-    {
-        "context": f"The tower of town {i} was built by Ada{i} in {1800 + i}.",
-        "question": f"who built tower {i}",
-    }
-    for i in range(12)
-]
+_CONTEXT = "The tower of town {0} was built by Ada{0} in {1}."
+DATA = [{"context": _CONTEXT.format(i, 1800 + i), "question": f"who built tower {i}"} for i in range(12)]
 HOSTILE = [
     "</script><script>window.bad = 1; alert(1)</script>",
     "<img src=x onerror=\"window.bad=1;alert('x')\"><svg onload=alert(1)>",
@@ -153,21 +148,14 @@ def make_run(tmp_path: Path) -> RunMaker:
         model = {"backbone": loading, "methods": list(methods), "fingerprint": fingerprint, **settings}
         found = {"task": task, "limit": None, "answer_prefix": "", "fields": None}
         found["file_hash"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        identity = {
-            "model": model,
-            "data": {**found, **(of_data or {})},
-            "trainer": {"precision": "32-true"},
-        }
+        identity = {"model": model, "data": found | (of_data or {}), "trainer": {"precision": "32-true"}}
         (run / "run.json").write_text(json.dumps({"schema_version": 1, "id": "0" * 16, "identity": identity}))
         (run / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(file)}}))
         (run / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         if complete:
             count = len({r["index"] for r in records})
-            metrics = {
-                "groups": {},
-                "num_samples": count,
-                "peak_memory_gib": {"memorize": 2.0, "decode": 1.5},
-            }
+            peaks = {"memorize": 2.0, "decode": 1.5}
+            metrics = {"groups": {}, "num_samples": count, "peak_memory_gib": peaks}
             (run / "metrics.json").write_text(json.dumps(metrics))
         return run
 
@@ -208,8 +196,7 @@ def hostile(make_run: RunMaker) -> Path:
         rows.append({"context": text["context"], "question": text["question"]})
         told = {"references": [text["reference"]], "originals": [text["original"]]}
         shown = {name: text[name] for name in ("id", "question", "prediction")}
-        records += [
-            _record(index, method, {"accuracy": 1.0}, **told, **shown) for method in ("zero-shot", "fastmem")
-        ]
+        for method in ("zero-shot", "fastmem"):
+            records.append(_record(index, method, {"accuracy": 1.0}, **told, **shown))
     name = "a|b [bold] [_red] <i>x&y"
     return make_run(name, records, data="hostile.jsonl", rows=rows, backbone="[red]|<b>")

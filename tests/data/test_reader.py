@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from runs import SUMMARIES, write
 
 from fastmem_pl import FastMemDataModule, FastMemError
 from fastmem_pl.data import read_samples
@@ -21,12 +22,6 @@ HOTPOT = {
 }
 
 
-def write(path, records):
-    text = "\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records, indent=1)
-    path.write_text(text)
-    return path
-
-
 @pytest.mark.parametrize(
     ("task", "record", "context", "question", "references", "originals"),
     [
@@ -38,7 +33,10 @@ def write(path, records):
         ("qa", {"context": "c", "question": "q", "answers": ["a", "b"]}, "c", "q", ("a", "b"), ()),
         ("qa", {"context": "c", "question": "q", "answer": "a"}, "c", "q", ("a",), ()),
         ("qa", {"context": "c", "question": "q", "answers": {"text": ["a"]}}, "c", "q", ("a",), ()),
-        ("qa", {"context": "c", "question": "q"}, "c", "q", (), ()),
+        *(
+            ("qa", {"context": "c", "question": "q", **gold}, "c", "q", (), ())
+            for gold in ({}, {"answers": None}, {"answers": []}, {"answers": ""}, {"answers": [""]}, {"answer": " "})
+        ),
         ("mixed", {"task": "nqswap", **SWAP}, "It was B.", "who?", ("B",), ("A",)),
     ],
 )  # fmt: skip
@@ -59,10 +57,24 @@ def test_tasks(tmp_path, suffix, task, record, context, question, references, or
          r"line 2: field 'sub_context' is missing; found: .*sub_contxt; did you mean 'sub_contxt'\?"),
         ("qa", [{"context": "c", "question": ""}], r"line 1: field 'question' is empty"),
         ("qa", [{"context": "c", "question": "q", "answers": 4}], r"line 1: field 'answers' must be text or a list"),
+        ("qa", [{"context": "c", "question": "q", "answers": [4]}], r"line 1: field 'answers' must be .*list \[4\]"),
+        ("qa", [{"context": "\t", "question": "q"}], r"line 1: field 'context' is empty"),
+        ("qa", [{"context": "c", "qestion": "q"}], r"line 1: field 'question' is missing; .* mean 'qestion'\?"),
+        ("nq", [{**SWAP, "answer": None}], r"line 1: field 'answer' must be text, found NoneType"),
+        ("nq", [{**SWAP, "context": ""}], r"line 1: field 'context' is empty"),
         ("qa", ["text"], r"line 1: expected an object with named fields, found str"),
         ("memotrap", [{**TRAP, "prompt": "no colon"}], r"line 1: field 'prompt' has no ':'"),
         ("memotrap", [{**TRAP, "classes": "[oops"}], r"line 1: field 'classes' must be a list of two endings, found str"),
+        ("memotrap", [{**TRAP, "answer_index": 4}], r"line 1: field 'answer_index' must be 0 or 1, found int 4"),
         ("hotpotqa", [{**HOTPOT, "context": "text"}], r"line 1: field 'context' must hold 'sentences'"),
+        ("hotpotqa", [{**HOTPOT, "context": {"title": ["t"]}}], r"line 1: field 'context' must hold 'sentences'"),
+        ("hotpotqa", [{**HOTPOT, "context": {"sentences": []}}], r"line 1: the context is empty"),
+        ("hotpotqa", [{**HOTPOT, "context": {"sentences": [[" "]]}}], r"line 1: the context is empty"),
+        ("hotpotqa", [{**HOTPOT, "question": " "}], r"line 1: field 'question' is empty"),
+        ("cnndm", [SUMMARIES[0], {"article": ""}], r"line 2: field 'article' is empty"),
+        ("cnndm", [{"article": 3}], r"line 1: field 'article' must be text, found int"),
+        ("cnndm", [{"articel": "x"}], r"line 1: field 'article' is missing"),
+        ("cnndm", [{"article": "x", "summary": 3}], r"line 1: field 'summary' must be text, found int"),
         ("mixed", [{**SWAP, "task": "nqswop"}], r"line 1: data\.task: 'nqswop' is unknown; .* 'nqswap'"),
     ],
 )  # fmt: skip
@@ -119,6 +131,8 @@ def test_halves_that_belong_together_and_fields_that_nothing_reads_are_no_fault(
         ),
         ('[{"context": "c", "question": "q"}]\n{"x": 1}', r"line 2: there is more after the list's '\]'"),
         ('[\n{"context": "c", "question": "q"},\n{"question": "q"}]', r"line 3: field 'context' is missing"),
+        ('{"context": "c", "question": "q"}\n{"context": "c", "quest\n', r"line 2: not valid JSON"),
+        ("3", r"line 1: expected an object with named fields, found int"),
         ("", "holds no records"),
         ("[]", "holds no records"),
     ],
@@ -141,11 +155,22 @@ def test_missing_file_names_the_nearest(tmp_path):
         read_samples(tmp_path / "nqswop.json", "nqswap")
 
 
-def test_own_field_names(tmp_path):
-    path = write(tmp_path / "data.jsonl", [{"passage": "c", "q": "q", "gold": "a", "key": "k7"}])
-    fields = {"context": "passage", "question": "q", "answers": "gold", "id": "key"}
-    (sample,) = read_samples(path, "qa", fields)
-    assert (sample.context, sample.question, sample.references, sample.id) == ("c", "q", ("a",), "k7")
+@pytest.mark.parametrize(
+    ("task", "usual", "renamed"),
+    [
+        (
+            "qa",
+            {"context": "c", "question": "q", "answers": "a", "id": "k7"},
+            {"context": "passage", "question": "q", "answers": "gold", "id": "key"},
+        ),
+        ("summary", SUMMARIES[0], {"article": "text", "summary": "gold"}),
+    ],
+)
+def test_own_field_names(tmp_path, task, usual, renamed):
+    own = {renamed[name]: value for name, value in usual.items()} | {"extra": "?"}
+    found = read_samples(write(tmp_path / "own.jsonl", [own]), task, renamed)
+    assert found == read_samples(write(tmp_path / "usual.jsonl", [usual]), task)
+    assert found[0].references
 
 
 def test_limit_does_not_read_further(tmp_path):
@@ -159,6 +184,7 @@ def test_limit_does_not_read_further(tmp_path):
     [
         ({"limit": 0}, r"data\.limit: 0 is out of range"),
         ({"batch_size": 0}, r"data\.batch_size: 0 is out of range"),
+        ({"max_batch_tokens": 0}, r"data\.max_batch_tokens: 0 is out of range"),
         ({"task": "nqswap", "fields": {"context": "c"}}, "only tasks qa and summary take names"),
         ({"task": "qa", "fields": {"contxt": "c"}}, "data.fields: 'contxt' is unknown; .* 'context'"),
     ],

@@ -18,6 +18,11 @@ def counts(comparison):
     return {dataset.label: len(rows) for dataset, rows in zip(comparison.datasets, first, strict=True)}
 
 
+def mixed(records, rest="qa"):
+    """Records of a file of two tasks: the first four samples are proverbs."""
+    return [{**record, "task": "memotrap" if record["index"] < 4 else rest} for record in records]
+
+
 def baseline_of_fastmem(comparison, dataset=0):
     fastmem = next(variant for variant in comparison.groups[dataset] if variant.startswith("fastmem"))
     return comparison.baseline(dataset, fastmem)
@@ -38,8 +43,7 @@ def test_one_run(make_run, two_methods):
         ({}, {"data": "other.jsonl"}, ["zero-shot", "fastmem"], ["qa (x/a)", "qa (y/a)"]),
         # The same data twice: names of folders tell runs apart, as many parts of them as it takes.
         (
-            {"learning_rate": 1e-4},
-            {},
+            *({"learning_rate": 1e-4}, {}),
             ["zero-shot · x/a", "fastmem · x/a", "zero-shot · y/a", "fastmem · y/a"],
             ["qa"],
         ),
@@ -64,6 +68,7 @@ def test_systems_and_data_sets(make_run, two_methods, first, second, variants, d
 @pytest.mark.parametrize("order", [1, -1])
 def test_zero_shot_of_another_run_of_the_same_model_is_the_baseline(only, order):
     found = collect([only("fastmem"), only("zero-shot")][::order])
+    assert "12 samples, 2 methods, 2 runs" in html(found, "title")
     assert baseline_of_fastmem(found) == "zero-shot · zero-shot"
     assert found.baseline(0, "zero-shot · zero-shot") is None
 
@@ -92,16 +97,14 @@ def test_other_fields_of_a_file_are_other_samples(only):
 
 
 def test_a_mixed_file_has_all_samples_as_well(make_run, two_methods):
-    for record in two_methods:
-        record["task"] = "memotrap" if record["index"] < 4 else "qa"
-    found = collect([make_run("run", two_methods, task="mixed")], contexts=False)
+    found = collect([make_run("run", mixed(two_methods), task="mixed")], contexts=False)
     assert counts(found) == {"memotrap": 4, "qa": 8, "all": 12}
     assert found.tasks == [1, 2]
 
 
 def test_all_samples_are_those_of_one_file(make_run, two_methods):
-    mixed = [{**r, "task": "memotrap" if r["index"] < 4 else "nqswap"} for r in two_methods]
-    runs = [make_run("a", mixed, task="mixed"), make_run("b", two_methods, data="other.jsonl")]
+    first = make_run("a", mixed(two_methods, "nqswap"), task="mixed")
+    runs = [first, make_run("b", two_methods, data="other.jsonl")]
     found = collect(runs, contexts=False)
     assert [dataset.label for dataset in found.datasets] == ["all (a)", "memotrap", "nqswap", "qa"]
 
@@ -127,11 +130,10 @@ def test_two_tasks_of_one_file_are_two_data_sets(make_run, two_methods, tmp_path
 
 
 def test_samples_name_their_data_set_in_the_browser(make_run, two_methods):
-    for record in two_methods:
-        record["task"] = "memotrap" if record["index"] < 4 else "qa"
+    records = mixed(two_methods)
     runs = [
-        make_run("a", two_methods, task="mixed"),
-        make_run("b", two_methods[:4], data="other.jsonl", task="mixed"),
+        make_run("a", records, task="mixed"),
+        make_run("b", records[:4], data="other.jsonl", task="mixed"),
     ]
     data = browser_data(collect(runs, contexts=False))
     names = [data["datasets"][sample["dataset"]] for sample in data["samples"]]
@@ -157,13 +159,10 @@ def test_models_measure_a_context_each_for_itself(make_run, two_methods, record)
         make_run("a", two_methods, backbone="org/small", fingerprint="1" * 16),
         make_run("b", other, backbone="org/large", fingerprint="2" * 16),
     ]
-    assert browser_data(collect(runs[:1]))["samples"][0]["measures"] == [
-        *("20 context tokens", "perplexity 20.1")
-    ]
-    assert browser_data(collect(runs))["samples"][0]["measures"] == [
-        *("20 context tokens (small)", "perplexity 20.1 (small)"),
-        *("1,500 context tokens (large)", "perplexity 20.1 (large)"),
-    ]
+    alone, both = (browser_data(collect(found))["samples"][0]["measures"] for found in (runs[:1], runs))
+    assert alone == ["20 context tokens", "perplexity 20.1"]
+    assert both[:2] == ["20 context tokens (small)", "perplexity 20.1 (small)"]
+    assert both[2:] == ["1,500 context tokens (large)", "perplexity 20.1 (large)"]
 
 
 def test_settings_that_cannot_be_read_are_no_obstacle(make_run, two_methods):
@@ -174,11 +173,6 @@ def test_settings_that_cannot_be_read_are_no_obstacle(make_run, two_methods):
     found = collect([run])
     assert "contexts and prompts are missing" in found.runs[0].notices[0]
     assert "12 samples, 2 methods, 1 run" in html(found, "title")
-
-
-def test_samples_and_methods_are_counted_once(make_run, two_methods):
-    runs = [make_run("a", two_methods), make_run("b", two_methods, seed=1)]
-    assert "12 samples, 2 methods, 2 runs" in html(collect(runs), "title")
 
 
 @pytest.mark.parametrize("left", ["whole", "half a line", "half a sample", "parts", "only parts"])
@@ -259,14 +253,14 @@ def test_damaged_files_are_named(make_run, two_methods, file, content, message):
 
 def test_what_is_no_run(make_run, two_methods, tmp_path):
     run = make_run("run", two_methods)
-    with pytest.raises(FastMemError, match="no such run folder"):
-        collect([tmp_path / "nothing"])
-    with pytest.raises(FastMemError, match="no such run folder"):
-        collect([tmp_path / "data.jsonl"])
-    with pytest.raises(FastMemError, match="no run folder"):
-        collect([tmp_path])
-    with pytest.raises(FastMemError, match="given twice"):
-        collect([run, run.parent / "." / "run"])
+    for folders, message in (
+        ([tmp_path / "nothing"], "no such run folder"),
+        ([tmp_path / "data.jsonl"], "no such run folder"),
+        ([tmp_path], "no run folder"),
+        ([run, run.parent / "." / "run"], "given twice"),
+    ):
+        with pytest.raises(FastMemError, match=message):
+            collect(folders)
 
 
 @pytest.mark.parametrize(

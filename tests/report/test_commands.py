@@ -1,10 +1,7 @@
 """`fastmem report` and `fastmem compare` as a user sees them: files, numbers, refusals, hostile names."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -196,23 +193,3 @@ def test_odd_values_of_a_run(make_run, two_methods, pages):
     page, markdown = pages(make_run("run", two_methods))
     assert "the loss was not finite" in json.dumps(page.data)
     assert "**90.9% ± 9.1** (n = 11; +6 −1, p = 0.125)" in markdown
-
-
-def test_help_teaches_and_does_not_wait_for_torch(tmp_path):
-    code = """
-import contextlib, io, json, sys
-from fastmem_pl.cli import main
-said = {}
-for command in ("report", "compare", "env"):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        main([command, "--help"])
-    said[command] = out.getvalue()
-print(json.dumps([said, "torch" in sys.modules]))
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
-    said, torch_was_imported = json.loads(ran.stdout)
-    words = {"report": ["runs/", "--out", "--data", "--title"], "compare": ["runs/"], "env": ["--json"]}
-    for command, expected in words.items():
-        assert all(word in said[command] for word in (f"fastmem {command}", *expected))
-    assert not torch_was_imported

@@ -16,18 +16,10 @@ SVG = '<svg viewBox="0 0 9 9"><rect width="9" height="9" style="fill: var(--c1)"
 
 
 def sample(**further):
-    made = {
-        **{"id": "7", "dataset": 0, "question": "who?", "context": [["By ", ""], ["Ada", "answer"]]},
-        **{"prompt": "By Ada. who?", "references": ["Ada"], "originals": ["Bob"]},
-        "measures": ["3 context tokens"],
-        "extra": 2.5,
-        "answers": [
-            {
-                **{"v": 0, "text": "Ada", "scores": {"accuracy": 1.0}, "status": "ok", "cut": 0},
-                **{"words": 1, "seconds": 0.5},
-            }
-        ],
-    }
+    answer = {"v": 0, "text": "Ada", "scores": {"accuracy": 1.0}, "status": "ok", "cut": 0, "words": 1}
+    made = {"id": "7", "dataset": 0, "question": "who?", "context": [["By ", ""], ["Ada", "answer"]]}
+    made |= {"prompt": "By Ada. who?", "references": ["Ada"], "originals": ["Bob"]}
+    made |= {"measures": ["3 context tokens"], "extra": 2.5, "answers": [answer | {"seconds": 0.5}]}
     return made | further
 
 
@@ -54,17 +46,14 @@ def full():
 
 
 def test_untrusted_text_adds_no_element_anywhere():
-    evil_table = PageTable(EVIL, [EVIL, EVIL], [[Cell(EVIL), Cell(EVIL, EVIL, True)]], EVIL)
-    evil_sample = sample(
-        **{"id": EVIL, "question": EVIL, "context": [[EVIL, "answer"]], "prompt": EVIL},
-        **{"references": [EVIL], "originals": [EVIL]},
-    )
-    harmless = {"title": "t", "subtitle": "t", "facts": [("t", "t")], "notices": ["t"], "footer": "t"}
-    evil = {"title": EVIL, "subtitle": EVIL, "facts": [(EVIL, EVIL)], "notices": [EVIL], "footer": EVIL}
-    table = PageTable("t", ["t", "t"], [[Cell("t"), Cell("t", "t", True)]], "t")
-    chart, evil_chart = Chart("a", "t", "t", SVG, table), Chart("a", EVIL, EVIL, SVG, evil_table)
-    expected = page(**harmless, tables=[table], charts=[chart], browser=browser(sample()))
-    found = page(**evil, tables=[evil_table], charts=[evil_chart], browser=browser(evil_sample))
+    def page_of(text, one):
+        table = PageTable(text, [text, text], [[Cell(text), Cell(text, text, True)]], text)
+        told = {"title": text, "subtitle": text, "facts": [(text, text)], "notices": [text], "footer": text}
+        return page(**told, tables=[table], charts=[Chart("a", text, text, SVG, table)], browser=browser(one))
+
+    evil_sample = sample(id=EVIL, question=EVIL, context=[[EVIL, "answer"]], prompt=EVIL)
+    evil_sample |= {"references": [EVIL], "originals": [EVIL]}
+    expected, found = page_of("t", sample()), page_of(EVIL, evil_sample)
     assert [tag for tag, _ in found.elements] == [tag for tag, _ in expected.elements]
     assert found.data["samples"][0] == evil_sample
     (data,) = found.content("script", "application/json")

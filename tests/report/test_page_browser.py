@@ -18,11 +18,9 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-VARIANTS = [
-    {"label": "zero-shot", "baselines": [None, None], "memory": False},
-    {"label": "cad", "baselines": [0, 0], "memory": False},
-    {"label": "fastmem", "baselines": [0, 0], "memory": True},
-    {"label": "fastmem+cd", "baselines": [0, 0], "memory": True},
+VARIANTS = [{"label": "zero-shot", "baselines": [None, None], "memory": False}] + [
+    {"label": label, "baselines": [0, 0], "memory": "fastmem" in label}
+    for label in ("cad", "fastmem", "fastmem+cd")
 ]
 SCORES = {
     "accuracy": {"label": "accuracy", "percent": True, "binary": True, "lower": False},
@@ -42,12 +40,8 @@ def answer(v, text, accuracy, contained=None, failure=0.0, original=0.0, **furth
 
 
 def sample(number, question, answers, **further):
-    context = [
-        ["It was painted by ", ""],
-        ["Rembrandt", "answer"],
-        [", not by ", ""],
-        ["Leonardo", "original"],
-    ]
+    context = [["It was painted by ", ""], ["Rembrandt", "answer"]]
+    context += [[", not by ", ""], ["Leonardo", "original"]]
     made = {
         **{"id": str(number), "dataset": 0, "question": question, "prompt": f"Read. {question}"},
         **{"context": context, "references": ["Rembrandt"], "originals": ["Leonardo"]},
@@ -80,9 +74,7 @@ SAMPLES = [
     # Right by "contained" only; cut off.
     sample("q2", "", [answer(0, "Rembrandt?", 0.0), answer(2, "rembrandt.", 0.0, contained=1.0, cut=40)]),
     sample(
-        "q3",
-        "when?",
-        [answer(0, "Paris", 0.0), answer(2, "Paris", 0.0, status="loss became NaN"), right(3)],
+        "q3", "when?", [answer(0, "Paris", 0.0), answer(2, "Paris", 0.0, status="loss became NaN"), right(3)]
     ),
     summary("s0", 0.56, ["A summary."]),
     summary("s1", 0.55, []),
@@ -170,6 +162,10 @@ def show(tab, name):
     return rows(tab)
 
 
+def chip(tab, name):
+    return tab.get_by_role("radio", name=name).locator("xpath=..")
+
+
 def choose(tab, name, option):
     tab.get_by_role("combobox", name=name, exact=True).select_option(label=option)
 
@@ -220,8 +216,7 @@ def test_states_of_the_first_fastmem_variant(visit):
         ("all", ["q0", "q1", "q2", "q3", "s0", "s1", "q0"]),
     ):
         assert show(tab, state) == expected
-        chip = tab.get_by_role("radio", name=state).locator("xpath=..")
-        assert chip.locator(".number").inner_text() == str(len(expected))
+        assert chip(tab, state).locator(".number").inner_text() == str(len(expected))
         assert tab.locator("#count").inner_text().startswith(f"{len(expected)} ")
 
 
@@ -242,16 +237,12 @@ def test_method_score_and_dataset(visit):
     # Lower is better.
     choose(tab, "Score", "original")
     assert show(tab, "fixed by FastMem") == ["q0"]
-    assert tab.locator("#score").locator("option").all_inner_texts() == [
-        *("main score", "accuracy", "contained", "format failure", "original")
-    ]
+    scores = tab.locator("#score").locator("option").all_inner_texts()
+    assert scores == ["main score", "accuracy", "contained", "format failure", "original"]
     tab.get_by_role("button", name="Clear filters").click()
     choose(tab, "Dataset", "xsum")
     assert rows(tab) == ["s0", "s1", "q0"]
-    assert (
-        tab.get_by_role("radio", name="fixed by FastMem").locator("xpath=..").inner_text()
-        == "fixed by FastMem 1"
-    )
+    assert chip(tab, "fixed by FastMem").inner_text() == "fixed by FastMem 1"
 
 
 def test_search_looks_at_question_id_context_answers_and_references(visit):
@@ -277,26 +268,22 @@ def test_a_sample_shows_context_prompt_and_answers(visit):
     tab = visit()
     assert tab.locator("#question").inner_text() == "who painted the mona lisa?"
     marks = tab.locator("#context mark").all()
-    assert [(m.get_attribute("class"), m.inner_text()) for m in marks] == [
-        ("answer", "Rembrandt"),
-        ("original", "Leonardo"),
-    ]
+    found = [(m.get_attribute("class"), m.inner_text()) for m in marks]
+    assert found == [("answer", "Rembrandt"), ("original", "Leonardo")]
     lines = [m.evaluate("e => getComputedStyle(e).textDecorationStyle") for m in marks]
     assert lines == ["solid", "dashed"]
     letters = [m.evaluate("e => getComputedStyle(e, '::after').content") for m in marks]
     assert letters[0] != letters[1]
-    assert tab.locator("#legend").inner_text().split() == [
-        *("answer", "of", "this", "context", "original", "answer,", "which", "it", "contradicts")
-    ]
+    legend = "answer of this context original answer, which it contradicts"
+    assert tab.locator("#legend").inner_text().split() == legend.split()
     assert not tab.locator("#prompt-text").is_visible()
     tab.locator("#prompt summary").click()
     assert tab.locator("#prompt-text").inner_text() == "Read. who painted the mona lisa?"
     cards = tab.locator(".card")
     assert cards.locator("h5").all_inner_texts() == ["zero-shot", "cad", "fastmem", "fastmem+cd"]
     assert cards.nth(0).inner_text().split("\n\n")[0] == "zero-shot"
-    assert cards.nth(0).locator("li").all_inner_texts() == [
-        *("✗ accuracy", "✗ contained", "no format failure", "! original")
-    ]
+    scores = cards.nth(0).locator("li").all_inner_texts()
+    assert scores == ["✗ accuracy", "✗ contained", "no format failure", "! original"]
     assert cards.nth(2).locator(".change").inner_text() == "fixed"
     assert cards.nth(2).locator(".effort").inner_text() == "2 words · 0.25 s"
     tab.locator(".row").nth(1).click()
@@ -375,20 +362,8 @@ def test_everything_is_reached_by_tab_with_a_visible_focus(visit):
         reached.append(state)
     names = [name for name, _ in reached]
     assert names[0] == "skip"
-    for name in (
-        "A Results",
-        "A Charts",
-        "A Samples",
-        "scroll",
-        "query",
-        "dataset",
-        "method",
-        "score",
-        "list",
-    ):
-        assert name in names
-    for name in ("next", "context"):
-        assert name in names
+    filters = {"query", "dataset", "method", "score"}
+    assert {"A Results", "A Charts", "A Samples", "scroll", "list", "next", "context"} | filters <= set(names)
     assert any(name.startswith("SUMMARY") for name in names)
     assert all(outline == "2px" for _, outline in reached), reached
 
@@ -431,10 +406,8 @@ def test_the_page_never_scrolls_sideways(visit, width):
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     wide = tab.locator("#results .scroll").first.evaluate("e => e.scrollWidth > e.clientWidth")
     assert wide == (width < 800)
-    below = tab.evaluate(
-        "document.getElementById('detail').offsetTop > document.getElementById('list').offsetTop + 99"
-    )
-    assert below == (width < 800)
+    tops = [tab.evaluate(f"document.getElementById('{name}').offsetTop") for name in ("list", "detail")]
+    assert (tops[1] > tops[0] + 99) == (width < 800)
     if width == 390:
         tab.locator(".row").nth(2).click()
         wait(tab, "Math.abs(document.getElementById('detail').getBoundingClientRect().top) < 80")
@@ -511,18 +484,12 @@ def test_no_samples_no_browser_no_complaint(visit, tmp_path):
 
 def test_of_ten_thousand_samples_few_are_drawn(visit, tmp_path):
     filler = "The old town lies on a river between two hills, and its market is known for glass. " * 10
-    samples = [
-        sample(
-            i,
-            f"who built the tower of town {i}?",
-            [
-                answer(v, f"The answer is: {'Ada' if i % (v + 2) else 'Bob'}", float(i % (v + 2) > 0))
-                for v in range(4)
-            ],
-            context=[[f"{filler} The tower of town {i} was built by ", ""], [f"Ada {i}", "answer"]],
-        )
-        for i in range(10_000)
-    ]
+    samples = []
+    for i in range(10_000):
+        found = [(v, i % (v + 2) > 0) for v in range(4)]
+        answers = [answer(v, f"The answer is: {'Ada' if hit else 'Bob'}", float(hit)) for v, hit in found]
+        context = [[f"{filler} The tower of town {i} was built by ", ""], [f"Ada {i}", "answer"]]
+        samples.append(sample(i, f"who built the tower of town {i}?", answers, context=context))
     file = tmp_path / "large.html"
     file.write_text(example(data(samples)), encoding="utf-8")
     tab = visit(file=file)

@@ -1,10 +1,14 @@
 """Cells of the tables: values, tests, the paper's numbers, the best of a column."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from conftest import make_module
 
 from fastmem_pl.cli.configs import config_paths
+from fastmem_pl.data import TASKS
+from fastmem_pl.decoding import METHODS
 from fastmem_pl.metrics import SCORES, paired
 from fastmem_pl.report.collect import collect
 from fastmem_pl.report.document import dataset_table, markdown, overview, result_tables
@@ -18,10 +22,9 @@ def paper_settings(*configs):
     """Settings of a run with these configs, as ``run.json`` has them."""
     settings = {}
     for path in config_paths([",".join(("base", *configs))]):
-        with open(path) as file:
-            settings |= flat_settings(yaml.safe_load(file).get("model", {}))
+        settings |= flat_settings(yaml.safe_load(Path(path).read_text()).get("model", {}))
     flat = flat_settings(make_module(**{**settings, "backbone": LLAMA}).identity(True))
-    return flat | {"backbone": flat.pop("source")}
+    return flat | {"backbone": flat.pop("source"), "methods": ["zero-shot", "fastmem"]}
 
 
 def test_values_and_tests_of_a_cell(make_run, two_methods):
@@ -94,9 +97,7 @@ def test_zero_shot_of_another_run_is_paired_by_sample(only):
     ],
 )
 def test_the_papers_values_stand_beside_its_settings(make_run, two_methods, configs, task, method, value):
-    run = make_run(
-        "run", two_methods, task=task, **{**paper_settings(*configs), "methods": ["zero-shot", "fastmem"]}
-    )
+    run = make_run("run", two_methods, task=task, **paper_settings(*configs))
     assert published(collect([run], contexts=False).runs[0], task, method, "accuracy") == value
 
 
@@ -124,14 +125,14 @@ def test_the_papers_values_stand_beside_its_settings(make_run, two_methods, conf
     ids=str,
 )
 def test_they_do_not_stand_beside_others(make_run, two_methods, changed):
-    settings = {**paper_settings("nqswap", "fastmem"), "methods": ["zero-shot", "fastmem"], **changed}
+    settings = paper_settings("nqswap", "fastmem") | changed
     run = collect([make_run("run", two_methods, task="nqswap", **settings)], contexts=False).runs[0]
     assert published(run, "nqswap", "fastmem", "accuracy") is None
     assert published(run, "nq_icl", "fastmem", "accuracy") is None
 
 
 def test_a_setting_matters_to_the_methods_that_look_at_it(make_run, two_methods):
-    settings = {**paper_settings("nqswap", "all-methods"), "methods": ["zero-shot", "fastmem"]}
+    settings = paper_settings("nqswap", "all-methods")
     values = {}
     for name, changed in (("plain", {}), ("rate", {"learning_rate": 3e-4}), ("alpha", {"alpha": 2.0})):
         run = make_run(name, two_methods, task="nqswap", **settings | changed)
@@ -145,16 +146,12 @@ def test_a_setting_matters_to_the_methods_that_look_at_it(make_run, two_methods)
 def test_the_papers_value_is_shown(make_run, two_methods):
     for record in two_methods:
         record["task"] = "nqswap"
-    settings = {**paper_settings("nqswap", "fastmem"), "methods": ["zero-shot", "fastmem"]}
-    run = make_run("run", two_methods, task="nqswap", **settings)
+    run = make_run("run", two_methods, task="nqswap", **paper_settings("nqswap", "fastmem"))
     rows = dataset_table(collect([run], contexts=False), 0).rows
     assert [row[1].note for row in rows] == ["paper 59.1%", "+6 −1, p = 0.125; paper 71.5%"]
 
 
 def test_every_published_value_is_of_a_known_score_task_and_method():
-    from fastmem_pl.data import TASKS
-    from fastmem_pl.decoding import METHODS
-
     for tasks in yaml.safe_load(PUBLISHED.read_text()).values():
         for task, scores in tasks.items():
             assert task in TASKS
