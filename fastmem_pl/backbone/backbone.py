@@ -89,14 +89,12 @@ class Backbone:
     ) -> Backbone:
         """Load a backbone from a Hub id, a folder, a ``.gguf`` file, or the packaged ``"demo"`` model.
 
-        The other arguments are fields of :class:`BackboneSettings`.
-
         Args:
             precision: ``32-true`` by default.
             device: the CPU by default, with ``device_map`` the last GPU.
             fabric: gives precision and device, where they are left out.
             num_layers: feed-forward networks from the top that may be trained, so are never quantized nor
-                sharded, and are on the LM head's device.
+                sharded, and are on the LM head's device. Others are fields of :class:`BackboneSettings`.
 
         Raises:
             FastMemError: when there is no such model, or it cannot be split, quantized or laid out so.
@@ -266,27 +264,24 @@ class Backbone:
             torch.distributed.broadcast(tensor, src=0)
 
     def _check_layers(self, num_layers: int) -> None:
-        total = self.num_blocks
+        where, total = f"model.memorize.num_layers: {num_layers}", self.num_blocks
         if not 1 <= num_layers <= total:
-            raise FastMemError(f"model.memorize.num_layers: {num_layers}; allowed: 1 to {total}")
+            raise FastMemError(f"{where}; allowed: 1 to {total}")
         first = total - num_layers
-        alike = all(self.anatomy.family.fits(block.mlp) for block in self.anatomy.blocks[first:])
-        together = all(place == self.device for place in self.placement.blocks[first:])
-        shares = [p for part in trained_part(self.anatomy, num_layers) for p in part.parameters()]
         # The model sizes an attention mask by the first cached layer of its type, which the trunk must hold.
         types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
         missing = set(types[first + 1 :]) - set(types[: first + 1])
-        problem = None
-        if not alike:
+        if not all(self.anatomy.family.fits(block.mlp) for block in self.anatomy.blocks[first:]):
             problem = "is too many, as the feed-forward networks of the last blocks differ; lower it"
         elif missing:
             problem = f"leaves no {missing.pop()} block in the trunk; lower it"
-        elif not together:
+        elif set(self.placement.blocks[first:]) != {self.device}:
             problem = "needs all of its blocks where the LM head is; give another model.backbone.device_map"
-        elif any(map(is_sharded, shares)):
+        elif any(is_sharded(p) for part in trained_part(self.anatomy, num_layers) for p in part.parameters()):
             problem = "is more than the model was sharded for; load it with as many"
-        if problem:
-            raise FastMemError(f"model.memorize.num_layers: {num_layers} {problem}")
+        else:
+            return
+        raise FastMemError(f"{where} {problem}")
 
     @torch.no_grad()
     def _check_split(self) -> None:

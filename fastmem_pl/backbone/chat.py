@@ -128,9 +128,8 @@ class ChatEncoder:
         if self.settings.system_prompt:
             system = self.settings.system_prompt
             around = _system_turn(tokenizer) if templated else None
-            if around is None:
-                self._opening += [(f"{system}\n\n", False)]
-            else:
+            self._opening += [(f"{system}\n\n", False)]
+            if around:
                 opening = around[0].removeprefix(tokenizer.decode(self._bos))
                 self._opening = [(opening, True), (system, False), (around[1], True)]
 
@@ -161,10 +160,9 @@ class ChatEncoder:
 
     def whole_context(self, text: str, kept: int, cut: int) -> EncodedContext:
         """Encode what :meth:`cut` returned."""
-        pieces = self.pieces
-        header_length = len(self._bos) + len(self.encode([(pieces.assistant_header, True)]))
-        ids = self.encode([(pieces.assistant_header, True), (text, False), (pieces.end_of_turn, True)])
-        return EncodedContext(self._bos + ids, header_length, kept, cut)
+        header = (self.pieces.assistant_header, True)
+        ids = self.encode([header, (text, False), (self.pieces.end_of_turn, True)])
+        return EncodedContext(self._bos + ids, len(self._bos + self.encode([header])), kept, cut)
 
     def prompt(self, user_text: str, answer_prefix: str = "") -> list[int]:
         """Encode a user turn, after a system turn if there is one, and the opened assistant turn."""
@@ -177,8 +175,7 @@ class ChatEncoder:
         count = len(encoded.input_ids)
         if count <= limit:
             return text, count, 0
-        end = encoded.offset_mapping[limit - 1][1]
-        return text[:end], limit, count - limit
+        return text[: encoded.offset_mapping[limit - 1][1]], limit, count - limit
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """Tokens of each text by itself."""
@@ -193,9 +190,7 @@ class ChatEncoder:
         untrusted = "".join(text for text, trusted in segments if not trusted)
         if not self._special.search(untrusted):
             return self.tokenizer("".join(t for t, _ in segments), add_special_tokens=False).input_ids
-        ids: list[int] = []
-        plain = ""
-        strip_next = False
+        ids, plain, strip_next = list[int](), "", False
         for text, trusted in segments:
             start = 0
             for match in self._special.finditer(text) if trusted else ():

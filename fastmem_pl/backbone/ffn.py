@@ -81,7 +81,9 @@ class FFN:
         projections = {name: self._with_bias(name, self._product(ffn_input, name)) for name in inner}
         hidden = self._combine({name: value.float() for name, value in projections.items()})
         output = self._with_bias("down", self._product(hidden, "down")).float()
-        return BaseActivations(projections, None if self._fused(ffn_input) else hidden, output)
+        # The kernel takes the base's activations for constants; above a trained block they are not.
+        fused = not ffn_input.requires_grad and self.has_kernel()
+        return BaseActivations(projections, None if fused else hidden, output)
 
     def memorized(self, ffn_input: Tensor, delta: Delta, base: BaseActivations) -> Tensor:
         """Apply base weights plus ``delta`` to ``(B, T, D)``, given its :meth:`base`; float32."""
@@ -104,10 +106,6 @@ class FFN:
     def has_kernel(self) -> bool:
         """Whether the elementwise part runs in one kernel."""
         return self._kernel_fits and kernels.usable(self._weights["down"].device, self.dtype)
-
-    def _fused(self, ffn_input: Tensor) -> bool:
-        # The kernel takes the base's activations for constants; above a trained block they are not.
-        return not ffn_input.requires_grad and self.has_kernel()
 
     def _combine(self, projections: Mapping[str, Tensor]) -> Tensor:
         if "gate" in projections:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,10 @@ class Footprint:
         kv_cache = num_blocks * trunk_bytes_per_token(tail, config, dtype, kv_shards)[0]
         passes = 8 * size if tail.ffns[0].has_kernel() else 12 * 4
         activations = len(tail.ffns) * tail.ffns[0].shapes["up"][0] * passes + 12 * 4 * config.hidden_size
-        return cls(
-            per_sample=tail.num_trained * (state + decoding),
-            per_token=kv_cache + activations + reference,
-            per_pair=12 if kernel else 0,
-            # Chunks of the head's products and their gradients.
-            fixed=1 << 27 if device.type == "cpu" else 1 << 30,
-        )
+        # Chunks of the head's products and their gradients.
+        fixed = 1 << 27 if device.type == "cpu" else 1 << 30
+        per_token = kv_cache + activations + reference
+        return cls(tail.num_trained * (state + decoding), per_token, 12 if kernel else 0, fixed)
 
     def cost(self, samples: int, tokens: int) -> int:
         """Bytes of a batch whose longest row has ``tokens``, on the tail's device."""
@@ -88,7 +85,12 @@ def usable_bytes(device: torch.device, share: float | None = None) -> float:
     if device.type != "cuda":
         import psutil
 
-        return share * min(psutil.virtual_memory().available, _left_to_container())
+        left = psutil.virtual_memory().available
+        # The system does not count a container's limit as its own memory.
+        with suppress(OSError, ValueError):
+            limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+            left = min(left, float(limit) - float(used))
+        return share * left
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - used
@@ -96,12 +98,3 @@ def usable_bytes(device: torch.device, share: float | None = None) -> float:
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
         free = min(free, torch.cuda.get_per_process_memory_fraction(device) * total - used)
     return share * free
-
-
-def _left_to_container() -> float:
-    # The system does not count a container's limit as its own memory.
-    try:
-        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
-        return float(limit) - float(used)
-    except (OSError, ValueError):
-        return math.inf

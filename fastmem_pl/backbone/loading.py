@@ -52,9 +52,8 @@ def load_model(
     remote = {"trust_remote_code": settings.trust_remote_code}
 
     def fetch(auto: Any, **options: Any) -> Any:
-        return cache_first(
-            path, lambda local: auto.from_pretrained(path, local_files_only=local, **remote, **options)
-        )
+        options |= remote
+        return cache_first(path, lambda local: auto.from_pretrained(path, local_files_only=local, **options))
 
     try:
         path = _resolve(source)
@@ -81,10 +80,8 @@ def load_model(
         if device_map:
             types, size = (dtype, COMPUTE_DTYPE[precision]), quantizing.stored_size(kind, config)
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
-        sharded = nullcontext({})
-        if settings.tp_plan:
-            sharded = sharding.loading(settings.tp_plan, empty, device)
-        with sharded as further, _without_report():
+        plan = settings.tp_plan
+        with sharding.loading(plan, empty, device) if plan else nullcontext({}) as further, _without_report():
             # The type is always stated, since transformers would take the checkpoint's.
             options = {"dtype": dtype, "use_safetensors": True, **options, **further, **_REPORTED}
             model, info = fetch(AutoModelForCausalLM, **options)

@@ -6,6 +6,7 @@ Accelerate's ``infer_auto_device_map`` balances weights, not what a batch has le
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +51,8 @@ def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None
     config = model.config.get_text_config()
     tied = model.get_input_embeddings().weight is anatomy.head.weight or config.tie_word_embeddings
     first, parts = len(anatomy.blocks) - num_layers, {}
-    tensors = (model.named_parameters, model.named_buffers)
-    for name, tensor in [found for each in tensors for found in each(remove_duplicate=False)]:
+    buffers = model.named_buffers(remove_duplicate=False)
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers):
         owner, block = name.rpartition(".")[0], None
         if name.startswith(blocks):
             number = name.removeprefix(blocks).partition(".")[0]
@@ -65,8 +66,8 @@ def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None
             size = 0  # it is the head's weight, and counted there
         elif stored is not None and block is not None and not tail and tensor.ndim == 2:
             size = int(tensor.numel() * stored)
-        before = parts[owner].size if owner in parts else 0
-        parts[owner] = Part(owner, before + size, block, tail, entry)
+        size += parts[owner].size if owner in parts else 0
+        parts[owner] = Part(owner, size, block, tail, entry)
     return list(parts.values())
 
 
@@ -153,8 +154,7 @@ def _devices(device: torch.device) -> list[torch.device]:
     if device.type != "cuda":
         return [device]
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    last = gpus[-1] if device.index is None else device
-    return [gpu for gpu in gpus if gpu != last] + [last]
+    return sorted(gpus, key=lambda gpu: gpu == device)
 
 
 def lay_out(
@@ -176,10 +176,10 @@ def lay_out(
         places, number, used = [], 0, 0.0
         for block in blocks:
             size = block.size + reserve.block
-            while number < len(devices) and used + size > space[number] - left:
+            while used + size > space[number] - left:
                 number, used = number + 1, 0.0
-            if number == len(devices):
-                return None
+                if number == len(devices):
+                    return None
             used += size
             places.append(devices[number])
         return places
@@ -198,16 +198,18 @@ def _given_devices(
     device_map: Mapping[str, Any], parts: Sequence[Part], embedding: str
 ) -> dict[str, torch.device]:
     # The longest name that a part begins with counts; transformers takes layers.1 for layers.10 as well.
-    places = {name: str(place) for name, place in device_map.items()}
-    places = {name: f"cuda:{place}" if place.isdigit() else place for name, place in places.items()}
+    places = {name: re.sub(r"^(?=\d+$)", "cuda:", str(place)) for name, place in device_map.items()}
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for place in places.values():
         if place not in there:
             raise unknown("model.backbone.device_map", place, there)
-    known = {prefix for part in parts for prefix in _prefixes(part.name)}
-    found = {}
+    known, found = set(), {}
     for part in parts:
-        name = next((prefix for prefix in _prefixes(part.name) if prefix in places), None)
+        # The name and all that it begins with, longest first: ["a.b", "a", ""].
+        words = part.name.split(".")
+        prefixes = [".".join(words[:count]) for count in range(len(words), -1, -1)]
+        known.update(prefixes)
+        name = next((prefix for prefix in prefixes if prefix in places), None)
         if name is None:
             raise FastMemError(f"model.backbone.device_map: {part.name!r} has no device; give one to '', all")
         found[part.name] = torch.device(places[name])
@@ -221,12 +223,6 @@ def _given_devices(
     ends = [part.name for part in parts if part.tail and not part.entry]
     device = found[ends[-1] if entry[0].tail else embedding]
     return found | {part.name: device for part in entry}
-
-
-def _prefixes(name: str) -> list[str]:
-    """A dotted name and all that it begins with, longest first: ``["a.b", "a", ""]``."""
-    words = name.split(".")
-    return [".".join(words[:count]) for count in range(len(words), -1, -1)]
 
 
 @dataclass(frozen=True)
@@ -268,8 +264,9 @@ def let_cross(model: Any, anatomy: Anatomy, placement: Placement) -> None:
         # It leaves the class's method on each module, bound to that one.
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
-    modules = [(anatomy.body, placement.entry), *zip(anatomy.blocks, placement.blocks, strict=True)]
-    for module, device in modules:
+    for module, device in zip(
+        [anatomy.body, *anatomy.blocks], [placement.entry, *placement.blocks], strict=True
+    ):
         module.register_forward_pre_hook(partial(_send, device), with_kwargs=True)
 
 

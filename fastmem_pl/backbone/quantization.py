@@ -35,13 +35,9 @@ class Kind:
 
 
 def _bnb_4bit(dtype: torch.dtype, plain: list[str]) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=plain,
-    )
+    options = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": dtype}
+    options = {f"bnb_4bit_{name}": value for name, value in options.items()}
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=plain, **options)
 
 
 def _torchao_int8(dtype: torch.dtype, plain: list[str]) -> TorchAoConfig:
@@ -150,7 +146,7 @@ def plain_modules(
     first = max(total - num_layers, 0)
     modules = [module for layer in range(first, total) for _, module in anatomy.ffn_modules(layer)]
     if whole_blocks:
-        above = [module for block in list(anatomy.blocks)[first + 1 :] for module in block.modules()]
+        above = anatomy.blocks[first + 1 :].modules()
         modules += [module for module in above if isinstance(module, nn.Linear)]
     return [(names[module], module) for module in dict.fromkeys((*modules, anatomy.head))]
 
@@ -176,7 +172,10 @@ def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
     without_gradients = any(type(weight).__name__.startswith("Int4") for weight in model.parameters())
     for name, module in plain_modules(model, find_anatomy(model), num_layers, without_gradients):
         if is_quantized(module.weight):
-            model.set_submodule(name, _plain_linear(module, dtype))
+            weight = _dequantized(module).detach()
+            plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            plain.weight, plain.bias = nn.Parameter(weight), module.bias
+            model.set_submodule(name, plain.requires_grad_(False))
     for parameter in model.parameters():
         if not is_quantized(parameter) and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
@@ -203,15 +202,6 @@ def stored_tensors(parameter: Tensor) -> Iterator[Tensor]:
             yield getattr(parameter, name)
     else:
         yield parameter.detach().as_subclass(Tensor)
-
-
-def _plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    weight = _dequantized(module)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    if module.bias is not None:
-        plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-    return plain
 
 
 def _dequantized(module: nn.Module) -> Tensor:

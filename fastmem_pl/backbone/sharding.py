@@ -6,13 +6,13 @@ process computes the same tail from the same residual stream.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor, distributed, nn
 
 from fastmem_pl.backbone.families import Anatomy, find_anatomy
@@ -64,15 +64,12 @@ def loading(tp_plan: str, model: Any, device: torch.device) -> Iterator[dict[str
     count = check_processes(tp_plan, device)
     _check_plan(model, count)
     # Where it looks which GPU is this process's; launchers other than torchrun do not say it there.
-    before = os.environ.get("LOCAL_RANK")
+    environment = {}
     if device.type == "cuda":
-        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if device.index is None else device.index)
-    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        environment["LOCAL_RANK"] = str(index)
+    with patch_environment(**environment):
         yield {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=count)}
-    finally:
-        os.environ.pop("LOCAL_RANK", None)
-        if before is not None:
-            os.environ["LOCAL_RANK"] = before
 
 
 def _check_plan(model: Any, count: int) -> None:
@@ -100,13 +97,13 @@ def make_tail_whole(model: Any, num_layers: int) -> None:
     embedding = model.get_input_embeddings()
     if embedding.weight is anatomy.head.weight:
         tail.append(embedding)
-    found: dict[int, nn.Parameter] = {}
+    found: dict[nn.Parameter, nn.Parameter] = {}
     for module in [inner for part in tail for inner in part.modules()]:
         for name, parameter in module._parameters.items():
             if is_sharded(parameter):
-                if id(parameter) not in found:
-                    found[id(parameter)] = nn.Parameter(whole(parameter), requires_grad=False)
-                module._parameters[name] = found[id(parameter)]
+                if parameter not in found:
+                    found[parameter] = nn.Parameter(whole(parameter), requires_grad=False)
+                module._parameters[name] = found[parameter]
     for module in model.modules():
         # What is whole needs none of the plan's wrappers. Norms of single heads have one for gradients.
         own = [parameter for parameter in module._parameters.values() if parameter is not None]

@@ -149,17 +149,14 @@ def _loop(talk: Conversation, as_json: bool) -> None:
 
 
 def _read_questions(path: str) -> list[str]:
-    questions = []
-    for number, line in enumerate(read_text(path, "questions, one a line").split("\n"), 1):
-        question = line.strip()
+    questions = [line.strip() for line in read_text(path, "questions, one a line").split("\n")]
+    for number, question in enumerate(questions):
         if question.startswith("{"):
             try:
-                question = RawRecord(json_format.loads(question)).text("question").strip()
+                questions[number] = RawRecord(json_format.loads(question)).text("question").strip()
             except ValueError as error:
-                raise FastMemError(f"{path}, line {number}: {error}") from None
-        if question:
-            questions.append(question)
-    return questions
+                raise FastMemError(f"{path}, line {number + 1}: {error}") from None
+    return list(filter(None, questions))
 
 
 def _printable(text: str) -> str:

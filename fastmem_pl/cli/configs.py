@@ -7,8 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,7 @@ def read_configs(values: Sequence[str]) -> Configs:
     paths = config_paths(values)
     for path in paths:
         for name, value in _settings(_read(path)):
-            if name in _moved():
-                raise FastMemError(f"{path}: {name} is now {_moved()[name]}")
-            settings[name] = value
-            files[name] = path
+            settings[name], files[name] = value, path
     return Configs(settings.as_dict(), "-".join(Path(path).stem for path in paths), files)
 
 
@@ -78,9 +74,7 @@ def take_configs(arguments: Sequence[str]) -> tuple[Configs, list[str]]:
 
     ``--model.backbone NAME`` among these becomes ``--model.backbone.source NAME``.
     """
-    values: list[str] = []
-    others: list[str] = []
-    rest = iter(arguments)
+    values, others, rest = list[str](), list[str](), iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
         if option in ("-c", "--config"):
@@ -91,8 +85,6 @@ def take_configs(arguments: Sequence[str]) -> tuple[Configs, list[str]]:
             continue
         if option == "--model.backbone":
             argument = f"{option}.source{equals}{value}"
-        elif option.startswith("--model.") and option[2:] in _moved():
-            raise FastMemError(f"--{option[2:]} is now --{_moved()[option[2:]]}")
         others.append(argument)
     return read_configs(values), others
 
@@ -111,12 +103,8 @@ def config_paths(values: Sequence[str]) -> list[str]:
     A packaged config for a task together with a method (``xsum+cd`` for ``xsum`` and ``fastmem+cd``) is added
     right after both, so that configs which follow win over it.
     """
-    parts = (
-        part
-        for value in values
-        for part in ([value] if os.path.isfile(value) else [part.strip() for part in value.split(",")])
-    )
-    paths = [_config_path(part) for part in parts]
+    parts = ([value] if os.path.isfile(value) else value.split(",") for value in values)
+    paths = [_config_path(part.strip()) for given in parts for part in given]
     packaged = {name: str(path) for name, path in packaged_configs().items()}
     for name, path in packaged.items():
         task, _, decoder = name.partition("+")
@@ -153,20 +141,3 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FastMemError(f"--config: {path} holds no settings; allowed: sections such as model and data")
     return content
-
-
-@cache
-def _moved() -> dict[str, str]:
-    """Paths of settings by what they were before settings were nested."""
-    from fastmem_pl import BackboneSettings, ChatSettings, DecodingSettings, MemorizationSettings
-
-    kinds = {
-        "backbone": BackboneSettings,
-        "memorize": MemorizationSettings,
-        "decode": DecodingSettings,
-        "chat": ChatSettings,
-    }
-    moved = {
-        f"model.{f.name}": f"model.{group}.{f.name}" for group, kind in kinds.items() for f in fields(kind)
-    }
-    return moved | {"model.chat_template": "model.chat.template"}

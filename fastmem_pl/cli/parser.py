@@ -63,10 +63,10 @@ class OneLineParser(ArgumentParser):
         subcommands = self._subcommands_action._name_parser_map.values() if self._subcommands_action else ()
         actions = [action for parser in (self, *subcommands) for action in parser._actions]
         known = sorted({a.option_strings[-1].lstrip("-") for a in actions if a.option_strings})
-        section, _, tail = name.rpartition(".")
+        *sections, tail = name.split(".")
 
         def likeness(candidate: str) -> float:
-            same_section = candidate.split(".")[0] == section.split(".")[0]
+            same_section = candidate.split(".")[0] in sections[:1]
             return SequenceMatcher(None, tail, candidate.rpartition(".")[2]).ratio() + 0.1 * same_section
 
         best = max(known, key=likeness)
@@ -77,10 +77,6 @@ def _readable(kind: str) -> str:
     """Turn ``<class 'int'>`` and ``typing.Literal['a', 'b']`` into words."""
     kind = re.sub(r"<class '(\w+)'>", r"\1", kind).replace("NoneType", "null")
     return re.sub(r"typing\.(?:Literal\[(.*?)\])?", lambda m: m.group(1) or "", kind)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Leaves the lines of a description as they are."""
 
 
 class CommandParser(OneLineParser):
@@ -95,14 +91,15 @@ class CommandParser(OneLineParser):
         hints = get_type_hints(function)
         self._function = function
         self._groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-        required = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
-        words = {name: re.sub("S$", "", name.upper()) for name in required}
+        parameters = inspect.signature(function).parameters.values()
+        words = {p.name: p.name.upper().removesuffix("S") for p in parameters if p.default is p.empty}
         shown = (f"[{word} ...]" if _is_list(hints[name]) else word for name, word in words.items())
         super().__init__(
             prog=f"fastmem {command}",
             usage=" ".join([f"fastmem {command}", *shown, "[options]"]),
             description=(inspect.getdoc(function) or "").partition("\nArgs:")[0],
-            formatter_class=_Formatter,
+            # It leaves the lines of a description as they are.
+            formatter_class=type("", (argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter), {}),
         )
         self.add_function_arguments(function, as_positional=True, skip=set(self._groups))
         self._action_groups[-1].title = "arguments"
@@ -128,7 +125,15 @@ class CommandParser(OneLineParser):
             known = {action.dest for action in self._actions}
             self.set_defaults({name: defaults[name] for name in defaults.keys() & known})
             given = self._given(written)
-        return self._function(**given) or 0
+        try:
+            return self._function(**given) or 0
+        except (RuntimeError, MemoryError) as error:
+            from fastmem_pl.base.phases import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            advice = "--precision bf16-true, --windows sequential with a smaller --window, or --device cpu"
+            raise FastMemError(f"out of memory; try {advice}") from error
 
     def _given(self, written: list[str]) -> dict[str, Any]:
         try:
@@ -139,10 +144,8 @@ class CommandParser(OneLineParser):
 
     def _written_out(self, arguments: list[str]) -> list[str]:
         """Arguments as jsonargparse wants them: options first, each with a value, lists as JSON."""
-        options: list[str] = []
-        words: list[str] = []
+        options, words, rest = list[str](), list[str](), iter(arguments)
         lists: dict[str, list[str]] = {}
-        rest = iter(arguments)
         for argument in rest:
             option, equals, value = argument.partition("=")
             action = self._option_string_actions.get(option.replace("_", "-"))

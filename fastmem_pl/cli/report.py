@@ -45,7 +45,7 @@ def report(
     tables = page.with_suffix(".md")
 
     from fastmem_pl.report.collect import collect
-    from fastmem_pl.report.document import html, is_ours, markdown
+    from fastmem_pl.report.document import html, is_ours, markdown, notices
 
     for file in (page, tables):
         if file.is_dir():
@@ -54,15 +54,13 @@ def report(
             raise FastMemError(f"--out: {file} exists and is not from fastmem report; give --force")
     comparison = collect(runs, data)
     heading = title or "FastMem: " + ", ".join(run.label for run in comparison.runs)
-    texts = {page: html(comparison, heading), tables: markdown(comparison, heading)}
-    for path, text in texts.items():
+    for path, text in ((page, html(comparison, heading)), (tables, markdown(comparison, heading))):
         try:
             write_atomic(path, text)
         except OSError as error:
             raise FastMemError(f"report: cannot write {path}: {error.strerror}") from error
-    for run in comparison.runs:
-        for notice in run.notices:
-            print(f"fastmem: {notice}", file=sys.stderr)
+    for notice in notices(comparison):
+        print(f"fastmem: {notice}", file=sys.stderr)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)\n{tables}")
 
 

@@ -2,8 +2,7 @@
 
 from fastmem_pl.data.batches import BatchLimits
 from fastmem_pl.data.reader import read_samples
-from fastmem_pl.data.samples import ContextSample
-from fastmem_pl.data.tasks import MIXED, TASKS, FieldError, Fields, RawRecord, Task
+from fastmem_pl.data.tasks import MIXED, TASKS, ContextSample, FieldError, Fields, RawRecord, Task
 
 __all__ = [
     "MIXED",

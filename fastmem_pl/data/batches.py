@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch.utils.data import DistributedSampler
 
 
 @dataclass(frozen=True)
@@ -27,31 +24,12 @@ class BatchLimits:
 
     def most(self, longest: int) -> int:
         """Samples of a batch whose longest has ``longest`` tokens; at least one."""
-        most = self.samples
+        bounds = [self.samples]
         if self.tokens is not None:
-            most = min(most, self.tokens // max(1, longest))
+            bounds.append(self.tokens // max(1, longest))
         if self.fitting is not None:
-            most = min(most, self.fitting(longest))
-        return max(1, most)
-
-
-class ShareSampler(DistributedSampler):
-    """The batches of one process: its share of all, none of them twice, and none at all if they are few.
-
-    Lightning would put in a sampler of its own, which refuses an empty share, for anything that is no
-    :class:`DistributedSampler`.
-    """
-
-    def __init__(self, batches: Sequence[Any], num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(batches, num_replicas, rank, shuffle=False)
-        # The first ranks get the longest of every round.
-        self._places = range(rank, len(batches), num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+            bounds.append(self.fitting(longest))
+        return max(1, min(bounds))
 
 
 def plan(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:

@@ -5,18 +5,34 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.data.batches import BatchLimits, ShareSampler, plan
+from fastmem_pl.data.batches import BatchLimits, plan
 from fastmem_pl.data.reader import data_file, file_hash, read_samples
-from fastmem_pl.data.samples import ContextSample
-from fastmem_pl.data.tasks import OWN_FIELDS
+from fastmem_pl.data.tasks import OWN_FIELDS, ContextSample
 
-DEMO = "demo"
-_UNPLANNED = 8
+
+class ShareSampler(DistributedSampler):
+    """The batches of one process: its share of all, none of them twice, and none at all if they are few.
+
+    Lightning would put in a sampler of its own, which refuses an empty share, for anything that is no
+    :class:`DistributedSampler`.
+    """
+
+    def __init__(self, batches: Sequence[Any], num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(batches, num_replicas, rank, shuffle=False)
+        # The first ranks get the longest of every round.
+        self._places = range(rank, len(batches), num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class FastMemDataModule(LightningDataModule):
@@ -46,7 +62,7 @@ class FastMemDataModule(LightningDataModule):
     def __init__(
         self,
         task: str = "mixed",
-        path: str = DEMO,
+        path: str = "demo",
         limit: int | None = None,
         batch_size: int | None = None,
         max_batch_tokens: int | None = None,
@@ -126,7 +142,7 @@ class FastMemDataModule(LightningDataModule):
         if self.planner is not None:
             self.planner()
         if self._batches is None:
-            limits = BatchLimits(self.batch_size or _UNPLANNED)
+            limits = BatchLimits(self.batch_size or 8)
             self.use_plan(self.plan([len(sample.context) for sample in self.remaining], limits))
         share = {} if self.whole or self.trainer is None else self.trainer.distributed_sampler_kwargs or {}
         sampler = ShareSampler(self._batches, **share)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmem_pl.base.errors import FastMemError, nearest, unknown
-from fastmem_pl.data.samples import ContextSample
-from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, FieldError, RawRecord
+from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, ContextSample, FieldError, RawRecord
 
 _DEMO = Path(__file__).parent / "demo"
 PACKAGED = {"demo": _DEMO / "conflicts.jsonl", "long": _DEMO / "long.jsonl"}

@@ -20,21 +20,31 @@ from fastmem_pl.base.errors import nearest
 from fastmem_pl.base.registry import Registry
 
 
+@dataclass
+class ContextSample:
+    """One record of a data file, read by its task.
+
+    Not frozen: Lightning's half-precision plugins copy the dataclasses of a batch field by field.
+
+    Attributes:
+        index: place in the data file, from 0.
+        references: accepted answers; empty where the file gives none.
+        originals: answers that the context contradicts (the model's own world), where known.
+        answer_prefix: text that opens the assistant's turn and counts as part of the answer.
+    """
+
+    index: int
+    id: str
+    task: str
+    context: str
+    question: str
+    references: tuple[str, ...] = ()
+    originals: tuple[str, ...] = ()
+    answer_prefix: str = ""
+
+
 class FieldError(ValueError):
     """A record's field is missing or wrong; the reader adds file and line."""
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def check_characters(name: str, value: Any) -> None:
-    """Refuse halves of characters, which JSON can hold (``"\\ud83d"``), and which no file or model takes."""
-    found = _SURROGATE.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    if found:
-        raise FieldError(
-            f"field {name!r} holds half of a character (\\u{ord(found[0]):04x}, a lone surrogate); put the "
-            "whole character there, or remove it"
-        )
 
 
 class RawRecord:
@@ -56,8 +66,15 @@ class RawRecord:
         if name not in self.data:
             found = ", ".join(map(str, self.data)) or "none"
             raise FieldError(f"field {name!r} is missing; found: {found}{nearest(name, map(str, self.data))}")
-        check_characters(name, self.data[name])
-        return self.data[name]
+        value = self.data[name]
+        # JSON can hold halves of characters ("\\ud83d"), which no file or model takes.
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if half := re.search("[\ud800-\udfff]", text):
+            raise FieldError(
+                f"field {name!r} holds half of a character (\\u{ord(half[0]):04x}, a lone surrogate); put "
+                "the whole character there, or remove it"
+            )
+        return value
 
     def text(self, field: str) -> str:
         """The field's value as text; a :class:`FieldError` where it is missing, no text, or empty."""

@@ -4,7 +4,8 @@ import pytest
 
 from fastmem_pl import FastMemDataModule
 from fastmem_pl.data import BatchLimits
-from fastmem_pl.data.batches import ShareSampler, plan
+from fastmem_pl.data.batches import plan
+from fastmem_pl.data.datamodule import ShareSampler
 
 LENGTHS = [5, 100, 7, 90, 3000, 1, 6]
 
