@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from memories import QUESTIONS, TEXT, prose
 
-from fastmem_pl import FastMemError, Memory, answer
+from fastmem_pl import Memory, answer
 from fastmem_pl.cli import main
-from fastmem_pl.cli.ask import _read_questions
 from fastmem_pl.decoding.conversation import Conversation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,20 +80,22 @@ def test_questions_are_told_apart(fastmem, kept: Path, tmp_path: Path, answers_b
     assert fastmem("ask", kept, questions="two.txt", max_new_tokens=12).out == shown
 
 
-def test_a_file_of_questions_is_answered_in_batches(
-    fastmem, kept: Path, backbone, tmp_path: Path, monkeypatch
-) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_of_questions_is_answered_in_batches(fastmem, kept, backbone, tmp_path, monkeypatch, end):
     # On a CPU they go one by one where a text is shown.
     monkeypatch.setattr(Conversation, "reads_once", False)
-    questions = [f"What is {i}{' and why' * (i % 4)}?" for i in range(20)]
+    questions = [f"What is {i}{' and why' * (i % 4)}?" for i in range(19)]
+    # Only a newline ends one.
+    questions.append("which\u2028color\x85has\x0bthe\x1cdoor?")
     expected = expected_answers(backbone, kept, questions, max_new_tokens=6)
     assert len(set(expected)) > 10
     answers = list(zip(questions, expected, strict=True))
-    lines = {"txt": questions, "jsonl": [json.dumps({"question": q, "id": 3}) for q in questions]}
+    objects = [json.dumps({"question": q, "id": 3}, ensure_ascii=False) for q in questions]
+    lines = {"txt": questions, "jsonl": [*objects[:12], *questions[12:]]}
     for kind, own in lines.items():
         path = tmp_path / f"questions.{kind}"
-        path.write_text("\n".join(["", *own[:7], "  ", "", *own[7:], "\n"]), "utf-8")
-    rows = fastmem("ask", kept, questions="questions.jsonl", json=True, max_new_tokens=6).out.splitlines()
+        path.write_bytes(end.join(["", *own[:7], "  ", "", *own[7:], end]).encode())
+    rows = fastmem("ask", kept, questions="questions.jsonl", json=True, max_new_tokens=6).out.split("\n")[:-1]
     stated = {"decoder": "greedy", "context": True, "memory": True}
     assert [json.loads(row) for row in rows] == [{"question": q, "answer": a, **stated} for q, a in answers]
     out = fastmem("ask", kept, questions="questions.txt", max_new_tokens=6).out
@@ -149,15 +150,10 @@ def test_without_its_text_a_memory_is_asked_alone(fastmem, refused_command, note
     assert "cad" in refused_command("ask", "notes.fastmem", "Who?", decoder="cad")
 
 
-@pytest.fixture
-def long_file(fastmem, tmp_path: Path) -> str:
-    """A memory of a text that does not fit the model's context."""
+def test_a_text_that_does_not_fit_is_not_shown(fastmem, tmp_path: Path, backbone) -> None:
     (tmp_path / "long.txt").write_text(prose(2300))
     fastmem("memorize", "long.txt", window=500, steps=1, form="float32")
-    return "long.fastmem"
-
-
-def test_a_text_that_does_not_fit_is_not_shown(fastmem, long_file: str, backbone) -> None:
+    long_file = "long.fastmem"
     (row,) = fastmem("ask", long_file, QUESTIONS[0], json=True, max_new_tokens=12).out.splitlines()
     (expected,) = answer(backbone, QUESTIONS[0], None, Memory.load(long_file), max_new_tokens=12)
     assert (json.loads(row)["answer"], json.loads(row)["context"]) == (expected, False)
@@ -230,6 +226,7 @@ def test_memories_of_a_run_are_asked_and_shipped(fastmem, tiny_folder, tmp_path,
                 ("broken.jsonl", "broken.jsonl.*(line )?2"),
                 ("nothing.jsonl", "nothing.jsonl.*question"),
                 ("number.jsonl", "number.jsonl.*(line )?1"),
+                ("half.jsonl", r"half\.jsonl, line 2: field 'question' holds half of a character \(\\ud83d"),
             )
         ],
         *(([*before, blank], {}, "question") for before, blank in (([], ""), (["Who?"], " \n"))),
@@ -237,14 +234,13 @@ def test_memories_of_a_run_are_asked_and_shipped(fastmem, tiny_folder, tmp_path,
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_ask_refuses_what_it_cannot_answer(
-    refused_command, kept: Path, tmp_path: Path, questions: list[str], options: dict, words: str
-) -> None:
+def test_ask_refuses_what_it_cannot_answer(refused_command, kept, tmp_path, questions, options, words):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9?\n")
     (tmp_path / "broken.jsonl").write_text('{"question": "Who?"}\n{"question": \n')
     (tmp_path / "nothing.jsonl").write_text('{"text": "Who?"}\n')
     (tmp_path / "number.jsonl").write_text('{"question": 3}\n')
+    (tmp_path / "half.jsonl").write_text('{"question": "fine?"}\n{"question": "which \\ud83d?"}\n')
     line = refused_command("ask", kept, *questions, **{"max_new_tokens": 4, **options})
     assert re.search(words, line, re.IGNORECASE), line
 
@@ -266,22 +262,3 @@ def test_a_terminal_is_prompted(kept: Path, backbone, tiny_folder: Path, monkeyp
     shown = ["".join(c if c.isprintable() else "\ufffd" for c in text) for text in expected]
     assert screen.getvalue() == f"> {shown[0]}\n> {shown[1]}\n> "
     assert "an empty line or Ctrl-D ends" in capsys.readouterr().err
-
-
-QUESTION = "which\u2028color\x85has\x0bthe\x1cdoor?"
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_question_ends_at_the_newline_only(tmp_path, end):
-    path = tmp_path / "questions.txt"
-    lines = [QUESTION, json.dumps({"question": QUESTION}, ensure_ascii=False), "", "last?"]
-    path.write_bytes(end.join(lines).encode())
-    assert _read_questions(str(path)) == [QUESTION, QUESTION, "last?"]
-
-
-def test_half_of_a_character_is_named(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text('{"question": "fine?"}\n{"question": "which \\ud83d?"}\n')
-    message = r"questions\.jsonl, line 2: field 'question' holds half of a character \(\\ud83d"
-    with pytest.raises(FastMemError, match=message):
-        _read_questions(str(path))

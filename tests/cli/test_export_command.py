@@ -47,9 +47,7 @@ def report_of(folder: str | Path) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_export_refuses_what_it_cannot_do(
-    refused_command, kept: Path, tmp_path: Path, options: dict, words: str
-) -> None:
+def test_export_refuses_what_it_cannot_do(refused_command, kept, tmp_path, options, words):
     (tmp_path / "other.txt").write_text(OTHER)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "precious").write_text("x")
@@ -65,21 +63,12 @@ def test_force_replaces_exports_only(fastmem, refused_command, kept, tiny_folder
     fastmem("export", kept, to="lora", rank=3, out="lora", force=True)
     assert (report_of("lora")["to"], report_of("lora")["rank"]) == ("lora", 3)
     shutil.copytree(tiny_folder, tmp_path / "model")
-    for name, content in (
-        ("mine/thesis.txt", "precious"),
-        ("nested/src/a.c", ""),
-        ("other/export.json", "[]"),
-    ):
+    for name in ("mine/thesis.txt", "nested/src/a.c", "other/export.json"):
         (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text("[]")
     shutil.copy("lora/export.json", "nested")
-    own = [
-        ("model", "chat_template.jinja"),
-        ("mine", "thesis.txt"),
-        ("nested", "src"),
-        ("other", "export.json"),
-    ]
-    for out, foreign in own:
+    own = {"model": "chat_template.jinja", "mine": "thesis.txt", "nested": "src", "other": "export.json"}
+    for out, foreign in own.items():
         line = refused_command("export", kept, to=to, out=out, force=True)
         assert f"{out} holds {foreign}, which fastmem export did not write" in line
     assert "the folder you are in" in refused_command("export", kept, to=to, out=".", force=True)
@@ -127,9 +116,7 @@ def test_checkpoint_by_the_command(fastmem, refused_command, kept, backbone, tin
     ],
     ids=str,
 )
-def test_a_memory_in_another_form(
-    fastmem, kept: Path, tmp_path: Path, backbone, memory: Memory, options: dict, most: float
-) -> None:
+def test_a_memory_in_another_form(fastmem, kept, tmp_path, backbone, memory, options, most):
     (tmp_path / "sub").mkdir()
     mine = tmp_path / "sub" / "my.notes.fastmem"
     mine.write_bytes(kept.read_bytes())
@@ -159,11 +146,8 @@ def test_exports_stand_beside_the_memory(fastmem, kept: Path, tmp_path: Path) ->
     (tmp_path / "my.notes.fastmem").write_bytes(kept.read_bytes())
     fastmem("export", "my.notes.fastmem", to="lora", rank=2)
     fastmem("export", "my.notes.fastmem", to="checkpoint")
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "my.notes.fastmem",
-        "my.notes-lora",
-        "my.notes-checkpoint",
-    }
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"my.notes.fastmem", "my.notes-lora", "my.notes-checkpoint"}
 
 
 class Payload:
@@ -194,9 +178,7 @@ KINDS: dict[str, Callable[[bytes, dict, Path], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "missing", "folder"])
-def test_what_is_no_memory_is_refused_and_not_executed(
-    refused_command, kept, tiny_folder, tmp_path, kind: str
-) -> None:
+def test_what_is_no_memory_is_refused_and_not_executed(refused_command, kept, tiny_folder, tmp_path, kind):
     path, payload = tmp_path / "evil.fastmem", {"down": Payload(tmp_path / "marker")}
     pickle.loads(pickle.dumps(payload))
     assert payload["down"].marker.exists(), "the payload would do nothing anyway"

@@ -10,6 +10,7 @@ import pytest
 from fastmem_pl import FastMemError
 from fastmem_pl.backbone.quantization import KINDS
 from fastmem_pl.backbone.settings import WEIGHT_DTYPE
+from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.cli import COMMANDS, main
 from fastmem_pl.cli.export import export
 from fastmem_pl.cli.memorize import memorize
@@ -73,12 +74,8 @@ def test_words_and_options_stand_in_any_order(arguments, expected):
 
 
 def test_a_list_option_is_repeated():
-    assert call(shipped, "--context", "a", "m", "--context=b", "--max-kl", "1e-2") == (
-        "m",
-        0.01,
-        ["a", "b"],
-        "a",
-    )
+    given = ("--context", "a", "m", "--context=b", "--max-kl", "1e-2")
+    assert call(shipped, *given) == ("m", 0.01, ["a", "b"], "a")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +96,15 @@ def test_mistakes(function, arguments, message):
         call(function, *arguments)
 
 
+WORDS = {
+    "ask": list(DECODERS),
+    "memorize": [f"\n  {policy} " for policy in POLICIES],
+    "report": ["runs/", "--out", "--data", "--title"],
+    "compare": ["runs/"],
+    "env": ["--json"],
+}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(capsys, command):
     assert main([command, "--help"]) == 0
@@ -106,15 +112,9 @@ def test_help(capsys, command):
     assert out.startswith(f"usage: fastmem {command} ")
     assert max(map(len, out.splitlines())) <= 120
     if command in ("fit-predict", "search"):
-        places = [
-            out.index(f"\n  --{name}")
-            for name in ("model.methods", "data.task", "run_dir", "trainer.devices")
-        ]
-        assert places[-1] == max(places)
-    if command == "ask":
-        assert all(name in out for name in DECODERS)
-    if command == "memorize":
-        assert all(f"\n  {policy} " in out for policy in POLICIES)
+        others = ("model.methods", "data.task", "run_dir")
+        assert out.index("\n  --trainer.devices") > max(out.index(f"\n  --{name}") for name in others)
+    assert [word for word in WORDS.get(command, ()) if word not in out] == []
 
 
 def test_help_is_a_command_too(capsys):
@@ -123,6 +123,7 @@ def test_help_is_a_command_too(capsys):
     assert main(["--help"]) == main([]) == 0
     assert capsys.readouterr().out == 2 * overview
     assert all(f"\n  {command} " in overview for command in COMMANDS)
+    assert all(name in overview for name in packaged_configs())
 
 
 def test_lists_are_the_librarys():
@@ -133,7 +134,11 @@ def test_lists_are_the_librarys():
     assert set(get_args(get_type_hints(memorize)["form"])) < set(FORMS)
 
 
-@pytest.mark.parametrize("command", ["report", "compare", "tasks", "env"])
+@pytest.mark.parametrize("command", ["", "report", "compare", "tasks", "env"])
 def test_help_waits_for_no_torch(command):
-    code = "import sys; from fastmem_pl.cli import main; main([sys.argv[1], '--help']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code, command], capture_output=True).returncode == 0
+    code = (
+        "import sys; from fastmem_pl.cli import main; assert main([*sys.argv[1:], '--help']) == 0; "
+        "assert not {'torch', 'lightning', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -43,13 +43,10 @@ def test_the_option(capsys, given, expected):
         (["search", "--config", "smollm2,search,profile"], "trainer.profile: not in a search"),
     ],
 )
-def test_what_is_refused(capsys, arguments, said, tmp_path, monkeypatch):
+def test_what_is_refused(refused, arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert re.search(said, error), error
-    assert not list(tmp_path.iterdir())
+    line = refused(*arguments)
+    assert re.search(said, line), line
 
 
 def test_the_table_at_the_end(capsys, tiny, tmp_path, monkeypatch):
