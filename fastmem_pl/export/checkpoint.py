@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,8 +45,7 @@ def to_checkpoint(
     deviation = Deviation(memory, backbone, context)
     kind = getattr(torch, dtype)
     names = {module: name for name, module in model.named_modules()}
-    merged: dict[str, Tensor] = {}
-    kept = []
+    merged, kept = dict[str, Tensor](), []
     for layer, deltas in zip(backbone.tail(memory.num_layers).layers, memory.deltas, strict=True):
         kept.append({})
         for parts, module in backbone.anatomy.ffn_modules(layer):
@@ -59,7 +57,12 @@ def to_checkpoint(
             merged[f"{names[module]}.weight"] = weight.T.contiguous() if turned else weight
             pieces = (weight.float() - base).chunk(len(parts))
             kept[-1] |= {part: piece[None] for part, piece in zip(parts, pieces, strict=True)}
-    state = _converted(model.state_dict(), kind)
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    plain = model.state_dict()
+    for tensor in plain.values():
+        made.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to(kind))
+    # Those that share memory go on sharing it.
+    state = {name: made[tensor.data_ptr(), tensor.shape] for name, tensor in plain.items()}
     if unknown_names := merged.keys() - state.keys():
         raise FastMemError(f"this model does not store {', '.join(sorted(unknown_names))} as plain weights")
     state |= merged
@@ -72,11 +75,3 @@ def to_checkpoint(
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
         return deviation.report("checkpoint", out, dtype, kept, folder, kl=kl)
-
-
-def _converted(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same tensors in another type; those that share memory go on sharing it."""
-    made: dict[tuple[int, torch.Size], Tensor] = {}
-    for tensor in state.values():
-        made.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to(dtype))
-    return {name: made[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}

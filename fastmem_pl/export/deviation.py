@@ -42,11 +42,10 @@ class ExportReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for export.json."""
-        stated = ("to", "form", "rank", "bytes", "relative_error", "kl", "kl_base")
+        names = ["to", "form", "rank", "bytes", "relative_error", "kl", "kl_base"]
         memory = self.memory
         return {
-            **{name: getattr(self, name) for name in stated},
-            **({"tried": self.tried} if self.tried else {}),
+            **{name: getattr(self, name) for name in names + ["tried"] * bool(self.tried)},
             **{"model": memory.backbone, "fingerprint": memory.fingerprint, "settings": memory.settings},
             "packages": versions(_PACKAGES),
         }

@@ -112,31 +112,20 @@ def rank(
 
 def _table(records: Sequence[Mapping[str, Any]], objective: str) -> pd.DataFrame:
     """One row a record with the objective, in the order of the data."""
-    rows = [
-        {
-            "index": record["index"],
-            "key": key_of(record["point"]),
-            "value": record["scores"][objective],
-            "scores": {**record["scores"], "output_words": record["output_words"]},
-            "failed": record["status"] != "ok",
-            "seconds": sum(record["seconds"].values()),
-        }
-        for record in records
-        if objective in record["scores"]
-    ]
+    rows = []
+    for record in (record for record in records if objective in record["scores"]):
+        scores = {**record["scores"], "output_words": record["output_words"]}
+        about = record["index"], key_of(record["point"]), scores[objective], scores
+        rows.append((*about, record["status"] != "ok", sum(record["seconds"].values())))
     columns = ["index", "key", "value", "scores", "failed", "seconds"]
     return pd.DataFrame(rows, columns=columns).sort_values("index")
 
 
 def _results(rows: pd.DataFrame) -> dict[str, Any]:
-    mean = estimate(rows["value"])
-    return {
-        "n": mean.n,
-        "value": mean.value,
-        "standard_error": mean.error,
-        "scores": pd.DataFrame(list(rows["scores"])).mean().to_dict(),
-        "seconds": float(rows["seconds"].mean()),
-    }
+    mean, seconds = estimate(rows["value"]), float(rows["seconds"].mean())
+    scores = pd.DataFrame(list(rows["scores"])).mean().to_dict()
+    found = {"n": mean.n, "value": mean.value, "standard_error": mean.error}
+    return {**found, "scores": scores, "seconds": seconds}
 
 
 def _warnings(

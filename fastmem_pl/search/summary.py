@@ -53,7 +53,6 @@ def markdown(ranking: Ranking, plots: Sequence[str] = (), top: int | None = None
 
     ``top`` limits the points to the first ones and leaves out pictures, where a file beside has them all.
     """
-    label = find_score(ranking.objective).label
     blocks = [
         *(["# Search"] if top is None else []),
         f"{_summary(ranking)}.",
@@ -66,7 +65,7 @@ def markdown(ranking: Ranking, plots: Sequence[str] = (), top: int | None = None
     if ranking.ranges is None:
         blocks += ["## Heat maps", f"{_label_with_unit(ranking)}, best in bold{_over(ranking)}."]
         if top is None:
-            blocks.append(f"![{label} by {', '.join(_MAPPED)}](heatmap.svg)")
+            blocks.append(f"![{find_score(ranking.objective).label} by {', '.join(_MAPPED)}](heatmap.svg)")
         for steps, cells in _panels(ranking):
             body = [
                 {"learning_rate ↓ kl_coeff →": f"{rate:g}"}
