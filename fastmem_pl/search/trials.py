@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,7 +47,12 @@ _UNREPORTED_SHARE = 4
 def search_by_trials(job: SearchJob) -> SearchResult:
     """Run trials until the study has as many as were asked for, and rank those of all its workers."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    settings, url, run = job.settings.optuna, _url(job), job.run
+    settings, run = job.settings.optuna, job.run
+    try:
+        url = make_url(settings.storage or f"sqlite:///{job.path.resolve() / 'optuna.db'}")
+    except (SQLAlchemyError, ValueError):
+        wrong = f"search.optuna.storage: {settings.storage!r} is no URL; such as sqlite:///study.db"
+        raise FastMemError(wrong) from None
     with warnings.catch_warnings():
         # Heartbeats beside ask and tell work, and workers need both.
         warnings.filterwarnings("ignore", message=".*supposed to be used with Study.optimize")
@@ -142,10 +147,11 @@ class TrialBatch(Callback):
     def __init__(self, job: SearchJob, study: optuna.Study, trials: Sequence[Trial]) -> None:
         self._job, self._study = job, study
         self._objective, self._samples = job.settings.objective, len(job.samples)
-        points = [job.settings.point(job.model, trial.params) for trial in trials]
-        self.points = {key_of(point): point for point in points}
-        self.trials: dict[Any, list[Trial]] = {key: [] for key in self.points}
-        for trial, point in zip(trials, points, strict=True):
+        self.points: dict[Any, dict[str, float]] = {}
+        self.trials: dict[Any, list[Trial]] = defaultdict(list)
+        for trial in trials:
+            point = job.settings.point(job.model, trial.params)
+            self.points[key_of(point)] = point
             self.trials[key_of(point)].append(trial)
         self.scores: dict[Any, dict[int, float]] = {key: {} for key in self.points}
 
@@ -216,13 +222,9 @@ def _open_study(job: SearchJob, url: URL, storage: RDBStorage) -> optuna.Study:
     """Make the study, or join it; what this folder's earlier process left undone is queued again."""
     settings = job.settings.optuna
     pruner = optuna.pruners.MedianPruner if settings.pruner == "median" else optuna.pruners.NopPruner
-    study = optuna.create_study(
-        storage=storage,
-        study_name=settings.study,
-        pruner=pruner(),
-        direction="minimize" if find_score(job.settings.objective).lower_is_better else "maximize",
-        load_if_exists=True,
-    )
+    direction = "minimize" if find_score(job.settings.objective).lower_is_better else "maximize"
+    wanted = {"study_name": settings.study, "direction": direction, "pruner": pruner()}
+    study = optuna.create_study(storage=storage, load_if_exists=True, **wanted)
     _check(study, job, url)
     study.set_user_attr(_IDENTITY, job.run.identity)
     study.sampler = sampler_of(settings, len(_trials(study)), job.path)
@@ -248,29 +250,16 @@ def _check(study: optuna.Study, job: SearchJob, url: URL) -> None:
         )
 
 
-def _url(job: SearchJob) -> URL:
-    given = job.settings.optuna.storage
-    try:
-        return make_url(given or f"sqlite:///{job.path.resolve() / 'optuna.db'}")
-    except (SQLAlchemyError, ValueError):
-        raise FastMemError(
-            f"search.optuna.storage: {given!r} is no URL; such as sqlite:///study.db"
-        ) from None
-
-
 @contextmanager
 def _connected(url: URL) -> Iterator[RDBStorage]:
     """The storage; what goes wrong with it is raised as a :class:`FastMemError`."""
     sqlite = url.get_backend_name() == "sqlite"
+    alive = {"heartbeat_interval": _HEARTBEAT, "grace_period": _GRACE}
+    alive["heartbeat_stale_trial_callback"] = RetryHeartbeatStaleTrialCallback()
+    arguments = {"connect_args": {"timeout": _SQLITE_TIMEOUT}} if sqlite else None
     storage: RDBStorage | None = None
     try:
-        storage = RDBStorage(
-            url.render_as_string(hide_password=False),
-            engine_kwargs={"connect_args": {"timeout": _SQLITE_TIMEOUT}} if sqlite else None,
-            heartbeat_interval=_HEARTBEAT,
-            grace_period=_GRACE,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-        )
+        storage = RDBStorage(url.render_as_string(hide_password=False), arguments, **alive)
         yield storage
     except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, ImportError) as error:
         # The last two only while it is opened: tables of another Optuna, or no driver.
