@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -71,7 +72,7 @@ def describe() -> dict[str, dict[str, str]]:
             "python": lambda: f"{platform.python_version()} ({platform.python_implementation()})",
             "platform": platform.platform,
             "cores": os.cpu_count,
-            "memory": lambda: f"{_gib(memory.total)}, {_gib(memory.available)} free",
+            "memory": lambda: _sizes(memory.total, memory.available),
         },
         "packages": versions(sorted({name for name, rest in required if "extra ==" not in rest})),
         "optional packages": versions(sorted({name for name, rest in required if "extra ==" in rest})),
@@ -110,10 +111,9 @@ def _torch() -> ModuleType:
 
 
 def _devices() -> dict[str, Callable[[], str]]:
-    try:
+    names = []
+    with suppress(Exception):
         names = [f"cuda:{index}" for index in range(_torch().cuda.device_count())]
-    except Exception:
-        names = []
     return {name: partial(_device, name) for name in names or ["cpu"]}
 
 
@@ -126,13 +126,12 @@ def _device(name: str) -> str:
     if name == "cpu":
         return f"Triton kernels: {use}"
     free, total = cuda.mem_get_info(device)
-    capability = ".".join(map(str, cuda.get_device_capability(device)))
-    sizes = f"{_gib(total)}, {_gib(free)} free"
-    return f"{cuda.get_device_name(device)}, capability {capability}, {sizes}, Triton kernels: {use}"
+    capability = "capability " + ".".join(map(str, cuda.get_device_capability(device)))
+    return f"{cuda.get_device_name(device)}, {capability}, {_sizes(total, free)}, Triton kernels: {use}"
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _sizes(total: float, free: float) -> str:
+    return f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
 
 
 def _output(*command: str) -> str:

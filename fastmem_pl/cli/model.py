@@ -70,9 +70,8 @@ class ModelOptions:
 
     def load(self, num_layers: int) -> Backbone:
         """The model on the chosen device; its trained layers stay together and unquantized."""
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = auto if self.device == "auto" else self.device
         if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
             raise FastMemError(f"--device: {device!r} is unknown; allowed: auto, cpu, cuda, cuda:N")
         count = torch.cuda.device_count()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,9 @@ def _paper_settings(task: str, method: str) -> dict[str, Any]:
     """Settings that a method's answers depend on, as the paper has them."""
     decoder, memory = METHODS[method].decoder, METHODS[method].memory
     used = {"template": True, "system_prompt": None, "quantization": None, "max_context_tokens": None}
-    defaults = {f.name: f.default for f in fields(DecodingSettings)} | {"stop": []}
+    defaults = {**vars(DecodingSettings()), "stop": []}
     used |= {n: v for n, v in defaults.items() if decoder in _OF_DECODER.get(n, (decoder,))}
-    if memory:
-        used |= {f.name: f.default for f in fields(MemorizationSettings)}
+    used |= vars(MemorizationSettings()) if memory else {}
     for name in _NO_MATTER:
         used.pop(name, None)
     for config in ("base", task, f"{task}+{decoder}" if memory else ""):

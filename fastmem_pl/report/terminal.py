@@ -81,8 +81,8 @@ def _print_differences(records: Sequence[Record], console: Console) -> None:
     for answers in shown:
         first = answers[0]
         wanted = f"(expected: {', '.join(first['references'])})" if first["references"] else ""
-        about = first["question"] or f"sample {first['id']}"
-        console.print(f"  [bold]{escape(_line(about))}[/bold]  {escape(_line(wanted, 120))}")
+        about = _line(first["question"] or f"sample {first['id']}")
+        console.print(f"  [bold]{escape(about)}[/bold]  {escape(_line(wanted, 120))}")
         width = max(len(record["method"]) for record in answers)
         for record in answers:
             correct = record["scores"].get("contained")
