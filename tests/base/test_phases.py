@@ -49,11 +49,8 @@ def test_the_outer_phase_has_the_seconds_and_the_peak_of_the_inner(meter, machin
                 machine.work(4, 9000)
         machine.work(8, 2000)
     assert (inner["seconds"], outer["seconds"]) == (6, 15)
-    assert {call.phase: (call.seconds, call.peak_bytes) for call in meter.calls} == {
-        "innermost": (4, 9000),
-        "inner": (2, 9000),
-        "outer": (9, 9000),
-    }
+    calls = {call.phase: (call.seconds, call.peak_bytes) for call in meter.calls}
+    assert calls == {"innermost": (4, 9000), "inner": (2, 9000), "outer": (9, 9000)}
     assert meter.peak_bytes == {"innermost": 9000, "inner": 9000, "outer": 9000}
 
 
@@ -90,13 +87,8 @@ def test_counts_may_be_known_before_or_after(meter):
     with meter.measure("decode", name="prefill"):
         pass
     first, second = meter.calls
-    assert (first.phase, first.part, first.samples, first.tokens, first.steps) == (
-        "decode",
-        "fastmem",
-        2,
-        7,
-        4,
-    )
+    assert (first.phase, first.part) == ("decode", "fastmem")
+    assert (first.samples, first.tokens, first.steps) == (2, 7, 4)
     assert (second.phase, second.part, second.samples) == ("prefill", "", 0)
     assert set(meter.peak_bytes) == {"decode"}
 

@@ -1,13 +1,12 @@
 """The snippets of docs/extending.md run as they stand: the script as a program, the others here."""
 
-import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from runs import metrics_of, read
 
 from fastmem_pl.backbone import families
 
@@ -20,40 +19,25 @@ def blocks(language, title=None):
     return re.findall(rf"^```{language}{mark}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def script(tmp_path_factory, tiny_folder):
-    """Runs the page's script in a folder with its files, on a tiny model."""
-    folder = tmp_path_factory.mktemp("extending")
-    (folder / "my_fastmem.py").write_text("\n\n".join(blocks("python", "my_fastmem.py")))
-    (folder / "my_tasks.yaml").write_text(*blocks("yaml", "my_tasks.yaml"))
-    (folder / "letters.jsonl").write_text(*blocks("json", "letters.jsonl"))
-
-    def run(*arguments):
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=False
-        )
-        return done, folder
-
-    return run
-
-
-def test_the_script_runs_its_own_task_method_and_score(script, tiny_folder):
+def test_the_script_runs_its_own_task_method_and_score(tmp_path, tiny_folder):
+    """As a program, in a folder with the page's files."""
+    (tmp_path / "my_fastmem.py").write_text("\n\n".join(blocks("python", "my_fastmem.py")))
+    (tmp_path / "my_tasks.yaml").write_text(*blocks("yaml", "my_tasks.yaml"))
+    (tmp_path / "letters.jsonl").write_text(*blocks("json", "letters.jsonl"))
     (command,) = blocks("console")
     python, *arguments = shlex.split(command.removeprefix("$ "))
     assert python == "python"
-    done, folder = script(
-        *arguments, "--model.backbone", str(tiny_folder), "--model.decode.max_new_tokens", "4", "--run_dir", "run",
-        "--trainer.accelerator", "cpu",
-    )  # fmt: skip
+    options = {"model.backbone": tiny_folder, "model.decode.max_new_tokens": 4, "trainer.accelerator": "cpu"}
+    arguments += [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, *arguments, "--run_dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (folder / "run" / "predictions.jsonl").read_text().splitlines()]
+    records = read(tmp_path / "run")
     assert {record["method"] for record in records} == {"zero-shot", "fastmem", "fastmem+pcd"}
     assert {record["references"][0] for record in records} == {"Velm", "blue"}
-    assert all(
-        set(record["scores"]) == {"accuracy", "contained", "format_failure", "brief"} for record in records
-    )
-    metrics = json.loads((folder / "run" / "metrics.json").read_text())
-    assert "brief" in metrics["groups"]["all"]["fastmem+pcd"]["metrics"]
+    scores = {"accuracy", "contained", "format_failure", "brief"}
+    assert all(record["scores"].keys() == scores for record in records)
+    assert "brief" in metrics_of(tmp_path / "run", "fastmem+pcd")
 
 
 def test_a_family_is_a_row(demo, monkeypatch):

@@ -205,9 +205,7 @@ def test_length_limit_without_a_stated_one(tmp_path):
     metric(["s" * 3 * LIMIT], ["a" * 3 * LIMIT])
 
 
-def test_factkb_takes_its_published_tokenizer_where_the_checkpoint_has_none(
-    tmp_path, classifier, monkeypatch
-):
+def test_factkb_takes_its_published_tokenizer_where_there_is_none(tmp_path, classifier, monkeypatch):
     own = save(tmp_path / "bare", RobertaForSequenceClassification, tokenizer=False)
     make_tokenizer().save_pretrained(tmp_path / "roberta-base")
     monkeypatch.setattr(models, "_FACTKB_TOKENIZER", str(tmp_path / "roberta-base"))
@@ -259,15 +257,9 @@ def test_unfit_checkpoints_are_refused(tmp_path, encoder, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"num_hidden_layers": 1},
-            "it holds more layers than its config.json says: roberta.encoder.layer.1.",
-        ),
+        ({"num_hidden_layers": 1}, "holds more layers than its config.json says: roberta.encoder.layer.1."),
         ({"num_hidden_layers": 4}, "no weights for {}encoder.layer.2."),
-        (
-            {"intermediate_size": 24},
-            "weights have other shapes than its config.json says: {}encoder.layer.0.",
-        ),
+        ({"intermediate_size": 24}, "other shapes than its config.json says: {}encoder.layer.0."),
     ],
 )
 def test_layers_that_do_not_fit_the_config_are_refused(tmp_path, classifier, settings, message):

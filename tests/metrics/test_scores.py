@@ -1,5 +1,7 @@
 """Normalization as published, and the scores of one answer."""
 
+import json
+
 import pytest
 
 from fastmem_pl.base.errors import FastMemError
@@ -60,8 +62,6 @@ def test_extraction(text, expected):
 
 
 def test_text_functions_of_the_reference_run(shared):
-    import json
-
     golden = json.loads((shared / "golden" / "text_functions.json").read_text())
     for pair in golden["pairs"]:
         assert normalize_answer(pair["input"]) == pair["normalize_text"]
