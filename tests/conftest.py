@@ -28,19 +28,12 @@ from memories import (  # noqa: F401 (fixtures)
     stranger,
 )
 from report_runs import hostile, make_run, only, record, two_methods  # noqa: F401 (fixtures)
-from runs import base, pages, refused, refused_small, run_methods, say, small, small_run  # noqa: F401 (fixtures)
+from runs import GROUPS, base, pages, refused, refused_small, run_methods, say, small, small_run  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from fastmem_pl import (
-    Backbone,
-    BackboneSettings,
-    ChatSettings,
-    DecodingSettings,
-    FastMemModule,
-    MemorizationSettings,
-)
+from fastmem_pl import Backbone, FastMemModule
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHATML = (
@@ -104,9 +97,9 @@ def make_model(family: str = "llama", seed: int = 0, **overrides):
     return model.eval()
 
 
-def save_model(folder: Path, seed: int) -> Path:
+def save_model(folder: Path, seed: int = 0, family: str = "llama") -> Path:
     """A tiny model with other weights for every seed, as a user's own folder."""
-    make_model(seed=seed).save_pretrained(folder)
+    make_model(family, seed).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -150,10 +143,7 @@ def make_tiny() -> Callable[..., Backbone]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama saved as a user's own model folder."""
-    folder = tmp_path_factory.mktemp("tiny-model")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture(scope="session")
@@ -204,18 +194,12 @@ def make_module(
 
     A backbone may be given loaded.
     """
-    kinds = {
-        "memorize": MemorizationSettings,
-        "decode": DecodingSettings,
-        "chat": ChatSettings,
-        "backbone": BackboneSettings,
-    }
     groups = {
         name: {field.name: flat.pop(field.name) for field in fields(kind) if field.name in flat}
-        for name, kind in kinds.items()
+        for name, kind in GROUPS.items()
     }
     groups["backbone"]["source"] = backbone if isinstance(backbone, str) else backbone.name
-    made = {name: kinds[name](**given) for name, given in groups.items()}
+    made = {name: GROUPS[name](**given) for name, given in groups.items()}
     return FastMemModule(**made, **({"methods": list(methods)} if methods else {}), **flat)
 
 

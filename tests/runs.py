@@ -85,26 +85,10 @@ TASKS = {
     "hotpotqa": (HOTPOT, [["the Long"], ["Bob"]]),
     "qa": (QA, [["red", "crimson"], ["blue"], []]),
 }
+QUIET = {"trainer__accelerator": "cpu", "trainer__enable_progress_bar": False}
 FASTMEM = str(Path(sys.executable).with_name("fastmem"))
 METHODS = ["zero-shot", "fastmem", "fastmem+cd"]
 ALL_METHODS = ["zero-shot", "one-shot", "cad", "dola", "fastmem", "fastmem+cd", "fastmem+cad", "fastmem+dola"]
-FIELDS = {
-    "index": int,
-    "id": str,
-    "task": str,
-    "method": str,
-    "prediction": str,
-    "token_ids": list,
-    "references": list,
-    "scores": dict,
-    "curve": dict,
-    "n_context_tokens": int,
-    "n_prompt_tokens": int,
-    "seconds": dict,
-    "status": str,
-}
-
-
 SUMMARIES = [
     {"article": "The cats sat on a red mat.\nA dog barked.", "summary": "The cat slept.\nA dog barked."},
     {"article": "Zoë's river rose by the mill.", "summary": "the cats slept soundly, as a river rose"},
@@ -116,7 +100,7 @@ RECORDS = dict.fromkeys(("nqswap", "nq", "nqswap_icl", "nq_icl"), NQ[:4])
 RECORDS |= {"memotrap": MEMOTRAP[:1], "hotpotqa": HOTPOT[:1], "qa": QA[:2]} | dict.fromkeys(
     SUMMARY_TASKS, SUMMARIES
 )
-_GROUPS = {
+GROUPS = {
     "backbone": BackboneSettings,
     "memorize": MemorizationSettings,
     "decode": DecodingSettings,
@@ -139,7 +123,29 @@ def write(path: Path, records: list[dict]) -> Path:
 
 
 def read(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text("utf-8").splitlines()]
+    """Records of a run, whose last line is whole and whose numbers are JSON."""
+    *lines, rest = (run_dir / "predictions.jsonl").read_text("utf-8").split("\n")
+    assert rest == ""
+    return [json.loads(line, parse_constant=refuse_constant) for line in lines]
+
+
+def refuse_constant(constant: str) -> None:
+    pytest.fail(f"{constant} is not JSON")
+
+
+def options(**settings: object) -> list[str]:
+    """Options of a command: settings of the model by their own names, ``data__path`` for ``--data.path``."""
+    parts = []
+    for name, value in settings.items():
+        parts += [_option(name), str(value) if isinstance(value, str | Path) else json.dumps(value)]
+    return parts
+
+
+def _option(name: str) -> str:
+    if "__" in name or name == "run_dir":
+        return f"--{name.replace('__', '.')}"
+    groups = (group for group, kind in GROUPS.items() if name in {field.name for field in fields(kind)})
+    return "--" + ".".join(["model", *groups, name])
 
 
 def answers(run_dir: Path, *methods: str) -> dict[tuple[int, str], tuple[str, list[int]]]:
@@ -156,15 +162,6 @@ def files(folder: Path) -> dict[str, bytes | None]:
         for path in sorted(folder.rglob("*"))
         if path.name != ".lock"
     }
-
-
-def assert_same_curves(ours: Path, theirs: Path) -> None:
-    other = {(r["index"], r["method"]): r["curve"] for r in read(theirs)}
-    for record in read(ours):
-        curve, expected = record["curve"], other[record["index"], record["method"]]
-        assert (curve is None) == (expected is None)
-        for name in curve or ():
-            assert curve[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (record["index"], name)
 
 
 def ids_of(records: list[dict]) -> dict[tuple[int, str], list[int]]:
@@ -191,19 +188,14 @@ def shown(task: str) -> dict[str, str]:
 def small(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options of a small run, without the folder."""
     data = write(tmp_path_factory.mktemp("data") / "nq.json", NQ)
-    options = {
-        "model.backbone": tiny_folder,
-        "model.memorize.steps": 3,
-        "model.memorize.learning_rate": 0.01,
-        "model.decode.max_new_tokens": 6,
-        "data.task": "nqswap",
-        "data.path": data,
-        "data.batch_size": 2,
-        "data.answer_prefix": PREFIX,
-        "trainer.accelerator": "cpu",
-        "trainer.enable_progress_bar": "false",
+    model = {"backbone": tiny_folder, "steps": 3, "learning_rate": 0.01, "max_new_tokens": 6}
+    source = {
+        "data__task": "nqswap",
+        "data__path": data,
+        "data__batch_size": 2,
+        "data__answer_prefix": PREFIX,
     }
-    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    return options(**model, **source, **QUIET)
 
 
 @pytest.fixture(scope="session")
@@ -294,21 +286,12 @@ def run_methods(
 
     def call(task: str, methods=ALL_METHODS, data=None, run_dir="run", **settings) -> list[dict]:
         given = {"backbone": tiny_folder, "methods": [*methods], "steps": 2, "learning_rate": 0.01}
-        given |= {"max_new_tokens": 3, "data__task": task, "trainer.accelerator": "cpu", "run_dir": run_dir}
+        given |= {"max_new_tokens": 3, "data__task": task, "run_dir": run_dir}
         given |= {"data__path": write(tmp_path / f"{task}.jsonl", data or RECORDS[task]), **settings}
-        given |= {"trainer.enable_progress_bar": False}
-        pairs = [(_option(n), v if isinstance(v, str | Path) else json.dumps(v)) for n, v in given.items()]
-        assert main(["fit-predict", *(str(part) for pair in pairs for part in pair)]) == 0
+        assert main(["fit-predict", *options(**given, **QUIET)]) == 0
         return read(tmp_path / run_dir)
 
     return call
-
-
-def _option(name: str) -> str:
-    if "." in name or "__" in name or name == "run_dir":
-        return f"--{name.replace('__', '.')}"
-    groups = (group for group, kind in _GROUPS.items() if name in {field.name for field in fields(kind)})
-    return "--" + ".".join(["model", *groups, name])
 
 
 def final_metrics(folder: Path) -> dict[str, float]:

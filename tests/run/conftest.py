@@ -1,11 +1,14 @@
-"""Runs of the tiny model on a few short contexts."""
+"""Runs of the tiny model on a few short contexts, in this process and in others."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import make_module
+from ranks import Jobs
+from runs import read
 from towers import write_towers
 
 from fastmem_pl import FastMemDataModule, FastMemTrainer
@@ -36,6 +39,33 @@ def tiny_run(tmp_path: Path, data_file: Path, tiny, monkeypatch) -> Callable[...
 @pytest.fixture
 def records() -> Callable[[Path], list[dict]]:
     """Reads the records of a run folder."""
-    return lambda folder: [
-        json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()
-    ]
+    return read
+
+
+@pytest.fixture(scope="module")
+def shared_jobs(request, tmp_path_factory, tiny_folder):
+    """Processes in a folder that all tests of a file share, and data of ``COUNT`` samples."""
+    root = tmp_path_factory.mktemp("jobs")
+    found = Jobs(root, tiny_folder, write_towers(root, request.module.COUNT))
+    yield found
+    found.end()
+
+
+@pytest.fixture(scope="module")
+def alone(shared_jobs) -> Callable[..., Path]:
+    """Folder of a run of one process without faults, by its options; made once, not to be written to."""
+    made = {}
+
+    def run(mode="fit_predict", **options):
+        key = json.dumps([mode, options], sort_keys=True)
+        if key not in made:
+            made[key] = shared_jobs.run(f"alone{len(made)}", mode=mode, **options)
+        return made[key]
+
+    return run
+
+
+@pytest.fixture
+def name(request) -> str:
+    """Of a run folder, in the folder that all tests of a file share."""
+    return re.sub(r"\W+", "-", request.node.name)

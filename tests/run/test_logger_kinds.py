@@ -25,51 +25,37 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
         ),
     ],
 )
-def test_what_is_wrong_with_a_class_is_said_in_short(capsys, tmp_path, monkeypatch, given, message):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_wrong_with_a_class_is_said_in_short(refused_small, given, message):
     logger = {"class_path": "lightning.pytorch.loggers.CSWLogger"}
     Path("mine.yaml").write_text(yaml.safe_dump({"trainer": {"logger": ["csv", logger]}}))
-    assert main(["fit-predict", "--data.path", "x.json", *given, "--run_dir", "r"]) == 2
-    error = capsys.readouterr().err
-    assert (error.startswith("fastmem: error: "), error.count("\n")) == (True, 1)
-    assert error.endswith(
+    assert refused_small(*given).endswith(
         f"trainer.logger: {message}; allowed: csv, tensorboard, wandb, mlflow, false, or one of Lightning's "
         "loggers with its arguments (class_path and init_args in a config)\n"
     )
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_a_missing_package_is_named_before_anything_is_done(name, monkeypatch, tmp_path, capsys, data_file):
+def test_a_missing_package_is_named_before_anything_is_done(name, monkeypatch, refused_small):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda package: None if package.startswith(name) else find(package)
     )
     monkeypatch.setattr("fastmem_pl.run.predict.Backbone.load", lambda *a, **k: pytest.fail("loaded"))
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--data.task", "qa", "--data.path", str(data_file), "--trainer.logger", name]
-    assert main(["fit-predict", *arguments, "--run_dir", "r"]) == 2
-    error = f"trainer.logger: {name} needs a package that is not here; pip install {name}"
-    said = capsys.readouterr().err
-    assert said.startswith("fastmem: error: ")
-    assert said.endswith(f"{error}\n")
-    assert not Path("r").exists()
+    line = refused_small("--trainer.logger", name)
+    assert line.endswith(f"trainer.logger: {name} needs a package that is not here; pip install {name}\n")
 
 
-def test_the_command_takes_lightnings_loggers(tmp_path, data_file, tiny, monkeypatch):
-    monkeypatch.setattr("fastmem_pl.run.predict.Backbone.load", lambda *args, **kwargs: tiny)
-    monkeypatch.chdir(tmp_path)
+def test_the_command_takes_lightnings_loggers(small_run):
     own = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine", "--trainer.logger.name", "x"]
-    common = ["--data.path", str(data_file), "--model.memorize.steps", "2", "--trainer.accelerator", "cpu"]
-    common += ["--data.task", "qa", "--data.limit", "2", "--model.decode.max_new_tokens", "3"]
-    assert main(["fit-predict", *common, *own, "--run_dir", "r"]) == 0
+    folder = small_run("--data.limit", 2, *own)
     lines = Path("mine/x/version_0/metrics.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 3 + 1
-    assert sorted(os.listdir()) == ["data.jsonl", "mine", "r"]
-    assert not Path("r/logs").exists()
+    assert len(lines) == 1 + 2 * 4 + 1
+    assert sorted(os.listdir()) == ["mine", "run"]
+    assert not (folder / "logs").exists()
     # The resolved settings take the same logger again.
-    config = yaml.safe_load(Path("r/config.yaml").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["trainer"]["logger"]["class_path"].endswith("CSVLogger")
-    assert main(["fit-predict", "--config", "r/config.yaml", "--run_dir", "again"]) == 0
+    assert main(["fit-predict", "--config", "run/config.yaml", "--run_dir", "again"]) == 0
     assert Path("mine/x/version_1/metrics.csv").is_file()
 
 

@@ -76,6 +76,10 @@ def scores_of(rows):
     return {(r["sample"], name): r[name] for r in rows if "sample" in r for name in r if "/" in name}
 
 
+def states(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "logs").iterdir()}
+
+
 @pytest.fixture
 def assert_complete(records):
     def check(rows, folder):
@@ -96,7 +100,7 @@ def warnings_of(caplog):
 def test_a_run_leaves_a_whole_csv_file(tiny_run, assert_complete):
     folder = tiny_run().path
     assert_complete(table(folder), folder)
-    assert {path.name for path in (folder / "logs").iterdir()} == {"metrics.csv", "hparams.yaml"}
+    assert {path.name for path in states(folder)} == {"metrics.csv", "hparams.yaml"}
     settings = yaml.safe_load((folder / "logs" / "hparams.yaml").read_text())
     assert (settings["model.memorize.steps"], settings["data.task"]) == (STEPS, "qa")
 
@@ -130,9 +134,9 @@ def test_a_stopped_run_says_so_and_nothing_new_touches_no_logger(tiny_run, asser
     # Those of the earlier session come first.
     assert {row["sample"] for row in again.rows[: 2 * ROWS]} == {row["sample"] for row in kept.rows}
     assert again.ended == ["success"]
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "logs").iterdir()}
+    before = states(folder)
     tiny_run(logger=["csv", never])
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    assert states(folder) == before
     assert never.rows == never.hyperparameters == never.ended == []
 
 

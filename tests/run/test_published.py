@@ -40,34 +40,29 @@ def encoded(module, task="qa"):
 
 def test_contexts_go_through_a_round_trip(with_bos):
     start, end = with_bos.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    both = ["context-round-trip", "parse-special-tokens"]
-    bos = {
-        task: encoded(loaded(with_bos, *both), task).context.input_ids.count(start) for task in ("qa", "xsum")
-    }
+    both = loaded(with_bos, "context-round-trip", "parse-special-tokens")
     plain = encoded(loaded(with_bos)).context.input_ids
+    found = encoded(both).context
+    assert found.input_ids.count(start) == plain.count(start) + 1
+    assert found.input_ids.count(end) == plain.count(end) + 1
+    assert found.context_tokens == 6
     # Articles go through it twice.
-    assert bos == {"qa": plain.count(start) + 1, "xsum": plain.count(start) + 2}
-    found = encoded(loaded(with_bos, *both))
-    assert found.context.input_ids.count(end) == plain.count(end) + 1
-    assert found.context.context_tokens == 6
-    assert encoded(loaded(with_bos, "parse-special-tokens")).context.input_ids.count(start) == plain.count(
-        start
-    )
+    assert encoded(both, "xsum").context.input_ids.count(start) == plain.count(start) + 2
+    parsed = encoded(loaded(with_bos, "parse-special-tokens")).context.input_ids
+    assert parsed.count(start) == plain.count(start)
 
 
-def test_norm_of_every_layer_comes_with_the_second_step(tiny, contexts):
-    settings = {"num_layers": 2, "learning_rate": 1e-2}
+def test_both_quirks_of_memorizing_at_once(tiny, contexts):
+    """The norm counts from the second step on (test_prompts.py), and weights are rounded all the same."""
     curves = []
-    for quirks in ([], ["norm-every-layer"], ["norm-every-layer", "round-weights"]):
-        module = loaded(tiny, *quirks, **settings)
+    for quirks in (["norm-every-layer"], ["norm-every-layer", "round-weights"]):
+        module = loaded(tiny, *quirks, num_layers=2, learning_rate=1e-2)
         memory = module.memorizer.fit([module.memorizer.encode(contexts[0])])
         curves.append(memory.curves[0].cross_entropy)
-    assert curves[1][0] == pytest.approx(curves[0][0], rel=1e-6)
-    assert curves[1][1] != pytest.approx(curves[0][1], rel=1e-2)
-    assert curves[2] == pytest.approx(curves[1], rel=1e-3)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
     base = module.backbone.tail(2).ffns[1].base_weights["up"]
     delta = memory.deltas[1]["up"]
-    assert torch.equal((base + delta) - base, delta), "both quirks at once: weights are rounded"
+    assert torch.equal((base + delta) - base, delta)
 
 
 @pytest.mark.parametrize("quirk", QUIRKS)
@@ -87,8 +82,6 @@ def test_memory_files_say_what_they_were_made_under(tiny, contexts, tmp_path, qu
     assert json.loads(json.dumps(module.settings()))["published_quirks"] == [quirk]
 
 
-def test_names_are_checked():
+def test_names_are_a_list():
     with pytest.raises(FastMemError, match=r"model\.published_quirks: give a list, such as"):
         make_module(published_quirks="round-weights")
-    with pytest.raises(FastMemError, match="did you mean 'round-weights'"):
-        make_module(published_quirks=["round-weight"])

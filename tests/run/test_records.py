@@ -1,7 +1,6 @@
 """Files of records: repair, merging those of several processes, and what a full disk leaves."""
 
 import errno
-import json
 import os
 
 import pytest
@@ -22,6 +21,17 @@ def record(index, method="a", **more):
     return {"index": index, "method": method, **more}
 
 
+def opened(path):
+    run = RunFolder(path, {"model": {}}, ["a"])
+    run.open("")
+    return run
+
+
+def indices(path):
+    """Of the records, in the order of the file."""
+    return [record["index"] for _, record in read_records(path)]
+
+
 def write(path, *records, end=""):
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(map(as_line, records)) + end)
@@ -37,11 +47,11 @@ def test_any_text_comes_back(tmp_path, text):
     path = write(tmp_path / "1", record(1))
     append_records(path, [first], "1", path)
     assert [r for _, r in read_records(path)] == [record(1), first]
-    run = RunFolder(tmp_path / "run", {}, ["a"])
-    run.open("")
+    run = opened(tmp_path / "run")
     run.append([record(1), first])
     run.merge_parts()
     assert run.records() == [first, record(1)]
+    assert indices(run.predictions_path) == [0, 1], "not in the order of the data"
     run.replace(run.records()[:1])
     assert run.records() == [first]
     run.close()
@@ -50,19 +60,16 @@ def test_any_text_comes_back(tmp_path, text):
 def test_a_line_ends_at_its_newline_only(tmp_path):
     # Between the parts of a record, JSON takes a carriage return for a space.
     (tmp_path / "1").write_bytes(b'{"index": 0,\r"method": "a"}\r\n{"index": 1,\r"method": "a"}\n')
-    assert [r["index"] for _, r in read_records(tmp_path / "1")] == [0, 1]
+    assert indices(tmp_path / "1") == [0, 1]
 
 
-def test_files_are_merged_in_the_order_of_the_data(tmp_path):
-    one = write(tmp_path / "1", record(4, "b"), record(4, "a"), record(0, "a"), record(0, "b"))
-    two = write(tmp_path / "2", record(3, "a"), record(3, "b"))
-    merged = [(r["index"], r["method"]) for _, r in merge_records([one, two], ["a", "b"])]
-    assert merged == [(0, "a"), (0, "b"), (3, "a"), (3, "b"), (4, "a"), (4, "b")]
-
-
-def test_the_first_of_two_answers_counts(tmp_path):
-    one, two = write(tmp_path / "1", record(0, text="x")), write(tmp_path / "2", record(0, text="y"))
-    assert [r["text"] for _, r in merge_records([one, two], ["a"])] == ["x"]
+def test_files_are_merged_in_the_order_of_the_data_and_the_first_of_two_answers_counts(tmp_path):
+    one = write(tmp_path / "1", record(4, "b"), record(4, "a"), record(0, "a"), record(0, "b", text="x"))
+    two = write(tmp_path / "2", record(3, "a"), record(3, "b"), record(0, "b", text="y"))
+    merged = [record for _, record in merge_records([one, two], ["a", "b"])]
+    expected = [(0, "a"), (0, "b"), (3, "a"), (3, "b"), (4, "a"), (4, "b")]
+    assert [(r["index"], r["method"]) for r in merged] == expected
+    assert merged[1]["text"] == "x"
 
 
 def test_records_of_different_points_are_different(tmp_path):
@@ -77,21 +84,18 @@ def test_a_sample_may_be_answered_in_parts_by_two_processes(tmp_path):
 
 @pytest.mark.parametrize("end", ['{"index": 1, "meth', '{"index": 1, "method": "a"}', "[1]", "\xff"])
 def test_a_half_written_last_line_is_left_out(tmp_path, end):
-    assert [r["index"] for _, r in read_records(write(tmp_path / "1", record(0), end=end))] == [0]
+    assert indices(write(tmp_path / "1", record(0), end=end)) == [0]
 
 
 def test_a_damaged_line_is_named(tmp_path):
-    path = tmp_path / "1"
-    path.write_text('{"index": 0, "method": "x"}\nnonsense\n{"index": 1, "method": "x"}\n')
+    path = write(tmp_path / "1", record(0), end="nonsense\n" + as_line(record(1)))
     with pytest.raises(FastMemError, match=r"1, line 2: not a record"):
         read_records(path)
 
 
 def test_a_line_cut_off_by_a_full_disk_is_removed_and_the_batch_kept(tmp_path, monkeypatch):
     path = write(tmp_path / "run" / "p.jsonl", record(0))
-    before = path.read_bytes()
-
-    fsync = os.fsync
+    before, fsync = path.read_bytes(), os.fsync
 
     def full(handle):
         if os.readlink(f"/proc/self/fd/{handle}") == str(path):
@@ -105,7 +109,7 @@ def test_a_line_cut_off_by_a_full_disk_is_removed_and_the_batch_kept(tmp_path, m
     (kept,) = rescued("r1")
     assert str(kept) in str(error.value)
     assert "No space left on device" in str(error.value)
-    assert [json.loads(line)["index"] for line in kept.read_text().splitlines()] == [1, 1]
+    assert indices(kept) == [1, 1]
     assert error.value.exit_status == 75
     assert rescued("r2") == []
 
@@ -117,37 +121,36 @@ def test_without_any_room_the_loss_is_stated(tmp_path, monkeypatch):
     assert not (tmp_path / "p.jsonl").exists()
 
 
-def test_what_was_rescued_comes_back_when_the_run_goes_on(tmp_path, monkeypatch):
-    run = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
-    run.open("")
+def test_what_was_rescued_comes_back_when_the_run_goes_on(tmp_path):
+    run = opened(tmp_path / "run")
     run.append([record(0)])
-    hidden = tmp_path / "hidden"
-    (tmp_path / "run").rename(hidden)
+    hidden = (tmp_path / "run").rename(tmp_path / "hidden")
     with pytest.raises(RunStoppedError, match=r"predictions\.jsonl: No such file or directory; .* kept in"):
         run.append([record(1)])
     run.close()
     # Nothing was made in the place of a folder that is not there.
     assert not (tmp_path / "run").exists()
     hidden.rename(tmp_path / "run")
-    again = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
-    again.open("")
-    assert [r["index"] for r in again.records()] == [0, 1]
-    assert [json.loads(line)["index"] for line in again.predictions_path.read_text().splitlines()] == [0, 1]
+    again = opened(tmp_path / "run")
+    assert [r["index"] for r in again.records()] == indices(again.predictions_path) == [0, 1]
     again.close()
     # Another run that takes the folder's name has nothing to do with it.
-    other = RunFolder(tmp_path / "other", {"model": {}}, ["a"])
-    other.open("")
+    other = opened(tmp_path / "other")
     assert other.records() == []
     other.close()
 
 
-def test_parts_are_merged_and_removed(tmp_path):
-    def folder():
-        return RunFolder(tmp_path / "run", {"model": {}}, ["a"])
-
-    first, second = folder(), folder()
-    first.open("")
+@pytest.fixture
+def joined(tmp_path):
+    """The first of two processes in a folder, and the other one."""
+    first, second = opened(tmp_path / "run"), RunFolder(tmp_path / "run", {"model": {}}, ["a"])
     second.join(1, first.id)
+    yield first, second
+    first.close()
+
+
+def test_parts_are_merged_and_removed(joined, tmp_path):
+    first, second = joined
     first.append([record(2)])
     second.append([record(1), record(3)])
     assert [r["index"] for r in first.records()] == [1, 2, 3]
@@ -155,22 +158,16 @@ def test_parts_are_merged_and_removed(tmp_path):
     first.merge_parts()
     assert not (tmp_path / "run" / "parts").exists()
     assert first.count_lines() >= 3
-    first.close()
 
 
-def test_a_killed_merge_repeats_nothing(tmp_path, monkeypatch):
-    run = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
-    run.open("")
-    part = RunFolder(tmp_path / "run", {"model": {}}, ["a"])
-    part.join(1, run.id)
-    part.append([record(0)])
+def test_a_killed_merge_repeats_nothing(joined, tmp_path, monkeypatch):
+    first, second = joined
+    second.append([record(0)])
     with monkeypatch.context() as patch:
         # Killed after the merged file is in its place, before the parts are gone.
         patch.setattr("pathlib.Path.unlink", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run.merge_parts()
+            first.merge_parts()
     assert list((tmp_path / "run" / "parts").iterdir())
-    run.merge_parts()
-    assert [r["index"] for r in run.records()] == [0]
-    assert len(run.predictions_path.read_text().splitlines()) == 1
-    run.close()
+    first.merge_parts()
+    assert [r["index"] for r in first.records()] == indices(first.predictions_path) == [0]

@@ -28,9 +28,16 @@ def sample():
     return data.samples[0]
 
 
-def search(model, sample, points):
-    found = SampleSearch(model, sample, SearchSettings().chosen_method()).run(points)
-    return {tuple(record["point"].values()): record for record in found}
+@pytest.fixture
+def search(model, sample):
+    """Searches with one sample, by default at all points; gives records by point."""
+
+    def go(points=None):
+        points = points or SearchSettings(grid=GRID).points(model)
+        found = SampleSearch(model, sample, SearchSettings().chosen_method()).run(points)
+        return {tuple(record["point"].values()): record for record in found}
+
+    return go
 
 
 def assert_same(found, expected):
@@ -40,36 +47,29 @@ def assert_same(found, expected):
         assert record["curve"]["cross_entropy"] == pytest.approx(expected[key]["curve"]["cross_entropy"])
 
 
-def test_chunks_of_rows_change_nothing(model, sample, monkeypatch):
-    points = SearchSettings(grid=GRID).points(model)
-    together = search(model, sample, points)
-    monkeypatch.setattr(evaluate_module, "_MOST_ROWS", 4)
-    assert len(together) == len(points) == 12
+def test_chunks_of_rows_change_nothing_and_read_the_context_once(search, model, monkeypatch):
+    together = search()
+    assert len(together) == 12
     chunks, answer = [], SampleSearch._answer_rows
-    monkeypatch.setattr(
-        SampleSearch, "_answer_rows", lambda self, rows: chunks.append(len(rows)) or answer(self, rows)
-    )
-    assert_same(search(model, sample, points), together)
-    assert chunks == [4, 2]
+    contexts, read = [], type(model.memorizer).read
+
+    def answering(self, rows):
+        chunks.append(len(rows))
+        return answer(self, rows)
+
+    def reading(self, encoded):
+        contexts.append(len(encoded))
+        return read(self, encoded)
+
+    monkeypatch.setattr(evaluate_module, "_MOST_ROWS", 4)
+    monkeypatch.setattr(SampleSearch, "_answer_rows", answering)
+    monkeypatch.setattr(type(model.memorizer), "read", reading)
+    assert_same(search(), together)
+    assert (chunks, contexts) == ([4, 2], [1])
 
 
-def test_the_context_is_read_once(model, sample, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "_MOST_ROWS", 2)
-    read = []
-    original = type(model.memorizer).read
-    monkeypatch.setattr(
-        type(model.memorizer),
-        "read",
-        lambda self, encoded: read.append(len(encoded)) or original(self, encoded),
-    )
-    search(model, sample, SearchSettings(grid=GRID).points(model))
-    assert read == [1]
-
-
-def test_out_of_memory_halves_the_rows_and_loses_nothing(model, sample, monkeypatch, caplog):
-    points = SearchSettings(grid=GRID).points(model)
-    expected = search(model, sample, points)
-    original = ContextReader.snapshots
+def test_out_of_memory_halves_the_rows_and_loses_nothing(search, monkeypatch, caplog):
+    expected, original = search(), ContextReader.snapshots
 
     def tight(self, rows, stops):
         for steps, memory in original(self, rows, stops):
@@ -79,23 +79,24 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(model, sample, monkeypa
             yield steps, memory
 
     monkeypatch.setattr(ContextReader, "snapshots", tight)
-    assert_same(search(model, sample, points), expected)
+    assert_same(search(), expected)
     assert "out of memory with 6 samples at once; trying 3" in caplog.text
 
 
-def test_out_of_memory_with_one_row_is_one_line(model, sample, monkeypatch):
+def test_out_of_memory_with_one_row_is_one_line(search, monkeypatch):
     def none_fits(self, rows, stops):
         raise torch.OutOfMemoryError("CUDA out of memory")
         yield
 
     monkeypatch.setattr(ContextReader, "snapshots", none_fits)
     with pytest.raises(FastMemError, match="out of memory with 1 sample"):
-        search(model, sample, SearchSettings(grid=GRID).points(model))
+        search()
 
 
-def test_points_of_unlike_steps_need_not_fill_the_grid(model, sample):
+def test_points_of_unlike_steps_need_not_fill_the_grid(search):
     """As when a search goes on with some points done, or trials differ in their steps."""
-    whole = search(model, sample, SearchSettings(grid=GRID).points(model))
+    whole = search()
     keys = [(1e-4, 2, 0.1), (3e-3, 4, 0.1), (1e-3, 2, 1.0), (1e-3, 4, 1.0)]
-    points = [dict(zip(GRID, key, strict=True)) for key in keys]
-    assert_same(search(model, sample, points), {key: whole[key] for key in keys})
+    assert_same(
+        search([dict(zip(GRID, key, strict=True)) for key in keys]), {key: whole[key] for key in keys}
+    )

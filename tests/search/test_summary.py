@@ -17,15 +17,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def entry(value, rate=1e-5, steps=4, kl=0.1, n=40, failed=0, error=0.05, scores=None, **others):
-    return RankedPoint(
-        point={"learning_rate": rate, "steps": steps, "kl_coeff": kl, **others},
-        **{"n": n, "value": value, "standard_error": error, "gain": value - 0.5, "gain_error": error},
-        **{
-            "scores": {"accuracy": value, "output_words": 3.4, **(scores or {})},
-            "failed": failed,
-            "seconds": 0.5,
-        },
-    )
+    point = {"learning_rate": rate, "steps": steps, "kl_coeff": kl, **others}
+    means = {"accuracy": value, "output_words": 3.4, **(scores or {})}
+    measured = {"value": value, "standard_error": error, "gain": value - 0.5, "gain_error": error}
+    return RankedPoint(point=point, n=n, scores=means, failed=failed, seconds=0.5, **measured)
 
 
 def ranking(points, objective="accuracy", warnings=(), baseline_n=40):
@@ -44,11 +39,14 @@ GRID = [
 ]
 
 
-def printed(result, **options):
-    """What the terminal shows, with its spaces made one."""
-    console = Console(file=io.StringIO(), width=140)
-    print_search(result, console, **options)
-    return re.sub(r"\s+", " ", console.file.getvalue())
+def drawn(path, *given):
+    """The picture of a ranking."""
+    heat_map(ranking(*given), path)
+    return ElementTree.parse(path).getroot()
+
+
+def texts(picture):
+    return [element.text for element in picture.iter(f"{SVG}text")]
 
 
 def tables(text):
@@ -63,15 +61,20 @@ def tables(text):
 
 
 def test_the_terminal_shows_the_best_zero_shot_heat_maps_and_warnings():
+    def printed(warnings=(), **options):
+        console = Console(file=io.StringIO(), width=140)
+        print_search(ranking(GRID, warnings=warnings), console, **options)
+        return re.sub(r"\s+", " ", console.file.getvalue())
+
     line = "the best [bold]x[/bold], 3e-05: add larger values :smile:"
-    text = printed(ranking(GRID, warnings=[line]), top=2)
+    text = printed([line], top=2)
     assert "rank learning rate steps kl coeff accuracy gain words s/sample" in text
     assert "1 1e-05 4 0.1 72.5% ± 5.0 +22.5% ± 5.0 3.4 0.50 2 3e-05 4 0.1 67.5%" in text
     assert "zero-shot - - - 50.0% ± 8.0 - 7.0 0.10 3 further points: see search.md" in text
     assert "steps 4 learning_rate ↓ kl_coeff → 0.1 0.3" in text
     assert text.index("1e-05 72.5 - 3e-05 67.5 - ") < text.index("1e-05 - 60.0 3e-05 45.0 55.0")
     assert line in text
-    assert "further point" not in printed(ranking(GRID), top=5)
+    assert "further point" not in printed(top=5)
     assert "svg" not in text
 
 
@@ -96,14 +99,13 @@ def test_further_scores_have_their_labels_and_gaps():
 
 
 def test_a_single_point_and_sample(tmp_path):
-    result = ranking([entry(0.1, n=1, error=None)], "format_failure", baseline_n=1)
-    text = markdown(result)
+    given = [entry(0.1, n=1, error=None)], "format_failure", (), 1
+    text = markdown(ranking(*given))
     assert "Searched 1 point for format failure (lower is better) on 1 sample: learning_rate 1e-05;" in text
     points, cells = tables(text)
     assert points[1][:3] == ["1", "10.0%", "-40.0%"]
     assert cells[1] == ["1e-05", "**10.0**"]
-    heat_map(result, tmp_path / "heatmap.svg")
-    assert "10.0" in texts(tmp_path / "heatmap.svg")
+    assert "10.0" in texts(drawn(tmp_path / "heatmap.svg", *given))
 
 
 def test_text_contrasts_with_every_colour():
@@ -144,14 +146,9 @@ def test_markdown_has_all_points_and_a_map_a_number_of_steps():
     assert len(re.findall(r"^!\[.+\]\(heatmap\.svg\)$", text, re.MULTILINE)) == 1
 
 
-def texts(path):
-    return [element.text for element in ElementTree.parse(path).iter(f"{SVG}text")]
-
-
-def test_the_picture_is_svg_with_all_values_and_axes(tmp_path):
-    path = tmp_path / "heatmap.svg"
-    heat_map(ranking(GRID), path)
-    shown = texts(path)
+def test_the_picture_is_svg_with_all_values_and_axes_and_the_best_alone_outlined(tmp_path):
+    root = drawn(tmp_path / "heatmap.svg", GRID)
+    shown = texts(root)
     for value in ("72.5", "67.5", "60.0", "55.0", "45.0"):
         assert shown.count(value) == 1
     for label in ("steps 4", "steps 8", "accuracy (%)", "best outlined"):
@@ -159,50 +156,31 @@ def test_the_picture_is_svg_with_all_values_and_axes(tmp_path):
     for label in ("1e-05", "3e-05", "0.1", "0.3", "learning_rate", "kl_coeff"):
         assert shown.count(label) == 2  # once a panel
     assert [path.name for path in tmp_path.iterdir()] == ["heatmap.svg"]
-
-
-def test_the_best_alone_is_outlined_at_its_place(tmp_path):
-    path = tmp_path / "heatmap.svg"
-    heat_map(ranking(GRID), path)
-    root = ElementTree.parse(path).getroot()
-    outlined = [e for e in root.iter(f"{SVG}g") if e.get("id") == "best"]
-    assert len(outlined) == 1
-    outline = outlined[0].find(f"{SVG}path").get("d")
+    (outlined,) = (element for element in root.iter(f"{SVG}g") if element.get("id") == "best")
+    outline = outlined.find(f"{SVG}path").get("d")
     numbers = [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", outline)]
-    xs, ys = numbers[0::2], numbers[1::2]
     value = next(e for e in root.iter(f"{SVG}text") if e.text == "72.5")
     found = re.search(r"translate\(([\d.]+) ([\d.]+)\)", value.get("transform"))
-    x, y = (float(n) for n in found.groups()) if found else (float(value.get("x")), float(value.get("y")))
-    assert min(xs) < x < max(xs)
-    assert min(ys) < y < max(ys)
+    place = found.groups() if found else (value.get("x"), value.get("y"))
+    for ends, middle in zip((numbers[0::2], numbers[1::2]), map(float, place), strict=True):
+        assert min(ends) < middle < max(ends)
 
 
 def test_the_picture_has_the_same_bytes_each_time_and_leaves_no_state(tmp_path, monkeypatch):
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    heat_map(ranking(GRID), tmp_path / "first.svg")
-    assert dict(matplotlib.rcParams) == before
-    monkeypatch.setitem(matplotlib.rcParams, "font.size", 30.0)
+    before = dict(plt.rcParams)
+    drawn(tmp_path / "first.svg", GRID)
+    assert dict(plt.rcParams) == before
+    monkeypatch.setitem(plt.rcParams, "font.size", 30.0)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
-    heat_map(ranking(GRID), tmp_path / "second.svg")
+    drawn(tmp_path / "second.svg", GRID)
     assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
 
 
-def test_the_picture_of_a_lower_is_better_score_has_the_low_end_bright(tmp_path):
-    fills = {}
-    for objective in ("accuracy", "format_failure"):
-        path = tmp_path / f"{objective}.svg"
-        heat_map(ranking(GRID, objective), path)
-        for text in ElementTree.parse(path).iter(f"{SVG}text"):
-            if text.text in ("72.5", "45.0"):
-                fills[objective, text.text] = "#ffffff" in text.get("style")
-    assert fills == {
-        ("accuracy", "72.5"): False,
-        ("accuracy", "45.0"): True,
-        ("format_failure", "72.5"): True,
-        ("format_failure", "45.0"): False,
-    }
+@pytest.mark.parametrize(("objective", "white"), [("accuracy", "45.0"), ("format_failure", "72.5")])
+def test_the_picture_of_a_lower_is_better_score_has_the_low_end_bright(tmp_path, objective, white):
+    found = drawn(tmp_path / "heatmap.svg", GRID, objective).iter(f"{SVG}text")
+    ends = {text.text: "#ffffff" in text.get("style") for text in found if text.text in ("72.5", "45.0")}
+    assert ends == {value: value == white for value in ("72.5", "45.0")}
 
 
 def test_a_plot_of_a_study_that_fails_is_a_line_in_the_log(tmp_path, monkeypatch, caplog):

@@ -9,21 +9,20 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_module
 from ranks import fork_ranks
+from runs import FASTMEM, SUMMARIES, files, options, read, refuse_constant, write
 from search_runs import (
     AXES,
     DATA,
     SMALL,
-    SUMMARIES,
+    SOURCE,
     SUMMARY,
     Grid,
     Point,
@@ -31,14 +30,9 @@ from search_runs import (
     assert_like,
     assert_same_answers,
     at,
-    files,
-    flow,
     keyed,
     name_of,
     points_of,
-    read,
-    refused_line,
-    write,
 )
 
 from fastmem_pl import FastMemDataModule
@@ -53,8 +47,7 @@ COMMON = {"search__every": 2, "search__objective": "contained"}
 
 
 def summary_of(folder: Path) -> dict:
-    text = (folder / "search.json").read_text("utf-8")
-    return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    return json.loads((folder / "search.json").read_text("utf-8"), parse_constant=refuse_constant)
 
 
 def ranked(folder: Path) -> list[tuple]:
@@ -105,20 +98,39 @@ def test_the_folder_holds_all_results(done: Path) -> None:
     assert all(set(values) <= numbers for values in SMALL.values())
 
 
+def searcher(searches: Searches, devices: int = 1, max_new_tokens: int = 8):
+    """Searches in Python, with one trainer, module and data."""
+    usual = {"accelerator": "cpu", "enable_progress_bar": False, "inference_mode": True}
+    trainer = SearchTrainer(devices=devices, **usual)
+    data = FastMemDataModule(path=str(searches.data()), **SOURCE)
+    module = make_module(str(searches.model()), max_new_tokens=max_new_tokens)
+
+    def search(folder: Path, **settings):
+        result = trainer.search(module, data, SearchSettings(grid=SMALL, **settings), str(folder))
+        assert len(data.samples) == 12, "the samples stay as they were"
+        return result
+
+    return search
+
+
 def test_in_python_as_on_the_command_line(searches: Searches, done: Path, tmp_path: Path) -> None:
-    module = make_module(str(searches.model("llama")), max_new_tokens=8)
-    trainer = SearchTrainer(accelerator="cpu", enable_progress_bar=False, inference_mode=True)
-    data = FastMemDataModule(path=str(searches.data(DATA)), task="nqswap", answer_prefix="The answer is:")
-    settings = SearchSettings(grid=SMALL, every=2, objective="contained")
-    result = trainer.search(module, data, settings, str(tmp_path))
+    search, settings = searcher(searches), {"every": 2, "objective": "contained"}
+    result = search(tmp_path, **settings)
     assert (result.num_samples, result.num_new) == (6, 6 * 9)
     assert_same_answers(read(tmp_path), read(done))
-    again = trainer.search(module, data, settings, str(tmp_path))
+    again = search(tmp_path, **settings)
     assert (again.num_new, again.ranking) == (0, result.ranking)
-    assert len(data.samples) == 12, "the samples stay as they were"
-    settings = SearchSettings(grid={"steps": [2], "alpha": [0.0, 0.5]}, every=6)
-    best = trainer.search(module, data, settings, str(tmp_path / "alpha")).ranking.best
-    assert best.point.keys() == {"learning_rate", "steps", "kl_coeff", "alpha"}
+
+
+def test_a_grid_is_shared_out_among_processes(searches: Searches, tmp_path: Path) -> None:
+    def ranks(name: str, devices: int) -> list[tuple]:
+        found = searcher(searches, devices, max_new_tokens=4)(tmp_path / name, every=4).ranking.points
+        return [(name_of(row.point), row.value) for row in found]
+
+    expected = ranks("one", 1)
+    assert fork_ranks(2, lambda rank: ranks("several", 2), tmp_path) == [expected] * 2
+    assert_same_answers(read(tmp_path / "several"), read(tmp_path / "one"))
+    assert not (tmp_path / "several" / "parts").exists()
 
 
 def aimed(records: list[dict], point: Point | None) -> list[dict]:
@@ -132,11 +144,12 @@ MIDDLE = {"learning_rate": 1e-2, "steps": 6, "kl_coeff": 1.0}
 
 
 @pytest.fixture
-def aim(searches: Searches, tmp_path: Path, capsys: pytest.CaptureFixture):
+def aim(searches: Searches, tmp_path: Path, capsys, monkeypatch):
     """Search on data of which one point alone, or zero-shot, answers every sample as the data wants.
 
     Returns folder, records, and what was printed, as one line.
     """
+    monkeypatch.chdir(tmp_path)
 
     def search(point: Point | None, grid: Grid = INNER, **settings: object) -> tuple[Path, list[dict], str]:
         further = {"weight_decay": 0.3, "max_context_tokens": 100}
@@ -154,22 +167,25 @@ def aim(searches: Searches, tmp_path: Path, capsys: pytest.CaptureFixture):
     return search
 
 
-def test_a_best_point_inside_and_clearly_better_runs_as_it_is(aim, tmp_path, monkeypatch) -> None:
+def run_best(folder: Path, method: str) -> dict[int, dict]:
+    """Records that ``best.yaml`` gives, run in the working folder."""
+    before = files(folder)
+    assert main(["fit-predict", "--config", str(folder / "best.yaml"), "--run_dir", "again"]) == 0
+    assert before == files(folder), "the search's own files were written to"
+    return {r["index"]: r for r in read(Path("again")) if r["method"] == method}
+
+
+def test_a_best_point_inside_and_clearly_better_runs_as_it_is(aim) -> None:
     folder, records, printed = aim(MIDDLE)
     assert best_of(folder) == MIDDLE
     assert ranked(folder)[0] == name_of(MIDDLE)
     for text in (printed, (folder / "search.md").read_text()):
         assert "zero-shot" in text
         assert not re.search("beyond|standard error:", text)
-    monkeypatch.chdir(tmp_path)
-    before = files(folder)
     config = yaml.safe_load((folder / "best.yaml").read_text())
     assert "search" not in config
     assert config["data"]["limit"] is None
-    assert main(["fit-predict", "--config", str(folder / "best.yaml"), "--run_dir", "again"]) == 0
-    assert before == files(folder), "the search's own files were written to"
-    found = {r["index"]: r for r in read(Path("again")) if r["method"] == "fastmem"}
-    assert_like(at(records, MIDDLE), found)
+    assert_like(at(records, MIDDLE), run_best(folder, "fastmem"))
 
 
 def test_a_warning_where_the_best_is_on_the_edge(aim) -> None:
@@ -179,42 +195,29 @@ def test_a_warning_where_the_best_is_on_the_edge(aim) -> None:
         assert re.findall(r"best (\w+), [^;]* end; the optimum may lie beyond", text) == ["steps"]
 
 
-def test_best_yaml_has_the_settings_of_the_decoder(aim, tmp_path, monkeypatch) -> None:
+def test_best_yaml_has_the_settings_of_the_decoder(aim) -> None:
     grid = {**{axis: [value] for axis, value in MIDDLE.items()}, "alpha": [0.1, 2.0, 1.0]}
     folder, records, printed = aim(MIDDLE | {"alpha": 2.0}, grid, kl_target=0.2)
-    monkeypatch.chdir(tmp_path)
-    assert main(["fit-predict", "--config", str(folder / "best.yaml"), "--run_dir", "again"]) == 0
-    found = {r["index"]: r for r in read(tmp_path / "again") if r["method"] == "fastmem+cd"}
-    assert_like(at(records, MIDDLE | {"alpha": 2.0}), found)
+    assert_like(at(records, MIDDLE | {"alpha": 2.0}), run_best(folder, "fastmem+cd"))
     assert "best alpha, 2, is at the upper end" in printed
 
 
-def half_a_last_line(lines: list[bytes]) -> bytes:
-    return b"".join(lines[:29]) + lines[29][: len(lines[29]) // 2]
+CUTS = {
+    "half a last line": lambda lines: b"".join(lines[:29]) + lines[29][: len(lines[29]) // 2],
+    "lines missing in the middle": lambda lines: b"".join(line for i, line in enumerate(lines) if i % 3),
+    "one point missing": lambda lines: b"".join(
+        line for line in lines if json.loads(line)["point"] != points_of(SMALL)[3]
+    ),
+}
 
 
-def lines_missing_in_the_middle(lines: list[bytes]) -> bytes:
-    return b"".join(line for i, line in enumerate(lines) if i % 3)
-
-
-def one_point_missing(lines: list[bytes]) -> bytes:
-    return b"".join(line for line in lines if json.loads(line)["point"] != points_of(SMALL)[3])
-
-
-@pytest.mark.parametrize(
-    "cut",
-    [
-        half_a_last_line,
-        lines_missing_in_the_middle,
-        one_point_missing,
-    ],
-)
-def test_a_search_goes_on(searches: Searches, done, copied, cut: Callable[[list[bytes]], bytes]) -> None:
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_search_goes_on(searches: Searches, done, copied, cut: str) -> None:
     predictions = copied / "predictions.jsonl"
     lines = predictions.read_bytes().splitlines(keepends=True)
-    content = cut(lines)
+    content = CUTS[cut](lines)
     predictions.write_bytes(content)
-    if cut is not one_point_missing:
+    if cut != "one point missing":
         for name in RESULTS:
             (copied / name).unlink()
     searches.search(SMALL, run_dir=copied, **COMMON)
@@ -247,11 +250,8 @@ def test_a_killed_search_goes_on(searches: Searches, tmp_path: Path) -> None:
     """Records are there before the search ends."""
     settings = {"search__every": 1, "max_new_tokens": 12}
     folder = tmp_path / "run"
-    given = searches.arguments(search__grid=flow(SMALL), **settings)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastmem_pl", "search", *given, "--run_dir", str(folder)], env=environment
-    )
+    given = ["search", *searches.arguments(search__grid=SMALL, **settings), "--run_dir", str(folder)]
+    process = subprocess.Popen([FASTMEM, *given], env=os.environ | {"OMP_NUM_THREADS": "1"})
     predictions = folder / "predictions.jsonl"
     while not predictions.exists() or predictions.read_bytes().count(b"\n") < 9:
         assert process.poll() is None, "the search ended before it could be killed"
@@ -276,91 +276,55 @@ def test_a_killed_search_goes_on(searches: Searches, tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_folder_of_other_settings_is_refused(searches, copied, capsys, settings: dict, part: str) -> None:
-    before = files(copied)
-    arguments = searches.arguments(**{"search__grid": flow(SMALL), **COMMON, **settings})
-    line = refused_line(capsys, ["search", *arguments, "--run_dir", str(copied)])
+def test_a_folder_of_other_settings_is_refused(searches, copied, refused, settings, part) -> None:
+    arguments = searches.arguments(**{"search__grid": SMALL, **COMMON, **settings})
+    line = refused("search", *arguments, "--run_dir", copied)
     assert "run_dir" in line
     assert part in line
-    assert files(copied) == before
 
 
-def test_searches_and_runs_do_not_share_a_folder(searches: Searches, copied, tmp_path, capsys) -> None:
-    run = tmp_path / "other"
-    assert main(["fit-predict", *searches.arguments(steps=1), "--run_dir", str(run)]) == 0
-    given = searches.arguments(search__grid=flow(SMALL), steps=1)
-    for folder, arguments in (
-        (copied, ["fit-predict", *searches.arguments()]),
-        (run, ["search", *given]),
-    ):
-        before = files(folder)
-        assert "run_dir" in refused_line(capsys, [*arguments, "--run_dir", str(folder)])
-        assert files(folder) == before
+def test_searches_and_runs_do_not_share_a_folder(searches: Searches, copied, tmp_path, refused) -> None:
+    run, given = tmp_path / "other", searches.arguments(steps=1)
+    assert main(["fit-predict", *given, "--run_dir", str(run)]) == 0
+    assert "run_dir" in refused("fit-predict", *given, "--run_dir", copied)
+    assert "run_dir" in refused("search", *given, *options(search__grid=SMALL), "--run_dir", run)
 
 
-def test_rouge_is_an_objective(searches: Searches) -> None:
+def test_scores_with_a_model_of_their_own_are_objectives_and_added_after_a_kill(searches, score) -> None:
     data = [*SUMMARIES, {"article": "No summary is known of this."}]
-    folder = searches.search(SMALL, data=data, search__objective="rougeL", **SUMMARY)
-    records = read(folder)
-    assert {r["index"] for r in records if not r["scores"]} == {3}
-    assert_ranking_is_true(folder, "rougeL")
-    settings = {name: value for name, value in SUMMARY.items() if name != "search__every"}
-    point = points_of(SMALL)[0]
-    assert_like(at(records, point), searches.fit_predict(point, "fastmem", data=data, **settings)["fastmem"])
-
-
-def test_scores_with_a_model_of_their_own_are_objectives_and_added_after_a_kill(
-    searches: Searches, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "fastmem_pl.run.scoring.load_metric_model",
-        lambda *args: lambda answers, contexts: [len(set(answer)) / 100 for answer in answers],
-    )
-    given = {**SUMMARY, "factkb_model": "some/model", "search__objective": "factkb"}
-    folder = searches.search(SMALL, data=SUMMARIES, **given)
+    settings = {**SUMMARY, "factkb_model": "some/model"}
+    given = {"data": data, "search__every": 1, "search__objective": "factkb", **settings}
+    folder = searches.search(SMALL, **given)
     expected, order = keyed(read(folder)), ranked(folder)
     for record in expected.values():
-        assert record["scores"]["factkb"] == pytest.approx(len(set(record["prediction"])) / 100)
+        assert record["scores"]["factkb"] == pytest.approx(score(record["prediction"]))
+        assert ("rougeL" in record["scores"]) == (record["index"] < 3)
+    point = points_of(SMALL)[0]
+    separate = searches.fit_predict(point, "fastmem", data=data, **settings)["fastmem"]
+    assert_like(at([*expected.values()], point), separate)
     assert_ranking_is_true(folder, "factkb")
     # As it is when the last answer has come, but no such score.
     bare = [dict(record, scores=dict(record["scores"])) for record in expected.values()]
     for record in bare:
         del record["scores"]["factkb"], record["score_models"]
     write(folder / "predictions.jsonl", bare[:-2])
-    searches.search(SMALL, data=SUMMARIES, run_dir=folder, **given)
+    searches.search(SMALL, run_dir=folder, **given)
     assert_same_answers(read(folder), [*expected.values()])
     assert ranked(folder) == order
 
 
-def test_print_config_shows_what_was_given_and_reads_again(searches, capsys, tmp_path, monkeypatch) -> None:
+def test_print_config_shows_what_was_given_and_reads_again(searches, say, tmp_path, monkeypatch) -> None:
     def printed(*arguments: str) -> dict:
-        assert main(["search", *arguments, "--print_config"]) == 0
-        return yaml.safe_load(capsys.readouterr().out)
+        return yaml.safe_load(say("search", *arguments, "--print_config").out)
 
     monkeypatch.chdir(tmp_path)
     paper = SearchSettings()
     assert printed("--config", "search")["search"]["grid"] == paper.grid
     assert [len(values) for values in paper.grid.values()] == [4, 3, 5]
-    given = searches.arguments(search__grid=flow(SMALL), search__objective="f1", search__every=7)
+    given = searches.arguments(search__grid=SMALL, search__objective="f1", search__every=7)
     config = printed(*given, "--run_dir", "run")
     assert config["search"]["grid"] == SMALL
     assert (config["search"]["objective"], config["search"]["every"]) == ("f1", 7)
     Path("saved.yaml").write_text(yaml.safe_dump(config))
     assert printed("--config", "saved.yaml") == config
     assert not Path("run").exists()
-
-
-def test_a_grid_is_shared_out_among_processes(searches: Searches, tmp_path: Path) -> None:
-    source, path = str(searches.model("llama")), str(searches.data(DATA))
-
-    def search(name: str, devices: int) -> list[tuple]:
-        trainer = SearchTrainer(accelerator="cpu", devices=devices, enable_progress_bar=False)
-        data = FastMemDataModule(path=path, task="nqswap", answer_prefix="The answer is:")
-        module, settings = make_module(source, max_new_tokens=4), SearchSettings(grid=SMALL, every=4)
-        result = trainer.search(module, data, settings, str(tmp_path / name))
-        return [(name_of(row.point), row.value) for row in result.ranking.points]
-
-    expected = search("one", 1)
-    assert fork_ranks(2, lambda rank: search("several", 2), tmp_path) == [expected] * 2
-    assert_same_answers(read(tmp_path / "several"), read(tmp_path / "one"))
-    assert not (tmp_path / "several" / "parts").exists()

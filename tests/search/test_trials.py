@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,8 +18,8 @@ pytest.importorskip("optuna")
 
 import optuna
 from optuna.trial import TrialState
-from search_runs import name_of, read
-from search_runs import refused_line as refused
+from runs import QUIET, options, read, write
+from search_runs import keyed, name_of
 
 from fastmem_pl.cli import main
 from fastmem_pl.search import OptunaSettings, trials
@@ -28,11 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPACE = {"learning_rate": [1e-3, 3e-1], "steps": [1, 4]}
 COUNT = 5
-
-
-def refused_line(capsys: pytest.CaptureFixture, options: list[str]) -> str:
-    # Optuna may log beside it.
-    return refused(capsys, options, alone=False)
 
 
 @pytest.fixture(autouse=True)
@@ -48,29 +45,21 @@ def with_plots() -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.jsonl"
+def arguments(tiny_folder: Path, tmp_path: Path):
+    """Of `fastmem search` by trials."""
     records = [
         {"context": f"The tower {i} stands in Rome{'!' * i}", "question": f"Where is {i}?", "answers": ["e"]}
         for i in range(COUNT)
     ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+    source = {"data__task": "qa", "data__path": write(tmp_path / "data.jsonl", records)}
+    search = {"search__every": 1, "search__objective": "contained"}
+    usual = {"backbone": tiny_folder, "max_new_tokens": 4, **QUIET, **source, **search}
 
-
-@pytest.fixture
-def arguments(tiny_folder: Path, data: Path, tmp_path: Path):
-    """Of `fastmem search` by trials."""
-
-    def made(folder: str = "run", options: tuple = (), **optuna_settings) -> list[str]:
+    def made(folder: str = "run", given: dict | None = None, **optuna_settings) -> list[str]:
         settings = {"trials": 4, "parallel": 2, "space": SPACE, "pruner": "none", **optuna_settings}
         text = yaml.safe_dump(settings, default_flow_style=True, width=10**6)
-        return [
-            *("search", "--model.backbone.source", str(tiny_folder), "--model.decode.max_new_tokens", "4"),
-            *("--data.task", "qa", "--data.path", str(data), "--run_dir", str(tmp_path / folder)),
-            *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-            *("--search.every", "1", "--search.objective", "contained", "--search.optuna", text, *options),
-        ]
+        told = {"run_dir": tmp_path / folder, "search__optuna": text, **(given or {})}
+        return ["search", *options(**{**usual, **told})]
 
     return made
 
@@ -94,13 +83,27 @@ def summary_of(folder: Path) -> dict:
 
 
 def answered(records: list[dict]) -> dict:
-    found = {(r["index"], name_of(r["point"])): r["token_ids"] for r in records}
-    assert len(found) == len(records), "something was answered twice"
-    return found
+    return {key: record["token_ids"] for key, record in keyed(records).items()}
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Does something at each predict step of searches, given how many there were."""
+
+    def act(work: Callable[[int], None]) -> None:
+        step, steps = SearchModule.predict_step, itertools.count(1)
+
+        def acting(self, *args):
+            work(next(steps))
+            return step(self, *args)
+
+        monkeypatch.setattr(SearchModule, "predict_step", acting)
+
+    return act
 
 
 def test_trials_are_answered_like_points_of_a_grid_and_ranked(
-    command, arguments, tmp_path, with_plots, capsys, monkeypatch
+    command, tmp_path, with_plots, capsys, monkeypatch
 ):
     beaten, usual = set(), optuna.storages.RDBStorage.record_heartbeat
 
@@ -140,10 +143,8 @@ def test_trials_are_answered_like_points_of_a_grid_and_ranked(
         assert f"({name})" in text
     memorize = yaml.safe_load((folder / "best.yaml").read_text())["model"]["memorize"]
     assert {name: memorize[name] for name in best["point"]} == best["point"]
-    grid = yaml.safe_dump({n: [v] for n, v in best["point"].items()}, default_flow_style=True, width=10**6)
-    alone = arguments("alone")
-    alone[alone.index("--search.optuna") :] = ["--search.grid", grid]
-    assert main(alone) == 0
+    grid = {name: [value] for name, value in best["point"].items()}
+    assert command("alone", {"search__optuna": None, "search__grid": grid}) == 0
     expected = answered(records)
     assert all(expected[key] == ids for key, ids in answered(read(tmp_path / "alone")).items())
 
@@ -188,17 +189,14 @@ def test_the_seed_fixes_the_points_of_a_session(sampler, tmp_path):
         assert shared[0] != shared[1]
 
 
-def test_an_interrupt_keeps_answers_and_the_same_points_go_on(command, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_keeps_answers_and_the_same_points_go_on(command, tmp_path, at_step, capsys):
     assert command("whole", parallel=4) == 0
-    usual, calls = SearchModule.predict_step, []
 
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == 3:
+    def interrupted(step):
+        if step == 3:
             raise KeyboardInterrupt
-        return usual(self, *args)
 
-    monkeypatch.setattr(SearchModule, "predict_step", interrupted)
+    at_step(interrupted)
     assert command(parallel=4) == 130
     assert "the same command goes on" in capsys.readouterr().err
     folder = tmp_path / "run"
@@ -238,43 +236,34 @@ def test_a_trial_that_is_given_up_is_evaluated_no_further(command, tmp_path, mon
 
 
 def test_low_is_good_for_format_failure(command, tmp_path):
-    assert command(options=("--search.objective", "format_failure")) == 0
+    assert command(given={"search__objective": "format_failure"}, trials=2) == 0
     found = study_of(tmp_path / "run" / "optuna.db")
     assert found.direction == optuna.study.StudyDirection.MINIMIZE
     assert summary_of(tmp_path / "run")["ranking"]["best"]["value"] == pytest.approx(found.best_value)
 
 
-def test_trials_are_judged_by_a_model_once_they_are_answered(command, tmp_path, monkeypatch, data):
-    monkeypatch.setattr(
-        "fastmem_pl.run.scoring.load_metric_model",
-        lambda *args: lambda answers, contexts: [len(set(answer)) / 10 for answer in answers],
-    )
+def test_trials_are_judged_by_a_model_once_they_are_answered(command, tmp_path, score):
     records = [{"article": f"The tower {i} stands{'!' * i}.", "summary": "It stands."} for i in range(COUNT)]
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = ("--data.task", "summary", "--data.fields", "{article: article, summary: summary}")
-    options += ("--search.objective", "factkb", "--model.factkb_model", "none")
-    assert command(pruner="median", options=options) == 0
+    source = {"data__task": "summary", "data__path": write(tmp_path / "summaries.jsonl", records)}
+    given = {**source, "search__objective": "factkb", "factkb_model": "none"}
+    assert command(given=given, pruner="median") == 0
     answers = read(tmp_path / "run")
     for trial in study_of(tmp_path / "run" / "optuna.db").trials:
-        scores = [len(set(r["prediction"])) / 10 for r in answers if r["trial"] == trial.number]
+        scores = [score(r["prediction"]) for r in answers if r["trial"] == trial.number]
         assert trial.value == pytest.approx(sum(scores) / COUNT)
         assert not trial.intermediate_values
 
 
-def test_two_workers_share_a_study_and_both_rank_all(command, arguments, tmp_path, monkeypatch, capsys):
-    storage = f"sqlite:///{tmp_path / 'shared.db'}"
-    usual, others = SearchModule.predict_step, []
+def test_two_workers_share_a_study_and_both_rank_all(command, arguments, tmp_path, at_step, refused):
+    storage, others = f"sqlite:///{tmp_path / 'shared.db'}", []
 
-    def second_comes(self, *args):
-        if not others:
-            others.append(1)
-            monkeypatch.setattr(SearchModule, "predict_step", usual)
+    def second_comes(step):
+        if step == 1:
             others.append(command("second", trials=5, storage=storage))
-        return usual(self, *args)
 
-    monkeypatch.setattr(SearchModule, "predict_step", second_comes)
+    at_step(second_comes)
     assert command("first", trials=5, storage=storage) == 0
-    assert others == [1, 0]
+    assert others == [0]
     assert states(tmp_path / "shared.db") == {"COMPLETE": 5}
     numbers = [{r["trial"] for r in read(tmp_path / name)} - {None} for name in ("first", "second")]
     assert numbers == [{0, 1}, {2, 3, 4}]
@@ -290,26 +279,22 @@ def test_two_workers_share_a_study_and_both_rank_all(command, arguments, tmp_pat
     ]
     # A third that comes late ranks what is there; one with other samples or another aim is refused.
     assert command("third", trials=5, storage=storage) == 0
-    for options, part in (
-        (("--data.limit", "3"), "search.samples: there 5, here 3"),
-        (("--search.objective", "f1"), "search.objective: there 'contained', here 'f1'"),
+    for given, part in (
+        ({"data__limit": 3}, "search.samples: there 5, here 3"),
+        ({"search__objective": "f1"}, "search.objective: there 'contained', here 'f1'"),
     ):
-        line = refused_line(capsys, arguments("fourth", trials=5, storage=storage, options=options))
-        assert part in line
-        assert not (tmp_path / "fourth").exists()
+        assert part in refused(*arguments("fourth", given, trials=5, storage=storage))
 
 
-def test_trials_of_a_killed_worker_are_run_by_another(command, tmp_path, monkeypatch):
+def test_trials_of_a_killed_worker_are_run_by_another(command, tmp_path, at_step, monkeypatch):
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
-    usual, killed = SearchModule.predict_step, []
 
-    def dies(self, *args):
-        killed.append(1)
-        raise KeyboardInterrupt
+    def dies(step):
+        if step == 1:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(SearchModule, "predict_step", dies)
+    at_step(dies)
     assert command("dead", trials=2, storage=storage) == 130
-    monkeypatch.setattr(SearchModule, "predict_step", usual)
     study = study_of(tmp_path / "shared.db")
     asked = [trial.params for trial in study.trials]
     # The grace period of a worker without a heartbeat has passed.
@@ -328,29 +313,24 @@ def test_trials_of_a_killed_worker_are_run_by_another(command, tmp_path, monkeyp
     assert complete == asked
 
 
-def test_a_trial_that_went_to_another_worker_is_left_to_it(command, tmp_path, monkeypatch, caplog):
-    usual, calls = SearchModule.predict_step, []
-
-    def taken(self, *args):
-        calls.append(1)
-        if len(calls) == 2:
+def test_a_trial_that_went_to_another_worker_is_left_to_it(command, tmp_path, at_step, caplog):
+    def taken(step):
+        if step == 2:
             study_of(tmp_path / "run" / "optuna.db").tell(0, state=TrialState.FAIL)
-        return usual(self, *args)
 
-    monkeypatch.setattr(SearchModule, "predict_step", taken)
+    at_step(taken)
     assert command(trials=1) == 0
     assert "trial 0 went to another worker" in caplog.text
     assert states(tmp_path / "run" / "optuna.db") == {"FAIL": 1, "COMPLETE": 1}
 
 
-def test_a_folder_keeps_to_one_study_and_a_broken_one_is_one_line(command, arguments, tmp_path, capsys):
+def test_a_folder_keeps_to_one_study_and_a_broken_one_is_one_line(command, arguments, tmp_path, refused, say):
     assert command(trials=2) == 0
-    config = (tmp_path / "run" / "config.yaml").read_text()
     space = arguments(trials=2, space={**SPACE, "steps": [1, 5]})
-    assert "search.space.steps: there [1, 4], here [1, 5]" in refused_line(capsys, space)
-    assert (tmp_path / "run" / "config.yaml").read_text() == config
+    assert "search.space.steps: there [1, 4], here [1, 5]" in refused(*space)
     (tmp_path / "run" / "optuna.db").write_bytes(b"no database at all" * 100)
-    line = refused_line(capsys, arguments(trials=3))
+    line = say(*arguments(trials=3), expect=2).err
+    assert line.count("\n") == 1
     assert "search.optuna.storage: sqlite:///" in line
     assert "the same command goes on" in line
 
@@ -375,18 +355,14 @@ def test_a_folder_keeps_to_one_study_and_a_broken_one_is_one_line(command, argum
     ],
     ids=str,
 )
-def test_mistakes_are_refused_in_one_line_and_nothing_is_written(
-    arguments, tmp_path, capsys, settings, named
-):
-    assert named in refused_line(capsys, arguments(**settings))
-    assert not (tmp_path / "run").exists()
+def test_mistakes_are_refused_in_one_line_and_nothing_is_written(arguments, refused, settings, named):
+    assert named in refused(*arguments(**settings))
 
 
-def test_several_devices_and_a_missing_optuna_are_refused(arguments, tmp_path, capsys, monkeypatch):
-    assert "search.optuna.storage" in refused_line(capsys, arguments(options=("--trainer.devices", "2")))
+def test_several_devices_and_a_missing_optuna_are_refused(arguments, refused, monkeypatch):
+    assert "search.optuna.storage" in refused(*arguments(given={"trainer__devices": 2}))
     usual = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "optuna" else usual(name, *a)
     )
-    assert 'pip install "fastmem-pl[optuna]"' in refused_line(capsys, arguments())
-    assert not (tmp_path / "run").exists()
+    assert 'pip install "fastmem-pl[optuna]"' in refused(*arguments())
