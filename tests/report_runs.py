@@ -90,6 +90,17 @@ def assert_loads_nothing(page: Document) -> None:
     assert not re.search(r"https?:|@import|url\(|innerHTML|insertAdjacentHTML|document\.write|eval\(", code)
 
 
+def cells_of(markdown: str) -> list[list[str]]:
+    """Cells of all table rows; fails where a row is not as wide as the rows around it."""
+    rows, previous = [], 0
+    for line in markdown.splitlines():
+        cells = re.split(r"(?<!\\)\|", line.strip())[1:-1] if line.startswith("|") else []
+        assert not cells or previous in (0, len(cells)), f"a row of another width: {line!r}"
+        previous = len(cells)
+        rows += [[cell.strip() for cell in cells]] if cells else []
+    return rows
+
+
 @pytest.fixture
 def record() -> Callable[..., dict[str, Any]]:
     """Makes a record as a run writes it."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -60,10 +61,7 @@ def test_it_runs_where_torch_cannot_be_imported_at_all(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('broken\\nin two')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "fastmem_pl", "env", "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=True
-    )
-    facts = json.loads(done.stdout)
+    facts = json.loads(subprocess.check_output(command, env={**os.environ, "PYTHONPATH": path}))
     assert set(facts["torch"].values()) >= {"unknown (ImportError: broken in two)"}
     assert facts["packages"]["torch"] == torch.__version__
 
@@ -79,10 +77,7 @@ def test_devices_and_what_keeps_kernels_off_them(monkeypatch):
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: (2**30, 3 * 2**30))
     found = env.describe()["devices"]
     assert found["cuda:0"].startswith("GPU 0, capability 9.0, 3.0 GiB, 1.0 GiB free, Triton kernels: ")
-    assert (
-        "not used (compute capability 7.5 is below 8.0" in found["cuda:1"]
-        or "Triton is not" in found["cuda:1"]
-    )
+    assert re.search(r"not used \(compute capability 7\.5 is below 8\.0|Triton is not", found["cuda:1"])
     # One that does not answer costs the others nothing.
     assert found["cuda:2"].startswith("unknown (KeyError")
 

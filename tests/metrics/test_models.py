@@ -142,13 +142,18 @@ def test_rows_do_not_depend_on_each_other_or_on_the_batch(metric):
         assert values == pytest.approx(other(SUMMARIES, ARTICLES), abs=2e-6)
 
 
-def test_scoring_is_silent(metric, capfd, caplog):
+def test_scoring_is_silent_and_leaves_no_state(metric, capfd, caplog):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
     again = type(metric)(metric.source)
     again(SUMMARIES, ARTICLES)
     again(["s" * 3 * LIMIT], ["a" * 3 * LIMIT])
     captured = capfd.readouterr()
     assert "REPORT" not in captured.err + captured.out
     assert not caplog.records
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 def test_empty_inputs(metric):
@@ -175,15 +180,6 @@ def test_surrounding_precision_does_not_matter(metric):
     assert again(*texts) == expected, "a model loaded under inference mode works without it"
     assert {p.dtype for p in again.model.parameters()} == {torch.float32}
     assert not again.model.training
-
-
-def test_random_state_and_grad_mode_stay(metric):
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    type(metric)(metric.source)(SUMMARIES, ARTICLES)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.is_grad_enabled()
-    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize(("depth", "layer"), [(12, 10), (24, 17), (3, 3)])

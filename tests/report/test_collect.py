@@ -109,33 +109,23 @@ def test_all_samples_are_those_of_one_file(make_run, two_methods):
     assert [dataset.label for dataset in found.datasets] == ["all (a)", "memotrap", "nqswap", "qa"]
 
 
-def test_two_tasks_of_one_file_are_two_data_sets(make_run, two_methods, tmp_path):
-    rows = [
-        {"input": f"who {i}", "sub_context": f"New {i}.", "context": f"Old {i}."}
-        | {"sub_answer": f"Ada{i}", "answer": "Bob"}
-        for i in range(12)
-    ]
-    runs = [
-        make_run(task, [{**r, "task": task} for r in two_methods], task=task, rows=rows)
-        for task in ("nqswap", "nq")
-    ]
-    found = collect(runs)
+def test_two_tasks_of_one_file_are_two_data_sets(make_run, two_methods):
+    row = {"input": "who", "sub_context": "New.", "context": "Old.", "sub_answer": "Ada", "answer": "Bob"}
+    records = {task: [{**r, "task": task} for r in two_methods] for task in ("nqswap", "nq")}
+    found = collect([make_run(task, records[task], task=task, rows=12 * [row]) for task in records])
     assert counts(found) == {"nqswap": 12, "nq": 12}
     # The browser shows the context of the task that was asked.
     data = browser_data(found)
-    contexts = {
-        data["datasets"][s["dataset"]]: "".join(text for text, _ in s["context"]) for s in data["samples"]
-    }
-    assert contexts == {"nqswap": "New 11.", "nq": "Old 11."}
+    for sample in data["samples"]:
+        context = "".join(text for text, _ in sample["context"])
+        assert context == {"nqswap": "New.", "nq": "Old."}[data["datasets"][sample["dataset"]]]
+    assert len(data["samples"]) == 24
 
 
 def test_samples_name_their_data_set_in_the_browser(make_run, two_methods):
     records = mixed(two_methods)
-    runs = [
-        make_run("a", records, task="mixed"),
-        make_run("b", records[:4], data="other.jsonl", task="mixed"),
-    ]
-    data = browser_data(collect(runs, contexts=False))
+    second = make_run("b", records[:4], data="other.jsonl", task="mixed")
+    data = browser_data(collect([make_run("a", records, task="mixed"), second], contexts=False))
     names = [data["datasets"][sample["dataset"]] for sample in data["samples"]]
     assert data["datasets"] == ["memotrap (a)", "qa", "memotrap (b)"]
     assert names == ["memotrap (a)"] * 4 + ["qa"] * 8 + ["memotrap (b)"] * 2

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from report_runs import HOSTILE, assert_loads_nothing
+from report_runs import HOSTILE, assert_loads_nothing, cells_of
 from runs import NQ, files, read
 
 from fastmem_pl.cli import main
@@ -22,17 +22,6 @@ def finished(make_run, two_methods):
 def _elsewhere(tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-
-
-def cells_of(markdown: str) -> list[list[str]]:
-    """Cells of all table rows; fails where a row is not as wide as the rows around it."""
-    rows, previous = [], 0
-    for line in markdown.splitlines():
-        cells = re.split(r"(?<!\\)\|", line.strip())[1:-1] if line.startswith("|") else []
-        assert not cells or previous in (0, len(cells)), f"a row of another width: {line!r}"
-        previous = len(cells)
-        rows += [[cell.strip() for cell in cells]] if cells else []
-    return rows
 
 
 def test_a_page_and_its_tables_beside_the_records(finished, say):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_module
+from report_runs import cells_of
 
 from fastmem_pl.cli.configs import config_paths
 from fastmem_pl.data import TASKS
@@ -52,11 +53,9 @@ def test_the_table_of_a_data_set(make_run, two_methods):
 
 
 def test_a_low_score_may_be_the_best_and_a_tie_has_none(make_run, record):
-    records = [
-        record(index, method, {"format_failure": float(method == "zero-shot"), "accuracy": 1.0})
-        for index in range(3)
-        for method in ("zero-shot", "fastmem")
-    ]
+    failures = {"zero-shot": 1.0, "fastmem": 0.0}
+    scores = {method: {"format_failure": value, "accuracy": 1.0} for method, value in failures.items()}
+    records = [record(index, method, scores[method]) for index in range(3) for method in scores]
     rows = dataset_table(collect([make_run("run", records)]), 0).rows
     assert [row[2].best for row in rows] == [False, True]
     assert [row[1].best for row in rows] == [False, False]
@@ -166,11 +165,8 @@ def test_markdown_keeps_its_tables(make_run, two_methods):
     run = make_run("r|un", two_methods)
     (run / "config.yaml").unlink()
     text = markdown(collect([run]), "A `title`")
-    for block in text.split("\n\n"):
-        rows = [line.replace("\\|", "") for line in block.splitlines()]
-        if rows[0].startswith("|"):
-            assert len({row.count("|") for row in rows}) == 1, block
-            assert all(row.startswith("| ") and row.endswith(" |") for row in rows)
+    assert cells_of(text)
+    assert all(line.startswith("| ") and line.endswith(" |") for line in text.splitlines() if line[:1] == "|")
     assert "<b>" not in text
     assert "a\\|b" in text
     assert "r\\|un" in text
