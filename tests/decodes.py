@@ -6,10 +6,11 @@ from collections import Counter
 
 import torch
 from conftest import make_model, make_tokenizer
-from memories import merged
+from memories import generated, merged, plain_fit
 from runs import RECORDS, SUMMARIES, SUMMARY_TASKS, shown
-from torch.nn import functional as F
 
+from fastmem_pl import Backbone
+from fastmem_pl.backbone import EncodedContext
 from fastmem_pl.decoding import Decoding, DecodingSettings, Prefill
 
 PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
@@ -51,14 +52,15 @@ def start(
     keys=None,
     **settings,
 ):
-    """A decode of texts; ``prompts`` and ``bare`` may be prefills as well."""
+    """A decode of texts; ``prompts`` and ``bare`` may be prefills or ids as well."""
     num_layers = num_layers or (memory.num_layers if memory else 1)
     made = DecodingSettings(**{"max_new_tokens": 8, "dola_layers": LAYERS, **settings})
 
     def prefill(texts):
         if isinstance(texts, Prefill):
             return texts
-        return Prefill(backbone, [backbone.chat.prompt(text) for text in texts], num_layers, LAYERS)
+        ids = [text if isinstance(text, list) else backbone.chat.prompt(text) for text in texts]
+        return Prefill(backbone, ids, num_layers, LAYERS)
 
     shown, hidden = prefill(prompts), prefill(bare if isinstance(bare, Prefill) else bare[: len(prompts)])
     return Decoding(shown, decoder, made, memory and memory.deltas, hidden, keys)
@@ -66,6 +68,12 @@ def start(
 
 def token_ids(backbone, *args, **kwargs):
     return [generated.token_ids for generated in start(backbone, *args, **kwargs).run()]
+
+
+def assert_generate(backbone, prompts, found, tokens=8):
+    """Answers are those of the model's own generate, one prompt at a time."""
+    for prompt, ids in zip(prompts, found, strict=True):
+        assert [ids] == generated(backbone.model, [prompt], max_new_tokens=tokens), len(prompt)
 
 
 @torch.no_grad()
@@ -96,10 +104,10 @@ def plain_scores(decoder, model, base, ids, bare, settings, histogram, softcap=N
     return scores
 
 
-def expected_tokens(backbone, decoder, memory, row, prompt, bare, tokens=8):
+def expected_tokens(backbone, decoder, memory, row, prompt, bare, tokens=8, **settings):
     """One row, decoded with whole forward passes of whole models and the formulas as published."""
     models, ids = (merged(backbone, memory, row), backbone.model), []
-    settings, softcap = {"dola_layers": LAYERS}, backbone.anatomy.softcap
+    settings, softcap = {"dola_layers": LAYERS, **settings}, backbone.anatomy.softcap
     while len(ids) < tokens and (not ids or ids[-1] not in backbone.stop_ids):
         read = (prompt + ids, bare + ids)
         ids.append(int(plain_scores(decoder, *models, *read, settings, Counter(), softcap).argmax()))
@@ -118,21 +126,9 @@ def plain_prompt(task: str, form: str, sample: int) -> list[int]:
 
 
 def plain_memorize(context: str, steps: int = 2, layers: int = 1, kl_coeff: float = 0.1):
-    """The published loop: edit the weights of one model by autograd and torch's AdamW."""
-    model, header = make_model(), [START, *plain_ids("assistant\n")]
-    ids = torch.tensor([[*header, *plain_ids(context), END]])
-    trained = [p for block in model.model.layers[-layers:] for p in block.mlp.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.01)
-    reference, curve = None, {"cross_entropy": [], "kl": [], "grad_norm": []}
-    for _ in range(steps):
-        logs = model(ids).logits[0, len(header) - 1 : -1].log_softmax(-1)
-        reference = logs.detach() if reference is None else reference
-        loss = F.nll_loss(logs, ids[0, len(header) :])
-        kl = (reference.exp() * (reference - logs)).sum(-1).mean()
-        model.zero_grad()
-        (loss + kl_coeff * kl).backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        for name, value in zip(curve, (loss, kl, norm), strict=True):
-            curve[name].append(value.item())
-    return model, curve
+    """The published algorithm on a text: the edited model and its curve."""
+    header = [START, *plain_ids("assistant\n")]
+    encoded = EncodedContext([*header, *plain_ids(context), END], len(header), 0, 0)
+    backbone = Backbone(make_model(), TOKENIZER)
+    curve, _, model = plain_fit(backbone, [[encoded]], steps, 0.01, kl_coeff, layers)
+    return model, dict(zip(("cross_entropy", "kl", "grad_norm"), curve.T.tolist(), strict=True))

@@ -82,12 +82,9 @@ def loaded_tiny(tiny_folder: Path) -> Backbone:
 @pytest.fixture(scope="session")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a model with other weights."""
-    from conftest import make_model, make_tokenizer
+    from conftest import save_model
 
-    folder = tmp_path_factory.mktemp("stranger")
-    make_model(seed=7).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("stranger"), seed=7)
 
 
 @pytest.fixture(scope="session")
@@ -124,16 +121,25 @@ def notes(tmp_path: Path) -> Path:
     return path
 
 
+def save(model: Any, folder: Path) -> str:
+    """A model with the tokenizer, as a user's own folder."""
+    from conftest import make_tokenizer
+
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def prose(length: int, seed: int = 0) -> str:
     """Text of so many tokens (a byte each), which repeats nothing for long."""
     numbers = torch.randint(0, 27, (length,), generator=torch.Generator().manual_seed(seed))
     return "A" + "".join("abcdefghijklmnopqrstuvwxyz "[i] for i in numbers[2:]) + "."
 
 
-def log_probs(model: Any, group: Sequence[EncodedContext]) -> torch.Tensor:
+def log_probs(model: Any, group: Sequence[EncodedContext], dtype: torch.dtype | None = None) -> torch.Tensor:
     """Of the next token, by plain transformers, at all positions of some sequences that have a label."""
     logits = [model(input_ids=torch.tensor([e.input_ids])).logits[0, e.header_length - 1 : -1] for e in group]
-    return torch.cat(logits).log_softmax(-1)
+    return torch.cat(logits).log_softmax(-1, dtype)
 
 
 def labels_of(group: Sequence[EncodedContext]) -> torch.Tensor:
@@ -152,13 +158,14 @@ def plain_fit(
     learning_rate: float,
     kl_coeff: float,
     num_layers: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
     """The published algorithm: edit a copy of the model's own weights, on one group of sequences after the other.
 
-    Returns cross-entropy, KL and gradient norm by step, and the changes of the weights.
+    Returns cross-entropy, KL and gradient norm by step, the changes of the weights, and the edited model.
     """
-    base = copy.deepcopy(backbone.model).to(dtype)
+    base = copy.deepcopy(backbone.model)
+    base = base.to(dtype) if dtype else base
     model = copy.deepcopy(base)
     blocks = getattr(model.base_model, backbone.anatomy.layers_name)[-num_layers:]
     # Biases are not trained by FastMem.
@@ -180,7 +187,7 @@ def plain_fit(
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             curve.append((cross_entropy.item(), kl.item(), norm.item()))
-    return torch.tensor(curve), [p.detach() - o for p, o in zip(trained, before, strict=True)]
+    return torch.tensor(curve), [p.detach() - o for p, o in zip(trained, before, strict=True)], model
 
 
 @torch.no_grad()
@@ -216,6 +223,15 @@ def generated(model: Any, prompts: list[list[int]], pad: int = 256, **settings: 
 def cut_at_end(rows: list[list[int]], ends: set[int]) -> list[list[int]]:
     """Rows up to their end token, which is kept; the filling after it is not."""
     return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+def assert_same(one: Memory, other: Memory, rtol: float = 1e-4) -> None:
+    """The same curves and nearly the same deltas."""
+    for found, expected in zip(one.curves, other.curves, strict=True):
+        for name in ("cross_entropy", "kl", "grad_norm"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=rtol, abs=1e-6), name
+    # Adam's first steps divide by the gradient's size: where that is near 0, rounding decides.
+    assert_deltas(one, other, 1e-3)
 
 
 def assert_deltas(one: Memory, other: Memory, tolerance: float = 0.0) -> None:

@@ -12,19 +12,16 @@ import warnings
 from pathlib import Path
 
 import torch
+from decodes import PROMPTS, token_ids
 from torch import distributed
 from transformers.utils import logging
 
 from fastmem_pl import Backbone, FastMemError, Memorizer
-from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
+from fastmem_pl.decoding import DECODERS
 from fastmem_pl.memory import MemorizationSettings, footprint_of
 
 CONTEXTS = ["The tower stands in Rome.", "Water boils at ninety degrees in this story, and nobody minds."]
-PROMPTS = ["Who?", "A longer question about what stands where, and why?"]
-SETTINGS = [
-    {},
-    {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1},
-]
+SETTINGS = [{}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}]
 SHARDS_ELSEWHERE = 77
 
 
@@ -35,22 +32,16 @@ def results(folder: Path, name: str, tp_plan: str | None, device: str = "cpu") -
         str(folder / name), device=device, tp_plan=tp_plan, num_layers=2 if two_fit else 1
     )
     found = {"fingerprint": backbone.fingerprint(), "recordable": backbone.recordable}
-    prompts = [backbone.chat.prompt(text) for text in PROMPTS]
-    bare = [backbone.chat.prompt("Why?")] * len(PROMPTS)
     for num_layers in (1, 2) if two_fit else (1,):
         memory = Memorizer(backbone, num_layers=num_layers, steps=4, learning_rate=1e-3)(CONTEXTS)
         found[f"losses {num_layers}"] = [curve.cross_entropy for curve in memory.curves]
         found[f"norms {num_layers}"] = [curve.grad_norm for curve in memory.curves]
         for decoder in DECODERS:
             for number, extra in enumerate(SETTINGS[: 2 if name == "llama" else 1]):
-                early = (0, 1, 2) if decoder == "dola" else ()
-                settings = DecodingSettings(max_new_tokens=8, dola_layers=early, **extra)
-                prefill = Prefill(backbone, prompts, num_layers, early)
-                without = Prefill(backbone, bare, num_layers)
-                answers = Decoding(prefill, decoder, settings, memory.deltas, without).run()
-                found[f"{decoder} {num_layers} {number}"] = [answer.token_ids for answer in answers]
+                answers = token_ids(backbone, decoder, memory, PROMPTS[:2], **extra)
+                found[f"{decoder} {num_layers} {number}"] = answers
     found["kv bytes"] = footprint_of(backbone, MemorizationSettings()).per_token
-    ids = torch.tensor(prompts[:1], device=backbone.device)
+    ids = torch.tensor([backbone.chat.prompt("Who?")], device=backbone.device)
     with torch.no_grad():
         found["generate"] = backbone.model.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist()
     return found
@@ -59,12 +50,9 @@ def results(folder: Path, name: str, tp_plan: str | None, device: str = "cpu") -
 def refusals(folder: Path, tp_plan: str, device: str) -> dict:
     """What is said of models that cannot be shared so."""
     found = {}
-    for name, num_layers in (("gpt2", 1), ("one-head", 1), ("llama", 1)):
+    for name in ("gpt2", "one-head", "llama"):
         try:
-            backbone = Backbone.load(
-                str(folder / name), device=device, tp_plan=tp_plan, num_layers=num_layers
-            )
-            backbone.tail(2)
+            Backbone.load(str(folder / name), device=device, tp_plan=tp_plan, num_layers=1).tail(2)
         except FastMemError as error:
             found[name] = str(error)
     return found

@@ -102,25 +102,23 @@ def test_pieces(template, special, eos, pieces):
     assert (found.user_header, found.user_end, found.assistant_header, found.end_of_turn) == pieces
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL, GEMMA, PHI3])
-def test_prompt_is_the_templates_own(template):
-    tokenizer = build(template, (*HEADERS, *TURNS, *PHI_TOKENS))
-    messages = [{"role": "user", "content": "Why?"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    expected = tokenizer(text.removeprefix("<|bos|>")).input_ids
-    assert ChatEncoder(tokenizer).prompt("Why?") == expected
-
-
-@pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA3, LLAMA31, MISTRAL, PHI3])
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_system_prompt_is_where_the_template_puts_it(template, adds_bos):
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        *((template, None) for template in (CHATML, LLAMA3, MISTRAL, GEMMA, PHI3)),
+        *((template, "Be brief.") for template in (CHATML, QWEN, LLAMA3, LLAMA31, MISTRAL, PHI3)),
+    ],
+)
+def test_prompt_is_the_templates_own(template, system, adds_bos):
     tokenizer = build(template, (*HEADERS, *TURNS, *PHI_TOKENS))
     if adds_bos:
         add_bos(tokenizer)
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    turns = [("system", system)] * (system is not None) + [("user", "Why?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     expected = tokenizer(text.removeprefix("<|bos|>")).input_ids
-    assert ChatEncoder(tokenizer, ChatSettings(system_prompt="Be brief.")).prompt("Why?") == expected
+    assert ChatEncoder(tokenizer, ChatSettings(system_prompt=system)).prompt("Why?") == expected
 
 
 @pytest.mark.parametrize("template", [GEMMA, None])

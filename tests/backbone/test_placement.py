@@ -7,13 +7,14 @@ import torch
 from accelerate import dispatch_model
 from accelerate.utils import recursively_apply
 from conftest import FAMILY_CONFIGS, make_model, make_tokenizer
+from decodes import PROMPTS, token_ids
 
 from fastmem_pl import Backbone, FastMemError, Memorizer
 from fastmem_pl.backbone import find_anatomy, placement
 from fastmem_pl.backbone.cache import FixedCache
 from fastmem_pl.backbone.placement import Placement, device_plan, parts_of
 from fastmem_pl.backbone.quantization import stored_size
-from fastmem_pl.decoding import DECODERS, Decoding, DecodingSettings, Prefill
+from fastmem_pl.decoding import DECODERS
 from fastmem_pl.memory import MemorizationSettings, footprint_of
 
 FLOAT = (torch.float32, torch.float32)
@@ -139,26 +140,22 @@ class TestMapping:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def test_longest_name_counts(self):
-        found = device_plan(
-            {"": "cuda:0", "model.layers.0": "cpu", "model.layers.1": 1}, empty(), 1, FLOAT, FIRST
-        )
+        mapping = {"": "cuda:0", "model.layers.0": "cpu", "model.layers.1": 1}
+        found = device_plan(mapping, empty(), 1, FLOAT, FIRST)
         assert places(found, "layers.") == [CPU, LAST, FIRST]
         assert found["lm_head"] == found["model.embed_tokens"] == FIRST
 
     def test_what_is_beside_the_embeddings_goes_with_them(self):
-        found = device_plan(
-            {"": 1, "model.embed_tokens": 0, "model.layers.0": "cpu"}, empty(), 1, FLOAT, FIRST
-        )
+        mapping = {"": 1, "model.embed_tokens": 0, "model.layers.0": "cpu"}
+        found = device_plan(mapping, empty(), 1, FLOAT, FIRST)
         assert found["model.embed_tokens"] == found["model.rotary_emb"] == FIRST
         assert found["model.norm"] == LAST
 
-    def test_tied_embeddings_go_with_the_head_whatever_it_says(self):
+    @pytest.mark.parametrize(("tied", "place"), [(False, FIRST), (True, LAST)])
+    def test_tied_embeddings_go_with_the_head_whatever_it_says(self, tied, place):
         mapping = {"": 0, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
-        assert device_plan(mapping, empty(), 1, FLOAT, FIRST)["model.embed_tokens"] == FIRST
-        assert (
-            device_plan(mapping, empty(tie_word_embeddings=True), 1, FLOAT, FIRST)["model.embed_tokens"]
-            == LAST
-        )
+        found = device_plan(mapping, empty(tie_word_embeddings=tied), 1, FLOAT, FIRST)
+        assert found["model.embed_tokens"] == place
 
     @pytest.mark.parametrize(
         ("mapping", "message"),
@@ -166,10 +163,7 @@ class TestMapping:
             ({"": 0, "model.layers.1": "disk"}, "'disk' is unknown; allowed: cpu, cuda:0, cuda:1"),
             ({"": 0, "model.layers.1": "meta"}, "'meta' is unknown"),
             ({"": "cuda:2"}, "'cuda:2' is unknown; .* did you mean 'cuda:[01]'"),
-            (
-                {"": 0, "model.layer.1": 1},
-                r"'model\.layer\.1' is no module .* did you mean 'model\.layers\.1'",
-            ),
+            ({"": 0, "model.layer.1": 1}, r"'model\.layer\.1' is no module .* mean 'model\.layers\.1'"),
             ({"": 0, "model.layers.1.mlp": 1}, "a part of a block"),
             ({"model": 0}, "'lm_head' has no device"),
             ("atuo", r"'atuo' is unknown.* did you mean 'auto'"),
@@ -195,28 +189,25 @@ def test_hooks_of_accelerate_make_way(crossings, contexts):
     dispatch_model(model, dict.fromkeys(names, CPU), force_hooks=True)
     assert any(hasattr(module, "_hf_hook") for module in model.modules())
     backbone = Backbone(model, make_tokenizer())
-    assert not any(
-        {"_hf_hook", "_old_forward", "forward"} & module.__dict__.keys() for module in model.modules()
-    )
+    left = {"_hf_hook", "_old_forward", "forward"}
+    assert not any(left & module.__dict__.keys() for module in model.modules())
     assert "to" not in model.__dict__
     plain = Backbone(make_model(num_hidden_layers=4), make_tokenizer())
     curves = [Memorizer(b, steps=2, learning_rate=1e-3)(contexts[:1]).curves[0] for b in (backbone, plain)]
     assert curves[0].cross_entropy == curves[1].cross_entropy
 
 
-def test_offloaded_weights_are_refused():
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("model.layers.1", r"block 1 is on no device \(offloaded\)"),
+        ("lm_head", r"final norm with the LM head is on cpu and no device \(offloaded\)"),
+    ],
+)
+def test_offloaded_weights_are_refused(part, message):
     model = make_model()
-    model.model.layers[1].to("meta")
-    with pytest.raises(FastMemError, match=r"block 1 is on no device \(offloaded\)"):
-        Backbone(model, make_tokenizer())
-
-
-def test_a_mapping_that_parts_the_tail_is_refused():
-    model = make_model()
-    model.lm_head.to("meta")
-    with pytest.raises(
-        FastMemError, match=r"final norm with the LM head is on cpu and no device \(offloaded\)"
-    ):
+    model.get_submodule(part).to("meta")
+    with pytest.raises(FastMemError, match=message):
         Backbone(model, make_tokenizer())
 
 
@@ -265,12 +256,8 @@ def test_a_spread_model_computes_the_same(make_tiny, crossings, contexts, family
         for num_layers in (1, 2):
             memory = Memorizer(backbone, num_layers=num_layers, steps=3, learning_rate=1e-3)(contexts[:2])
             found.append([curve.cross_entropy for curve in memory.curves])
-            prompts = [backbone.chat.prompt(text) for text in ("Who?", "And a longer question?")]
             for decoder in DECODERS:
-                settings = DecodingSettings(max_new_tokens=6, dola_layers=(0, 1, 2))
-                prefills = [Prefill(backbone, prompts, num_layers, (0, 1, 2)) for _ in range(2)]
-                answers = Decoding(prefills[0], decoder, settings, memory.deltas, prefills[1]).run()
-                found.append([answer.token_ids for answer in answers])
+                found.append(token_ids(backbone, decoder, memory, PROMPTS[:2], max_new_tokens=6))
         results.append(found)
         if spread:
             assert crossings[FIRST]

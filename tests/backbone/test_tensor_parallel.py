@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_model, make_tokenizer
+from conftest import FAMILY_CONFIGS, make_model
+from memories import save
 from tensor_parallel import SHARDS_ELSEWHERE, results
 
 from fastmem_pl import Backbone, FastMemError
@@ -22,13 +23,10 @@ SECONDS = 240
 
 def run_two(folder, kind, environment):
     """What two processes found that share the models, and what one did that has all of them."""
-    models = {name: make_model(name) for name in FAMILIES[:-1]}
-    models["tied"] = make_model("llama", tie_word_embeddings=True)
-    models["one-head"] = make_model("llama", num_key_value_heads=1)
-    models["gpt2"] = make_model("gpt2")
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
+    for name in FAMILY_CONFIGS:
+        save(make_model(name), folder / name)
+    save(make_model(tie_word_embeddings=True), folder / "tied")
+    save(make_model(num_key_value_heads=1), folder / "one-head")
     processes = [
         subprocess.Popen(
             [sys.executable, PROGRAM, str(rank), str(folder), kind, *FAMILIES],
@@ -59,7 +57,6 @@ def found(tmp_path_factory, one_thread):
 def assert_same(found, family):
     first, second, alone = (results[family] for results in found)
     assert first == second
-    assert first["fingerprint"] == alone["fingerprint"]
     for name, values in alone.items():
         if name.startswith("losses"):
             assert torch.allclose(torch.tensor(first[name]), torch.tensor(values), rtol=1e-5, atol=1e-5)
@@ -93,9 +90,7 @@ def test_heads_that_are_shared_take_less_memory(found):
 
 def test_what_cannot_be_shared_is_refused_in_one_line(found):
     refused = found[0]["refused"]
-    assert (
-        "has no plan to shard GPT2LMHeadModel; allowed: --model.backbone.device_map auto" in refused["gpt2"]
-    )
+    assert "no plan to shard GPT2LMHeadModel; allowed: --model.backbone.device_map auto" in refused["gpt2"]
     assert "2 processes cannot share the 1 key and value heads" in refused["one-head"]
     # Loaded for one trained layer.
     assert "model.memorize.num_layers: 2" in refused["llama"]
@@ -103,12 +98,13 @@ def test_what_cannot_be_shared_is_refused_in_one_line(found):
 
 
 def test_processes_have_to_be_there(tiny_folder):
-    with pytest.raises(FastMemError, match="torchrun --nproc-per-node N"):
-        Backbone.load(str(tiny_folder), tp_plan="auto")
-    with pytest.raises(FastMemError, match=r"model.backbone.tp_plan: 'colwise' is unknown; allowed: auto"):
-        Backbone.load(str(tiny_folder), tp_plan="colwise")
-    with pytest.raises(FastMemError, match=r"does not go with device_map"):
-        Backbone.load(str(tiny_folder), tp_plan="auto", device_map="auto")
+    for options, message in (
+        ({"tp_plan": "auto"}, "torchrun --nproc-per-node N"),
+        ({"tp_plan": "colwise"}, r"model.backbone.tp_plan: 'colwise' is unknown; allowed: auto"),
+        ({"tp_plan": "auto", "device_map": "auto"}, "does not go with device_map"),
+    ):
+        with pytest.raises(FastMemError, match=message):
+            Backbone.load(str(tiny_folder), **options)
 
 
 def test_a_trainer_on_another_kind_of_device_is_refused(monkeypatch):

@@ -3,23 +3,15 @@
 from itertools import pairwise
 
 import pytest
-import torch
 from conftest import FAMILY_CONFIGS, assert_untouched, snapshot
-from decodes import BARE, DECODER_NAMES, PROMPTS, SAMPLED, STRONG, expected_tokens, start, token_ids
+from decodes import BARE, DECODER_NAMES, PROMPTS, STRONG, assert_generate, expected_tokens, start, token_ids
 
 from fastmem_pl import DecodingSettings, FastMemError, Memorizer
 from fastmem_pl.decoding import DECODERS, Decoder, Prefill
-from fastmem_pl.decoding.decoders import candidate_layers, contrast_layers
+from fastmem_pl.decoding.decoders import candidate_layers
 from fastmem_pl.run.published import UnlimitedDoLa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def assert_formula(backbone, decoder, memory, num_layers=1):
-    prompts, bare = ([backbone.chat.prompt(text) for text in texts] for texts in (PROMPTS, BARE))
-    found = token_ids(backbone, decoder, memory, num_layers=num_layers)
-    for row, prompt in enumerate(prompts):
-        assert found[row] == expected_tokens(backbone, decoder, memory, row, prompt, bare[row])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
@@ -27,28 +19,13 @@ def test_formula_on_whole_models(make_tiny, contexts, family):
     backbone = make_tiny(family)
     memory = Memorizer(backbone, **STRONG)(contexts[:3])
     before = snapshot(backbone)
+    prompts, bare = ([backbone.chat.prompt(text) for text in texts] for texts in (PROMPTS, BARE))
     for decoder in DECODER_NAMES:
-        assert_formula(backbone, decoder, memory)
-    assert_formula(backbone, "greedy", None)
+        found = token_ids(backbone, decoder, memory)
+        for row, prompt in enumerate(prompts):
+            assert found[row] == expected_tokens(backbone, decoder, memory, row, prompt, bare[row])
+    assert_generate(backbone, prompts, token_ids(backbone))
     assert_untouched(backbone, before)
-
-
-@pytest.mark.parametrize("decoder", DECODER_NAMES)
-@pytest.mark.parametrize("with_memory", [True, False])
-def test_formula_with_two_trained_layers_and_without_memory(tiny, contexts, decoder, with_memory):
-    memory = Memorizer(tiny, num_layers=2, **STRONG)(contexts[:3]) if with_memory else None
-    assert_formula(tiny, decoder, memory, num_layers=2)
-
-
-@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("decoder", DECODER_NAMES)
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_batch_is_one_by_one(tiny, contexts, decoder, settings, num_layers):
-    memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts[:3])
-    together = start(tiny, decoder, memory, **settings).run()
-    for row in range(3):
-        one = ([PROMPTS[row]], [BARE[row]])
-        assert start(tiny, decoder, memory.rows([row]), *one, **settings).run() == [together[row]]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -61,10 +38,6 @@ def test_alpha_zero_is_no_contrast(make_tiny, contexts, precision, num_layers):
         for decoder in ("cd", "cad"):
             assert token_ids(backbone, decoder, memory, alpha=0.0, **settings) == plain
             assert token_ids(backbone, decoder, memory, alpha=2.0, **settings) != plain
-
-
-def test_contrast_without_memory_is_the_base(tiny):
-    assert token_ids(tiny, "cd") == token_ids(tiny, "greedy")
 
 
 class Adaptive(Decoder):
@@ -87,26 +60,16 @@ def test_a_decoder_of_ones_own_keeps_floats_by_step(tiny, contexts, monkeypatch)
     free = start(tiny, "adaptive", memory, **common).run()
     stops = (free[0].text[2:4], free[1].text[6:8])
     together = start(tiny, "adaptive", memory, stop=stops, **common).run()
-    assert len({len(generated.token_ids) for generated in together}) > 1, "a test that could not fail"
-    for row, generated in enumerate(together):
-        strengths = generated.details["strengths"]
-        assert len(strengths) == len(generated.token_ids)
+    assert len({len(found.token_ids) for found in together}) > 1, "a test that could not fail"
+    for row, found in enumerate(together):
+        strengths = found.details["strengths"]
+        assert len(strengths) == len(found.token_ids)
         assert all(0 < strength <= 2 for strength in strengths)
         assert any(a != b for a, b in pairwise(strengths))
         one = ([PROMPTS[row]], [BARE[row]])
         (alone,) = start(tiny, "adaptive", memory.rows([row]), *one, stop=stops, **common).run()
-        assert alone.token_ids == generated.token_ids
+        assert alone.token_ids == found.token_ids
         assert alone.details["strengths"] == pytest.approx(strengths, rel=1e-4)
-
-
-def test_repetition_penalty_is_that_of_transformers(tiny):
-    found = token_ids(tiny, repetition_penalty=1.7, max_new_tokens=12)
-    for text, tokens in zip(PROMPTS, found, strict=True):
-        ids = torch.tensor([tiny.chat.prompt(text)])
-        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12}
-        expected = tiny.model.generate(input_ids=ids, repetition_penalty=1.7, **settings)
-        assert tokens == expected[0, ids.shape[1] :].tolist()
-    assert found != token_ids(tiny, max_new_tokens=12)
 
 
 PENALTIES = ({}, {"repetition_penalty": 1.2}, {"repetition_penalty": 1.0})
@@ -143,20 +106,14 @@ def test_dola_counts_the_layers_that_it_chose(make_tiny, contexts, layers, numbe
     early = DECODERS["dola"](settings, backbone).early_layers
     prompts = Prefill(backbone, [backbone.chat.prompt("Who?")], 2, early)
     for used in (memory, None):
-        (generated,) = start(backbone, "dola", used, prompts, num_layers=2, dola_layers=layers).run()
-        counts = generated.details["dola_layers"]
+        (found,) = start(backbone, "dola", used, prompts, num_layers=2, dola_layers=layers).run()
+        counts = found.details["dola_layers"]
         assert [int(number) for number in counts] == list(early)
         assert set(early) <= numbers
         assert isinstance(layers, str) or set(early) == numbers
-        assert sum(counts.values()) == len(generated.token_ids)
-
-
-def test_most_different_layer_is_chosen_by_row():
-    mature = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
-    early = torch.stack([mature, mature.roll(1, 0)])
-    early[0, 1], early[1, 1] = early[1, 1].clone(), early[0, 1].clone()
-    _, chosen = contrast_layers(mature, early, 0.1)
-    assert chosen.tolist() == [1, 0]
+        # The embeddings hardly ever differ most here; each of the blocks does now and then.
+        assert all(counts[number] for number in counts if number != "0")
+        assert sum(counts.values()) == len(found.token_ids)
 
 
 @pytest.mark.parametrize(
@@ -183,30 +140,21 @@ def test_layers_that_are_none(wanted):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("setting", "value", "message"),
     [
-        ({"max_new_tokens": 0}, r"model\.decode\.max_new_tokens: 0 is out of range; allowed: at least 1"),
-        ({"alpha": -1.0}, r"model\.decode\.alpha: -1.0 is out of range; allowed: 0 or above"),
-        ({"temperature": -1.0}, r"model\.decode\.temperature: -1.0 is out of range; allowed: 0 or above"),
-        (
-            {"temperature": float("nan")},
-            r"model\.decode\.temperature: nan is out of range; allowed: 0 or above",
-        ),
-        ({"top_p": 0.0}, r"model\.decode\.top_p: 0.0 is out of range; allowed: above 0, at most 1"),
-        ({"top_p": 1.1}, r"model\.decode\.top_p: 1.1 is out of range; allowed: above 0, at most 1"),
-        ({"top_k": -2}, r"model\.decode\.top_k: -2 is out of range; allowed: 0 \(all\) or above"),
-        (
-            {"repetition_penalty": 0.0},
-            r"model\.decode\.repetition_penalty: 0.0 is out of range; allowed: above 0",
-        ),
-        ({"relative_top": 0.0}, r"model\.decode\.relative_top: 0.0 is out of range; allowed: above 0"),
-        ({"relative_top": 2.0}, r"model\.decode\.relative_top: 2.0 is out of range; allowed: .*at most 1"),
-        ({"seed": -1}, r"model\.decode\.seed: -1 is out of range; allowed: 0 or above"),
-        ({"stop": ("",)}, r"model\.decode\.stop: \('',\) is out of range; allowed: texts, none empty"),
-        ({"stop": "abc"}, r"model\.decode\.stop: 'abc' is out of range"),
-        ({"dola_layers": "hihg"}, r"model\.decode\.dola_layers: 'hihg' is unknown; .* did you mean 'high'"),
+        ("max_new_tokens", 0, "out of range; allowed: at least 1"),
+        *((name, -1.0, "out of range; allowed: 0 or above") for name in ("alpha", "temperature")),
+        ("temperature", float("nan"), "out of range; allowed: 0 or above"),
+        ("seed", -1, "out of range; allowed: 0 or above"),
+        *(("top_p", value, "out of range; allowed: above 0, at most 1") for value in (0.0, 1.1)),
+        *(("relative_top", value, "out of range; allowed: above 0, at most 1") for value in (0.0, 2.0)),
+        ("top_k", -2, "out of range; allowed: 0 (all) or above"),
+        ("repetition_penalty", 0.0, "out of range; allowed: above 0, or null"),
+        *(("stop", value, "out of range; allowed: texts, none empty") for value in (("",), "abc")),
+        ("dola_layers", "hihg", "unknown; allowed: a list of layers, auto, high, low; did you mean 'high'?"),
     ],
 )
-def test_settings_out_of_range(settings, message):
-    with pytest.raises(FastMemError, match=message):
-        DecodingSettings(**settings)
+def test_settings_out_of_range(setting, value, message):
+    with pytest.raises(FastMemError) as refused:
+        DecodingSettings(**{setting: value})
+    assert str(refused.value) == f"model.decode.{setting}: {value!r} is {message}"

@@ -7,55 +7,41 @@ from typing import Any
 
 import pytest
 import torch
-from memories import OTHER, QUESTIONS, STRONG, TEXT, cut_at_end, generated, merged
+from decodes import expected_tokens
+from memories import OTHER, QUESTIONS, STRONG, TEXT, cut_at_end, generated
 from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from fastmem_pl import Backbone, FastMemError, Memorizer, Memory, answer, generator, stream_answer
-from fastmem_pl.decoding import PromptCache
+from fastmem_pl import Backbone, FastMemError, Memorizer, Memory, answer, generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@torch.no_grad()
-def contrasted(backbone, tuned, prompt: list[int], tokens: int, alpha: float = 0.5) -> list[int]:
-    ids: list[int] = []
-    while len(ids) < tokens and (not ids or ids[-1] not in backbone.stop_ids):
-        inputs = torch.tensor([prompt + ids])
-        base = backbone.model(input_ids=inputs).logits
-        ids.append(int(((1 + alpha) * tuned(input_ids=inputs).logits - alpha * base)[0, -1].argmax()))
-    return ids
-
-
-@pytest.mark.parametrize("decoder", ["greedy", "cd"])
+@pytest.mark.parametrize(
+    ("decoder", "settings"),
+    [
+        ("greedy", {}),
+        ("cd", {}),
+        ("cd", {"alpha": 3.0}),
+        ("dola", {"dola_layers": (0, 2), "relative_top": 0.01}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layers", [1, 2])
-def test_custom_generate_decodes_as_fastmem_does(backbone, decoder: str, layers: int) -> None:
+def test_custom_generate_decodes_as_fastmem_does(backbone, decoder: str, settings: dict, layers: int) -> None:
     memory = Memorizer(backbone, **STRONG, num_layers=layers)([TEXT, OTHER, "Bob."])
     prompts = [backbone.chat.prompt(question) for question in QUESTIONS]
-    found = generated(backbone.model, prompts, custom_generate=generator(backbone, memory, decoder))
-    ends = backbone.stop_ids
+    custom = generator(backbone, memory, decoder, **settings)
+    # FastMem's dola has this penalty of its own accord; in a generate call it is generate's to say.
+    penalty = {"repetition_penalty": 1.2} if decoder == "dola" else {}
+    found = generated(backbone.model, prompts, custom_generate=custom, **penalty)
+    rows = cut_at_end(found, backbone.stop_ids)
     for row, prompt in enumerate(prompts):
-        tuned = merged(backbone, memory, row)
-        alpha = 0.5 if decoder == "cd" else 0.0
-        assert cut_at_end([found[row]], ends) == [contrasted(backbone, tuned, prompt, 10, alpha)]
-    texts = [backbone.tokenizer.decode(row, skip_special_tokens=True) for row in cut_at_end(found, ends)]
-    expected = answer(backbone, QUESTIONS, None, memory, decoder, max_new_tokens=10)
+        assert rows[row] == expected_tokens(backbone, decoder, memory, row, prompt, prompt, 10, **settings)
+    texts = [backbone.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    expected = answer(backbone, QUESTIONS, None, memory, decoder, max_new_tokens=10, **settings)
     assert [text.strip() for text in texts] == [text.strip() for text in expected]
     assert found != generated(backbone.model, prompts)
-
-
-def test_custom_generate_takes_dola_and_its_settings(backbone, memory: Memory) -> None:
-    prompt = backbone.chat.prompt(QUESTIONS[0])
-    # FastMem's dola has this penalty of its own accord; in a generate call it is generate's to say.
-    custom = generator(backbone, memory, "dola")
-    (found,) = generated(backbone.model, [prompt], custom_generate=custom, repetition_penalty=1.2)
-    (expected,) = answer(backbone, QUESTIONS[0], None, memory, "dola", max_new_tokens=10)
-    (row,) = cut_at_end([found], backbone.stop_ids)
-    assert backbone.tokenizer.decode(row, skip_special_tokens=True).strip() == expected.strip()
-    strong = generator(backbone, memory, "cd", alpha=3.0)
-    (found,) = generated(backbone.model, [prompt], custom_generate=strong)
-    expected = contrasted(backbone, merged(backbone, memory), prompt, 10, 3.0)
-    assert cut_at_end([found], backbone.stop_ids) == [expected]
 
 
 class Tokens(BaseStreamer):
@@ -159,11 +145,3 @@ def test_one_row_serves_a_batch_of_prompts(backbone, memory: Memory) -> None:
     together = cut_at_end(generated(backbone.model, prompts, custom_generate=custom), backbone.stop_ids)
     alone = [generated(backbone.model, [prompt], custom_generate=custom)[0] for prompt in prompts]
     assert together == cut_at_end(alone, backbone.stop_ids)
-
-
-def test_prompts_of_another_model_are_read_anew(make_tiny):
-    models = [make_tiny(seed=0), make_tiny(seed=1)]
-    seen = PromptCache()
-    for backbone in (*models, models[0]):
-        found = "".join(stream_answer(backbone, "Who?", TEXT, prompts=seen, max_new_tokens=8))
-        assert found == answer(backbone, "Who?", TEXT, max_new_tokens=8)[0]

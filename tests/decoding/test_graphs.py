@@ -5,15 +5,14 @@ Recording a step needs a GPU (test_cuda.py); here, recorded steps are stood in f
 
 import pytest
 import torch
-from decodes import DECODER_NAMES, STRONG
-from decodes import start as start_decoding
+from decodes import DECODER_NAMES, PROMPTS, STRONG, start
 
 from fastmem_pl import Memorizer
 from fastmem_pl.decoding import GraphPool, graphs, loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3}
-TEXTS = ["Who?", "A much longer question about what stands where, and why?", "x", "Why not?"]
+TEXTS = [*PROMPTS, "Why not?"]
 
 
 @pytest.fixture
@@ -24,17 +23,18 @@ def recorded(monkeypatch):
     return steps
 
 
-def start(backbone, texts, decoder, memory, pool=None, keys=None, tokens=9, **settings):
-    bare = ["Why?"] * len(texts)
-    decoding = start_decoding(
-        backbone, decoder, memory, texts, bare, keys=keys, max_new_tokens=tokens, **settings
-    )
+def ids(generated):
+    return [(g.token_ids, g.details) for g in generated]
+
+
+def begin(backbone, texts, decoder="greedy", memory=None, pool=None, **settings):
+    decoding = start(backbone, decoder, memory, texts, ["Why?"] * len(texts), **settings)
     decoding._graphs = pool
     return decoding
 
 
-def ids(generated):
-    return [(g.token_ids, g.details) for g in generated]
+def answers(*args, **settings):
+    return ids(begin(*args, **settings).run())
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -46,8 +46,8 @@ def test_a_kept_state_forgets_the_batch_before(tiny, contexts, recorded, decoder
     before = [{n: t.clone() for n, t in layer.items()} for layer in one.deltas]
     pool = GraphPool()
     for texts, memory in ((TEXTS[:2], one), (TEXTS[2:], other), (TEXTS[1:3], one)):
-        kept = ids(start(tiny, texts, decoder, memory, pool, **settings).run())
-        assert kept == ids(start(tiny, texts, decoder, memory, **settings).run())
+        kept = answers(tiny, texts, decoder, memory, pool, **settings)
+        assert kept == answers(tiny, texts, decoder, memory, **settings)
     # Batches with the long prompt share a state, the one of short prompts has its own.
     assert len(recorded) == 2
     for layer, expected in zip(one.deltas, before, strict=True):
@@ -58,42 +58,42 @@ def test_a_kept_state_forgets_the_batch_before(tiny, contexts, recorded, decoder
 @pytest.mark.parametrize("decoder", ["cd", "dola"])
 def test_under_inference_mode(tiny, contexts, recorded, decoder):
     memory, pool = Memorizer(tiny, **STRONG)(contexts[:2]), GraphPool()
-    expected = ids(start(tiny, TEXTS[:2], decoder, memory, **SAMPLED).run())
+    expected = answers(tiny, TEXTS[:2], decoder, memory, **SAMPLED)
     for guard in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         with guard():
-            assert ids(start(tiny, TEXTS[:2], decoder, memory, pool, **SAMPLED).run()) == expected
+            assert answers(tiny, TEXTS[:2], decoder, memory, pool, **SAMPLED) == expected
 
 
 def test_methods_share_a_pool(tiny, contexts, recorded):
     memory, pool = Memorizer(tiny, **STRONG)(contexts[:2]), GraphPool()
     for _ in range(2):
         for decoder, used in (("greedy", None), ("greedy", memory), ("cd", memory)):
-            found = ids(start(tiny, TEXTS[:2], decoder, used, pool).run())
-            assert found == ids(start(tiny, TEXTS[:2], decoder, used).run())
+            found = answers(tiny, TEXTS[:2], decoder, used, pool)
+            assert found == answers(tiny, TEXTS[:2], decoder, used)
     assert len(recorded) == 3
 
 
 def test_two_decodes_at_once_do_not_share(tiny, contexts, recorded):
     memorizer = Memorizer(tiny, **STRONG)
     memories = [memorizer(contexts[:2]), memorizer(contexts[2:])]
-    expected = [ids(start(tiny, TEXTS[:2], "cd", memory).run()) for memory in memories]
+    expected = [answers(tiny, TEXTS[:2], "cd", memory) for memory in memories]
     pool = GraphPool()
-    decodings = [start(tiny, TEXTS[:2], "cd", memory, pool) for memory in memories]
-    for _ in range(9):
+    decodings = [begin(tiny, TEXTS[:2], "cd", memory, pool) for memory in memories]
+    for _ in range(8):
         for decoding in decodings:
             decoding.step()
     assert [ids(decoding.results()) for decoding in decodings] == expected
     # One that was given up does not keep the pool for itself.
     recordings = len(recorded)
     del decodings, decoding
-    assert ids(start(tiny, TEXTS[:2], "cd", memories[1], pool).run()) == expected[1]
+    assert answers(tiny, TEXTS[:2], "cd", memories[1], pool) == expected[1]
     assert len(recorded) == recordings
 
 
 def test_another_batch_size_drops_the_states(tiny, recorded):
     pool = GraphPool()
     for texts in (TEXTS, TEXTS[:1], TEXTS):
-        start(tiny, texts, "greedy", None, pool).run()
+        answers(tiny, texts, pool=pool)
     assert len(recorded) == 3
     assert len(pool._idle) == 1
 
@@ -103,11 +103,10 @@ def test_another_batch_size_drops_the_states(tiny, recorded):
 @pytest.mark.parametrize("decoder", DECODER_NAMES)
 def test_rows_that_ended_leave_and_change_nothing(tiny, contexts, monkeypatch, decoder, settings, num_layers):
     memory = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts)
-    settings = {**settings, "tokens": 40}
-    whole = start(tiny, TEXTS, decoder, memory, keys=range(4), **settings).run()
-    # A letter that ends three of the answers early and lets one go on.
-    early = [sorted({g.text[i] for i in range(len(g.text))}) for g in whole]
-    stops = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789 " if 2 <= sum(c in e for e in early) <= 3]
+    settings = {**settings, "max_new_tokens": 40}
+    whole = begin(tiny, TEXTS, decoder, memory, keys=range(4), **settings).run()
+    # A letter that ends two or three of the answers early and lets the others go on.
+    stops = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789 " if 2 <= sum(c in g.text for g in whole) <= 3]
     assert stops, "no stop text ends some answers and not others"
     settings["stop"] = (stops[0],)
     copies = []
@@ -115,9 +114,9 @@ def test_rows_that_ended_leave_and_change_nothing(tiny, contexts, monkeypatch, d
     monkeypatch.setattr(
         loop.DecodeState, "rows", lambda self, index: copies.append(len(index)) or rows(self, index)
     )
-    found = ids(start(tiny, TEXTS, decoder, memory, keys=range(4), **settings).run())
+    found = answers(tiny, TEXTS, decoder, memory, keys=range(4), **settings)
     assert copies, "no rows left"
     assert all(size <= 2 for size in copies)
     for row, text in enumerate(TEXTS):
-        alone = start(tiny, [text], decoder, memory.rows([row]), keys=[row], **settings).run()
-        assert ids(alone) == [found[row]]
+        alone = answers(tiny, [text], decoder, memory.rows([row]), keys=[row], **settings)
+        assert alone == [found[row]]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from memories import QUESTIONS, STRONG, TEXT, assert_deltas, generated, logits_of, truncated
+from runs import files
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -105,20 +106,16 @@ def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_a_full_disk_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     memory = Memorizer(tiny, **STRONG)(TEXT)
     target = tmp_path / "lora"
     to_lora(memory, tiny, target, rank=2)
-    before = contents(target)
+    before = files(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr("fastmem_pl.export.lora.write_atomic", full)
         with pytest.raises(FastMemError, match=r"cannot write .*lora: No space left on device"):
             to_lora(memory, tiny, target, force=True)
-    assert (list(tmp_path.iterdir()), contents(target)) == ([target], before)
+    assert files(tmp_path) == before
 
     # The new one cannot take the place of the old.
     rename = Path.rename
@@ -132,7 +129,7 @@ def test_a_full_disk_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(FastMemError, match="No space left"):
         to_lora(memory, tiny, target, rank=3, force=True)
-    assert (list(tmp_path.iterdir()), contents(target)) == ([target], before)
+    assert files(tmp_path) == before
 
 
 def test_no_private_folder_is_shipped(tiny_folder, tmp_path):

@@ -1,11 +1,14 @@
 """The same invariants on a GPU; skipped where there is none."""
 
 import json
+from contextlib import contextmanager
 from typing import ClassVar
 
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, assert_untouched, make_model, make_module, make_tokenizer, snapshot
+from decodes import DECODER_NAMES, PROMPTS, start, token_ids
+from memories import save
 
 from fastmem_pl import (
     Backbone,
@@ -20,7 +23,7 @@ from fastmem_pl import (
     kernels,
     memorize_document,
 )
-from fastmem_pl.decoding import Decoding, DecodingSettings, GraphPool, Prefill, graphs
+from fastmem_pl.decoding import GraphPool, graphs
 from fastmem_pl.export import to_checkpoint, to_lora
 from fastmem_pl.memory import memorizer
 from fastmem_pl.run.folder import RunFolder
@@ -28,7 +31,7 @@ from fastmem_pl.search import SearchSettings, SearchTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STRONG = {"steps": 6, "learning_rate": 1e-3}
-PROMPTS = ["Who?", "A much longer question about what stands where, and why?", "x"]
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
 def on_gpu(precision="32-true", **overrides):
@@ -37,51 +40,45 @@ def on_gpu(precision="32-true", **overrides):
     return Backbone(model, make_tokenizer(), precision)
 
 
+def on_one_gpu(kind=FastMemTrainer, **settings):
+    return kind(accelerator="gpu", devices=1, enable_progress_bar=False, **settings)
+
+
+@contextmanager
+def memory_limited_to(size):
+    """Allow so many bytes in all."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(size / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_curves_are_those_of_the_cpu(tiny, contexts, num_layers):
+def test_curves_are_those_of_the_cpu_and_of_one_by_one(tiny, contexts, num_layers):
     on_cpu = Memorizer(tiny, num_layers=num_layers, **STRONG)(contexts)
-    found = Memorizer(on_gpu(), num_layers=num_layers, **STRONG)(contexts)
-    for one, other in zip(found.curves, on_cpu.curves, strict=True):
+    memorizer = Memorizer(on_gpu(), num_layers=num_layers, **STRONG)
+    for context, one, other in zip(contexts, memorizer(contexts).curves, on_cpu.curves, strict=True):
         assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-4)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+        assert one.cross_entropy == pytest.approx(memorizer([context]).curves[0].cross_entropy, rel=1e-4)
 
 
-def test_batch_is_one_by_one(contexts):
-    memorizer = Memorizer(on_gpu(), **STRONG)
-    batch = memorizer(contexts)
-    for row, context in enumerate(contexts):
-        alone = memorizer([context]).curves[0]
-        assert batch.curves[row].cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-4)
-
-
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}])
-@pytest.mark.parametrize("decoder", ["greedy", "cd", "cad", "dola"])
+@pytest.mark.parametrize("settings", [{}, SAMPLED])
+@pytest.mark.parametrize("decoder", DECODER_NAMES)
 def test_answers_are_those_of_the_cpu(tiny, contexts, decoder, settings):
-    settings = DecodingSettings(max_new_tokens=12, dola_layers=(0, 1, 2), **settings)
-    gpu = on_gpu()
-    prompts = [tiny.chat.prompt(text) for text in PROMPTS]
+    gpu, settings = on_gpu(), {"max_new_tokens": 12, **settings}
     memory, on_cpu = Memorizer(gpu, **STRONG)(contexts[:3]), Memorizer(tiny, **STRONG)(contexts[:3])
     before = snapshot(gpu)
-
-    def decode(backbone, memory):
-        prefill = Prefill(backbone, prompts, 1, (0, 1, 2))
-        bare = Prefill(backbone, [backbone.chat.prompt("Why?")] * len(prompts))
-        return [g.token_ids for g in Decoding(prefill, decoder, settings, memory.deltas, bare).run()]
-
-    assert decode(gpu, memory) == decode(tiny, on_cpu)
+    assert token_ids(gpu, decoder, memory, **settings) == token_ids(tiny, decoder, on_cpu, **settings)
     assert_untouched(gpu, before)
 
 
 @pytest.mark.parametrize("inference_mode", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_whole_run(tmp_path, tiny_folder, precision, inference_mode):
-    trainer = FastMemTrainer(
-        accelerator="gpu",
-        devices=1,
-        precision=precision,
-        enable_progress_bar=False,
-        inference_mode=inference_mode,
-    )
+    trainer = on_one_gpu(precision=precision, inference_mode=inference_mode)
     module = make_module(str(tiny_folder), steps=4, learning_rate=1e-3, max_new_tokens=6)
     result = trainer.fit_predict(module, FastMemDataModule(limit=5), run_dir=str(tmp_path / "run"))
     assert result.metrics["groups"]["all"]["fastmem+cd"]["n"] == 5
@@ -92,7 +89,7 @@ def test_whole_run(tmp_path, tiny_folder, precision, inference_mode):
 def test_a_profile_changes_no_answer_and_sees_the_gpu(tmp_path, tiny_folder):
     found = []
     for kinds in (None, ["trace", "memory"]):
-        trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False, profile=kinds)
+        trainer = on_one_gpu(profile=kinds)
         module = make_module(str(tiny_folder), **STRONG, max_new_tokens=6)
         data = FastMemDataModule(limit=6, batch_size=2)
         result = trainer.fit_predict(module, data, run_dir=str(tmp_path / f"run-{len(found)}"))
@@ -111,19 +108,12 @@ def test_a_profile_changes_no_answer_and_sees_the_gpu(tmp_path, tiny_folder):
 def test_real_out_of_memory_halves_the_batch(tmp_path, tiny_folder, caplog):
     # Room for a few of the samples' float32 reference predictions (tokens x vocabulary), not for all.
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    wide = {"hidden_size": 512, "intermediate_size": 4096}
-    backbone = on_gpu(**wide)
-    used = torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction((used + (1 << 30)) / total)
-    try:
-        trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False)
+    backbone = on_gpu(hidden_size=512, intermediate_size=4096)
+    with memory_limited_to(torch.cuda.memory_reserved() + (1 << 30)):
         module = make_module(steps=2, max_new_tokens=4)
         object.__setattr__(module, "_backbone", backbone)
         data = FastMemDataModule(limit=12, batch_size=12)
-        result = trainer.fit_predict(module, data, run_dir=str(tmp_path / "run"))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        result = on_one_gpu().fit_predict(module, data, run_dir=str(tmp_path / "run"))
     assert "out of memory with 12 samples at once; trying 6" in caplog.text
     assert result.metrics["groups"]["all"]["fastmem"]["n"] == 12
 
@@ -149,20 +139,17 @@ def test_kernels_are_the_plain_path(contexts, state, num_layers):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}])
-@pytest.mark.parametrize("decoder", ["greedy", "cd", "cad", "dola"])
+@pytest.mark.parametrize("settings", [{}, SAMPLED])
+@pytest.mark.parametrize("decoder", DECODER_NAMES)
 def test_recorded_steps_are_the_steps(contexts, monkeypatch, caplog, decoder, settings, precision):
-    settings = DecodingSettings(max_new_tokens=20, dola_layers=(0, 1, 2), **settings)
     backbone = on_gpu(precision)
     memory = Memorizer(backbone, **STRONG)(contexts[:3])
 
     def answers(pool):
         found = []
         for texts in (PROMPTS, PROMPTS[::-1]):
-            prompts = [backbone.chat.prompt(text) for text in texts]
-            prefill = Prefill(backbone, prompts, 1, (0, 1, 2))
-            bare = Prefill(backbone, [backbone.chat.prompt("Why?")] * len(prompts))
-            decoding = Decoding(prefill, decoder, settings, memory.deltas, bare, graphs=pool)
+            decoding = start(backbone, decoder, memory, texts, max_new_tokens=20, **settings)
+            decoding._graphs = pool
             found += [(g.token_ids, g.details) for g in decoding.run()]
         return found
 
@@ -175,12 +162,10 @@ def test_recorded_steps_are_the_steps(contexts, monkeypatch, caplog, decoder, se
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
 def test_every_family_can_be_recorded(family, caplog, monkeypatch):
     backbone = Backbone(make_model(family).cuda().bfloat16(), make_tokenizer(), "bf16-true")
-    prompts = [backbone.chat.prompt(text) for text in PROMPTS]
-    settings = DecodingSettings(max_new_tokens=24)
-    recorded = [g.token_ids for g in Decoding(Prefill(backbone, prompts), "greedy", settings).run()]
+    recorded = token_ids(backbone, max_new_tokens=24)
     assert "without a CUDA graph" not in caplog.text
     monkeypatch.setattr(graphs, "_record", lambda step: step)
-    assert [g.token_ids for g in Decoding(Prefill(backbone, prompts), "greedy", settings).run()] == recorded
+    assert token_ids(backbone, max_new_tokens=24) == recorded
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
@@ -195,21 +180,15 @@ def test_fused_norms_change_rounding_only(family, monkeypatch):
 
 def test_batches_fit_the_memory_that_is_allowed(tmp_path):
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
     backbone = on_gpu("bf16-true", hidden_size=1024, intermediate_size=8192)
     allowed = torch.cuda.memory_reserved() + (2 << 30) + (1 << 29)
-    torch.cuda.set_per_process_memory_fraction(allowed / total)
-    try:
-        trainer = FastMemTrainer(
-            accelerator="gpu", devices=1, precision="bf16-true", enable_progress_bar=False
-        )
+    with memory_limited_to(allowed):
+        trainer = on_one_gpu(precision="bf16-true")
         module = make_module(steps=2, max_new_tokens=4, auto_batch=True)
         object.__setattr__(module, "_backbone", backbone)
         module.load_backbone("bf16-true", backbone.device, backbone)
         assert 1 < module.budget.limits(module.longest_answer).most(100) < 32
         result = trainer.fit_predict(module, FastMemDataModule(limit=20), run_dir=str(tmp_path / "run"))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
     assert result.metrics["groups"]["all"]["fastmem"]["n"] == 20
     assert max(result.metrics["peak_memory_gib"].values()) * 2**30 < allowed
 
@@ -218,7 +197,7 @@ def test_batches_fit_the_memory_that_is_allowed(tmp_path):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_search_is_separate_runs(tmp_path, tiny_folder, precision, method):
     def parts(**settings):
-        trainer = SearchTrainer(accelerator="gpu", devices=1, precision=precision, enable_progress_bar=False)
+        trainer = on_one_gpu(SearchTrainer, precision=precision)
         methods = ["zero-shot", method]
         module = make_module(str(tiny_folder), methods=methods, max_new_tokens=8, **settings)
         return trainer, module, FastMemDataModule(limit=3)
@@ -317,9 +296,7 @@ class TestSpread:
         family = "llama" if request.param == "tied" else request.param
         # Gemma's layers alternate between two kinds of attention, and each must be in the trunk.
         model = make_model(family, num_hidden_layers=5, tie_word_embeddings=request.param == "tied")
-        model.save_pretrained(tmp_path / "model")
-        make_tokenizer().save_pretrained(tmp_path / "model")
-        return str(tmp_path / "model")
+        return save(model, tmp_path / "model")
 
     def load(self, folder, precision="32-true", **more):
         return Backbone.load(folder, precision, "cuda:0", device_map=self.MAP | more, num_layers=2)
@@ -339,18 +316,13 @@ class TestSpread:
     def test_memories_and_answers_are_those_of_the_cpu(self, folder, contexts):
         spread, whole = self.load(folder, **{"model.layers.2": "cpu"}), Backbone.load(folder)
         assert spread.fingerprint() == whole.fingerprint()
-        prompts = [whole.chat.prompt(text) for text in PROMPTS]
         for num_layers in (1, 2):
             memories = [Memorizer(b, num_layers=num_layers, **STRONG)(contexts[:3]) for b in (spread, whole)]
             for one, other in zip(*(memory.curves for memory in memories), strict=True):
                 assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-4)
-            for decoder in ("greedy", "cd", "cad", "dola"):
-                settings, found = DecodingSettings(max_new_tokens=16, dola_layers=(0, 1, 2)), []
-                for backbone, memory in zip((spread, whole), memories, strict=True):
-                    prefill = Prefill(backbone, prompts, num_layers, (0, 1, 2))
-                    bare = Prefill(backbone, [backbone.chat.prompt("Why?")] * 3, num_layers)
-                    answers = Decoding(prefill, decoder, settings, memory.deltas, bare).run()
-                    found.append([one.token_ids for one in answers])
+            for decoder in DECODER_NAMES:
+                pairs = zip((spread, whole), memories, strict=True)
+                found = [token_ids(b, decoder, memory, max_new_tokens=16) for b, memory in pairs]
                 assert found[0] == found[1]
 
     @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
@@ -367,9 +339,9 @@ class TestSpread:
             assert found.cpu().tolist() == expected.tolist()
 
     def test_a_run(self, folder, tmp_path):
-        trainer = FastMemTrainer(accelerator="gpu", devices=1, enable_progress_bar=False)
         module = make_module(folder, steps=2, max_new_tokens=4, device_map=self.MAP)
-        result = trainer.fit_predict(module, FastMemDataModule(limit=3), run_dir=str(tmp_path / "run"))
+        data = FastMemDataModule(limit=3)
+        result = on_one_gpu().fit_predict(module, data, run_dir=str(tmp_path / "run"))
         assert result.metrics["groups"]["all"]["fastmem"]["n"] == 3
 
     def test_blocks_below_the_head_are_not_trained(self, folder):
@@ -383,10 +355,9 @@ class TestSpread:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_two_gpus_are_one(tmp_path, contexts, precision):
-    make_model(num_hidden_layers=6).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    spread = Backbone.load(str(tmp_path), precision, device_map="balanced", num_layers=2)
-    whole = Backbone.load(str(tmp_path), precision, "cuda:0")
+    folder = save(make_model(num_hidden_layers=6), tmp_path)
+    spread = Backbone.load(folder, precision, device_map="balanced", num_layers=2)
+    whole = Backbone.load(folder, precision, "cuda:0")
     assert len(spread.placement.devices) == torch.cuda.device_count()
     assert spread.device.index == torch.cuda.device_count() - 1
     for num_layers in (1, 2):

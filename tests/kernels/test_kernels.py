@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from memories import assert_same
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
@@ -18,7 +19,7 @@ from fastmem_pl.backbone import GradientFactors
 from fastmem_pl.backbone.ffn import DeltaProduct
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.kernels import adamw, gate, loss
-from fastmem_pl.memory.delta import DeltaAdamW, squared_norm
+from fastmem_pl.memory.delta import DeltaAdamW
 
 STRONG = {"steps": 4, "learning_rate": 1e-3, "kl_coeff": 0.3}
 
@@ -68,13 +69,6 @@ def test_adamw_is_adamw(monkeypatch, tokens, rows, columns, from_zero):
         optimizer.step()
 
 
-def test_norm_of_factors_is_the_norm_of_their_product():
-    torch.manual_seed(0)
-    factors = GradientFactors(torch.randn(3, 9, 20), torch.randn(3, 9, 30))
-    expected = (factors.outer.transpose(1, 2) @ factors.inner).square().sum((1, 2))
-    torch.testing.assert_close(squared_norm(factors), expected)
-
-
 def test_gate_is_its_formula():
     torch.manual_seed(0)
     given = [torch.randn(3, 7, 50, requires_grad=i > 1) for i in range(4)]
@@ -112,9 +106,7 @@ def test_loss_is_its_formula(vocabulary, size):
         assert found[1].tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize(
-    ("family", "num_layers"), [("llama", 1), ("llama", 2), ("gemma2", 1), ("gpt2", 1), ("phi3", 2)]
-)
+@pytest.mark.parametrize(("family", "num_layers"), [("llama", 2), ("gemma2", 1), ("gpt2", 1), ("phi3", 2)])
 def test_memorizing_with_kernels_is_memorizing_without(make_tiny, contexts, monkeypatch, family, num_layers):
     settings = {**STRONG, "num_layers": num_layers, "optimizer_state": "float32"}
     tiny, contexts = make_tiny(family), contexts[1:3]
@@ -123,16 +115,9 @@ def test_memorizing_with_kernels_is_memorizing_without(make_tiny, contexts, monk
     monkeypatch.setattr(adamw, "_factored_adamw", _Spy(adamw._factored_adamw, called))
     monkeypatch.setattr(kernels, "usable", lambda device, dtype: True)
     found = Memorizer(tiny, **settings)(contexts)
-    matrices = len(found.deltas[0])
-    assert len(called) == matrices * STRONG["steps"] * num_layers
-    for one, other in zip(found.curves, plain.curves, strict=True):
-        assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-4)
-        assert one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-6)
-        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
-        assert one.kl[0] == 0.0
-    for one, other in zip(found.deltas, plain.deltas, strict=True):
-        for name in one:
-            assert (one[name] - other[name]).norm() / other[name].norm() < 1e-3, name
+    assert len(called) == len(found.deltas[0]) * STRONG["steps"] * num_layers
+    assert [curve.kl[0] for curve in found.curves] == [0.0, 0.0]
+    assert_same(found, plain)
 
 
 def test_factors_do_not_accumulate(tiny):

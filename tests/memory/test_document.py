@@ -53,16 +53,19 @@ def test_parts_of_a_document_add_up(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_sequential_goes_on_from_window_to_window(make_tiny, num_layers):
-    backbone = make_tiny("llama")
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_sequential_goes_on_from_window_to_window(make_tiny, family, num_layers):
+    backbone = make_tiny(family)
+    before = snapshot(backbone)
     memorizer = Memorizer(backbone, num_layers=num_layers, **STRONG)
     fit = DocumentFit(memorizer, TEXT, replace(SMALL, policy="sequential"))
     assert fit.num_updates == 4 * len(fit.encoded)
     assert list(fit.run()) == list(range(1, fit.num_updates + 1))
     memory = fit.memory()
     groups = [[part] for part in fit.encoded]
-    expected, _ = plain_fit(backbone, groups, num_layers=num_layers, **STRONG)
+    expected = plain_fit(backbone, groups, num_layers=num_layers, **STRONG)[0]
     torch.testing.assert_close(curve_of(memory), expected, rtol=5e-3, atol=1e-4)
+    assert_untouched(backbone, before)
 
 
 def test_windows_give_every_token_one_loss(tiny):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_untouched, snapshot
 from lightning.pytorch import Trainer
-from memories import plain_fit
+from memories import assert_same, plain_fit
 from torch.utils.data import DataLoader
 
 from fastmem_pl import MemorizationModule, MemorizationSettings, Memorizer
@@ -22,24 +22,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STRONG = {"steps": 6, "learning_rate": 1e-3, "kl_coeff": 0.3}
 
 
-def assert_same(one, other, rtol=1e-4):
-    for name in ("cross_entropy", "kl", "grad_norm"):
-        found = torch.tensor([getattr(c, name) for c in one.curves])
-        expected = torch.tensor([getattr(c, name) for c in other.curves])
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-6)
-    for found, expected in zip(one.deltas, other.deltas, strict=True):
-        for name in found:
-            # Adam's first steps divide by the gradient's size: where that is near 0, rounding decides.
-            error = (found[name] - expected[name]).norm() / expected[name].norm()
-            assert error < 1e-3, name
-
-
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_equals_the_published_algorithm(tiny, contexts, num_layers):
-    memorizer = Memorizer(tiny, num_layers=num_layers, **STRONG)
+@pytest.mark.parametrize(
+    ("family", "changed", "num_layers"),
+    [("llama", {}, 1), ("llama", {}, 2), ("gemma2", {"final_logit_softcapping": 2.0}, 1)],
+    ids=str,
+)
+def test_equals_the_published_algorithm(make_tiny, contexts, family, changed, num_layers):
+    backbone = make_tiny(family, **changed)
+    memorizer = Memorizer(backbone, num_layers=num_layers, **STRONG)
     memory = memorizer(contexts)
     for row, context in enumerate(contexts):
-        expected, deltas = plain_fit(tiny, [[memorizer.encode(context)]], num_layers=num_layers, **STRONG)
+        expected, deltas, _ = plain_fit(
+            backbone, [[memorizer.encode(context)]], num_layers=num_layers, **STRONG
+        )
         curve = memory.curves[row]
         found = torch.tensor([curve.cross_entropy, curve.kl, curve.grad_norm]).T
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
@@ -48,18 +43,23 @@ def test_equals_the_published_algorithm(tiny, contexts, num_layers):
             assert (delta - wanted).norm() / wanted.norm() < 2e-3
 
 
-def test_deltas_are_nearer_to_float64_than_edited_float32_weights(tiny, contexts):
+def test_deltas_are_nearer_to_float64_than_edited_float32_weights_which_rounded_ones_follow(tiny, contexts):
     # At the paper's learning rate updates are some hundred rounding steps of a float32 weight or less.
     settings = {"steps": 10, "learning_rate": 1e-5, "kl_coeff": 0.1}
-    memorizer = Memorizer(tiny, **settings)
+    memorizer, rounding = (Memorizer(tiny, **settings) for _ in range(2))
+    rounding.module_class = RoundWeights
     encoded = memorizer.encode(contexts[1])
-    _, exact = plain_fit(tiny, [[encoded]], **settings, dtype=torch.float64)
-    _, edited = plain_fit(tiny, [[encoded]], **settings)
-    (ours,) = memorizer.fit([encoded]).deltas
-    for name, wanted, rounded in zip(("gate", "up", "down"), exact, edited, strict=True):
+    exact = plain_fit(tiny, [[encoded]], **settings, dtype=torch.float64)[1]
+    edited = plain_fit(tiny, [[encoded]], **settings)[1]
+    (ours,), (rounded,) = (fitting.fit([encoded]).deltas for fitting in (memorizer, rounding))
+    for name, wanted, by_float32 in zip(("gate", "up", "down"), exact, edited, strict=True):
         error = (ours[name][0] - wanted).norm() / wanted.norm()
         assert error < 2e-3
-        assert error < (rounded - wanted).norm() / wanted.norm()
+        assert error < (by_float32 - wanted).norm() / wanted.norm()
+        base = tiny.tail().ffns[0].base_weights[name]
+        assert torch.equal((base + rounded[name]) - base, rounded[name])
+        assert (rounded[name][0] - by_float32).norm() < 0.5 * (ours[name][0] - by_float32).norm()
+        # Measured: 2.1e-6 for gate, less for the others, with one thread as with two.
         assert ours[name][0].norm().item() == pytest.approx(wanted.norm().item(), rel=3e-6)
 
 
@@ -117,25 +117,6 @@ def test_a_token_without_probability_leaves_the_loss_finite(tiny):
     assert ce.item() == pytest.approx(expected.item(), rel=1e-5)
     assert kl.isfinite().all()
     assert change.isfinite().all()
-
-
-def test_soft_cap_gradient(make_tiny, contexts):
-    memorizer = Memorizer(make_tiny("gemma2", final_logit_softcapping=2.0), **STRONG)
-    batch = memorizer.prepare([memorizer.encode(context) for context in contexts])
-    tail = memorizer.backbone.tail()
-    torch.manual_seed(0)
-    reference = batch.hidden
-    hidden = (reference + 0.1 * torch.randn_like(reference)).requires_grad_(True)
-    kl_coeff = torch.full((len(contexts),), 0.3)
-    total, _, _ = objective.SoftTargetLoss.apply(hidden, tail, batch, kl_coeff, True)
-    (written,) = torch.autograd.grad(total.sum(), hidden)
-    log_p = tail.finish_logits(tail.raw_logits(hidden)).log_softmax(-1)
-    p_0 = tail.finish_logits(tail.raw_logits(reference)).log_softmax(-1)
-    per_token = F.nll_loss(log_p, batch.labels, reduction="none") + 0.3 * (p_0.exp() * (p_0 - log_p)).sum(-1)
-    expected_total = (per_token * batch.weights).sum()
-    (by_autograd,) = torch.autograd.grad(expected_total, hidden)
-    torch.testing.assert_close(total.sum(), expected_total, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(written, by_autograd, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -242,20 +223,6 @@ def test_adaptive_kl_follows_the_controller_of_each_sample(tiny, contexts):
     constant = Memorizer(tiny, **STRONG)(contexts[:1])
     assert constant.curves[0].kl_coeff == []
     assert "kl_coeff" not in constant.curves[0].as_dict()
-
-
-def test_rounded_weights_are_those_of_edited_float32_weights(tiny, contexts):
-    settings = {"steps": 10, "learning_rate": 1e-5, "kl_coeff": 0.1}
-    rounding = Memorizer(tiny, **settings)
-    rounding.module_class = RoundWeights
-    encoded = rounding.encode(contexts[1])
-    _, edited = plain_fit(tiny, [[encoded]], **settings)
-    (rounded,) = rounding.fit([encoded]).deltas
-    (exact,) = Memorizer(tiny, **settings).fit([encoded]).deltas
-    for name, wanted in zip(("gate", "up", "down"), edited, strict=True):
-        base = tiny.tail().ffns[0].base_weights[name]
-        assert torch.equal((base + rounded[name]) - base, rounded[name])
-        assert (rounded[name][0] - wanted).norm() < 0.5 * (exact[name][0] - wanted).norm()
 
 
 @pytest.mark.parametrize("kind", [DeltaAdamW, RoundedAdamW])

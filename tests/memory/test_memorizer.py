@@ -20,7 +20,6 @@ from fastmem_pl import (
     Memory,
     answer,
 )
-from fastmem_pl.memory import ContextReader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,36 +107,3 @@ def test_ones_own_loss_moves_a_memory(backbone, memory: Memory, whose: str) -> N
     found = module.losses(prepared).cross_entropy.item()
     with replace(memory, deltas=module.memory().deltas).attached(backbone):
         assert found == pytest.approx(loss_of(backbone.model, memorizer.encode(TEXT)), rel=1e-4)
-
-
-@pytest.mark.parametrize("further", [{}, {"num_layers": 2}, {"kl_target": 0.01}], ids=str)
-def test_snapshots_are_separate_fits(tiny, contexts, further):
-    rows = [
-        MemorizationSettings(learning_rate=rate, kl_coeff=kl, **further)
-        for rate, kl in ((1e-4, 0.1), (3e-3, 0.1), (3e-3, 1.0))
-    ]
-    memorizer = Memorizer(tiny, **further)
-    encoded = memorizer.encode(contexts[2])
-    for steps, memory in ContextReader(memorizer, encoded).snapshots(rows, [2, 5]):
-        for row, own in enumerate(rows):
-            alone = Memorizer(tiny, replace(own, steps=steps)).fit([encoded])
-            for name in ("cross_entropy", "kl", "grad_norm"):
-                found, expected = getattr(memory.curves[row], name), getattr(alone.curves[0], name)
-                assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
-            assert_deltas(memory.rows([row]), alone, 1e-3)
-    assert memory.settings["learning_rate"] == [1e-4, 3e-3, 3e-3]
-
-
-def test_a_row_that_failed_stays_failed(tiny, contexts):
-    """Its delta is answered with as zero, but not trained on from there."""
-    memorizer = Memorizer(tiny)
-    rows = [MemorizationSettings(learning_rate=rate) for rate in (1e30, 1e-3)]
-    encoded = memorizer.encode(contexts[2])
-
-    def curves(stops):
-        *_, (_, memory) = ContextReader(memorizer, encoded).snapshots(rows, stops)
-        assert [status.split(":")[0] for status in memory.status] == ["failed", "ok"]
-        assert not any(delta[0].any() for layer in memory.deltas for delta in layer.values())
-        return [curve.as_dict() for curve in memory.curves]
-
-    assert curves([2, 4]) == curves([4])
