@@ -1,8 +1,7 @@
 """A KV cache of fixed size, written to in place, so that a CUDA graph finds keys and values again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ class FixedCache(Cache):
         super().__init__(layers=layers)
 
     @classmethod
-    def continuing(cls, cache: Cache, room: int, position: Tensor, length: int) -> FixedCache:
+    def continuing(cls, cache: Cache, room: int, position: Tensor, length: int) -> Self:
         """Copy a cache that has read ``length`` tokens into ``room`` slots."""
 
         def slots(tensor: Tensor) -> Tensor:
@@ -60,9 +59,9 @@ class FixedCache(Cache):
 
         return cls(cache, slots, position)
 
-    def rows(self, index: Tensor, position: Tensor) -> FixedCache:
+    def rows(self, index: Tensor, position: Tensor) -> Self:
         """A copy with some rows only."""
-        return FixedCache(self, lambda tensor: tensor.index_select(0, index.to(tensor.device)), position)
+        return type(self)(self, lambda tensor: tensor.index_select(0, index.to(tensor.device)), position)
 
     def move(self) -> None:
         """Go on to the next slot, to which the position that the cache was made with has moved."""

@@ -3,8 +3,6 @@
 System turns that a template injects on its own are left out, as the paper uses none.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 A family is recognized by the attribute names of its blocks, never by the model's name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

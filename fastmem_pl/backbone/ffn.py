@@ -1,7 +1,5 @@
 """One frozen feed-forward network that can be applied with per-sample weight deltas."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

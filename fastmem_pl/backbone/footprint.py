@@ -1,11 +1,9 @@
 """How much memory a batch takes beside the weights, and how much there is."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -37,7 +35,7 @@ class Footprint:
         reference: int,
         float32_state: bool = False,
         kv_shards: int = 1,
-    ) -> Footprint:
+    ) -> Self:
         """Count for the device of a tail, whose weights need not be loaded, and of ``num_blocks``.
 
         ``reference``: bytes of a label token's reference prediction. ``float32_state``: deltas and moments

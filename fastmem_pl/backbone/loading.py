@@ -3,8 +3,6 @@
 A GGUF file is dequantized once and the result kept as a plain safetensors folder in the cache.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

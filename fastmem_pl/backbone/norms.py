@@ -3,8 +3,6 @@
 In bfloat16 the one kernel rounds once, the spelled-out form twice.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

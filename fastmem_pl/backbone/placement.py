@@ -4,13 +4,11 @@ Batches and memories are with the trained blocks, the final norm and the LM head
 Accelerate's ``infer_auto_device_map`` balances weights, not what a batch has left beside them (docs/LOG.md).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.hooks import remove_hook_from_submodules
@@ -136,7 +134,7 @@ class Reserve:
         device: torch.device,
         samples: int,
         tokens: int,
-    ) -> Reserve:
+    ) -> Self:
         """Count for ``samples`` of ``tokens`` each; the rest as :func:`device_plan`."""
         weights, products = precision
         tail = Tail(anatomy, num_layers, products, torch.device("meta"))
@@ -234,7 +232,7 @@ class Placement:
     tail: torch.device
 
     @classmethod
-    def of(cls, model: Any, anatomy: Anatomy) -> Placement:
+    def of(cls, model: Any, anatomy: Anatomy) -> Self:
         """Look where parameters are."""
         entry = model.get_input_embeddings().weight.device
         blocks = [_device_of(f"block {i}", [block], entry) for i, block in enumerate(anatomy.blocks)]

@@ -3,8 +3,6 @@
 The trained feed-forward networks and the head stay in the compute type; all below them only has to be run.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

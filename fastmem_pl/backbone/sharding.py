@@ -4,12 +4,10 @@ The plan is the model's own, of transformers. The tail's weights are put togethe
 process computes the same tail from the same residual stream.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.utils import patch_environment
@@ -30,7 +28,7 @@ class Shards:
     kv: int = 1
 
     @classmethod
-    def of(cls, model: Any) -> Shards:
+    def of(cls, model: Any) -> Self:
         """Look at the parameters."""
         count = next((p.device_mesh.size() for p in model.parameters() if is_sharded(p)), 1)
         return cls(count, count if count > 1 and _shares_heads(model.tp_plan) else 1)

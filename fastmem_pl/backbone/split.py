@@ -5,13 +5,11 @@ that FFN's contribution, and the FFN's input; both are constant while the FFN is
 cache. The tail is the rest: the trained FFN, blocks above it, the final norm and the LM head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,21 +34,21 @@ class TailInputs:
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
     early: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def last(self) -> TailInputs:
+    def last(self) -> Self:
         """Keep the last position only; with blocks above the FFN, which attend to all, keep all."""
         return self if self.calls else self._each(lambda tensor: tensor[:, -1:])
 
-    def expand(self, rows: int) -> TailInputs:
+    def expand(self, rows: int) -> Self:
         """One sample's inputs as those of ``rows``, in the same memory."""
         return self._each(lambda tensor: tensor.expand(rows, -1, -1), self.calls)
 
-    def rows(self, index: Tensor) -> TailInputs:
+    def rows(self, index: Tensor) -> Self:
         """Pick rows, repeats allowed; of the trunk's results, not of blocks above the first trained FFN."""
         return self._each(lambda tensor: tensor[index])
 
-    def _each(self, change: Callable[[Tensor], Tensor], calls: Sequence[Any] = ()) -> TailInputs:
+    def _each(self, change: Callable[[Tensor], Tensor], calls: Sequence[Any] = ()) -> Self:
         early = {number: change(hidden) for number, hidden in self.early.items()}
-        return TailInputs(change(self.residual), change(self.ffn_input), calls, early)
+        return type(self)(change(self.residual), change(self.ffn_input), calls, early)
 
 
 class Trunk:

@@ -1,7 +1,5 @@
 """``fastmem ask``: questions to a memory file, answered as they come."""
 
-from __future__ import annotations
-
 import json as json_format
 import sys
 import unicodedata

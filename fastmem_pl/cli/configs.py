@@ -1,7 +1,5 @@
 """Configs: packaged names and YAML files become one mapping of settings, for every command."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

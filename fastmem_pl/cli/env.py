@@ -1,7 +1,5 @@
 """``fastmem env``: what a bug report should say about the machine and the installation."""
 
-from __future__ import annotations
-
 import importlib
 import json as json_format
 import os

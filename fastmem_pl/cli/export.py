@@ -1,7 +1,5 @@
 """``fastmem export``: a memory file becomes an adapter, a checkpoint, or a smaller file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """``fastmem memorize``: a text becomes a memory file."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import time

@@ -1,7 +1,5 @@
 """What the commands on single memories share: the options of the model, and texts from files."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Mapping

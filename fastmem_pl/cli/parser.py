@@ -1,7 +1,5 @@
 """Parsers of the commands: jsonargparse with one-line errors, and functions as commands."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json

@@ -1,7 +1,5 @@
 """``fastmem report`` and ``fastmem compare``: results of runs as a page, and as tables in the terminal."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``fastmem tasks``: the tasks with their prompts."""
 
-from __future__ import annotations
-
 from fastmem_pl.base.errors import unknown
 
 

@@ -1,7 +1,5 @@
 """Which samples go through the model together: of like length, and as many as there is room for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

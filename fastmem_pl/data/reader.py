@@ -1,7 +1,5 @@
 """Reading a JSON list or JSON Lines file, with the line of every record for messages."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,8 +3,6 @@
 Prompts and record formats follow the published evaluation (IAAR-Shanghai/FastMem, ``src/utils.py``).
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

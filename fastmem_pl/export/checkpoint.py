@@ -1,7 +1,5 @@
 """A memory merged into its model, as a folder for plain transformers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What an export states about itself, and the measure of what it loses."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

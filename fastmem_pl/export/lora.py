@@ -1,7 +1,5 @@
 """A memory as a LoRA adapter that PEFT loads."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal

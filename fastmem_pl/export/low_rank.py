@@ -1,7 +1,5 @@
 """The best low-rank forms of a memory's deltas, and the smallest rank that keeps what it says."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path

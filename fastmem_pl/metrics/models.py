@@ -1,7 +1,5 @@
 """Scores of summaries that a model of their own computes, in batches, once all answers are known."""
 
-from __future__ import annotations
-
 import os
 import re
 from abc import ABC, abstractmethod

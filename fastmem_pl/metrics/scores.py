@@ -1,7 +1,5 @@
 """Scores of one answer; each is the mean over samples in the table."""
 
-from __future__ import annotations
-
 import re
 import string
 import unicodedata

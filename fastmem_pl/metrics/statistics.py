@@ -1,7 +1,5 @@
 """Means with standard errors, and what differs between two methods on the same samples; tests by scipy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The samples of a report as its page browses them: context, prompt, and all answers side by side."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

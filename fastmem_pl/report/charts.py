@@ -1,7 +1,5 @@
 """The charts of a report, each with its numbers as a table."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable

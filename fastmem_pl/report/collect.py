@@ -1,7 +1,5 @@
 """Runs side by side as one table of answers: which are compared with which, by method and data set."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """A report of run folders: its tables, one HTML page, and the tables as Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path

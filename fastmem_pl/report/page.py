@@ -1,7 +1,5 @@
 """One HTML page from tables, charts and samples: it loads nothing, and what models wrote stays text."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

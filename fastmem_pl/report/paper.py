@@ -1,7 +1,5 @@
 """Results that the paper published, for runs whose settings are the paper's (arXiv 2406.16069)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One run folder as a report reads it: its records, its settings, and the data it answered about."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tables as rows of texts: those of scores are built here, and shown in the terminal and as Markdown."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Results in the terminal: the tables of a run or a comparison, and samples where methods differ."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """What a search looks at: axes and their values, the points that they make, and which answers are missing."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import math

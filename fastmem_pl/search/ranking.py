@@ -1,7 +1,5 @@
 """From the records of a search to a ranking of its points, and what to doubt in it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
