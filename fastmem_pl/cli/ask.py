@@ -1,8 +1,8 @@
 """``fastmem ask``: questions to a memory file, answered as they come."""
 
 import json as json_format
+import re
 import sys
-import unicodedata
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -114,7 +114,9 @@ def _show(
     if with_question:
         print(f"Q: {question}")
     for piece in pieces:
-        print(_printable(piece), end="", flush=True)
+        # A stranger's memory may say anything: nothing that a terminal would act on.
+        shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", piece) if sys.stdout.isatty() else piece
+        print(shown, end="", flush=True)
     print("\n" if with_question else "", flush=True)
 
 
@@ -155,10 +157,3 @@ def _read_questions(path: str) -> list[str]:
             except ValueError as error:
                 raise FastMemError(f"{path}, line {number + 1}: {error}") from None
     return list(filter(None, questions))
-
-
-def _printable(text: str) -> str:
-    """A text without what a terminal would act on: a stranger's memory may say anything."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)

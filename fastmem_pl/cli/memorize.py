@@ -86,8 +86,7 @@ def memorize(
             target = free_name(target)
         memory.save(target, form=form, text=not no_text)
     if not quiet:
-        for line in _summary(fit, memory, target, form, time.perf_counter() - start):
-            print(line)
+        _print_summary(fit, memory, target, form, time.perf_counter() - start)
     if stopped:
         print(f"fastmem: stopped; {target} holds the updates so far", file=sys.stderr)
     return 130 if stopped else 0
@@ -128,17 +127,17 @@ def _interruptible(fit: DocumentFit) -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _summary(fit: DocumentFit, memory: Memory, out: Path, form: str, seconds: float) -> Iterator[str]:
+def _print_summary(fit: DocumentFit, memory: Memory, out: Path, form: str, seconds: float) -> None:
     curve, windows = memory.curve, memory.windows
     policy = "" if windows["count"] == 1 else f" in {windows['count']} windows ({windows['policy']})"
-    yield f"{out}: {out.stat().st_size:,} bytes, {form}"
-    yield f"{fit.num_tokens} tokens{policy}, {len(curve.cross_entropy)} updates, {seconds:.1f} s"
+    print(f"{out}: {out.stat().st_size:,} bytes, {form}")
+    print(f"{fit.num_tokens} tokens{policy}, {len(curve.cross_entropy)} updates, {seconds:.1f} s")
     if curve.cross_entropy:
-        yield (
+        print(
             f"cross-entropy {curve.cross_entropy[0]:.3f} -> {curve.cross_entropy[-1]:.3f}, KL "
             f"{curve.kl[-1]:.4f} (nats a token, before the last update)"
         )
     if form != "float32":
         error = relative_error(memory.deltas, Memory.load(out).deltas)
-        yield f"{form} changes the memory by {error:.2%} (relative error of the deltas)"
-    yield f'ask it: fastmem ask {out} "..."'
+        print(f"{form} changes the memory by {error:.2%} (relative error of the deltas)")
+    print(f'ask it: fastmem ask {out} "..."')

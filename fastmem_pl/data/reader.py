@@ -14,7 +14,7 @@ _DEMO = Path(__file__).parent / "demo"
 PACKAGED = {"demo": _DEMO / "conflicts.jsonl", "long": _DEMO / "long.jsonl"}
 """Data files that come with the package, by the name that ``data.path`` takes."""
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE, _IN_LIST = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
 
 
 def data_file(name: str | Path) -> Path:
@@ -81,9 +81,12 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise FastMemError(f"data.path: {path} is not UTF-8 text (byte {error.start})") from None
     decoder = json.JSONDecoder()
-    start = _skip(text, 0)
-    in_list = text[start : start + 1] == "["
-    position, line, counted = _skip(text, start + in_list), 1, 0
+
+    def mistake(position: int, what: str) -> FastMemError:
+        return FastMemError(f"{path}, line {text.count(chr(10), 0, position) + 1}: {what}")
+
+    opening = re.match(r"[ \t\r\n]*(\[?)[ \t\r\n]*", text)
+    in_list, position, line, counted = opening[1] == "[", opening.end(), 1, 0
     while position < len(text) and not (in_list and text[position] == "]"):
         line += text.count("\n", counted, position)
         counted = position
@@ -93,22 +96,11 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             where = f" (found on line {error.lineno})" if error.lineno != line else ""
             raise FastMemError(f"{path}, line {line}: not valid JSON: {error.msg}{where}") from None
         yield line, value
-        position = _skip(text, position)
-        if in_list and text[position : position + 1] == ",":
-            position = _skip(text, position + 1)
-        elif in_list and text[position : position + 1] != "]":
-            raise FastMemError(f"{path}, line {_line(text, position)}: expected ',' or ']' after a record")
+        between = (_IN_LIST if in_list else _SPACE).match(text, position)
+        position = between.end()
+        if in_list and not between[1] and text[position : position + 1] != "]":
+            raise mistake(position, "expected ',' or ']' after a record")
     if in_list and position == len(text):
-        raise FastMemError(f"{path}, line {_line(text, position)}: the list does not end with ']'")
-    if in_list:
-        end = _skip(text, position + 1)
-        if end < len(text):
-            raise FastMemError(f"{path}, line {_line(text, end)}: there is more after the list's ']'")
-
-
-def _skip(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()
-
-
-def _line(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
+        raise mistake(position, "the list does not end with ']'")
+    if in_list and (end := _SPACE.match(text, position + 1).end()) < len(text):
+        raise mistake(end, "there is more after the list's ']'")

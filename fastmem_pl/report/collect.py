@@ -126,8 +126,9 @@ class Comparison:
             label = self.datasets[place].label
             for system, answers in memories[memories["dataset"] == place].groupby("system", sort=False):
                 whole = [r["curve"] for r in answers["record"] if r.get("curve") and r.get("status") == "ok"]
-                found[f"{label} · {system}" if system else label] = [c for c in whole if c["cross_entropy"]]
-        return {label: curves for label, curves in found.items() if curves}
+                if curves := [curve for curve in whole if curve["cross_entropy"]]:
+                    found[f"{label} · {system}" if system else label] = curves
+        return found
 
 
 def collect(paths: Sequence[str | Path], data: str | Path | None = None, contexts: bool = True) -> Comparison:
@@ -140,7 +141,10 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
     for place, path in enumerate(resolved):
         if path in resolved[:place]:
             raise FastMemError(f"{paths[place]} is given twice")
-    runs = [read_run(Path(path), label) for path, label in zip(paths, _labels(resolved), strict=True)]
+    # Folder names, with as many parents as tell them apart.
+    options = (["/".join(path.parts[-depth:]) for path in resolved] for depth in count(1))
+    labels = next(labels for labels in options if len(set(labels)) == len(labels))
+    runs = [read_run(Path(path), label) for path, label in zip(paths, labels, strict=True)]
     if data is not None and not Path(data).is_file():
         raise FastMemError(f"--data: no such file: {data}")
     if contexts:
@@ -153,12 +157,6 @@ def collect(paths: Sequence[str | Path], data: str | Path | None = None, context
     answers = _answers(runs, datasets)
     scores = pd.DataFrame([r["scores"] for r in answers["record"]], index=answers.index, dtype=float)
     return Comparison(runs, datasets, answers, scores)
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """Folder names, with as many parents as tell them apart."""
-    options = (["/".join(path.parts[-depth:]) for path in paths] for depth in count(1))
-    return next(labels for labels in options if len(set(labels)) == len(labels))
 
 
 def _systems(runs: Sequence[ReportRun]) -> dict[str, str]:

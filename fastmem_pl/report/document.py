@@ -166,8 +166,7 @@ def html(comparison: Comparison, title: str) -> str:
 def markdown(comparison: Comparison, title: str) -> str:
     """The tables as Markdown."""
     facts, tables = _facts(comparison.runs), all_tables(comparison)
-    lines = notices(comparison)
-    return render("tables.md", title=title, facts=facts, notices=lines, tables=tables) + "\n"
+    return render("tables.md", title=title, facts=facts, notices=notices(comparison), tables=tables) + "\n"
 
 
 def is_ours(path: Path) -> bool:

@@ -63,14 +63,23 @@ def render_page(**page: Any) -> str:
     style, script = (
         "\n".join((FOLDER / n).read_text("utf-8") for n in names) for names in (_STYLES, _SCRIPTS)
     )
+    charts = []
+    for chart in page["charts"]:
+        prefix = re.sub(r"[^\w-]", "-", chart.id)
+        svg = _REMOVED.sub("", chart.svg[max(chart.svg.find("<svg"), 0) :])
+        charts.append((chart, _ID.sub(rf"\g<1>{prefix}-", svg)))
+    browser = page["browser"]
+    data = json.dumps(browser, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     html = render(
         "page.html",
         page=page,
         style=style,
         script=script,
         policy=_POLICY.format(script=_digest(script), style=_digest(style)),
-        charts=[(chart, _inline_svg(chart)) for chart in page["charts"]],
-        data=_embedded_json(page["browser"]) if page["browser"].get("samples") else "",
+        charts=charts,
+        data=_UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", data)
+        if browser.get("samples")
+        else "",
     )
     # A lone surrogate, half a character that a model or a file broke, cannot be written as UTF-8.
     return html.encode("utf-8", "replace").decode("utf-8")
@@ -78,16 +87,3 @@ def render_page(**page: Any) -> str:
 
 def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _inline_svg(chart: Chart) -> str:
-    """Return a chart's SVG without what would reach the rest of the page: styles, and ids used twice."""
-    svg = chart.svg[max(chart.svg.find("<svg"), 0) :]
-    prefix = re.sub(r"[^\w-]", "-", chart.id)
-    return _ID.sub(lambda match: f"{match[1]}{prefix}-", _REMOVED.sub("", svg))
-
-
-def _embedded_json(data: dict[str, Any]) -> str:
-    """Return data as JSON that can stand in a script element."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -151,7 +151,16 @@ class SearchSettings:
             if not values:
                 raise FastMemError(f"{where}.{name}: empty; give one value or more, or leave the axis out")
             for value in values:
-                _check_value(model, name, value, where)
+                if AXES[name].whole and not float(value).is_integer():
+                    raise FastMemError(f"{where}.{name}: {value} is no whole number")
+                if name == "steps" and value < 1:
+                    raise FastMemError(f"{where}.steps: {int(value)} is out of range; allowed: at least 1")
+                settings = model.memorization if AXES[name].group == "memorize" else model.decoding
+                try:
+                    replace(settings, **{name: AXES[name].tidy(value)})
+                except FastMemError as error:
+                    # Its message begins with the setting's path under model.
+                    raise FastMemError(f"{where}.{str(error).split('.', 2)[-1]}") from None
             if len(set(values)) < len(values):
                 raise FastMemError(f"{where}.{name}: a value stands twice in {list(values)}")
         _check_objective(self.objective, model, samples)
@@ -197,19 +206,6 @@ def missing(
     wanted = [None, *points]
     todo = {s.index: [point for point in wanted if key_of(point) not in done[s.index]] for s in samples}
     return {index: left for index, left in todo.items() if left}
-
-
-def _check_value(model: FastMemModule, name: str, value: float, where: str) -> None:
-    if AXES[name].whole and not float(value).is_integer():
-        raise FastMemError(f"{where}.{name}: {value} is no whole number")
-    if name == "steps" and value < 1:
-        raise FastMemError(f"{where}.steps: {int(value)} is out of range; allowed: at least 1")
-    settings = model.memorization if AXES[name].group == "memorize" else model.decoding
-    try:
-        replace(settings, **{name: AXES[name].tidy(value)})
-    except FastMemError as error:
-        # Its message begins with the setting's path under model.
-        raise FastMemError(f"{where}.{str(error).split('.', 2)[-1]}") from None
 
 
 def _check_objective(objective: str, model: FastMemModule, samples: Sequence[ContextSample]) -> None:

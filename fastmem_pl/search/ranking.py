@@ -83,7 +83,13 @@ def rank(
     larger grid, are left out. ``ranges`` are those of a search by trials.
     """
     by_key = {key_of(point): dict(point) for point in points}
-    table = _table(records, objective)
+    rows = []
+    for record in (record for record in records if objective in record["scores"]):
+        scores = {**record["scores"], "output_words": record["output_words"]}
+        about = record["index"], key_of(record["point"]), scores[objective], scores
+        rows.append((*about, record["status"] != "ok", sum(record["seconds"].values())))
+    columns = ["index", "key", "value", "scores", "failed", "seconds"]
+    table = pd.DataFrame(rows, columns=columns).sort_values("index")
     zero_shot = table[table["key"].isna()].set_index("index")
     pairs = table[table["key"].isin(by_key) & table["index"].isin(zero_shot.index)]
     if pairs.empty:
@@ -106,17 +112,6 @@ def rank(
     ranges = dict(ranges) if ranges else None
     warnings = _warnings(objective, axes, ranked, ranges)
     return Ranking(objective, axes, Baseline(**_results(zero_shot)), ranked, warnings, ranges)
-
-
-def _table(records: Sequence[Mapping[str, Any]], objective: str) -> pd.DataFrame:
-    """One row a record with the objective, in the order of the data."""
-    rows = []
-    for record in (record for record in records if objective in record["scores"]):
-        scores = {**record["scores"], "output_words": record["output_words"]}
-        about = record["index"], key_of(record["point"]), scores[objective], scores
-        rows.append((*about, record["status"] != "ok", sum(record["seconds"].values())))
-    columns = ["index", "key", "value", "scores", "failed", "seconds"]
-    return pd.DataFrame(rows, columns=columns).sort_values("index")
 
 
 def _results(rows: pd.DataFrame) -> dict[str, Any]:
