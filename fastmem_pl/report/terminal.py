@@ -3,9 +3,8 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,8 +23,17 @@ def print_run(path: str | Path, console: Console | None = None) -> None:
     groups = metrics["groups"]
     for group, methods in groups.items():
         console.print(rich_table(method_table(methods, group if len(groups) > 1 else "")))
-    for line in _comparison_lines(next(iter(groups.values()))):
-        console.print(line)
+    # Changes against zero-shot; a score is left out where it says the same as the one before.
+    for method, entry in next(iter(groups.values())).items():
+        shown = None
+        for name in ("accuracy", "contained"):
+            test = entry["against_zero_shot"].get(name)
+            if test and test != shown:
+                shown = test
+                console.print(
+                    f"{method} against zero-shot, {find_score(name).label}: {test['gained']} samples gained, "
+                    f"{test['lost']} lost, {format_p(test['p_value'])} ({test['test']})"
+                )
     records = [record for _, record in read_records(path / "predictions.jsonl")]
     for line in notices_of(records, metrics["num_samples"]):
         console.print(line, style="yellow")
@@ -48,22 +56,6 @@ def print_comparison(tables: Sequence[PageTable], notices: Sequence[str], consol
 def make_console(width: int = 120) -> Console:
     """A console on standard output; as wide as given where that is a file."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width, highlight=False)
-
-
-def _comparison_lines(methods: Mapping[str, Any]) -> list[str]:
-    """Changes against zero-shot; a score is left out where it says the same as the one before."""
-    lines = []
-    for method, entry in methods.items():
-        shown = None
-        for name in ("accuracy", "contained"):
-            test = entry["against_zero_shot"].get(name)
-            if test and test != shown:
-                shown = test
-                lines.append(
-                    f"{method} against zero-shot, {find_score(name).label}: {test['gained']} samples gained, "
-                    f"{test['lost']} lost, {format_p(test['p_value'])} ({test['test']})"
-                )
-    return lines
 
 
 def _print_differences(records: Sequence[Record], console: Console) -> None:
