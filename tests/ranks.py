@@ -18,17 +18,18 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import make_module
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 from transformers.utils import logging
 
-from fastmem_pl import BackboneSettings, FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer
+from fastmem_pl import FastMemDataModule, FastMemError, FastMemTrainer
 from fastmem_pl.base.errors import FailedElsewhereError
-from fastmem_pl.decoding import DecodingSettings
-from fastmem_pl.memory import MemorizationSettings
 
 METHODS = 3
 
@@ -68,16 +69,12 @@ def main(model: str, data: str, run_dir: str, given: str) -> int:
     options = json.loads(given)
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    fast = {
-        "backbone": BackboneSettings(source=model, **options.get("backbone", {})),
-        "memorize": MemorizationSettings(steps=3, learning_rate=1e-2, max_context_tokens=60),
-        "decode": DecodingSettings(max_new_tokens=6, **options.get("decode", {})),
-    }
+    fast = {"steps": 3, "learning_rate": 1e-2, "max_context_tokens": 60, "max_new_tokens": 6}
     gate = [Gate(Path(options["gate"]))] if "gate" in options else None
     usual = {"accelerator": "cpu", "enable_progress_bar": False, "callbacks": gate}
     try:
         trainer = FastMemTrainer(**usual, **options.get("trainer", {}))
-        module = FastMemModule(**fast, **options.get("model", {}))
+        module = make_module(model, **fast, **options.get("model", {}))
         samples = FastMemDataModule("qa", data, **{"batch_size": 1, **options.get("data", {})})
         getattr(trainer, options.get("mode", "fit_predict"))(module, samples, run_dir)
     except FastMemError as error:
@@ -88,13 +85,13 @@ def main(model: str, data: str, run_dir: str, given: str) -> int:
 
 
 class Forked:
-    """What of :class:`subprocess.Popen` is needed here, of a fork that runs :func:`main`."""
+    """What of :class:`subprocess.Popen` is needed here, of a fork that does some work."""
 
-    def __init__(self, arguments: list[str], variables: dict[str, str], output: int) -> None:
+    def __init__(self, work: Callable[[], int], variables: dict[str, str], output: int | None = None) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            _in_fork(arguments, variables, output)
+            _in_fork(work, variables, output)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -111,17 +108,18 @@ class Forked:
             os.kill(self.pid, number)
 
 
-def _in_fork(arguments: list[str], variables: dict[str, str], output: int) -> None:
+def _in_fork(work: Callable[[], int], variables: dict[str, str], output: int | None) -> None:
     status = 1
     try:
-        for descriptor in (1, 2):
-            os.dup2(output, descriptor)
-        sys.stdout, sys.stderr = (os.fdopen(one, "w", 1, closefd=False) for one in (1, 2))
+        if output is not None:
+            for descriptor in (1, 2):
+                os.dup2(output, descriptor)
+            sys.stdout, sys.stderr = (os.fdopen(one, "w", 1, closefd=False) for one in (1, 2))
         os.environ.clear()
         os.environ.update(variables)
         # Lightning's launcher would import everything anew.
-        subprocess.Popen = lambda command, env, cwd: Forked(arguments, env, 1)
-        status = main(*arguments)
+        subprocess.Popen = lambda command, env, cwd: Forked(work, env, 1)
+        status = work()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -184,7 +182,7 @@ class Jobs:
         output = self.root / f"job{len(self.started)}.txt"
         with open(output, "wb") as file:
             if launch is None:
-                process: Any = Forked(arguments, environment, file.fileno())
+                process: Any = Forked(lambda: main(*arguments), environment, file.fileno())
             else:
                 command = [*launch, __file__, *arguments]
                 process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=self.root)
@@ -286,6 +284,15 @@ def assert_same(folder: Path, expected: Path, before: Iterable[bytes] = ()) -> N
     assert {path.name for path in folder.iterdir()} == {path.name for path in expected.iterdir()}
 
 
+def assert_same_memories(folder: Path, expected: Path) -> None:
+    """The memories in a run folder are those of the other run."""
+    found, wanted = (sorted((path / "memories").iterdir()) for path in (folder, expected))
+    assert [path.name for path in found] == [path.name for path in wanted]
+    for ours, theirs in zip(map(load_file, found), map(load_file, wanted), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].equal(tensor) for name, tensor in theirs.items())
+
+
 def _timeless(path: Path) -> Any:
     """Content without what the machine, or the number of processes, may change."""
 
@@ -321,32 +328,22 @@ def fork_ranks(count: int, work: Callable[[int], Any], folder: Path) -> list[Any
         by rank, what it returned, the exception it raised as ``(type name, text)``, or minus the number of
         the signal that ended it.
     """
-    results = [folder / f"rank-{rank}.pickle" for rank in range(count)]
-    children = []
-    for rank, variables in enumerate(launched_by("torchrun", count, count)):
-        child = os.fork()
-        if child == 0:
-            os.environ.update({name: str(value) for name, value in variables.items()})
-            _run(work, rank, results[rank])
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return [
-        status if status else pickle.loads(path.read_bytes())
-        for status, path in zip(statuses, results, strict=True)
-    ]
 
-
-def _run(work: Callable[[int], Any], rank: int, path: Path) -> None:
-    try:
+    def keep(rank: int, path: Path) -> int:
         try:
             result = work(rank)
         except Exception as error:
             traceback.print_exc()
             result = (type(error).__name__, str(error))
         path.write_bytes(pickle.dumps(result))
-        os._exit(0)
-    finally:
-        os._exit(1)
+        return 0
+
+    found = {}
+    for rank, variables in enumerate(launched_by("torchrun", count, count)):
+        path = folder / f"rank-{rank}.pickle"
+        told = {name: str(value) for name, value in variables.items()}
+        found[path] = Forked(partial(keep, rank, path), {**os.environ, **told})
+    return [fork.wait() or pickle.loads(path.read_bytes()) for path, fork in found.items()]
 
 
 if __name__ == "__main__":

@@ -263,9 +263,7 @@ def pages(say) -> Callable[..., tuple[Document, str]]:
 
 
 @pytest.fixture
-def refused_small(
-    small: list[str], refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., str]:
+def refused_small(small: list[str], refused, tmp_path: Path, monkeypatch) -> Callable[..., str]:
     """The same for a command with the small options and others after them, in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
@@ -276,9 +274,7 @@ def refused_small(
 
 
 @pytest.fixture
-def run_methods(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., list[dict]]:
+def run_methods(tiny_folder: Path, tmp_path: Path, monkeypatch) -> Callable[..., list[dict]]:
     """Answer a task's records in `tmp_path`, with settings of the model by their own names and of the data as
     `data__NAME`; gives the records.
     """

@@ -127,26 +127,19 @@ class Searches:
         return self.root / f"run{next(self._count)}"
 
     def search(
-        self,
-        grid: Grid = SMALL,
-        family: str = "llama",
-        data: list[dict] = DATA,
-        run_dir: Path | None = None,
-        **settings: object,
+        self, grid: Grid = SMALL, family: str = "llama", run_dir: Path | None = None, **settings
     ) -> Path:
         """Run `fastmem search`; gives its folder."""
         folder = run_dir or self.fresh()
-        arguments = self.arguments(family, data, search__grid=grid, **settings)
+        arguments = self.arguments(family, search__grid=grid, **settings)
         assert main(["search", *arguments, "--run_dir", str(folder)]) == 0
         return folder
 
-    def records(
-        self, grid: Grid = SMALL, family: str = "llama", data: list[dict] = DATA, **settings: object
-    ) -> list[dict]:
+    def records(self, grid: Grid = SMALL, family: str = "llama", **settings: object) -> list[dict]:
         """Records of a search; made once."""
-        key = json.dumps([grid, family, data, settings], sort_keys=True, default=str)
+        key = json.dumps([grid, family, settings], sort_keys=True, default=str)
         if key not in self._searches:
-            self._searches[key] = read(self.search(grid, family, data, **settings))
+            self._searches[key] = read(self.search(grid, family, **settings))
         return self._searches[key]
 
     def fit_predict(

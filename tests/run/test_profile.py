@@ -1,6 +1,7 @@
 """Profiles: they add up, they change no result, and nothing that happens to them stops a run."""
 
 import errno
+import itertools
 import json
 import os
 from collections import Counter
@@ -43,6 +44,10 @@ def assert_adds_up(profile):
     assert sum(numbers["seconds"] for numbers in phases.values()) == pytest.approx(profile["wall_seconds"])
     assert sum(numbers["share"] for numbers in phases.values()) == pytest.approx(1)
     assert all(numbers["seconds"] >= 0 for numbers in phases.values())
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_shares_add_up_tokens_are_counted_and_results_stay(run, answers):
@@ -121,8 +126,7 @@ def test_trace_has_our_labels_of_a_few_batches(run, batch_size, batches, capfd):
 
 def test_memory_needs_a_gpu_and_says_so(run, caplog):
     assert files(run(profile=["memory"]).path) == ["profile.json"]
-    (said,) = [r.getMessage() for r in caplog.records if "memory is" in r.getMessage()]
-    assert "CUDA" in said
+    assert any("memory is" in message and "CUDA" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("kinds", [["memory"], ["trace", "memory"]])
@@ -155,7 +159,7 @@ def test_a_full_disk_costs_the_trace_only(run, records, monkeypatch, caplog, sil
         # As torch does: it writes what fits, and says nothing.
         Path(path).write_text('{"traceEvents": [')
         if not silently:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            full()
 
     monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", export)
     result = run(profile=["trace"])
@@ -168,10 +172,7 @@ def test_a_full_disk_costs_the_trace_only(run, records, monkeypatch, caplog, sil
 
 
 def test_a_full_disk_costs_the_profile_only(run, monkeypatch, caplog):
-    def write(path, write):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("fastmem_pl.run.profile.write_whole", write)
+    monkeypatch.setattr("fastmem_pl.run.profile.write_whole", full)
     result = run()
     assert result.profile["phases"]
     assert result.metrics == json.loads((result.path / "metrics.json").read_text())
@@ -209,7 +210,7 @@ def test_a_run_goes_on_with_or_without_a_profile(run, monkeypatch):
 
 
 def test_processes_gather_one_profile(run, tmp_path, answers):
-    expected = run(name="one", profile=None).path
+    expected = run(name="one", batch_size=1)
 
     def work(rank):
         return run(name="several", devices=2, batch_size=1, profile=["phases", "trace"]).profile
@@ -217,14 +218,13 @@ def test_processes_gather_one_profile(run, tmp_path, answers):
     found, path = fork_ranks(2, work, tmp_path), tmp_path / "several"
     profile = read_profile(path)
     assert found == [profile, profile]
-    assert [r["token_ids"] for r in answers(path)] == [r["token_ids"] for r in answers(expected)]
+    assert [r["token_ids"] for r in answers(path)] == [r["token_ids"] for r in answers(expected.path)]
     assert files(path) == ["profile.json", "trace-0.json", "trace-1.json"]
     assert_adds_up(profile)
     assert profile["environment"]["processes"] == 2
-    phases = profile["phases"]
-    assert phases["decode"]["tokens"] == sum(len(record["token_ids"]) for record in answers(path))
-    assert phases["memorize"]["samples"] == profile["num_samples"] == COUNT
-    assert profile["batch_sizes"] == {"1": COUNT}
+    for phase, unit in itertools.product(("memorize", "decode"), ("samples", "tokens")):
+        assert profile["phases"][phase][unit] == expected.profile["phases"][phase][unit] > 0
+    assert profile["batch_sizes"] == expected.profile["batch_sizes"] == {"1": COUNT}
 
 
 def test_seconds_are_those_of_the_slowest_and_tokens_those_of_all():
