@@ -46,12 +46,9 @@ def test_free_memory_bounds_automatic_batches(tiny, monkeypatch):
     assert module.budget.limits(answer).most(100) == 16
     assert module.budget.limits(answer, None, 250).most(100) == 2
     assert module.budget.limits(answer, 50).most(100_000) == 50
-
-
-def test_without_auto_batch_the_size_is_fixed(tiny):
-    module = make_module(auto_batch=False)
-    module.load_backbone("32-true", torch.device("cpu"), tiny)
-    assert module.budget.limits(100).most(10**9) == 8
+    fixed = make_module(auto_batch=False)
+    fixed.load_backbone("32-true", torch.device("cpu"), tiny)
+    assert fixed.budget.limits(100).most(10**9) == 8
 
 
 def test_usable_is_part_of_what_is_there():
