@@ -1,7 +1,8 @@
 # make demo   the main job on the packaged model     make test       the tests, in two processes (WORKERS=N)
-# make lint   style and imports                       make notebooks  execute the notebooks, keep their output
+# make lint   style and imports                       make test-all   the slow ones as well
 # make docs   build the documentation into site/     make serve-docs show it while you write
-# make wheel  build the wheel into dist/             make clean      remove what these made
+# make wheel  build the wheel into dist/             make notebooks  execute the notebooks, keep their output
+# make clean  remove what these made
 #
 # Each target makes .venv and installs what it needs when that is missing or out of date: for the demo what
 # running needs, for all others the tools of development as well.
@@ -10,14 +11,19 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs serve-docs notebooks wheel clean
+.PHONY: demo test test-all lint format docs serve-docs notebooks wheel clean
 
 demo: .venv/running
 	$(BIN)/fastmem fit-predict --config configs/demo.yaml --trainer.accelerator cpu
 
 # One thread each: spinning threads of two processes on few cores stop each other (docs/LOG.md).
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: .venv/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/installed
+	$(PYTEST)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

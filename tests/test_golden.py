@@ -31,6 +31,10 @@ DEFAULT_PATH = [
 ]
 
 
+# Those that `make test` runs, where the traces are.
+QUICK = ["edge__fastmem", "memotrap__fastmem_cd", "nqswap2__layer2_fastmem", "nqswap_icl2__fastmem"]
+
+
 def read_run(name):
     return json.loads((GOLDEN / "runs" / f"{name}.json").read_text())
 
@@ -44,7 +48,9 @@ def test_subset(demo, name, round_weights):
 
 @pytest.mark.demo
 @IN_SHARED
-@pytest.mark.parametrize("name", RUNS or ["none"])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS or ["none"]]
+)
 def test_run(demo, record_property, name):
     run = read_run(name)
     if run["settings"]["mixed_precision"] == "bf16":

@@ -68,6 +68,8 @@ class RoundWeights(MemorizationModule):
 class UnlimitedDoLa(DoLa):
     """DoLa without repetition penalty, and 399 tokens whatever max_new_tokens says."""
 
+    limit = 399
+
     def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
         super().__init__(settings, backbone)
         if settings.repetition_penalty is not None:
@@ -75,7 +77,7 @@ class UnlimitedDoLa(DoLa):
                 "model.decode.repetition_penalty: dola as published applies none; leave it out or drop "
                 "'dola-unlimited'"
             )
-        self.max_new_tokens, self.repetition_penalty = 399, 1.0
+        self.max_new_tokens, self.repetition_penalty = self.limit, 1.0
 
 
 class ContextRoundTrip(SampleEncoder):
