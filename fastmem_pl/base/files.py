@@ -103,9 +103,41 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def as_path(place: str | Path) -> Path:
+    """A path; of a URL that fsspec knows, such as ``s3://bucket/runs``, one with the same methods.
+
+    Raises:
+        FastMemError: without the packages that the URL needs.
+    """
+    if not isinstance(place, str):
+        return place
+    if "://" not in place:
+        return Path(place)
+    try:
+        from upath import UPath
+
+        path = UPath(place)
+        path.fs  # noqa: B018 (imports what the protocol needs)
+    except ImportError as error:
+        needed = 'pip install "fastmem-pl[ray]"' if error.name == "upath" else " ".join(str(error).split())
+        raise FastMemError(f"{place}: {needed}") from error
+    except ValueError as error:
+        raise FastMemError(f"{place}: {error}") from error
+    return path
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is that of a URL."""
+    return not isinstance(path, Path)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader, or a crash, finds the old content or the new."""
-    write_whole(path, lambda partial: _write_through(partial, content))
+    if is_remote(path):
+        # A store shows objects when they are whole.
+        path.write_bytes(to_bytes(content))
+    else:
+        write_whole(path, lambda partial: _write_through(partial, content))
 
 
 def free_name(path: Path) -> Path:

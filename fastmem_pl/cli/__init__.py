@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from fastmem_pl.base.configs import packaged_configs
@@ -47,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:
-        status = _run(arguments)
+        status = _command(arguments)()
         sys.stdout.flush()
         return status
     except FastMemError as error:
@@ -69,16 +70,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _run(arguments: list[str]) -> int:
+def _command(arguments: list[str]) -> Callable[[], int]:
+    """What runs the command with its options, and returns the exit status."""
     command, *options = arguments or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(_OVERVIEW.read_text(encoding="utf-8").replace("CONFIGS", _config_overview()))
-        return 0
+        return partial(_print, _OVERVIEW.read_text(encoding="utf-8").replace("CONFIGS", _config_overview()))
     if command == "--version":
         from importlib.metadata import version
 
-        print(f"fastmem-pl {version('fastmem-pl')}")
-        return 0
+        return partial(_print, f"fastmem-pl {version('fastmem-pl')}")
     if command not in COMMANDS:
         raise FastMemError(
             f"{command!r} is no command; allowed: {', '.join(COMMANDS)}{nearest(command, COMMANDS)}"
@@ -88,19 +88,16 @@ def _run(arguments: list[str]) -> int:
     module, _, name = COMMANDS[command].partition(":")
     function = getattr(importlib.import_module(f"fastmem_pl.cli.{module}"), name)
     if command in SAMPLE_COMMANDS:
-        return function([command, *options])
+        return partial(function, [command, *options])
 
     from fastmem_pl.cli.parser import CommandParser
 
-    try:
-        return CommandParser(command, function).run(options)
-    except (RuntimeError, MemoryError) as error:
-        from fastmem_pl.base.phases import is_out_of_memory
+    return partial(CommandParser(command, function).run, options)
 
-        if not is_out_of_memory(error):
-            raise
-        advice = "--precision bf16-true, --windows sequential with a smaller --window, or --device cpu"
-        raise FastMemError(f"out of memory; try {advice}") from error
+
+def _print(text: str) -> int:
+    print(text)
+    return 0
 
 
 def _resolve_profile(command: str, options: list[str]) -> list[str]:

@@ -52,8 +52,6 @@ class LightningParser(OneLineParser, LightningArgumentParser):
 class FastMemCLI(LightningCLI):
     """The methods of :class:`SearchTrainer` as commands."""
 
-    result: RunResult | SearchResult
-
     def subcommands(self) -> dict[str, set[str]]:
         """The method of the trainer that was asked for; parsers of the others cost half a second each."""
         return {name: {"model", "datamodule"} for name in self.parser_kwargs if name != "prog"}
@@ -88,10 +86,6 @@ class FastMemCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         self.trainer.config_text = parser.dump(self.config[self.subcommand], skip_none=False)
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        # Lightning looks for hooks named before_fit-predict, which no method can be called.
-        self.result = getattr(self.trainer, subcommand)(**self._prepare_subcommand_kwargs(subcommand))
-
 
 def run(arguments: list[str]) -> int:
     """Run a command with its options and print the results; returns the exit status."""
@@ -120,7 +114,7 @@ def run(arguments: list[str]) -> int:
         args=arguments,
     )
     if cli.trainer.global_rank == 0:
-        _print_result(cli.result, bool(cli.trainer.profile), arguments[1:])
+        _print_result(cli.trainer.result, bool(cli.trainer.profile), arguments[1:])
     return 0
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.data.batches import BatchLimits, plan
@@ -57,6 +57,7 @@ class FastMemDataModule(LightningDataModule):
         planner: called when the batches are wanted, to choose them (:meth:`skip`, :meth:`use_plan`): by then,
             the model is loaded and the processes have met.
         whole: let every process do all batches, as processes do that hold one model together.
+        remote: gets the batches where other processes answer them; what it returns is iterated over instead.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class FastMemDataModule(LightningDataModule):
         self._batches: list[list[ContextSample]] | None = None
         self.planner: Callable[[], None] | None = None
         self.whole = False
+        self.remote: Callable[[list[list[ContextSample]]], IterableDataset] | None = None
         # With few samples, some processes have none.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -144,6 +146,8 @@ class FastMemDataModule(LightningDataModule):
         if self._batches is None:
             limits = BatchLimits(self.batch_size or 8)
             self.use_plan(self.plan([len(sample.context) for sample in self.remaining], limits))
+        if self.remote is not None:
+            return DataLoader(self.remote(self._batches), batch_size=None, collate_fn=lambda item: item)
         share = {} if self.whole or self.trainer is None else self.trainer.distributed_sampler_kwargs or {}
         sampler = ShareSampler(self._batches, **share)
         return DataLoader(self._batches, batch_size=1, sampler=sampler, collate_fn=operator.itemgetter(0))

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.base.files import write_atomic
+from fastmem_pl.base.files import as_path, write_atomic
 from fastmem_pl.memory.attach import check_shapes
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings
 
@@ -115,7 +116,7 @@ def read(
 
 def read_header(path: str | Path, fingerprint: str | None = None) -> dict[str, str]:
     """The header of a memory file, checked, and read without its tensors."""
-    with _opened(path, fingerprint) as (file, _):
+    with _opened(path, fingerprint, whole=False) as (file, _):
         return file.metadata()
 
 
@@ -129,13 +130,12 @@ def other_model(what: str, made_with: str, fingerprint: str, other: str) -> Fast
 
 
 @contextmanager
-def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _opened(
+    path: str | Path, fingerprint: str | None, whole: bool = True
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The file and the values of its header; a ``ValueError`` while it is open counts as damage to it."""
     try:
-        # safe_open does not say what the system has against a file.
-        with open(path, "rb"):
-            pass
-        with safe_open(path, framework="pt") as file:
+        with _local(path, whole) as local, safe_open(local, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != "fastmem":
                 raise FastMemError(f"{path} is not a FastMem memory")
@@ -158,6 +158,22 @@ def _opened(path: str | Path, fingerprint: str | None) -> Iterator[tuple[Any, di
             f"memory {path} is damaged ({reason}), or no memory at all; give what fastmem memorize wrote, or "
             "memorize it again"
         ) from error
+
+
+@contextmanager
+def _local(path: str | Path, whole: bool) -> Iterator[str | Path]:
+    """The file, or of one behind a URL a copy that safetensors can map: ``whole``, or with a header alone."""
+    with as_path(path).open("rb") as file:
+        # safe_open does not say what the system has against a file.
+        if isinstance(path, str | Path):
+            yield path
+            return
+        with NamedTemporaryFile(suffix=".safetensors") as copy:
+            length = file.read(8)
+            copy.write(length + file.read(-1 if whole else int.from_bytes(length, "little")))
+            copy.truncate(path.stat().st_size)
+            copy.flush()
+            yield copy.name
 
 
 def _shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]], form: str) -> list[dict[str, tuple[int, ...]]]:

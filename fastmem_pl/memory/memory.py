@@ -17,6 +17,7 @@ from torch import Tensor
 from fastmem_pl.backbone import Backbone, find_anatomy, fingerprint_of
 from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.files import as_path
 from fastmem_pl.memory import files
 from fastmem_pl.memory.attach import attached, check_shapes, spread
 
@@ -222,7 +223,7 @@ class Memory:
             "context_hash": self.context_hashes[row],
             **extra,
         }
-        files.write(Path(path), tensors, {n: value for n, value in header.items() if value is not None})
+        files.write(as_path(path), tensors, {n: value for n, value in header.items() if value is not None})
 
     @classmethod
     def load(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from fastmem_pl.base.files import as_path
 from fastmem_pl.metrics import find_score, format_p, normalize_answer
 from fastmem_pl.report.runs import notices_of
 from fastmem_pl.report.table import PageTable, method_table, rich_table
@@ -18,7 +19,7 @@ from fastmem_pl.run.records import Record, read_records
 
 def print_run(path: str | Path, console: Console | None = None) -> None:
     """Print table, paired tests, run folder, and three samples where the methods differ."""
-    path, console = Path(path), console or make_console()
+    path, console = as_path(path), console or make_console()
     metrics = json.loads((path / "metrics.json").read_text())
     groups = metrics["groups"]
     for group, methods in groups.items():

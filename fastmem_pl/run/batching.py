@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +27,7 @@ _MOST_SAMPLES = {"cpu": 16, "other": 32}
 _SHORTEST = {"cpu": 0.5, "other": 0.0}
 _DEFAULT_SAMPLES = 8
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
 
 
 class MemoryBudget:
@@ -82,18 +82,15 @@ class MemoryBudget:
             fitting = self._footprint.samples_in(usable_bytes(device), tokens)
         return fitting
 
-    def in_halves(
-        self,
-        work: Callable[[Sequence[Item]], list[Result]],
-        items: Sequence[Item],
-        longest_row: Callable[[Sequence[Item]], int],
-    ) -> list[Result]:
-        """Do the work on a batch, in halves where it does not fit at once.
+    def attempts(
+        self, items: Sequence[Item], longest_row: Callable[[Sequence[Item]], int]
+    ) -> Iterator[Attempt]:
+        """Attempts at a batch, in order, each to be entered by ``with``: one, or those at halves of what did
+        not fit.
 
-        ``work`` returns the results of some items in their order, ``longest_row`` the tokens of their longest
-        row, answer included.
+        ``longest_row`` returns the tokens of the longest row of some items, answer included.
         """
-        waiting, results = [items], []
+        waiting = [items]
         while waiting:
             part = waiting.pop()
             cost = self._footprint.cost(len(part), longest_row(part))
@@ -101,42 +98,50 @@ class MemoryBudget:
             if self._too_much is None or len(part) == 1 or cost < self._too_much:
                 if cost > usable_bytes(self._backbone.device):
                     self._graphs.clear()
-                done = self._attempt(work, part)
-                if done is not None:
-                    results += done
+                # Graphs of earlier batches may be what is too much: without them, once more.
+                attempt = Attempt(part)
+                for _ in range(2 if self._graphs else 1):
+                    yield attempt
+                    if attempt.succeeded:
+                        break
+                    self._free()
+                if attempt.succeeded:
                     continue
-                # Processes that hold one model together must go on with the same batches.
-                if len(part) == 1 or not self._auto or self._backbone.shards.processes > 1:
-                    raise OutOfMemoryError(
-                        f"out of memory with {len(part)} sample(s) at once; lower --data.batch_size, "
-                        "--model.memorize.max_context_tokens or use --trainer.precision bf16-true; "
-                        "what was answered before stays, and the same command goes on from there"
-                    )
-                log.warning("out of memory with %d samples at once; trying %d", len(part), len(part) // 2)
-                self._too_much = cost
+                self._note_or_refuse(len(part), cost)
             half = len(part) // 2
             waiting += [part[half:], part[:half]]
-        return results
 
-    def _attempt(
-        self, work: Callable[[Sequence[Item]], list[Result]], part: Sequence[Item]
-    ) -> list[Result] | None:
-        """Do the work; when out of memory, again without recorded steps; ``None`` when it does not fit."""
-        for held in (bool(self._graphs), False):
-            try:
-                return work(part)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside the handler, so that the traceback no longer keeps the tensors alive.
-            self._graphs.clear()
-            gc.collect()
-            if self._backbone.device.type == "cuda":
-                torch.cuda.empty_cache()
-            # Graphs of earlier batches may have been what was too much.
-            if not held:
-                break
-        return None
+    def _free(self) -> None:
+        self._graphs.clear()
+        gc.collect()
+        if self._backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _note_or_refuse(self, samples: int, cost: float) -> None:
+        # Processes that hold one model together must go on with the same batches.
+        if samples == 1 or not self._auto or self._backbone.shards.processes > 1:
+            raise OutOfMemoryError(
+                f"out of memory with {samples} sample(s) at once; lower --data.batch_size, "
+                "--model.memorize.max_context_tokens or use --trainer.precision bf16-true; "
+                "what was answered before stays, and the same command goes on from there"
+            )
+        log.warning("out of memory with %d samples at once; trying %d", samples, samples // 2)
+        self._too_much = cost
+
+
+class Attempt:
+    """One attempt at some items; running out of memory ends it without an error."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._items = items
+        self.succeeded = False
+
+    def __enter__(self) -> Sequence[Any]:
+        return self._items
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        self.succeeded = error is None
+        return isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error)
 
 
 def halved_when_too_large(step: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -147,7 +152,11 @@ def halved_when_too_large(step: Callable[..., list[Any]]) -> Callable[..., list[
     """
 
     @functools.wraps(step)
-    def wrapped(self: Any, batch: Sequence[Any], batch_idx: int = 0) -> list[Any]:
-        return self.budget.in_halves(functools.partial(step, self), batch, self.longest_row)
+    def in_halves(self: Any, batch: Sequence[Any], batch_idx: int = 0) -> list[Any]:
+        results: list[Any] = []
+        for attempt in self.budget.attempts(batch, self.longest_row):
+            with attempt as part:
+                results += step(self, part)
+        return results
 
-    return wrapped
+    return in_halves

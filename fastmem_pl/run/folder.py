@@ -18,7 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastmem_pl.base.errors import FastMemError, RunStoppedError
-from fastmem_pl.base.files import write_atomic
+from fastmem_pl.base.files import as_path, is_remote, write_atomic
+from fastmem_pl.run.identity import differences
 from fastmem_pl.run.records import Record, append_records, as_line, merge_records, rescued
 
 SCHEMA_VERSION = 1
@@ -26,7 +27,7 @@ _MANIFEST = "run.json"
 # What a process that was killed before it had written the manifest can leave behind.
 _BEFORE_MANIFEST = re.compile(r"\.lock|\.fastmem-.+\.partial")
 # Named after a process: its rank, and random digits.
-_PART = re.compile(r"rank\d+-[0-9a-f]{8}\.jsonl")
+_PART = re.compile(r"rank\d+-[0-9a-f]{8,16}\.jsonl")
 
 
 class RunFolder:
@@ -46,7 +47,7 @@ class RunFolder:
         methods: Sequence[str],
         optional: Collection[str] = (),
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self.identity = json.loads(json.dumps(identity))
         self.methods = list(methods)
         self.id = secrets.token_hex(8)
@@ -57,6 +58,7 @@ class RunFolder:
         self._parts_path = self.path / "parts"
         self._written_to = self.predictions_path
         self._optional = optional
+        self._remote = is_remote(self.path)
         self._lock: FileLock | None = None
         self._found: Mapping[str, Any] = {}
         self._counted: dict[Path, tuple[int, int]] = {}
@@ -88,9 +90,7 @@ class RunFolder:
     def _check_ours(self) -> None:
         """Refuse a folder with files in it that no run has made: results would take the place of some."""
         try:
-            names = {path.name for path in self.path.iterdir()}
-        except FileNotFoundError:
-            return
+            names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         except NotADirectoryError:
             raise FastMemError(f"run_dir: {self.path} is a file; give a folder") from None
         except OSError as error:
@@ -124,6 +124,13 @@ class RunFolder:
             self.close()
             raise
 
+    def confirm(self, fingerprint: str) -> None:
+        """Note the fingerprint of the model that answers, where it is known late; refuse another run's."""
+        self.identity["model"]["fingerprint"] = fingerprint
+        self.check()
+        with self._writing(self._manifest_path):
+            write_atomic(self._manifest_path, self._manifest())
+
     def join(self, rank: int, run_id: str) -> None:
         """Write records to a file of this process alone, in a folder that the first process has opened."""
         self.id = run_id
@@ -141,7 +148,8 @@ class RunFolder:
 
     def append(self, records: Sequence[Record]) -> None:
         """Add the records of a batch; on disk when this returns."""
-        append_records(self._written_to, records, self.id, self._manifest_path)
+        path = self._parts_path / f"rank0-{secrets.token_hex(8)}.jsonl" if self._remote else self._written_to
+        append_records(path, records, self.id, self._manifest_path)
 
     def merge_parts(self) -> None:
         """Bring all records together in the order of the data; batches were formed by length.
@@ -163,7 +171,7 @@ class RunFolder:
         """Records so far, by the lines of all files; of the files only what is new is read."""
         for file in self._files():
             offset, count = self._counted.get(file, (0, 0))
-            with suppress(OSError), open(file, "rb") as opened:
+            with suppress(OSError), file.open("rb") as opened:
                 opened.seek(offset)
                 content = opened.read()
                 self._counted[file] = (offset + len(content), count + content.count(b"\n"))
@@ -207,6 +215,9 @@ class RunFolder:
             ) from error
 
     def _take_lock(self) -> None:
+        if self._remote:
+            # Stores have no locks.
+            return
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
@@ -218,33 +229,3 @@ class RunFolder:
             # A file system without locks: two processes in one folder go unnoticed there.
             return
         self._lock = lock
-
-
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], optional: Collection[str]) -> list[str]:
-    """List ``name: there X, here Y`` of every setting that differs; a raised limit is no difference."""
-    there, here = flatten(found), flatten(wanted)
-    lines = []
-    for name in sorted(there.keys() | here.keys()):
-        if name in optional and not (name in there and name in here):
-            continue
-        old, new = there.get(name), here.get(name)
-        grown = name == "data.limit" and old is not None and (new is None or new >= old)
-        if old != new and not grown:
-            if name == "data.file_hash":
-                lines.append("data.path: another file, or its content has changed")
-            elif name == "data.limit":
-                lines.append(f"{name}: there {old or 'all'}, here {new or 'all'}; it may be raised")
-            else:
-                lines.append(f"{name}: there {old!r}, here {new!r}")
-    return lines
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

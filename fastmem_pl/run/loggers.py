@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from fastmem_pl.base.errors import FastMemError, unknown
-from fastmem_pl.run.folder import flatten
+from fastmem_pl.run.identity import flatten
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 
 from fastmem_pl.backbone import Backbone, BackboneSettings, ChatEncoder, ChatSettings, normalize_precision
 from fastmem_pl.base.errors import FastMemError, OutOfMemoryError, RunStoppedError
+from fastmem_pl.base.files import as_path
 from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
-from fastmem_pl.data import TASKS, ContextSample
+from fastmem_pl.data import TASKS, BatchLimits, ContextSample
 from fastmem_pl.decoding import (
     BASELINE,
     DECODERS,
@@ -89,7 +90,7 @@ class FastMemModule(LightningModule):
         self.given_methods = list(methods)
         self.methods = select_methods(methods)
         self.given_memories = memories
-        self.memories = Path(memories) if memories else None
+        self.memories = as_path(memories) if memories else None
         self.strict, self.auto_batch = strict, auto_batch
         self.metric_models = {"bertscore_model": bertscore_model, "factkb_model": factkb_model}
         self.mode: Mode = "fit-predict"
@@ -283,6 +284,12 @@ class FastMemModule(LightningModule):
         """Load the model; Lightning calls it before every loop."""
         self.load_for(self.trainer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings alone: a copy in another process loads a model of its own."""
+        loaded = ("graphs", "memorizer", "budget", "_decoders", "encoder", "_encoded")
+        kept = {name: value for name, value in super().__getstate__().items() if name not in loaded}
+        return {**kept, "_backbone": None, "meter": PhaseMeter(torch.device("cpu"))}
+
     def load_for(self, trainer: Trainer) -> None:
         """Load the model on a trainer's device, in its precision."""
         device, calls = trainer.strategy.root_device, self.meter.calls
@@ -356,7 +363,7 @@ class FastMemModule(LightningModule):
             self.memories = run_memories
         elif mode == "predict":
             given = self.given_memories
-            self.memories = MemoryFolder.find(Path(given)).path if given else None
+            self.memories = MemoryFolder.find(as_path(given)).path if given else None
             if given is None and run_memories.is_dir():
                 self.memories = run_memories
             if self.memories is None:
@@ -370,8 +377,16 @@ class FastMemModule(LightningModule):
         """Leave the texts alone."""
         return batch
 
+    def limits(
+        self, batch_size: int | None, max_tokens: int | None, most: int | None, budget: float
+    ) -> BatchLimits:
+        """Bounds of a batch (:meth:`MemoryBudget.limits`), longest answers included."""
+        return self.budget.limits(self.longest_answer, batch_size, max_tokens, most, budget)
+
     def context_lengths(self, samples: Sequence[ContextSample]) -> list[int]:
-        """Tokens of each context, up to the limit."""
+        """Tokens of each context, up to the limit; characters, while no model is loaded."""
+        if not self.is_loaded:
+            return [len(sample.context) for sample in samples]
         if not samples:
             return []
         counts = self.backbone.chat.count_tokens([sample.context for sample in samples])
@@ -387,41 +402,3 @@ class FastMemModule(LightningModule):
             for sample in samples:
                 context_hash = self.encoder(sample).context_hash
                 folder.check(sample.index, sample.id, context_hash, self.backbone.fingerprint(), wanted)
-
-    def settings(self) -> dict[str, Any]:
-        """All settings, nested and plain, as a config file has them."""
-        return {
-            "backbone": asdict(self.loading),
-            "methods": self.given_methods,
-            "memorize": _plain(self.memorization),
-            "decode": _plain(self.decoding),
-            "chat": _plain(self.chat),
-            "memories": self.given_memories,
-            "strict": self.strict,
-            "auto_batch": self.auto_batch,
-            **self.metric_models,
-            "published_quirks": sorted(self.memory_quirks + self.answer_quirks),
-        }
-
-    def identity(self, answers: bool) -> dict[str, Any]:
-        """Settings that memories depend on and, with ``answers``, what answers depend on beside them."""
-        settings: dict[str, Any] = {
-            "backbone": {"source": self.loading.source, "quantization": self.loading.quantization},
-            "memorize": _plain(self.memorization),
-            "chat": {"template": self.chat.template},
-            "published_quirks": self.memory_quirks,
-        }
-        if answers:
-            settings["chat"] = _plain(self.chat)
-            settings["decode"] = _plain(self.decoding)
-            settings["methods"] = [method.name for method in self.methods]
-            settings["memories"] = self.given_memories
-            settings["answer_quirks"] = self.answer_quirks
-        return settings
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    """Fields of a settings class, as JSON and YAML know values."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()
-    }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmem_pl.base.errors import FastMemError, RunStoppedError
-from fastmem_pl.base.files import to_bytes, write_atomic
+from fastmem_pl.base.files import is_remote, to_bytes, write_atomic
 from fastmem_pl.base.hub import cache_dir
 
 Record = dict[str, Any]
@@ -76,7 +76,7 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]], run_id: str
     """Add the records of a batch; on disk when this returns.
 
     Args:
-        path: file of records.
+        path: file of records; of a URL, a new one, as stores cannot add to a file.
         records: to add.
         run_id: of the run, for the rescue folder.
         witness: file of the same folder: without it, the folder is another one (of a file system that is not
@@ -87,6 +87,9 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]], run_id: str
     try:
         witness.stat()
         path.parent.mkdir(exist_ok=True)
+        if is_remote(path):
+            write_atomic(path, content)
+            return
         with open(path, "ab") as file:
             size = file.tell()
             file.write(content)

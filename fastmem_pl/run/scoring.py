@@ -23,8 +23,10 @@ _CHUNK = 64
 _SAVE_EVERY = 30.0  # seconds
 
 
-def score_records(run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> list[str]:
-    """Add the scores of metric models to a run's records; ``score_models`` names the models.
+def score_records(
+    run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule, device: torch.device
+) -> list[str]:
+    """Add the scores of metric models, run on a device, to a run's records; ``score_models`` names them.
 
     A metric whose model cannot be had is left out with one line in the log; the others still come.
 
@@ -52,14 +54,14 @@ def score_records(run: RunFolder, model: FastMemModule, datamodule: FastMemDataM
         if not missing:
             continue
         try:
-            _score(name, source, missing, samples, model.backbone.device, lambda: run.replace(records))  # noqa: B023
+            _score(name, source, missing, samples, device, lambda: run.replace(records))  # noqa: B023
             added.append(name)
         except FastMemError as error:
             log.warning("%s", error)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("%s: out of memory on %s beside the language model", name, model.backbone.device)
+            log.warning("%s: out of memory on %s beside the language model", name, device)
         finally:
             run.replace(records)
     return added

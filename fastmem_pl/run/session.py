@@ -23,7 +23,7 @@ from fastmem_pl.run.loggers import RunLogging
 from fastmem_pl.run.predict import FastMemModule, Mode
 from fastmem_pl.run.profile import SCHEMA_VERSION as PROFILE_VERSION
 from fastmem_pl.run.profile import RunProfile, summarize
-from fastmem_pl.run.provenance import describe_run
+from fastmem_pl.run.provenance import Provenance
 from fastmem_pl.run.records import Record
 from fastmem_pl.run.scoring import score_records
 
@@ -105,11 +105,13 @@ class RunSession:
             log.warning(
                 "going on in %s: %d of %d samples are done", self._run.path, len(done), len(self._wanted)
             )
+        if self._trainer.pool is not None:
+            self._trainer.pool.plan(data, self._mode != "fit" and not self._run.metrics_path.is_file())
+            return
         device = model.backbone.device
         # Processes on a CPU have one memory, those with a GPU one each.
         sharing = ranks.on_this_node if device.type == "cpu" else 1
-        limits = model.budget.limits(
-            model.longest_answer,
+        limits = model.limits(
             data.batch_size,
             data.max_batch_tokens,
             math.ceil(self._new / (1 if data.whole else ranks.count)),
@@ -154,8 +156,8 @@ class RunSession:
     def finish(self) -> RunResult:
         """Once all processes are done, merge what they answered and write the metrics."""
         ranks, model = self._ranks, self._model
-        peaks = _highest(ranks.gather(model.meter.peak_gib()))
-        result = ranks.first(lambda: self._finish_fit() if self._mode == "fit" else self._results(peaks))
+        provenance = Provenance.joined(ranks.gather(self._trainer.provenance(model)))
+        result = ranks.first(lambda: self._finish_fit() if self._mode == "fit" else self._results(provenance))
         if self._profile is not None and (result.num_new or result.added_scores):
             measured = ranks.gather(self._profile.measured())
             result.profile = ranks.first(lambda: self._keep_profile(measured, result.num_new))
@@ -177,11 +179,11 @@ class RunSession:
             self._logging.add(_curves(headers))
         return RunResult(self._run.path, "fit", len(self._wanted), num_failed=failed, num_new=self._new)
 
-    def _results(self, peaks: dict[str, float]) -> RunResult:
+    def _results(self, provenance: Provenance | None) -> RunResult:
         run, total, new = self._run, len(self._wanted), self._new
         run.merge_parts()
         with self._model.meter.detail("scoring"):
-            added = score_records(run, self._model, self._data)
+            added = score_records(run, self._model, self._data, self._trainer.device_of(self._model))
         records = [record for record in run.records() if record["index"] in self._wanted]
         written = run.metrics_path.is_file()
         grown = bool(added) or (written and _lacks_scores(run.metrics(), records))
@@ -194,7 +196,7 @@ class RunSession:
         metrics = {
             "schema_version": SCHEMA_VERSION,
             "groups": aggregation.compute(),
-            **describe_run(self._model, run.identity, peaks, self._ranks.count),
+            **provenance.describe(run.identity, self._ranks.count),
             "num_samples": total,
             "seconds_of_last_session": round(time.perf_counter() - self._start, 2),
         }
@@ -214,7 +216,7 @@ class RunSession:
         path = self._run.path
         if not num_new and (path / "profile").is_dir():
             return {}
-        device = self._model.backbone.device
+        device = self._trainer.device_of(self._model)
         profile = {
             "schema_version": PROFILE_VERSION,
             "mode": self._mode,
@@ -225,12 +227,6 @@ class RunSession:
         }
         self._profile.keep(profile)
         return profile
-
-
-def _highest(peaks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Peaks of several processes: the highest by phase."""
-    names = dict.fromkeys(name for peak in peaks for name in peak)
-    return {name: max(peak.get(name, 0.0) for peak in peaks) for name in names}
 
 
 def _curves(headers: Mapping[int, Mapping[str, str]]) -> list[Record]:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.files import as_path, is_remote
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.run.callbacks import SampleProgress, StopOnSignal
-from fastmem_pl.run.folder import RunFolder, flatten
+from fastmem_pl.run.folder import RunFolder
+from fastmem_pl.run.identity import identity_of, only_of_answers, settings_of
 from fastmem_pl.run.loggers import select_loggers
+from fastmem_pl.run.pool import RayPool
 from fastmem_pl.run.predict import FastMemModule, Mode
 from fastmem_pl.run.profile import ProfileKind, RunProfile, check_kinds
+from fastmem_pl.run.provenance import Provenance
 from fastmem_pl.run.ranks import Ranks, check_launcher, end_with_first, one_may_be_gone
 from fastmem_pl.run.session import RunResult, RunSession
-
-# What no answer depends on.
-_DATA_FREE = {"batch_size", "max_batch_tokens", "path", "_instantiator"}
 
 
 class FastMemTrainer(Trainer):
@@ -36,6 +39,12 @@ class FastMemTrainer(Trainer):
             Memories are kept apart from the weights, so bfloat16 follows the float32 loss curve.
         devices: several share out the samples, each with the whole model; "[1]" picks the second GPU. For one
             model over several devices see model.backbone.device_map and model.backbone.tp_plan.
+        ray: answer on a Ray cluster, whose workers each hold the whole model: true for the cluster that
+            RAY_ADDRESS names, or else one that is started on this machine, or an address such as
+            ray://head:10001. Workers may come and go (docs/scaling.md); needs fastmem-pl[ray].
+        ray_workers: a number of workers, or "[least,most]" for a cluster that grows and shrinks; left out,
+            one for each GPU of the cluster, or one.
+        ray_gpus: GPUs of a worker, also a part of one; left out, 1 where the cluster has any.
         profile: measure where the time of fit-predict, fit or predict goes (phases), and the peak memory of
             each phase: RUN/profile/profile.json, and a table at the end. trace adds the operators of up to
             three batches (trace-*.json, for Perfetto); memory a history of what they allocate on a CUDA
@@ -53,12 +62,17 @@ class FastMemTrainer(Trainer):
 
     config_text: str | None = None
     """Resolved configuration to keep in the run folder; the command line sets it."""
+    result: Any = None
+    """What the last command returned: Lightning's command line drops it."""
 
     def __init__(
         self,
         *,
         precision: Literal["32-true", "bf16-mixed", "bf16-true", "32", "bf16"] = "32-true",
         devices: list[int] | str | int = 1,
+        ray: bool | str = False,
+        ray_workers: int | list[int] | None = None,
+        ray_gpus: float | None = None,
         profile: list[ProfileKind] | str | None = None,
         inference_mode: bool = False,
         logger: bool | Logger | list[Logger | str] | str | None = "csv",
@@ -85,6 +99,9 @@ class FastMemTrainer(Trainer):
         )
         self.profile = check_kinds(profile)
         self.ranks = Ranks(self.strategy)
+        self.pool = RayPool(ray, ray_workers, ray_gpus) if ray else None
+        if self.pool and self.profile:
+            raise FastMemError("trainer.profile: not with trainer.ray, whose workers are elsewhere")
 
     def fit_predict(
         self, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None = None
@@ -95,7 +112,9 @@ class FastMemTrainer(Trainer):
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
                 runs/ and the names of the configs.
         """
-        return self._run_samples("fit-predict", model, datamodule, run_dir)
+        with self._session("fit-predict", model, datamodule, run_dir) as step:
+            super().predict(step, datamodule=datamodule, return_predictions=False)
+        return self.result
 
     def fit(  # type: ignore[override]
         self, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None = None
@@ -106,7 +125,9 @@ class FastMemTrainer(Trainer):
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
                 runs/ and the names of the configs.
         """
-        return self._run_samples("fit", model, datamodule, run_dir)
+        with self._session("fit", model, datamodule, run_dir) as step:
+            super().predict(step, datamodule=datamodule, return_predictions=False)
+        return self.result
 
     def predict(  # type: ignore[override]
         self, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None = None
@@ -117,22 +138,31 @@ class FastMemTrainer(Trainer):
             run_dir: folder of the results; the same command goes on in it after a stop. Left out, it is
                 runs/ and the names of the configs.
         """
-        return self._run_samples("predict", model, datamodule, run_dir)
+        with self._session("predict", model, datamodule, run_dir) as step:
+            super().predict(step, datamodule=datamodule, return_predictions=False)
+        return self.result
 
-    def _run_samples(
+    @contextmanager
+    def _session(
         self, mode: Mode, model: FastMemModule, datamodule: FastMemDataModule, run_dir: str | None
-    ) -> RunResult:
+    ) -> Iterator[LightningModule]:
+        """What a command does before the loop over samples, which runs inside, and after it."""
         start = time.perf_counter()
         datamodule.setup()
-        path = Path(run_dir or Path("runs") / datamodule.task)
+        path = as_path(run_dir or f"runs/{datamodule.task}")
+        if self.profile and is_remote(path):
+            raise FastMemError("trainer.profile: its traces need files; give a folder as --run_dir")
         model.use_mode(mode, path / "memories")
         methods = [] if mode == "fit" else [method.name for method in model.methods]
-        run = self.prepare_run(path, self.identity(model, datamodule, bool(methods)), methods, model)
+        run = self.prepare_run(
+            path, identity_of(model, datamodule, str(self.precision), bool(methods)), methods, model
+        )
         profile = RunProfile(self.profile, start, path) if self.profile else None
         session = RunSession(self, run, mode, model, datamodule, start, profile)
         try:
-            self.run_loop(model, datamodule, session.plan, session.callbacks)
-            return session.finish()
+            with self.looping(model, model, datamodule, run, session.plan, session.callbacks) as step:
+                yield step
+            self.result = session.finish()
         finally:
             session.close()
 
@@ -159,11 +189,17 @@ class FastMemTrainer(Trainer):
                 "model.backbone.tp_plan: shards the model over several processes; give --trainer.devices N, "
                 "or start them with torchrun and say how many (--trainer.devices, --trainer.num_nodes)"
             )
+        if self.pool is not None and (self.ranks.count > 1 or loading.tp_plan is not None):
+            other = "trainer.devices" if self.ranks.count > 1 else "model.backbone.tp_plan"
+            raise FastMemError(
+                f"{other}: not with trainer.ray; its workers are as many as trainer.ray_workers"
+            )
+        if self.pool is not None:
+            self.pool.check()
         check_launcher(self.ranks.count)
         end_with_first(self.strategy)
         # `fit` answers nothing, and the fingerprint is known late.
-        only_answers = flatten(model.identity(True)).keys() - flatten(model.identity(False)).keys()
-        optional = {"model.fingerprint", "data.answer_prefix", *(f"model.{name}" for name in only_answers)}
+        optional = {"model.fingerprint", *only_of_answers(model)}
         run = RunFolder(path, identity, methods, optional)
         try:
             run.check()
@@ -178,12 +214,14 @@ class FastMemTrainer(Trainer):
 
     def open_run(self, run: RunFolder, model: FastMemModule, datamodule: FastMemDataModule) -> None:
         """Open the run folder once the model is loaded and all processes have met."""
-        run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
+        if self.pool is None:
+            run.identity["model"]["fingerprint"] = model.backbone.fingerprint()
         config = self.config_of(model, datamodule, run.path)
 
         def open_folder() -> str:
             run.check()
-            model.check_samples(datamodule.samples)
+            if self.pool is None:
+                model.check_samples(datamodule.samples)
             run.open(config)
             return run.id
 
@@ -191,18 +229,25 @@ class FastMemTrainer(Trainer):
         if self.ranks.rank > 0:
             run.join(self.ranks.rank, run_id)
 
-    def run_loop(
+    @contextmanager
+    def looping(
         self,
-        module: LightningModule,
+        model: FastMemModule,
+        step: LightningModule,
         datamodule: FastMemDataModule,
+        run: RunFolder,
         plan: Callable[[], None],
         callbacks: Sequence[Callback],
-    ) -> None:
-        """Run Lightning's predict loop; it ends early, with all on disk, when SIGTERM comes.
+    ) -> Iterator[LightningModule]:
+        """Prepare Lightning's predict loop, which runs inside and ends early, with all on disk, on SIGTERM.
+
+        Gives the module to loop with: ``step``, or what stands in for it where others do the work.
 
         Args:
-            module: whose predict step runs.
+            model: whose model answers.
+            step: whose predict step runs.
             datamodule: the samples.
+            run: folder of the results.
             plan: chooses the batches (``datamodule.use_plan``), once the model is loaded.
             callbacks: come before the trainer's own.
         """
@@ -213,21 +258,21 @@ class FastMemTrainer(Trainer):
         datamodule.planner = plan
         try:
             with one_may_be_gone():
-                super().predict(module, datamodule=datamodule, return_predictions=False)
+                if self.pool is None:
+                    yield step
+                else:
+                    with self.pool.loop(model, step, datamodule, str(self.precision), run.confirm) as remote:
+                        yield remote
         finally:
             self.callbacks, datamodule.planner = usual, None
 
-    def identity(self, model: FastMemModule, datamodule: FastMemDataModule, answers: bool) -> dict[str, Any]:
-        """Settings that the results depend on; memories depend on fewer than answers."""
-        data = {name: value for name, value in datamodule.hparams.items() if name not in _DATA_FREE}
-        data["file_hash"] = datamodule.file_hash()
-        if not answers:
-            del data["answer_prefix"]
-        return {
-            "model": model.identity(answers),
-            "data": data,
-            "trainer": {"precision": str(self.precision)},
-        }
+    def provenance(self, model: FastMemModule) -> Provenance | None:
+        """By what and where answers were made; ``None`` where a pool of workers had nothing to do."""
+        return Provenance.of(model) if self.pool is None else self.pool.provenance
+
+    def device_of(self, model: FastMemModule) -> torch.device:
+        """Where models of this process run."""
+        return model.backbone.device if model.is_loaded else self.strategy.root_device
 
     def config_of(self, model: FastMemModule, datamodule: FastMemDataModule, path: Path) -> str:
         """The settings as a config file: the command line's, or those that Python gave."""
@@ -235,7 +280,7 @@ class FastMemTrainer(Trainer):
             return self.config_text
         config = {
             "trainer": {"precision": str(self.precision)},
-            "model": model.settings(),
+            "model": settings_of(model),
             "data": {k: v for k, v in datamodule.hparams.items() if k != "_instantiator"},
             "run_dir": str(path),
         }

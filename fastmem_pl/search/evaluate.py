@@ -73,26 +73,27 @@ class SampleSearch:
 
     def run(self, todo: Sequence[Point | None]) -> list[Record]:
         """A record for every point, and for zero-shot where ``None`` is among them."""
-        rows: dict[tuple[float, float], list[Point]] = defaultdict(list)
+        by_settings: dict[tuple[float, float], list[Point]] = defaultdict(list)
         for point in filter(None, todo):
-            rows[point["learning_rate"], point["kl_coeff"]].append(point)
+            by_settings[point["learning_rate"], point["kl_coeff"]].append(point)
         # Rows that go on longest first, so that those of one chunk stop at the same steps.
-        ordered = sorted(rows.values(), key=lambda row: -max(p["steps"] for p in row))
+        ordered = sorted(by_settings.values(), key=lambda row: -max(p["steps"] for p in row))
         self._num_rows, self._num_points = len(ordered), len(todo)
         budget, tokens = self._model.budget, self._encoded.longest + self._model.longest_answer
         records: list[Record] = []
         if None in todo:
-            records += budget.in_halves(self._answer_zero_shot, [None], lambda rows: tokens)
+            for attempt in budget.attempts([None], lambda rows: tokens):
+                with attempt as points:
+                    records += self._answers(METHODS[BASELINE], None, 0.0, points)
         while ordered:
             most = min(_MOST_ROWS, budget.rows_that_fit(tokens, len(ordered)))
             if self._model.backbone.device.type == "cpu":
                 most = min(most, _CPU_TOKENS // len(self._encoded.context.input_ids))
             chunk, ordered = ordered[: max(1, most)], ordered[max(1, most) :]
-            records += budget.in_halves(self._answer_rows, chunk, lambda rows: tokens)
+            for attempt in budget.attempts(chunk, lambda rows: tokens):
+                with attempt as rows:
+                    records += self._answer_rows(rows)
         return records
-
-    def _answer_zero_shot(self, points: Sequence[None]) -> list[Record]:
-        return self._answers(METHODS[BASELINE], None, 0.0, points)
 
     def _answer_rows(self, rows: Sequence[Sequence[Point]]) -> list[Record]:
         """Memorize with the settings of every row, and answer wherever points stop on the way."""

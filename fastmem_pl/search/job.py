@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from fastmem_pl.base.errors import RunStoppedError
 from fastmem_pl.base.files import write_atomic
@@ -21,8 +21,8 @@ from fastmem_pl.decoding import BASELINE
 from fastmem_pl.metrics import METRIC_MODELS, format_score
 from fastmem_pl.run.callbacks import PredictionWriter, SampleProgress
 from fastmem_pl.run.folder import SCHEMA_VERSION
+from fastmem_pl.run.identity import identity_of
 from fastmem_pl.run.predict import FastMemModule
-from fastmem_pl.run.provenance import describe_run
 from fastmem_pl.run.records import Record
 from fastmem_pl.run.scoring import score_records
 from fastmem_pl.run.trainer import FastMemTrainer
@@ -34,7 +34,7 @@ from fastmem_pl.search.summary import heat_map, markdown
 log = logging.getLogger(__name__)
 
 RESULTS = ("search.json", "search.md", "heatmap.svg", "best.yaml")
-_MEASURED = ("seconds_of_last_session", "peak_memory_gib", "environment")
+_MEASURED = ("model", "seconds_of_last_session", "peak_memory_gib", "environment", "settings")
 
 
 @dataclass
@@ -67,7 +67,10 @@ class SearchJob:
 
     def _identity(self) -> dict[str, Any]:
         """What records depend on; a folder may hold the points of several grids, but of one study only."""
-        settings, identity = self.settings, self.trainer.identity(self.model, self.datamodule, answers=True)
+        settings, identity = (
+            self.settings,
+            identity_of(self.model, self.datamodule, str(self.trainer.precision), True),
+        )
         axes = settings.optuna.space if settings.optuna else {*MEMORY_AXES, *settings.grid}
         for name in axes:
             del identity["model"][AXES[name].group][name]
@@ -103,6 +106,8 @@ class SearchJob:
             left, lengths = len(data.remaining), model.context_lengths(data.remaining)
             data.use_plan(ranks.first(lambda: data.plan(lengths, BatchLimits(1))))
             self.num_new += new
+            if self.trainer.pool is not None:
+                self.trainer.pool.plan(data, not (self.path / "search.json").is_file(), BatchLimits(1))
 
             def count() -> int:
                 return len(self.samples) - left + (self.run.count_lines() - there) * left // max(1, new)
@@ -111,12 +116,14 @@ class SearchJob:
                 bar.count = count if ranks.count > 1 else None
 
         callbacks = [PredictionWriter(self.run), *([callback] if callback else [])]
-        self.trainer.run_loop(search, data, plan, callbacks)
-        model.graphs.clear()
+        with self.trainer.looping(model, search, data, self.run, plan, callbacks) as step:
+            Trainer.predict(self.trainer, step, datamodule=data, return_predictions=False)
+        if model.is_loaded:
+            model.graphs.clear()
 
     def scored_records(self) -> list[Record]:
         """Records of the samples that are searched on, with the scores that need a model of their own."""
-        score_records(self.run, self.model, self.datamodule)
+        score_records(self.run, self.model, self.datamodule, self.trainer.device_of(self.model))
         wanted = {sample.index for sample in self.samples}
         return [record for record in self.run.records() if record["index"] in wanted]
 
@@ -132,8 +139,9 @@ class SearchJob:
             "method": self.settings.chosen_method().name,
             "ranking": ranking.as_dict(),
             **({"study": study} if study else {}),
-            **describe_run(self.model, self.run.identity),
         }
+        if provenance := self.trainer.provenance(self.model):
+            content |= provenance.describe(self.run.identity)
         if self.num_new:
             content["seconds_of_last_session"] = round(time.perf_counter() - self._start, 2)
         elif summary.is_file():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.files import as_path, is_remote
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.run.predict import FastMemModule
@@ -38,14 +37,18 @@ class SearchTrainer(FastMemTrainer):
             search.check(model, datamodule.samples)
             self._check_for_search(model, search)
             model.use_methods([BASELINE, search.chosen_method().name])
-            path = Path(run_dir or f"runs/search-{datamodule.task}")
+            path = as_path(run_dir or f"runs/search-{datamodule.task}")
+            if is_remote(path):
+                raise FastMemError(f"run_dir: {path} is a URL; a search needs a folder, also a shared one")
             job = SearchJob(self, model, datamodule, search, path)
             if search.optuna is None:
-                return search_grid(job)
-            # Imports Optuna, an extra.
-            from fastmem_pl.search.trials import search_by_trials
+                self.result = search_grid(job)
+            else:
+                # Imports Optuna, an extra.
+                from fastmem_pl.search.trials import search_by_trials
 
-            return search_by_trials(job)
+                self.result = search_by_trials(job)
+        return self.result
 
     # LightningCLI calls the attribute named like the subcommand. A method called `search` could not have a
     # parameter `search`: jsonargparse names a group of options after each.

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.metrics import METRIC_MODELS, find_score
-from fastmem_pl.run.folder import differences
+from fastmem_pl.run.identity import differences
 from fastmem_pl.run.records import Record, merge_records
 from fastmem_pl.search.evaluate import SearchModule
 from fastmem_pl.search.grid import AXES, OptunaSettings, key_of, missing
@@ -64,7 +64,8 @@ def search_by_trials(job: SearchJob) -> SearchResult:
                     _check(optuna.load_study(study_name=settings.study, storage=storage), job, url)
         try:
             # The study may lie in the run folder, and needs neither loop nor other processes.
-            job.model.load_for(job.trainer)
+            if job.trainer.pool is None:
+                job.model.load_for(job.trainer)
             job.trainer.open_run(run, job.model, job.datamodule)
             with _connected(url) as storage:
                 return _search(job, _open_study(job, url, storage), url)

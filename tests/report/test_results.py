@@ -15,6 +15,7 @@ from fastmem_pl.report.collect import collect
 from fastmem_pl.report.document import dataset_table, markdown, overview, result_tables
 from fastmem_pl.report.paper import PUBLISHED, published
 from fastmem_pl.report.runs import flat_settings
+from fastmem_pl.run.identity import model_identity
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -24,7 +25,7 @@ def paper_settings(*configs):
     settings = {}
     for path in config_paths([",".join(("base", *configs))]):
         settings |= flat_settings(yaml.safe_load(Path(path).read_text()).get("model", {}))
-    flat = flat_settings(make_module(**{**settings, "backbone": LLAMA}).identity(True))
+    flat = flat_settings(model_identity(make_module(**{**settings, "backbone": LLAMA}), True))
     return flat | {"backbone": flat.pop("source"), "methods": ["zero-shot", "fastmem"]}
 
 

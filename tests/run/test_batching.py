@@ -2,38 +2,30 @@
 
 import itertools
 import json
-import random
 
 import psutil
 import pytest
 import torch
 from conftest import make_module
 from lightning.pytorch.callbacks import Callback
+from runs import ALL_METHODS, read, write
+from search_runs import assert_same_curve, words
 
-from fastmem_pl import FastMemDataModule, FastMemError, FastMemTrainer, Memorizer, Memory
+from fastmem_pl import FastMemDataModule, FastMemTrainer, Memorizer, Memory
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.run.batching import MemoryBudget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STRONG = {"steps": 3, "learning_rate": 0.01}
-METHODS = ["zero-shot", "cad", "dola", "fastmem", "fastmem+cd", "fastmem+cad", "fastmem+dola"]
 DRAWN = {"temperature": 1.3, "top_p": 0.95, "repetition_penalty": 1.3, "seed": 5}
 TWO = {"methods": ["zero-shot", "fastmem"]}
-
-
-def sentence(length, seed):
-    """Words of just so many bytes."""
-    letters = random.Random(seed)
-    return f"A{''.join(letters.choice('abcdefghij klmno pqrst uvwxyz ') for _ in range(length - 2))}."
-
-
 # Contexts of 4 to 350 tokens, a byte each, in no order; two of them are of one length.
 LENGTHS = (40, 4, 350, 90, 15, 300, 6, 41, 150, 9, 90, 25)
 UNEQUAL = [
-    {"context": sentence(length, i), "question": f"what is {i}", "answers": [sentence(3, i)]}
+    {"context": words(length, i), "question": f"what is {i}", "answers": [words(3, i)]}
     for i, length in enumerate(LENGTHS)
 ]
-EQUAL = [{"context": sentence(30, i), "question": "what is it", "answer": "a"} for i in range(10)]
+EQUAL = [{"context": words(30, i), "question": "what is it", "answer": "a"} for i in range(10)]
 
 
 class Killed(BaseException):
@@ -72,17 +64,12 @@ class Runs:
 
     def __call__(self, data=UNEQUAL, name="run", command="fit_predict", watch=None, source=(), **settings):
         """Records of a run; ``source``: settings of the data."""
-        path = self.folder / "data.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in data))
-        callbacks = [watch] if watch else []
-        trainer = FastMemTrainer(
-            accelerator="cpu", enable_progress_bar=False, logger=False, callbacks=callbacks
-        )
+        path, folder = write(self.folder / "data.jsonl", data), self.folder / name
+        usual = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False}
+        trainer = FastMemTrainer(callbacks=[watch] if watch else [], **usual)
         datamodule = FastMemDataModule("qa", str(path), **dict(source))
-        folder = self.folder / name
         self.result = getattr(trainer, command)(self.module(**settings), datamodule, run_dir=str(folder))
-        lines = [] if command == "fit" else (folder / "predictions.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return [] if command == "fit" else read(folder)
 
 
 @pytest.fixture
@@ -110,38 +97,34 @@ def assert_same(found, expected, but=("seconds",)):
     assert places[0] == places[1]
     for ours, other in zip(found, expected, strict=True):
         assert ours.keys() == other.keys()
-        for field in ours.keys() - set(but):
-            if field == "curve" and other["curve"]:
-                for name, values in other["curve"].items():
-                    assert ours["curve"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
-            else:
-                assert ours[field] == other[field], (field, ours["index"], ours["method"])
+        for field in ours.keys() - {"curve", *but}:
+            assert ours[field] == other[field], (field, ours["index"], ours["method"])
+        if "curve" not in but:
+            assert_same_curve(ours["curve"], other["curve"])
 
 
 @pytest.mark.parametrize("source", [{"batch_size": 12}, {"max_batch_tokens": 330}, {}], ids=str)
 def test_batching_changes_neither_answers_nor_curves_nor_order(run, alone, source):
-    expected = alone(methods=METHODS)
+    expected = alone(methods=ALL_METHODS)
     for method in ("zero-shot", "fastmem", "fastmem+cd"):
         answers = {tuple(r["token_ids"]) for r in expected if r["method"] == method}
         assert len(answers) > len(UNEQUAL) / 2, "a test that could not fail"
-    assert_same(run(methods=METHODS, source=source), expected)
+    assert_same(run(methods=ALL_METHODS, source=source), expected)
 
 
 def test_batching_changes_no_drawn_answer_of_two_layers(run, alone):
-    methods = ["zero-shot", "dola", "fastmem", "fastmem+cad"]
-    settings = {"methods": methods, "num_layers": 2, "stop": ["e", "0"], **DRAWN}
+    settings = {"methods": ALL_METHODS, "num_layers": 2, "stop": ["e", "0"], **DRAWN}
     assert_same(run(source={"batch_size": 12}, **settings), alone(**settings))
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_short_context_beside_a_very_long_one_is_memorized_as_alone(tiny, num_layers):
-    texts = [sentence(length, length) for length in (25, 900, 3, 120)]
+    texts = [words(length, length) for length in (25, 900, 3, 120)]
     memorizer = Memorizer(tiny, num_layers=num_layers, kl_coeff=0.5, **STRONG)
     together = memorizer(texts)
     for row, text in enumerate(texts):
         single = memorizer(text)
-        for name, values in single.curves[0].as_dict().items():
-            assert together.curves[row].as_dict()[name] == pytest.approx(values, rel=1e-4, abs=1e-6)
+        assert_same_curve(together.curves[row].as_dict(), single.curves[0].as_dict())
         for layer, expected in zip(together.deltas, single.deltas, strict=True):
             for name, delta in expected.items():
                 assert (layer[name][row] - delta[0]).norm() < 2e-3 * delta[0].norm(), (row, name)
@@ -149,8 +132,8 @@ def test_a_short_context_beside_a_very_long_one_is_memorized_as_alone(tiny, num_
 
 def test_fit_and_predict_may_be_batched_differently(run, alone):
     run(command="fit", source={"batch_size": 7})
-    found = run(command="predict", source={"max_batch_tokens": 200}, methods=METHODS)
-    assert_same(found, alone(methods=METHODS), but=("seconds", "curve"))
+    found = run(command="predict", source={"max_batch_tokens": 200}, methods=ALL_METHODS)
+    assert_same(found, alone(methods=ALL_METHODS), but=("seconds", "curve"))
 
 
 @pytest.mark.parametrize(
@@ -174,8 +157,8 @@ def test_batch_size_bounds_too_and_batches_are_of_like_length(run):
     run(watch=watch, methods=["zero-shot"], source={"max_batch_tokens": 10**6, "batch_size": 5})
     batches = watch.all("batch")
     assert sorted(map(len, batches)) == [2, 5, 5]
-    spans = sorted((min(LENGTHS[i] for i in b), max(LENGTHS[i] for i in b)) for b in batches)
-    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), spans
+    spans = [(min(LENGTHS[i] for i in b), max(LENGTHS[i] for i in b)) for b in batches]
+    assert all(first[0] >= later[1] for first, later in itertools.pairwise(spans)), "the longest come first"
 
 
 def free_memory(monkeypatch, amount):
@@ -212,6 +195,15 @@ OUT_OF_MEMORY = [
 ]
 
 
+def in_halves(budget, work, items, tokens):
+    """The work on all items, whose longest row has as many tokens."""
+    results = []
+    for attempt in budget.attempts(items, lambda part: tokens):
+        with attempt as part:
+            results += work(part)
+    return results
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:12])
 def test_every_kind_of_out_of_memory_is_one(run, error):
     def work(items):
@@ -219,7 +211,10 @@ def test_every_kind_of_out_of_memory_is_one(run, error):
             raise error
         return [item * 10 for item in items]
 
-    assert run.module().budget.in_halves(work, range(4), lambda items: 50) == [0, 10, 20, 30]
+    budget = run.module().budget
+    assert in_halves(budget, work, range(4), 50) == [0, 10, 20, 30]
+    with pytest.raises(ZeroDivisionError):
+        in_halves(budget, lambda items: 1 / 0, range(4), 50)
 
 
 def test_what_was_too_much_is_not_tried_again_and_one_sample_is_the_end(run):
@@ -235,12 +230,12 @@ def test_what_was_too_much_is_not_tried_again_and_one_sample_is_the_end(run):
     # Longer rows cost more, shorter ones less.
     for tokens, expected in ((50, [4, 2, 2]), (50, [2, 2]), (500, [1, 1, 1, 1]), (5, [4, 2, 2])):
         sizes.clear()
-        module.budget.in_halves(work, range(4), lambda items: tokens)  # noqa: B023 (called at once)
+        in_halves(module.budget, work, range(4), tokens)
         assert sizes == expected
     with pytest.raises(OutOfMemoryError, match=r"out of memory with 1 sample\(s\).*--data\.batch_size"):
-        module.budget.in_halves(work, ["large", "small"], lambda items: 50)
+        in_halves(module.budget, work, ["large", "small"], 50)
     with pytest.raises(OutOfMemoryError, match=r"out of memory with 5 sample\(s\)"):
-        fixed.in_halves(work, range(5), lambda items: 50)
+        in_halves(fixed, work, range(5), 50)
 
 
 def limit_fit(monkeypatch, fits, watch):
@@ -266,13 +261,14 @@ def limit_fit(monkeypatch, fits, watch):
         (UNEQUAL, 4, lambda lengths: len(lengths) * max(lengths) <= 1000),
     ],
 )
-def test_out_of_memory_halves_batches_and_is_learnt_from(run, alone, monkeypatch, data, size, fits):
+def test_out_of_memory_halves_batches_and_is_learnt_from(run, alone, monkeypatch, caplog, data, size, fits):
     watch, expected = Watch(), alone(data, **TWO)
     limit_fit(monkeypatch, fits, watch)
     assert_same(run(data, watch=watch, source={"batch_size": size}, **TWO), expected)
     assert sum(watch.all("fitted")) == len(data), "memorized twice"
     assert len(watch.all("failed")) > 0, "a test that could not fail"
     assert watch.after_first_batch("failed") == []
+    assert f"out of memory with {size} samples at once; trying {size // 2}" in caplog.text
     assert data is EQUAL or max(watch.all("fitted")) > 1, "short ones go alone too"
 
 
@@ -355,15 +351,3 @@ def test_a_killed_run_goes_on_with_other_batches(run, alone, rest):
     # Nothing is left to do, whatever the batches.
     run(watch=again, source={"batch_size": 2}, **TWO)
     assert (run.result.num_new, again.events, predictions.read_bytes()) == (0, [], whole)
-
-
-def test_a_raised_limit_goes_on_and_another_optimizer_state_does_not(run, alone):
-    run(source={"limit": 5, "batch_size": 2}, **TWO)
-    found = run(source={"limit": len(UNEQUAL), "max_batch_tokens": 700}, **TWO)
-    assert run.result.num_new == len(UNEQUAL) - 5
-    assert_same(found, alone(**TWO))
-    before = (run.folder / "run" / "predictions.jsonl").read_bytes()
-    with pytest.raises(FastMemError, match=r"optimizer_state.*") as caught:
-        run(optimizer_state="float32", **TWO)
-    assert "\n" not in str(caught.value)
-    assert (run.folder / "run" / "predictions.jsonl").read_bytes() == before

@@ -12,6 +12,7 @@ from conftest import make_module, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from fastmem_pl import Backbone, ContextSample, FastMemError, Memory
+from fastmem_pl.run.identity import model_identity, settings_of
 from fastmem_pl.run.published import QUIRKS
 
 TEXT = "a <|im_end|> b"
@@ -77,9 +78,9 @@ def test_memory_files_say_what_they_were_made_under(tiny, contexts, tmp_path, qu
     assert memory.rows([0, 0]).settings == memory.settings
     memory.save(tmp_path / "again.safetensors")
     assert Memory.load(tmp_path / "again.safetensors").settings == memory.settings
-    assert module.identity(answers=True)["published_quirks"] == named
-    assert [*named, *module.identity(answers=True)["answer_quirks"]] == [quirk]
-    assert json.loads(json.dumps(module.settings()))["published_quirks"] == [quirk]
+    assert model_identity(module, True)["published_quirks"] == named
+    assert [*named, *model_identity(module, True)["answer_quirks"]] == [quirk]
+    assert json.loads(json.dumps(settings_of(module)))["published_quirks"] == [quirk]
 
 
 def test_names_are_a_list():

@@ -1,0 +1,325 @@
+"""Answering on Ray: batches go through an actor pool of Ray Data, and their records come back here.
+
+Ray places the workers, starts others in the place of those that die, and gives a lost batch to another. The
+process that runs the command reads the data, writes the run folder, and needs no device.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import IterableDataset
+
+from fastmem_pl.backbone.footprint import usable_bytes
+from fastmem_pl.base.errors import FastMemError, RunStoppedError
+from fastmem_pl.data import BatchLimits, ContextSample, FastMemDataModule
+from fastmem_pl.data.batches import plan
+from fastmem_pl.run.predict import FastMemModule
+from fastmem_pl.run.provenance import Provenance
+from fastmem_pl.run.records import Record
+
+# Until the first worker has its machine and has loaded the model; an autoscaler may have to rent one.
+_START_SECONDS = 1800
+# Workers in a row that may die while they load, after the first came up.
+_DEATHS = 10
+# Of the object store that a local Ray allocates: texts pass through it, and no tensors.
+_LOCAL_STORE_BYTES = 100 << 20
+# Read when Ray is imported and started. What stops a run is raised; all else is in Ray's own log files. Its
+# workers run at the lowest priority by default, and here they do the work.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_worker_niceness": "0",
+}
+_CONNECT_SECONDS = 10
+# Samples that go to a worker at once, which forms its own batches of them.
+_SHARE = 32
+
+
+@dataclass
+class Answered:
+    """What a worker returns for its share: records, and by what model and where they were made."""
+
+    indices: list[int]
+    records: list[Record]
+    provenance: Provenance | None = None
+    error: str | None = None
+    exit_status: int = 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class RayPool:
+    """Workers on a Ray cluster.
+
+    Args:
+        address: of the cluster; ``True`` for the one that ``RAY_ADDRESS`` names, or else one on this machine.
+        workers: least and most of them; by default one for each GPU of the cluster, or one without any.
+        gpus: of each worker; by default 1 where the cluster has any.
+
+    Raises:
+        FastMemError: without the package ``ray``.
+    """
+
+    def __init__(
+        self, address: str | bool, workers: int | Sequence[int] | None = None, gpus: float | None = None
+    ) -> None:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ray.data  # noqa: F401
+        except ImportError as error:
+            raise FastMemError(
+                'trainer.ray: the package ray is not installed; pip install "fastmem-pl[ray]"'
+            ) from error
+        bounds = [workers] * 2 if isinstance(workers, int) else workers and list(workers)
+        if bounds and not (len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]):
+            raise FastMemError(f"trainer.ray_workers: {workers!r}; allowed: a number from 1, or [least,most]")
+        if gpus is not None and gpus < 0:
+            raise FastMemError(f"trainer.ray_gpus: {gpus} is out of range; allowed: at least 0")
+        self._address, self._bounds, self._gpus = address, bounds, gpus
+        self.provenance: Provenance | None = None
+
+    def check(self) -> None:
+        """Refuse an address at which nothing answers, as Ray would try for minutes."""
+        host, colon, port = str(self._address).removeprefix("ray://").rpartition(":")
+        if not (colon and port.isdigit()):
+            return
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise FastMemError(
+                f"trainer.ray: nothing answers at {self._address}; give the address of a cluster (ray status "
+                "shows it), or true"
+            ) from error
+
+    @staticmethod
+    def plan(datamodule: FastMemDataModule, measured: bool, limits: BatchLimits | None = None) -> None:
+        """Form the shares of workers, by characters.
+
+        Args:
+            datamodule: the samples, of which those that are done were left out.
+            measured: whether what workers tell of their model is needed even if nothing is left to do.
+            limits: bounds of a share.
+        """
+        lengths = [len(sample.context) for sample in datamodule.remaining]
+        shares = datamodule.plan(lengths, limits or BatchLimits(datamodule.batch_size or _SHARE))
+        datamodule.use_plan(shares or ([[]] if measured else []))
+
+    @contextmanager
+    def loop(
+        self,
+        model: FastMemModule,
+        step: LightningModule,
+        datamodule: FastMemDataModule,
+        precision: str,
+        confirm: Callable[[str], None],
+    ) -> Iterator[LightningModule]:
+        """Let Lightning's predict loop over the samples take in what workers answer.
+
+        Args:
+            model: for workers to load.
+            step: whose predict step they run.
+            datamodule: gives workers their shares of the samples.
+            precision: of the trainer.
+            confirm: called with the fingerprint of the workers' model, which may not be that of the run.
+        """
+        import ray
+
+        joined = ray.is_initialized()
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        datamodule.remote = lambda shares: _Answers(
+            self._answers(model, step, datamodule, precision, shares) if shares else iter(())
+        )
+        try:
+            with warnings.catch_warnings():
+                # Of Lightning's, which looks for the order of batches, and of Ray's where the last are few.
+                warnings.filterwarnings("ignore", message=".*(batch indices|minimum number of concurrent).*")
+                yield Remote(self, step.mode, confirm)
+        except ray.exceptions.RayError as error:
+            raise _stopped(error) from error
+        finally:
+            datamodule.remote = None
+            if not joined:
+                ray.shutdown()
+
+    def _connect(self) -> None:
+        """Join the cluster, or start one on this machine."""
+        import ray
+
+        address = os.environ.get("RAY_ADDRESS", "local") if self._address is True else self._address
+        local = {"include_dashboard": False, "object_store_memory": _LOCAL_STORE_BYTES}
+        # Ray would end this process on SIGTERM before the records of what is done are written.
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with _silent_stderr():
+                more = local if address == "local" else {}
+                ray.init(address, log_to_driver=False, logging_level="ERROR", **more)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise FastMemError(f"trainer.ray: cannot join {address!r}: {reason}") from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    def _answers(
+        self,
+        model: FastMemModule,
+        step: LightningModule,
+        datamodule: FastMemDataModule,
+        precision: str,
+        batches: Sequence[Sequence[ContextSample]],
+    ) -> Iterator[Answered]:
+        """What workers answer, as it comes."""
+        import ray
+
+        if not ray.is_initialized():
+            self._connect()
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.wait_for_min_actors_s = _START_SECONDS
+        context.max_consecutive_actor_init_deaths = _DEATHS
+        resources = ray.cluster_resources()
+        there, cores = resources.get("GPU", 0), resources.get("CPU", 1)
+        gpus = (1 if there else 0) if self._gpus is None else self._gpus
+        least, most = self._bounds or [1, max(1, int(there // gpus)) if gpus else 1]
+        rows = [{"samples": json.dumps([asdict(sample) for sample in batch])} for batch in batches]
+        answers = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
+            Worker,
+            fn_constructor_kwargs={
+                # Pickled as one: the step may hold the model.
+                "modules": (model, step),
+                "precision": precision,
+                "sizes": (datamodule.batch_size, datamodule.max_batch_tokens),
+                # Workers of a CPU share its memory.
+                "share": 1.0 if gpus else 1 / most,
+            },
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+            num_gpus=gpus or None,
+            # All cores for the threads of the workers, where no GPU does the work.
+            num_cpus=1 if gpus else max(1, int(cores // most)),
+        )
+        for row in answers.iter_rows():
+            content = json.loads(row["answered"])
+            provenance = content.pop("provenance")
+            yield Answered(**content, provenance=provenance and Provenance(**provenance))
+
+
+class Remote(LightningModule):
+    """Stands in for a module whose steps run elsewhere: its batches are what workers answered.
+
+    ``confirm`` is called with the fingerprint of their model.
+    """
+
+    def __init__(self, pool: RayPool, mode: str, confirm: Callable[[str], None]) -> None:
+        super().__init__()
+        self.mode, self._pool, self._confirm = mode, pool, confirm
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the texts alone."""
+        return batch
+
+    def predict_step(self, batch: Answered, batch_idx: int = 0) -> list[Record]:
+        """The records of a share."""
+        if batch.error is not None:
+            failure = RunStoppedError(batch.error)
+            failure.exit_status = batch.exit_status
+            raise failure
+        known, found = self._pool.provenance, batch.provenance
+        if known is None:
+            self._confirm(found.model["fingerprint"])
+        elif found.model != known.model:
+            raise RunStoppedError(
+                "a worker of the Ray cluster has another model; give all of them the same files"
+            )
+        self._pool.provenance = Provenance.joined([known, found])
+        return batch.records
+
+
+class Worker:
+    """One actor: the loaded model, which answers shares of the samples."""
+
+    def __init__(
+        self,
+        modules: tuple[FastMemModule, LightningModule],
+        precision: str,
+        sizes: tuple[int | None, int | None],
+        share: float,
+    ) -> None:
+        import ray
+
+        self._model, self._step = modules
+        self._failure: FastMemError | None = None
+        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        try:
+            self._model.load_backbone(precision, device)
+            self._limits = self._model.limits(*sizes, None, usable_bytes(device) * share)
+        except FastMemError as error:
+            # Raised here, it would come as a traceback of Ray's.
+            self._failure = error
+
+    def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Answer the one row, a share of the samples; what is refused comes back as an error."""
+        samples = [_sample(fields) for fields in json.loads(rows["samples"][0])]
+        answered = Answered([sample.index for sample in samples], [])
+        try:
+            if self._failure is not None:
+                raise self._failure
+            self._model.check_samples(samples)
+            for places in plan(self._model.context_lengths(samples), self._limits):
+                answered.records += self._step.predict_step([samples[place] for place in places])
+            answered.provenance = Provenance.of(self._model)
+        except FastMemError as error:
+            answered.error, answered.exit_status = str(error), error.exit_status
+        return {"answered": [json.dumps(asdict(answered))]}
+
+
+class _Answers(IterableDataset):
+    def __init__(self, answers: Iterator[Answered]) -> None:
+        self._answers = answers
+
+    def __iter__(self) -> Iterator[Answered]:
+        return self._answers
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what Ray writes there while it starts: that it will log nothing below what it was told."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _sample(fields: Mapping[str, Any]) -> ContextSample:
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return ContextSample(**{**fields, **lists})
+
+
+def _stopped(error: Exception) -> RunStoppedError:
+    """The failure of a cluster in one line: Ray's messages have the worker's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[-1] if lines else type(error).__name__
+    return RunStoppedError(
+        f"Ray: {type(error).__name__}: {reason}; what was answered is kept, and the same command goes on "
+        "from there"
+    )

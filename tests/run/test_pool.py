@@ -1,0 +1,216 @@
+"""Runs on Ray: the records of one process, whatever dies on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import make_module
+from ranks import METHODS, Jobs, assert_same, kept, lines, until
+from towers import write_towers
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'fastmem-pl[ray]'")
+psutil = pytest.importorskip("psutil")
+
+from fastmem_pl import FastMemDataModule, FastMemError, FastMemModule, FastMemTrainer  # noqa: E402
+from fastmem_pl.run import pool  # noqa: E402
+from fastmem_pl.search.grid import OptunaSettings, SearchSettings  # noqa: E402
+from fastmem_pl.search.trainer import SearchTrainer  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# A cluster of two cores, for as long as its standard input is open.
+_CLUSTER = """
+import ray, sys
+started = ray.init("local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
+print(started.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+COUNT, MANY = 6, 48
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in pool._ENVIRONMENT.items():
+            patched.setenv(name, value)
+        # Drivers in other processes lack the token of a cluster that is started by one.
+        patched.setenv("RAY_AUTH_MODE", "disabled")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, "-c", _CLUSTER], text=True, **pipes)
+        process.address = process.stdout.readline().strip()
+        yield process
+        process.stdin.close()
+        process.wait()
+
+
+@pytest.fixture
+def jobs(tmp_path, shared_jobs):
+    found = Jobs(tmp_path, shared_jobs.model, shared_jobs.data)
+    yield found
+    found.end()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, shared_jobs):
+    """Jobs about more samples, and what one process makes of them."""
+    root = tmp_path_factory.mktemp("many")
+    found = Jobs(root, shared_jobs.model, write_towers(root, MANY))
+    found.expected = found.run("alone")
+    yield found
+    found.end()
+
+
+def on(cluster, workers=2, **more):
+    return {"ray": cluster.address, "ray_workers": workers, **more}
+
+
+def workers_of(cluster):
+    found = psutil.Process(cluster.pid).children(recursive=True)
+    return [process for process in found if "MapWorker" in " ".join(process.cmdline()[:1])]
+
+
+def test_two_workers_answer_as_one_process(cluster, jobs, alone):
+    assert_same(jobs.run("run", trainer=on(cluster)), alone())
+    # Nothing is left to do, and no worker starts.
+    before = lines(jobs.root / "run")
+    assert_same(jobs.run("run", trainer=on(cluster, 99)), alone(), before)
+
+
+def test_metrics_that_are_missing_come_without_new_answers(cluster, jobs, alone):
+    folder = jobs.run("run", trainer=on(cluster, 1))
+    (folder / "metrics.json").unlink()
+    assert_same(jobs.run("run", trainer=on(cluster, 1)), alone(), lines(folder))
+
+
+@pytest.mark.parametrize("deaths", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_workers_lose_and_double_nothing(cluster, many, deaths):
+    moments = sorted(random.Random(deaths).sample(range(MANY * METHODS - METHODS), deaths))
+    job = many.start(f"workers{deaths}", trainer=on(cluster))
+    folder = many.root / f"workers{deaths}"
+    for moment in moments:
+        until(lambda: len(lines(folder)) >= moment, job)  # noqa: B023 (called at once)
+        for worker in random.Random(moment).sample(workers_of(cluster), k=1):
+            worker.kill()
+    assert job.wait() == 0, job.said
+    assert_same(folder, many.expected)
+
+
+@pytest.mark.parametrize("deaths", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_killed_driver_goes_on_with_the_same_command(cluster, many, deaths):
+    moments = sorted(random.Random(deaths).sample(range(1, MANY * METHODS - METHODS), deaths))
+    folder, before = many.root / f"drivers{deaths}", []
+    for moment in moments:
+        job = many.start(folder.name, trainer=on(cluster))
+        until(lambda: len(lines(folder)) >= moment or job.process.poll() is not None)  # noqa: B023
+        job.process.send_signal(signal.SIGKILL)
+        job.wait()
+        found = kept(folder)
+        assert set(before) <= set(found), "answered again"
+        before = found
+    assert_same(many.run(folder.name, trainer=on(cluster)), many.expected, before)
+
+
+def test_sigterm_ends_the_driver_with_all_on_disk(cluster, many):
+    job = many.start("ended", trainer=on(cluster))
+    until(lambda: lines(many.root / "ended"), job)
+    job.send(signal.SIGTERM)
+    assert job.wait() == 143
+    assert "the same command goes on" in job.said
+    before = kept(many.root / "ended")
+    assert len(before) < MANY * METHODS
+    assert_same(many.run("ended", trainer=on(cluster)), many.expected, before)
+
+
+def test_memories_and_runs_behind_urls(cluster, jobs, alone):
+    url = (jobs.root / "store").as_uri()
+    for mode in ("fit", "predict"):
+        job = jobs.start(url, mode=mode, trainer=on(cluster))
+        assert job.wait() == 0, job.said
+    answers, expected = lines(jobs.root / "store"), lines(alone())
+    ids = [[json.loads(line)["token_ids"] for line in found] for found in (answers, expected)]
+    assert ids[0] == ids[1]
+    assert not list((jobs.root / "store" / "parts").glob("*"))
+
+
+GRID = SearchSettings(grid={"learning_rate": [1e-3, 1e-2], "steps": [2, 3]}, every=2)
+TRIALS = SearchSettings(
+    optuna=OptunaSettings({"learning_rate": [1e-3, 1e-1]}, trials=3, parallel=2, sampler="random"), every=2
+)
+
+
+@pytest.mark.parametrize(("settings", "points"), [(GRID, 4), (TRIALS, 3)], ids=["grid", "trials"])
+def test_a_search_on_workers_is_that_of_one_process(cluster, jobs, settings, points):
+    found = []
+    for name, more in (("alone", {}), ("pool", on(cluster))):
+        trainer = SearchTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, **more)
+        data, module = FastMemDataModule("qa", str(jobs.data)), make_module(str(jobs.model), max_new_tokens=6)
+        result = trainer.search(module, data, settings, str(jobs.root / name))
+        assert result.num_new == (COUNT // 2) * (points + 1)
+        records = map(json.loads, lines(result.path))
+        found.append([(r["index"], r["method"], r["point"], r["token_ids"], r.get("trial")) for r in records])
+    assert found[0] == found[1]
+
+
+def refusal(jobs, **options):
+    job = jobs.start("refused", **options)
+    assert job.wait() == 2, job.said
+    assert not (jobs.root / "refused").exists()
+    (line,) = job.errors
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainer": {"ray": "127.0.0.1:1"}}, "trainer.ray: nothing answers at 127.0.0.1:1"),
+        ({"trainer": {"ray": True, "ray_workers": [2, 1]}}, "trainer.ray_workers: [2, 1]; allowed: a number"),
+        ({"trainer": {"ray": True, "ray_gpus": -1}}, "trainer.ray_gpus: -1 is out of range"),
+        ({"trainer": {"ray": True, "devices": 2}}, "trainer.devices: not with trainer.ray"),
+        ({"trainer": {"ray": True, "profile": ["phases"]}}, "trainer.profile: not with trainer.ray"),
+    ],
+)
+def test_what_ray_is_not_given_to(jobs, options, message):
+    assert message in refusal(jobs, **options)
+
+
+def test_without_ray_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "ray.data", raising=False)
+    with pytest.raises(
+        FastMemError, match=r"trainer\.ray: the package ray .* pip install \"fastmem-pl\[ray\]\""
+    ):
+        FastMemTrainer(ray=True)
+
+
+class Dying(FastMemModule):
+    """Ends its process while it loads."""
+
+    def load_backbone(self, *args, **kwargs):
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (FastMemModule, {"ray_gpus": 1}, "GetTimeoutError.*enough resources"),
+        (Dying, {}, "ActorDiedError"),
+        (FastMemModule, {"backbone": "nowhere"}, "no model"),
+    ],
+)
+def test_workers_that_never_come_up_end_in_one_line(
+    cluster, jobs, monkeypatch, tmp_path, kind, settings, message
+):
+    monkeypatch.setattr(pool, "_START_SECONDS", 60)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    backbone = settings.pop("backbone", str(jobs.model))
+    trainer = FastMemTrainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, **on(cluster, 1, **settings)
+    )
+    with pytest.raises(FastMemError, match=message) as found:
+        trainer.fit_predict(kind(backbone), FastMemDataModule("qa", str(jobs.data)), str(tmp_path / "run"))
+    assert "\n" not in str(found.value)
