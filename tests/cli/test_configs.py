@@ -19,6 +19,7 @@ from fastmem_pl import (
 from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.cli import main
 from fastmem_pl.cli.configs import read_configs
+from fastmem_pl.run.identity import settings_of
 from fastmem_pl.search import SearchSettings
 
 ROOT = Path(__file__).parents[2] / "configs"
@@ -61,7 +62,7 @@ def test_config(instantiate, path):
     assert packaged_configs()[path.stem].samefile(path)
     config = read_configs([path.stem]).settings
     model, data = instantiate(path.stem)
-    found = model.settings()
+    found = settings_of(model)
     for name, value in config.get("model", {}).items():
         wanted = {**found[name], **value} if isinstance(value, dict) else value
         assert found[name] == wanted
