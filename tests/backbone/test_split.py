@@ -39,17 +39,15 @@ def test_cached_trunk_is_the_full_forward_and_a_fixed_cache_the_growing_one(make
     fixed = FixedCache.continuing(cache, 64, position, 25)
     fixed_mask = F.pad(mask, (0, 64 - 30), value=1)
     for start, end in ((25, 26), (26, 27), (27, 30)):
-        inputs = (ids[:, start:end], places[:, start:end])
-        grown = backbone.run_trunk(1, inputs[0], mask[:, :end], inputs[1], cache)
-        for part in ("residual", "ffn_input"):
-            expected = getattr(full, part)[:, start:end]
-            torch.testing.assert_close(getattr(grown, part), expected, rtol=1e-4, atol=1e-4)
+        token, place = ids[:, start:end], places[:, start:end]
+        grown = backbone.run_trunk(1, token, mask[:, :end], place, cache)
+        torch.testing.assert_close(grown.residual, full.residual[:, start:end], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grown.ffn_input, full.ffn_input[:, start:end], rtol=1e-4, atol=1e-4)
         if end == start + 1:
-            found = backbone.run_trunk(1, inputs[0], fixed_mask, inputs[1], fixed)
+            found = backbone.run_trunk(1, token, fixed_mask, place, fixed)
             position += 1
-            for part in ("residual", "ffn_input"):
-                expected = getattr(grown, part)
-                torch.testing.assert_close(getattr(found, part), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.residual, grown.residual, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.ffn_input, grown.ffn_input, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_without_known_ffn_is_refused_by_name():
