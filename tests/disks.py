@@ -1,7 +1,5 @@
 """A small file system of a test's own, to fill and to take away."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Run folders written by hand, as the report reads files only, and what is seen of a report's page."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

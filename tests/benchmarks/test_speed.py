@@ -1,7 +1,5 @@
 """benchmarks/speed.py: what it measures, where, and the roofline that it compares with."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import importlib
@@ -48,7 +46,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[int, str, 
         return done, list(csv.DictReader(file)), path
 
 
-def test_speed_measures_a_row_and_says_where(measured) -> None:
+def test_speed_measures_a_row_and_says_where(measured):
     (status, out, err), lines, path = measured
     assert status == 0, err
     assert [p.name for p in path.parent.iterdir()] == ["speed.csv"]
@@ -69,7 +67,7 @@ def test_speed_measures_a_row_and_says_where(measured) -> None:
     assert "agree" in err, "the published loop was not compared"
 
 
-def test_speed_gives_ratios_to_the_published_loop_and_the_roofline(measured) -> None:
+def test_speed_gives_ratios_to_the_published_loop_and_the_roofline(measured):
     _, lines, _ = measured
     times = [line for line in lines if line["row"] == "memorize" and line["unit"] == "ms"]
     assert {1, 8} <= {int(line["batch"]) for line in times}
@@ -85,7 +83,7 @@ def test_speed_gives_ratios_to_the_published_loop_and_the_roofline(measured) -> 
         assert 0 < float(line["overlapped"]) <= float(line["roofline"])
 
 
-def test_speed_renders_markdown(measured) -> None:
+def test_speed_renders_markdown(measured):
     _, lines, path = measured
     content = path.read_bytes()
     status, out, _ = run_speed("render", path)

@@ -1,7 +1,5 @@
 """`fastmem ask`: questions to a memory file."""
 
-from __future__ import annotations
-
 import io
 import json
 import re
@@ -56,7 +54,7 @@ def answers_by_mode(kept: Path, backbone) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("mode", range(len(MODES)), ids=[str(mode) for mode in MODES])
-def test_ask_is_answer(fastmem, kept: Path, answers_by_mode, mode: int) -> None:
+def test_ask_is_answer(fastmem, kept, answers_by_mode, mode):
     options = {"max_new_tokens": 12, **MODES[mode]}
     out = fastmem("ask", kept, *QUESTIONS[:2], json=True, **options).out
     stated = {"decoder": options.get("decoder", "greedy"), "context": "without_context" not in options}
@@ -66,12 +64,12 @@ def test_ask_is_answer(fastmem, kept: Path, answers_by_mode, mode: int) -> None:
     assert [json.loads(line) for line in out.splitlines()] == expected
 
 
-def test_modes_differ_so_that_the_others_can_fail(kept: Path, backbone) -> None:
+def test_modes_differ_so_that_the_others_can_fail(kept, backbone):
     found = [tuple(expected_answers(backbone, kept, QUESTIONS, **options)) for options in MODES[2:13]]
     assert len(set(found)) == len(found), found
 
 
-def test_questions_are_told_apart(fastmem, kept: Path, tmp_path: Path, answers_by_mode) -> None:
+def test_questions_are_told_apart(fastmem, kept, tmp_path, answers_by_mode):
     answers = list(zip(QUESTIONS[:2], answers_by_mode[0], strict=True))
     assert fastmem("ask", kept, QUESTIONS[0], max_new_tokens=12).out == f"{answers[0][1]}\n"
     shown = "".join(f"Q: {question}\n{text}\n\n" for question, text in answers)
@@ -102,7 +100,7 @@ def test_a_file_of_questions_is_answered_in_batches(fastmem, kept, backbone, tmp
     assert out == "".join(f"Q: {question}\n{text}\n\n" for question, text in answers)
 
 
-def test_questions_come_from_stdin(fastmem, kept: Path, backbone, monkeypatch) -> None:
+def test_questions_come_from_stdin(fastmem, kept, backbone, monkeypatch):
     lines = f"{QUESTIONS[0]}\n\n  \n{QUESTIONS[1]}\r\n{QUESTIONS[2]}".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
     rows = fastmem("ask", kept, json=True, max_new_tokens=12).out.splitlines()
@@ -111,7 +109,7 @@ def test_questions_come_from_stdin(fastmem, kept: Path, backbone, monkeypatch) -
     assert found == list(zip(QUESTIONS, expected, strict=True))
 
 
-def test_tokens_come_as_they_are_made(kept: Path, backbone, tiny_folder: Path, monkeypatch) -> None:
+def test_tokens_come_as_they_are_made(kept, backbone, tiny_folder, monkeypatch):
     class Recorder(io.StringIO):
         states: list[str]
 
@@ -132,7 +130,7 @@ def test_tokens_come_as_they_are_made(kept: Path, backbone, tiny_folder: Path, m
     assert all(expected.startswith(state) for state in states)
 
 
-def test_a_sample_is_drawn_by_its_seed(fastmem, kept: Path) -> None:
+def test_a_sample_is_drawn_by_its_seed(fastmem, kept):
     def ask(seed: int) -> str:
         return fastmem("ask", kept, QUESTIONS[0], temperature=2.0, seed=seed, max_new_tokens=12).out
 
@@ -140,7 +138,7 @@ def test_a_sample_is_drawn_by_its_seed(fastmem, kept: Path) -> None:
     assert len({ask(seed) for seed in range(4)}) > 2
 
 
-def test_without_its_text_a_memory_is_asked_alone(fastmem, refused_command, notes: Path, backbone) -> None:
+def test_without_its_text_a_memory_is_asked_alone(fastmem, refused_command, notes, backbone):
     fastmem("memorize", notes, no_text=True, form="float32")
     (row,) = fastmem("ask", "notes.fastmem", QUESTIONS[0], json=True, max_new_tokens=12).out.splitlines()
     (expected,) = answer(backbone, QUESTIONS[0], None, Memory.load("notes.fastmem"), max_new_tokens=12)
@@ -150,7 +148,7 @@ def test_without_its_text_a_memory_is_asked_alone(fastmem, refused_command, note
     assert "cad" in refused_command("ask", "notes.fastmem", "Who?", decoder="cad")
 
 
-def test_a_text_that_does_not_fit_is_not_shown(fastmem, tmp_path: Path, backbone) -> None:
+def test_a_text_that_does_not_fit_is_not_shown(fastmem, tmp_path, backbone):
     (tmp_path / "long.txt").write_text(prose(2300))
     fastmem("memorize", "long.txt", window=500, steps=1, form="float32")
     long_file = "long.fastmem"
@@ -166,7 +164,7 @@ def test_a_text_that_does_not_fit_is_not_shown(fastmem, tmp_path: Path, backbone
     assert cut[1] == cut[0] + 60 - 4 + len(QUESTIONS[0]) - len("Who?")
 
 
-def test_ctrl_c_ends_an_answer(fastmem, kept: Path, monkeypatch) -> None:
+def test_ctrl_c_ends_an_answer(fastmem, kept, monkeypatch):
     class Interrupting(io.StringIO):
         flushes = 0
 
@@ -179,7 +177,7 @@ def test_ctrl_c_ends_an_answer(fastmem, kept: Path, monkeypatch) -> None:
     assert "Traceback" not in fastmem("ask", kept, QUESTIONS[0], max_new_tokens=12, expect=130).err
 
 
-def test_memories_of_a_run_are_asked_and_shipped(fastmem, tiny_folder, tmp_path, backbone) -> None:
+def test_memories_of_a_run_are_asked_and_shipped(fastmem, tiny_folder, tmp_path, backbone):
     (tmp_path / "data.json").write_text(json.dumps([{"context": TEXT, "question": QUESTIONS[0]}]))
     options = ["--config", "base,qa", "--run_dir", "run", "--data.path", "data.json"]
     options += ["--model.backbone.source", str(tiny_folder), "--trainer.accelerator", "cpu"]
@@ -250,7 +248,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_is_prompted(kept: Path, backbone, tiny_folder: Path, monkeypatch, capsys) -> None:
+def test_a_terminal_is_prompted(kept, backbone, tiny_folder, monkeypatch, capsys):
     expected = expected_answers(backbone, kept, QUESTIONS[:2], max_new_tokens=6)
     screen = Terminal()
     monkeypatch.setattr(sys, "stdin", Terminal("\n".join([*QUESTIONS[:2], "", "not asked?"])))

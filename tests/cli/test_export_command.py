@@ -1,7 +1,5 @@
 """`fastmem export`: a memory file becomes an adapter, a checkpoint, or a smaller file."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle
@@ -56,7 +54,7 @@ def test_export_refuses_what_it_cannot_do(refused_command, kept, tmp_path, optio
 
 
 @pytest.mark.parametrize("to", ["lora", "checkpoint"])
-def test_force_replaces_exports_only(fastmem, refused_command, kept, tiny_folder, tmp_path, to: str) -> None:
+def test_force_replaces_exports_only(fastmem, refused_command, kept, tiny_folder, tmp_path, to):
     """A folder that holds a model, or whatever else, is not this command's to delete."""
     fastmem("export", kept, to=to, out="lora")
     assert "--force" in refused_command("export", kept, to=to, out="lora")
@@ -74,7 +72,7 @@ def test_force_replaces_exports_only(fastmem, refused_command, kept, tiny_folder
     assert "the folder you are in" in refused_command("export", kept, to=to, out=".", force=True)
 
 
-def test_a_memory_without_text_needs_its_context(fastmem, refused_command, notes, tmp_path, kept) -> None:
+def test_a_memory_without_text_needs_its_context(fastmem, refused_command, notes, tmp_path, kept):
     fastmem("memorize", notes, no_text=True, form="float32")
     assert b"The tower stands" not in Path("notes.fastmem").read_bytes()
     (tmp_path / "other.txt").write_text(OTHER)
@@ -87,7 +85,7 @@ def test_a_memory_without_text_needs_its_context(fastmem, refused_command, notes
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
 
 
-def test_checkpoint_by_the_command(fastmem, refused_command, kept, backbone, tiny_folder, stranger) -> None:
+def test_checkpoint_by_the_command(fastmem, refused_command, kept, backbone, tiny_folder, stranger):
     assert "made" in fastmem("export", kept, to="checkpoint", out="made").out
     report = report_of("made")
     assert (report["to"], report["form"]) == ("checkpoint", "float32")
@@ -142,7 +140,7 @@ def test_a_memory_in_another_form(fastmem, kept, tmp_path, backbone, memory, opt
         Memory.load(path)
 
 
-def test_exports_stand_beside_the_memory(fastmem, kept: Path, tmp_path: Path) -> None:
+def test_exports_stand_beside_the_memory(fastmem, kept, tmp_path):
     (tmp_path / "my.notes.fastmem").write_bytes(kept.read_bytes())
     fastmem("export", "my.notes.fastmem", to="lora", rank=2)
     fastmem("export", "my.notes.fastmem", to="checkpoint")

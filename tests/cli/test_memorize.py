@@ -1,7 +1,5 @@
 """`fastmem memorize`: a text becomes a memory file."""
 
-from __future__ import annotations
-
 import io
 import re
 import signal
@@ -27,10 +25,17 @@ from fastmem_pl.memory import read_header
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("rate", ["--learning_rate", "--learning-rate"])
-def test_memorize_keeps_what_memorizer_makes(notes, tiny_folder, monkeypatch, backbone, memory, rate):
+def test_memorize_keeps_what_memorizer_makes(notes, tiny_folder, monkeypatch, backbone, memory):
     monkeypatch.chdir(notes.parent)
-    options = ["--steps=4", f"{rate}=0.02", "--form", "float32", "--device=cpu", "--model", str(tiny_folder)]
+    options = [
+        "--steps=4",
+        "--learning_rate=0.02",
+        "--form",
+        "float32",
+        "--device=cpu",
+        "--model",
+        str(tiny_folder),
+    ]
     assert main(["memorize", *options, "notes.txt"]) == 0
     assert sorted(p.name for p in notes.parent.iterdir()) == ["notes.fastmem", "notes.txt"]
     found = Memory.load(notes.with_suffix(".fastmem"), backbone)
@@ -39,7 +44,7 @@ def test_memorize_keeps_what_memorizer_makes(notes, tiny_folder, monkeypatch, ba
     assert found.curve == memory.curve
 
 
-def test_memorize_says_what_it_did(fastmem, notes: Path, memory: Memory) -> None:
+def test_memorize_says_what_it_did(fastmem, notes, memory):
     for form, least, most in (("bfloat16", 1e-4, 4e-3), ("int8", 1e-4, 2e-2)):
         out = fastmem("memorize", notes, form=form, out=f"{form}.fastmem").out
         size = Path(f"{form}.fastmem").stat().st_size
@@ -65,7 +70,7 @@ def test_memorize_says_what_it_did(fastmem, notes: Path, memory: Memory) -> None
     assert read_header("quiet.fastmem")["form"] == "bfloat16"
 
 
-def test_where_the_file_goes(fastmem, notes: Path, tmp_path: Path) -> None:
+def test_where_the_file_goes(fastmem, notes, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "my.notes.txt").write_text(TEXT)
     fastmem("memorize", notes, out="sub/other.name")
@@ -80,7 +85,7 @@ def stdin(content: bytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(content), "utf-8")
 
 
-def test_memorize_reads_stdin(fastmem, refused_command, tmp_path: Path, monkeypatch, backbone) -> None:
+def test_memorize_reads_stdin(fastmem, refused_command, tmp_path, monkeypatch, backbone):
     monkeypatch.setattr(sys, "stdin", stdin(b"\xff\xfe\x00x"))
     assert "UTF-8" in refused_command("memorize", "-")
     text = "First line.\nSecond «line», with\ttabs.\n\n  Indented.\n"
@@ -91,7 +96,7 @@ def test_memorize_reads_stdin(fastmem, refused_command, tmp_path: Path, monkeypa
     assert_deltas(found, Memorizer(backbone, **STRONG)([text]), 1e-6)
 
 
-def test_several_files_make_one_memory(fastmem, notes: Path, tmp_path: Path, backbone: Backbone) -> None:
+def test_several_files_make_one_memory(fastmem, notes, tmp_path, backbone):
     (tmp_path / "other.txt").write_text(OTHER)
     out = fastmem("memorize", notes, "other.txt", form="float32").out
     assert re.search(r"\b2 windows\b", out)
@@ -104,7 +109,7 @@ def test_several_files_make_one_memory(fastmem, notes: Path, tmp_path: Path, bac
     assert shown == answer(backbone, QUESTIONS[0], both, found, max_new_tokens=12)[0] + "\n"
 
 
-def test_a_file_without_text_is_refused(refused_command, notes: Path, tmp_path: Path) -> None:
+def test_a_file_without_text_is_refused(refused_command, notes, tmp_path):
     contents = {"empty": b"", "blank": b" \n\t\r\n ", "latin": b"caf\xe9 au lait"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -154,7 +159,7 @@ def test_an_existing_file_is_kept_unless_forced(fastmem, refused_command, notes,
     ],
     ids=str,
 )
-def test_memorize_refuses_what_it_cannot_do(refused_command, notes: Path, options: dict, words: str) -> None:
+def test_memorize_refuses_what_it_cannot_do(refused_command, notes, options, words):
     (notes.parent / "sub").mkdir()
     assert re.search(words, refused_command("memorize", notes, **options))
 
@@ -167,7 +172,7 @@ def test_memorize_refuses_what_it_cannot_do(refused_command, notes: Path, option
     ],
     ids=str,
 )
-def test_settings_of_memorizing_take_effect(fastmem, notes, backbone, memory: Memory, options: dict) -> None:
+def test_settings_of_memorizing_take_effect(fastmem, notes, backbone, memory, options):
     fastmem("memorize", notes, form="float32", **options)
     found = Memory.load("notes.fastmem", backbone)
     assert_deltas(found, Memorizer(backbone, **{**STRONG, **options})(TEXT), 1e-6)
@@ -177,7 +182,7 @@ def test_settings_of_memorizing_take_effect(fastmem, notes, backbone, memory: Me
         assert changed > 1e-7
 
 
-def test_a_config_of_ones_own_applies(fastmem, notes: Path, tmp_path: Path, backbone: Backbone) -> None:
+def test_a_config_of_ones_own_applies(fastmem, notes, tmp_path, backbone):
     (tmp_path / "mine.yaml").write_text("model: {memorize: {steps: 3, learning_rate: 0.03, kl_coeff: 0.7}}")
     fastmem("memorize", notes, config="base,mine.yaml", steps=None, learning_rate=None, form="float32")
     expected = Memorizer(backbone, steps=3, learning_rate=0.03, kl_coeff=0.7)(TEXT)
@@ -188,7 +193,7 @@ def test_a_config_of_ones_own_applies(fastmem, notes: Path, tmp_path: Path, back
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_memorize_and_ask_in_bfloat16(fastmem, notes: Path, precision: str, memory: Memory) -> None:
+def test_memorize_and_ask_in_bfloat16(fastmem, notes, precision, memory):
     fastmem("memorize", notes, precision=precision, form="float32")
     found = Memory.load("notes.fastmem")
     assert found.curve.cross_entropy[0] == pytest.approx(memory.curve.cross_entropy[0], rel=0.02)
@@ -206,7 +211,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_keeps_the_steps_taken(fastmem, notes: Path, tmp_path: Path, monkeypatch, backbone) -> None:
+def test_ctrl_c_keeps_the_steps_taken(fastmem, notes, tmp_path, monkeypatch, backbone):
     step = MemorizationModule.configure_gradient_clipping
     calls = []
 
@@ -229,20 +234,20 @@ def test_ctrl_c_keeps_the_steps_taken(fastmem, notes: Path, tmp_path: Path, monk
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_before_a_step_leaves_nothing(fastmem, notes: Path, tmp_path: Path, monkeypatch) -> None:
+def test_ctrl_c_before_a_step_leaves_nothing(fastmem, notes, tmp_path, monkeypatch):
     monkeypatch.setattr(Backbone, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     fastmem("memorize", notes, expect=130)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("windows", [None, "sequential", "joint"])
-def test_a_loss_that_is_no_number_leaves_nothing(refused_command, notes: Path, windows) -> None:
+def test_a_loss_that_is_no_number_leaves_nothing(refused_command, notes, windows):
     options = {"learning_rate": 1e38, "windows": windows, "window": windows and 40}
     assert "finite" in refused_command("memorize", notes, **options)
 
 
 @pytest.mark.parametrize("policy", ["joint", "sequential", "cut"])
-def test_the_command_takes_the_policy(fastmem, tmp_path: Path, backbone, policy: str) -> None:
+def test_the_command_takes_the_policy(fastmem, tmp_path, backbone, policy):
     text = prose(200)
     (tmp_path / "long.txt").write_text(text)
     overlap = None if policy == "cut" else 10
@@ -256,7 +261,7 @@ def test_the_command_takes_the_policy(fastmem, tmp_path: Path, backbone, policy:
 
 
 @pytest.mark.demo
-def test_demo_is_the_model_of_memorize_and_ask(demo: Backbone, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_demo_is_the_model_of_memorize_and_ask(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Backbone, "load", lambda source, *_, **__: demo if source == "demo" else None)
     text = "The museum of Lindt was founded by Ada Birch in 1741."

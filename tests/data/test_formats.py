@@ -29,14 +29,14 @@ def test_prefix_is_scored_in_accuracy_and_format(small_run):
     assert (first["format_failure"], first["accuracy"], second["accuracy"]) == (0, 1, 0)
 
 
-@pytest.mark.parametrize("gold", [["red"], []])
+@pytest.mark.parametrize("gold", [{"gold": ["red"]}, {}])
 def test_qa_with_the_users_own_field_names(small_run, tmp_path, capsys, gold):
-    record = {"passage": "The cat is red.", "q": "What colour?", "extra": 1, "gold": gold}
+    record = {"passage": "The cat is red.", "q": "What colour?", "extra": 1} | gold
     data = write(tmp_path / "mine.jsonl", [record, record])
     fields = "{context: passage, question: q, answers: gold}"
     options = ["--data.task", "qa", "--data.path", data, "--data.answer_prefix", "It is red and"]
     for found in read(small_run(*options, "--data.fields", fields)):
-        assert found["references"] == gold
+        assert found["references"] == gold.get("gold", [])
         if gold:
             assert found["scores"]["contained"] == 1
         else:

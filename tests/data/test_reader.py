@@ -6,7 +6,7 @@ import pytest
 from runs import SUMMARIES, write
 
 from fastmem_pl import FastMemDataModule, FastMemError
-from fastmem_pl.data import read_samples
+from fastmem_pl.data import TASKS, read_samples
 
 SWAP = {"input": "who", "context": "It was A.", "answer": "A", "sub_context": "It was B.", "sub_answer": "B"}
 TRAP = {
@@ -125,27 +125,19 @@ def test_halves_that_belong_together_and_fields_that_nothing_reads_are_no_fault(
         ('[{"context": "c", "question": "q"},', r"line 1: the list does not end with '\]'"),
         ('{"passage": "c", "question": "q"}', r"'context' is missing; .* other names: --data\.fields"),
         ('[{"context": "c", "question": "q"}', r"line 1: expected ',' or '\]' after a record"),
-        (
-            '[{"context": "c", "question": "q"}\n{"context": "c", "question": "q"}]',
-            r"line 2: expected ',' or",
-        ),
+        ('[{"context": "c", "question": "q"}\n{"context": "c"}]', r"line 2: expected ',' or"),
         ('[{"context": "c", "question": "q"}]\n{"x": 1}', r"line 2: there is more after the list's '\]'"),
         ('[\n{"context": "c", "question": "q"},\n{"question": "q"}]', r"line 3: field 'context' is missing"),
         ('{"context": "c", "question": "q"}\n{"context": "c", "quest\n', r"line 2: not valid JSON"),
+        ('{"context": "\udce9"}', "is not UTF-8 text"),
         ("3", r"line 1: expected an object with named fields, found int"),
         ("", "holds no records"),
         ("[]", "holds no records"),
     ],
 )
 def test_malformed_files(tmp_path, text, message):
-    (tmp_path / "data.json").write_text(text)
+    (tmp_path / "data.json").write_text(text, errors="surrogateescape")
     with pytest.raises(FastMemError, match=message):
-        read_samples(tmp_path / "data.json", "qa")
-
-
-def test_other_encoding(tmp_path):
-    (tmp_path / "data.json").write_bytes('{"context": "é"}'.encode("latin-1"))
-    with pytest.raises(FastMemError, match="is not UTF-8 text"):
         read_samples(tmp_path / "data.json", "qa")
 
 
@@ -208,7 +200,5 @@ def test_packaged_demo_data():
 
 
 def test_prompt_keeps_braces_of_the_data():
-    from fastmem_pl.data import TASKS
-
     text = TASKS["qa"].prompt_text("{question} {0}", "{context}?")
     assert text.endswith("Context: {question} {0}\nQuestion: {context}?")

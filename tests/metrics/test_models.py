@@ -1,7 +1,5 @@
 """Metrics with a model of their own, on tiny random encoders, against plain computations one by one."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
