@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_untouched, snapshot
+from runs import read
 
 from fastmem_pl import FastMemDataModule, Memorizer
 from fastmem_pl.cli import main
@@ -37,16 +38,14 @@ def decode(prefill, decoder, deltas, tokens):
 
 def test_command(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    arguments = [
-        "fit-predict", "--config", "demo", "--data.limit", "6", "--run_dir", str(run_dir),
-        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-    ]  # fmt: skip
+    arguments = ["fit-predict", "--config", "demo", "--data.limit", "6", "--run_dir", str(run_dir)]
+    arguments += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     assert main(arguments) == 0
     output = capsys.readouterr().out
     assert "6 samples, mean ± standard error" in output
     assert "fastmem+cd against zero-shot, accuracy:" in output
     assert f"run folder: {run_dir}" in output
-    records = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    records = read(run_dir)
     assert len(records) == 18
     assert all(r["prediction"].startswith("The answer is:") for r in records)
     curves = [r["curve"]["cross_entropy"] for r in records if r["method"] == "fastmem"]
@@ -88,9 +87,8 @@ def test_zero_shot_is_generate(demo, prompts):
     found = decode(Prefill(demo, prompts), "greedy", None, 20)
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
-        expected = demo.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
-        )
+        mask = torch.ones_like(ids)
+        expected = demo.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
         assert answer == expected[0, len(prompt) :].tolist()
 
 
@@ -103,9 +101,8 @@ def test_batch_of_eight_is_eight_single_runs(demo, samples, prompts):
     for row, sample in enumerate(samples):
         single = memorizer([sample.context])
         for name in ("cross_entropy", "grad_norm"):
-            assert getattr(batch.curves[row], name) == pytest.approx(
-                getattr(single.curves[0], name), rel=1e-4
-            )
+            expected = pytest.approx(getattr(single.curves[0], name), rel=1e-4)
+            assert getattr(batch.curves[row], name) == expected
         alone = Prefill(demo, [prompts[row]])
         for decoder, answers in together.items():
             assert decode(alone, decoder, single.deltas, 16) == [answers[row]]
