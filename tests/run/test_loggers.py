@@ -141,7 +141,7 @@ def test_a_stopped_run_says_so_and_nothing_new_touches_no_logger(tiny_run, asser
 
 
 def test_scores_that_come_later_are_logged_beside_the_others(tiny_run, monkeypatch, assert_complete):
-    def added(run, model, datamodule):
+    def added(run, *others):
         content = run.records()
         for record in content:
             record["scores"]["factkb"] = 0.5

@@ -109,10 +109,9 @@ def test_a_killed_run_goes_on(small_run, small: list[str], tmp_path: Path) -> No
     options += ["--model.decode.max_new_tokens", "24", "--model.memorize.steps", "15"]
     command = [FASTMEM, "fit-predict", *small, "--run_dir", "run", *options]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    predictions, deadline = tmp_path / "run" / "predictions.jsonl", time.monotonic() + 60
+    predictions = tmp_path / "run" / "predictions.jsonl"
     while not predictions.exists() or predictions.read_bytes().count(b"\n") < 7:
         assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
