@@ -1,14 +1,12 @@
 """The frozen language model behind every memory and every answer."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -81,12 +79,12 @@ class Backbone:
         precision: Precision | None = None,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
-        fabric: Fabric | None = None,
+        fabric: "Fabric | None" = None,
         quantization: str | None = None,
         device_map: DeviceMap | None = None,
         tp_plan: str | None = None,
         num_layers: int = 1,
-    ) -> Backbone:
+    ) -> Self:
         """Load a backbone from a Hub id, a folder, a ``.gguf`` file, or the packaged ``"demo"`` model.
 
         Args:
@@ -121,7 +119,7 @@ class Backbone:
             backbone.fingerprint()
         return backbone
 
-    def with_chat(self, settings: ChatSettings, encoder: type[ChatEncoder] = ChatEncoder) -> Backbone:
+    def with_chat(self, settings: ChatSettings, encoder: type[ChatEncoder] = ChatEncoder) -> Self:
         """This backbone, sharing all of its parts, with texts encoded in another way."""
         twin = copy.copy(self)
         twin.chat = encoder(self.tokenizer, settings)

@@ -1,10 +1,8 @@
 """The settings of the backbone: which model, how it is loaded, and the three precisions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
@@ -36,7 +34,7 @@ class BackboneSettings:
     trust_remote_code: bool = False
 
     @classmethod
-    def of(cls, given: BackboneSettings | str | Mapping[str, Any]) -> BackboneSettings:
+    def of(cls, given: Self | str | Mapping[str, Any]) -> Self:
         """Settings as given, or those of a model that is named only."""
         if isinstance(given, cls):
             return given
@@ -57,6 +55,6 @@ def normalize_precision(precision: str | int) -> Precision:
     return name
 
 
-def fabric_settings(fabric: Fabric) -> tuple[str, torch.device]:
+def fabric_settings(fabric: "Fabric") -> tuple[str, torch.device]:
     """Precision and device of a Fabric."""
     return str(fabric.strategy.precision.precision), fabric.device

@@ -1,7 +1,5 @@
 """The result of a search as terminal tables, Markdown and pictures; from a :class:`Ranking` only."""
 
-from __future__ import annotations
-
 import io
 import logging
 import math
@@ -115,7 +113,7 @@ def heat_map(ranking: Ranking, path: Path) -> None:
         _save(figure, path)
 
 
-def plot_study(study: optuna.Study, folder: Path, objective: str) -> list[str]:
+def plot_study(study: "optuna.Study", folder: Path, objective: str) -> list[str]:
     """Write Optuna's own plots; returns their names. One that fails is left out with a line in the log."""
     from optuna.visualization import matplotlib as optuna_plots
 
