@@ -32,8 +32,8 @@ from fastmem_pl.run.records import Record
 
 # Until the first worker has its machine and has loaded the model; an autoscaler may have to rent one.
 _START_SECONDS = 1800
-# Of a worker; one that Ray took with its machine does not count.
-_RESTARTS = 100
+# Workers in a row that may die while they load, after the first came up.
+_DEATHS = 10
 # Of the object store that a local Ray allocates: texts pass through it, and no tensors.
 _LOCAL_STORE_BYTES = 100 << 20
 # Read when Ray is imported and started. What stops a run is raised; all else is in Ray's own log files. Its
@@ -190,7 +190,7 @@ class RayPool:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.wait_for_min_actors_s = _START_SECONDS
-        context.max_consecutive_actor_init_deaths = _RESTARTS
+        context.max_consecutive_actor_init_deaths = _DEATHS
         resources = ray.cluster_resources()
         there, cores = resources.get("GPU", 0), resources.get("CPU", 1)
         gpus = (1 if there else 0) if self._gpus is None else self._gpus
@@ -209,7 +209,6 @@ class RayPool:
             batch_size=1,
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-            max_restarts=_RESTARTS,
             num_gpus=gpus or None,
             # All cores for the threads of the workers, where no GPU does the work.
             num_cpus=1 if gpus else max(1, int(cores // most)),
