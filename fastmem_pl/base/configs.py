@@ -1,7 +1,5 @@
 """The configs that ship with the package."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

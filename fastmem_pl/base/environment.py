@@ -1,7 +1,5 @@
 """Where results are made: versions of packages, and the device."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 from collections.abc import Iterable
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
 PACKAGES = ("fastmem-pl", "torch", "lightning", "transformers", "torchmetrics", "tokenizers", "safetensors")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: "torch.device") -> dict[str, Any]:
     """Versions and device, as kept with every result."""
     import torch
 

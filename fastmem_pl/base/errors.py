@@ -1,7 +1,5 @@
 """Errors that a user can act on, and the near-name suggestions in them."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

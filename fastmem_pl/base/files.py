@@ -1,7 +1,5 @@
 """Writing to where the user said: refused early, whole or not at all, and nothing foreign replaced."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 Nothing here needs torch before something is loaded.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

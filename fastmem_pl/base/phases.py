@@ -1,7 +1,5 @@
 """Seconds and peak memory of the phases of a run."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Iterator

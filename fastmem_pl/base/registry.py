@@ -1,7 +1,5 @@
 """A named collection that suggests the nearest name when one is not found."""
 
-from __future__ import annotations
-
 from typing import Generic, NoReturn, TypeVar
 
 from fastmem_pl.base.errors import FastMemError, unknown

@@ -1,7 +1,5 @@
 """Asking a backbone questions, with or without a memory, from Python."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Many questions to one model, with one memory and one text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ stopping are the loop's. ``scores`` runs inside a CUDA graph where there are any
 value, no ``.item()``.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """FastMem's decoders inside the ``generate`` of transformers, as a ``custom_generate``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ Launching the kernels of one token one by one takes the host longer than the GPU
 graphs with the tensors that they work on, and later batches of the same shapes put their values there.
 """
 
-from __future__ import annotations
-
 import logging
 import weakref
 from collections.abc import Callable, Hashable

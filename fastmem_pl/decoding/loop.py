@@ -1,7 +1,5 @@
 """The decoding loop: one trunk pass per token, whatever is contrasted with what."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Methods that a run compares: memory or not, a decoder, and a form of the prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

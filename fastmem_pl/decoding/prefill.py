@@ -1,12 +1,11 @@
 """The trunk's pass over prompts, which methods share, as memories leave it alone, and what grows from it."""
 
-from __future__ import annotations
-
 import copy
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ class Prefill:
         prompts: Sequence[Sequence[int]],
         num_layers: int = 1,
         early_layers: Sequence[int] = (),
-        earlier: Prefill | None = None,
+        earlier: Self | None = None,
     ) -> None:
         self.backbone, self.num_layers = backbone, num_layers
         # Those above the first trained block depend on the memory and come from the tail.
@@ -48,14 +47,14 @@ class Prefill:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def expand(self, rows: int) -> Prefill:
+    def expand(self, rows: int) -> Self:
         """The prefill of one prompt as that of ``rows`` equal ones, each with a memory of its own."""
         twin = copy.copy(self)
         twin.ids, twin.mask = (t.expand(rows, -1) for t in (self.ids, self.mask))
         twin.keys, twin.inputs = self.keys * rows, self.inputs.expand(rows)
         return twin
 
-    def _beginning(self, earlier: Prefill | None) -> tuple[Cache, int]:
+    def _beginning(self, earlier: Self | None) -> tuple[Cache, int]:
         """A KV cache, and how many tokens of the prompt it holds already."""
         # Blocks above a trained FFN need all of the prompt's hidden states, and windows slide on.
         fits = earlier is not None and earlier.cache is not None and earlier.backbone is self.backbone
@@ -164,7 +163,7 @@ class SequenceState:
         """All that persists."""
         return [self.mask, self.position, self.place, *self.cache.tensors()]
 
-    def rows(self, index: Tensor) -> SequenceState:
+    def rows(self, index: Tensor) -> Self:
         """A copy with some rows only."""
         twin = copy.copy(self)
         twin.position = self.position.clone()

@@ -4,10 +4,9 @@ A step reads and writes these tensors and nothing else: no value comes back to t
 can record a step and repeat it.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ class Views:
         caches = [tensor for cache in self.caches.values() for tensor in cache.tensors()]
         return caches + [tensor for layer in self.deltas or () for tensor in layer.values()]
 
-    def rows(self, index: Tensor, sequences: Sequence[SequenceState]) -> Views:
+    def rows(self, index: Tensor, sequences: Sequence[SequenceState]) -> Self:
         """A copy with some rows only."""
         twin = copy.copy(self)
         twin.deltas = self.deltas and [
@@ -131,7 +130,7 @@ class DecodeState:
         parts = (*self.sequences, self.views, self.chooser)
         return [self.last, *(tensor for part in parts for tensor in part.tensors())]
 
-    def rows(self, index: Tensor) -> DecodeState:
+    def rows(self, index: Tensor) -> Self:
         """A copy with some rows only."""
         twin = copy.copy(self)
         twin.sequences = [part.rows(index) for part in self.sequences]
@@ -189,7 +188,7 @@ class TokenChooser:
         """All that persists."""
         return list(self._tensors.values())
 
-    def rows(self, index: Tensor) -> TokenChooser:
+    def rows(self, index: Tensor) -> Self:
         """A copy with some rows only."""
         twin = copy.copy(self)
         twin._tensors = {n: t.clone() if n == "step" else t[index] for n, t in self._tensors.items()}

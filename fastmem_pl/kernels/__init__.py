@@ -5,8 +5,6 @@ CUDA builds of PyTorch bring it), in bfloat16. Everywhere else, and inside :func
 path computes the same. The tests compare the two.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager

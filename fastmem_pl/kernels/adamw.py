@@ -7,8 +7,6 @@ longer than reading them: then cuBLAS forms the gradients of a few samples at a 
 reads them.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """The elementwise part of a SiLU-gated FFN with a memory, forward and backward, each in one pass."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

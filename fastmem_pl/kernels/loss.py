@@ -3,8 +3,6 @@
 Logits are the reference's ``raw (n, V)`` plus ``change (n, V)``; the gradient overwrites ``change``.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Deltas at work: shared out over sequences, and inside the forward pass of a transformers model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any

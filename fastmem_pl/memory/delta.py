@@ -1,8 +1,7 @@
 """The trained part of a memory, and the optimizer that trains it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class FFNDelta(nn.ParameterDict):
             if factored:
                 self[name].factors = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFNDelta:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         for parameter in self.values():
             parameter.data = parameter.data.to(self._dtype)

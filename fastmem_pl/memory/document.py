@@ -1,7 +1,5 @@
 """One memory of a text of any length: windows of it, memorized together or one after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 

@@ -5,8 +5,6 @@ and a SHA-256 over header and tensors, which shows damage and alteration (it is 
 the whole file can rewrite the digest).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -11,8 +11,6 @@ where the change is small, and in bfloat16 the curve follows the float32 one. Wi
 ``p_n = p_0 exp(d) / sum(p_0 exp(d))``, which takes few passes over ``(n, V)`` where ``p_0`` is kept.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Memorizing: what the trunk makes of contexts, and the Fabric loop that fits a module to it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

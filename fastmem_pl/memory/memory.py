@@ -1,7 +1,5 @@
 """What memorizing leaves behind, in process and on disk."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -46,7 +44,7 @@ class Curve:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, list[float | None]]) -> Curve:
+    def from_dict(cls, values: dict[str, list[float | None]]) -> Self:
         """Inverse of :meth:`as_dict`."""
         return cls(**{n: [math.nan if v is None else v for v in row] for n, row in values.items()})
 
@@ -105,7 +103,7 @@ class Memory:
             raise FastMemError(f"memory.curve: there are {len(self)}; take one of memory.curves")
         return self.curves[0]
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Cross-entropy and KL (nats a token) over the steps, a line a row."""
         from matplotlib import pyplot
 
@@ -120,7 +118,7 @@ class Memory:
                 axes.legend(fontsize="small")
         return figure
 
-    def rows(self, indices: Sequence[int]) -> Memory:
+    def rows(self, indices: Sequence[int]) -> Self:
         """Pick rows, repeats allowed: ``memory.rows([0, 0])`` serves two questions on one context."""
         index = torch.tensor(indices, device=next(iter(self.deltas[0].values())).device)
         return replace(
@@ -130,14 +128,14 @@ class Memory:
             **{name: [getattr(self, name)[i] for i in indices] for name in _BY_ROW},
         )
 
-    def to(self, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Memory:
+    def to(self, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
         """The same memory with deltas of another type, or elsewhere."""
         return replace(
             self, deltas=[{n: t.to(device=device, dtype=dtype) for n, t in d.items()} for d in self.deltas]
         )
 
     @classmethod
-    def stack(cls, memories: Sequence[Memory]) -> Memory:
+    def stack(cls, memories: Sequence[Self]) -> Self:
         """Join memories of one backbone and number of layers into one batch, one row after the other."""
         if not memories:
             raise FastMemError("Memory.stack: no memories; give one or more")
@@ -231,7 +229,7 @@ class Memory:
         path: str | Path,
         fingerprint: str | Backbone | None = None,
         device: str | torch.device = "cpu",
-    ) -> Memory:
+    ) -> Self:
         """Read one memory (nothing in the file is executed); its deltas go to ``device``.
 
         A damaged or altered file is refused, with a ``fingerprint`` also a memory of another backbone, and

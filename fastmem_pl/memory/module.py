@@ -1,7 +1,5 @@
 """Memorizing as a tiny LightningModule over the deltas."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The settings of memorizing, with the paper's defaults for question answering."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 

@@ -1,12 +1,10 @@
 """A folder of saved memories, one file a sample of a data file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -22,7 +20,7 @@ class MemoryFolder:
         self.path = path
 
     @classmethod
-    def find(cls, path: Path) -> MemoryFolder:
+    def find(cls, path: Path) -> Self:
         """The folder of memories at ``path``, or in the run folder there."""
         folder = path / "memories" if (path / "memories").is_dir() else path
         if not any(folder.glob("*.safetensors")):

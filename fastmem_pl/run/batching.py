@@ -1,7 +1,5 @@
 """Keeping batches within memory: how large they are planned, and what is done when one is too large."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import logging
@@ -84,7 +82,7 @@ class MemoryBudget:
 
     def attempts(
         self, items: Sequence[Item], longest_row: Callable[[Sequence[Item]], int]
-    ) -> Iterator[Attempt]:
+    ) -> Iterator["Attempt"]:
         """Attempts at a batch, in order, each to be entered by ``with``: one, or those at halves of what did
         not fit.
 

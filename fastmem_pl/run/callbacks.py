@@ -1,7 +1,5 @@
 """Callbacks of a run: metric aggregation, the writer of records, the progress bar, the end by SIGTERM."""
 
-from __future__ import annotations
-
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

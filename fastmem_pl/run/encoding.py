@@ -1,7 +1,5 @@
 """From samples to token ids: what is memorized, and every prompt about it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

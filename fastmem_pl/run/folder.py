@@ -5,8 +5,6 @@
 several processes answer, all but the first write to files of their own in ``parts/``.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

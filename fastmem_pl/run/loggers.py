@@ -1,7 +1,5 @@
 """Lightning's loggers by name, and the callback that feeds them: settings, curves, scores, final metrics."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

@@ -4,8 +4,6 @@
 together. Phases do not overlap: their seconds and ``other`` add up to those of the session.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

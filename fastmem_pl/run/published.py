@@ -5,8 +5,6 @@ place of one part of a :class:`~fastmem_pl.FastMemModule`. Golden traces hold th
 (``tests/test_golden.py``).
 """
 
-from __future__ import annotations
-
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from typing import Any

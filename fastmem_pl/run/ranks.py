@@ -1,7 +1,5 @@
 """Agreement among the processes of a run, which Lightning starts, places and joins."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """Files of records, one JSON object a line: appending, repairing, and merging those of several processes."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

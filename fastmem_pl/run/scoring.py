@@ -1,7 +1,5 @@
 """Scores that need a model of their own, computed for a whole run once its answers are known."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

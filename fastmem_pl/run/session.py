@@ -1,7 +1,5 @@
 """One session of a run: what is left of it, what is kept of every batch, and the results at the end."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
