@@ -34,6 +34,7 @@ from speed import _8B, _70B, _TINY, device_slug, provenance, random_samples, wor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastmem_pl import Backbone, FastMemDataModule, FastMemError, Memorizer, answer
+from fastmem_pl.backbone import usable_bytes
 from fastmem_pl.backbone.quantization import (
     KINDS,
     check_quantization,
@@ -43,7 +44,7 @@ from fastmem_pl.backbone.quantization import (
 )
 from fastmem_pl.base.phases import is_out_of_memory
 from fastmem_pl.data import ContextSample
-from fastmem_pl.memory import MemorizationSettings, footprint_of, usable_bytes
+from fastmem_pl.memory import MemorizationSettings, footprint_of
 from fastmem_pl.metrics import normalize_answer
 
 RESULTS = Path(__file__).parent / "results"

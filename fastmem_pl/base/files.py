@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
@@ -45,20 +45,15 @@ def _check_existing(path: Path, force: bool, folder: bool) -> None:
     if folder:
         if path.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise FastMemError(f"{path} is the folder you are in, or one around it; give another --out")
-        foreign = _foreign(path)
-        if foreign:
-            raise FastMemError(
-                f"{path} holds {foreign}, which fastmem export did not write; give another --out"
-            )
-
-
-def _foreign(folder: Path) -> str | None:
-    """Something in a folder that is no part of an export."""
-    try:
-        own = set(json.loads((folder / MANIFEST).read_text())["files"]) | {MANIFEST}
-    except (OSError, ValueError, KeyError, TypeError):
-        own = set()
-    return next((p.name for p in sorted(folder.iterdir()) if p.name not in own or not p.is_file()), None)
+        try:
+            own = {*json.loads((path / MANIFEST).read_text())["files"], MANIFEST}
+        except (OSError, ValueError, KeyError, TypeError):
+            own = set()
+        for part in sorted(path.iterdir()):
+            if part.name not in own or not part.is_file():
+                raise FastMemError(
+                    f"{path} holds {part.name}, which fastmem export did not write; give another --out"
+                )
 
 
 @contextmanager
@@ -91,11 +86,12 @@ def new_folder(path: Path, bytes_needed: int) -> Iterator[Path]:
             shutil.rmtree(earlier, ignore_errors=True)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file that takes its place when it is whole, and is removed when it is not."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes its place when it is whole, and is removed when it is not."""
     partial = _beside(path)
     try:
-        write(partial)
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -134,8 +130,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     if is_remote(path):
         # A store shows objects when they are whole.
         path.write_bytes(to_bytes(content))
-    else:
-        write_whole(path, lambda partial: _write_through(partial, content))
+        return
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        file.write(to_bytes(content))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def free_name(path: Path) -> Path:
@@ -148,13 +147,6 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of the files of a folder."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(file.stat().st_size for file in files)
-
-
-def _write_through(path: Path, content: str | bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(to_bytes(content))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def to_bytes(content: str | bytes) -> bytes:

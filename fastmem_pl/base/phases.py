@@ -13,16 +13,12 @@ from torch.profiler import record_function
 
 @dataclass(frozen=True)
 class PhaseCall:
-    """One passage through a phase, as profiles keep it.
-
-    ``part`` is what of the phase, such as the method that was decoded. ``seconds`` of wall time are without
-    those of phases inside, ``peak_bytes`` of memory in use are with them.
-    """
+    """One passage through a phase, as profiles keep it."""
 
     phase: str
-    part: str
-    seconds: float
-    peak_bytes: int
+    part: str  # what of the phase, such as the method that was decoded
+    seconds: float  # of wall time, without those of phases inside
+    peak_bytes: int  # of memory in use, with phases inside
     samples: int = 0
     tokens: int = 0
     steps: int = 0
@@ -41,12 +37,8 @@ class PhaseMeter:
 
     Phases may hold others: the seconds and the peak of the outer one include theirs. Memory is what torch
     allocated on an accelerator; on the CPU it is the resident set of the process (weights included), 0 where
-    the system does not tell.
-
-    Args:
-        device: that the phases run on.
-        calls: gets an entry for every phase that ends without an exception, and phases are labelled for
-            torch.profiler; by default only the peaks are kept.
+    the system does not tell. With ``calls``, which get an entry for every phase that ends without an
+    exception, phases are labelled for torch.profiler; by default only the peaks are kept.
     """
 
     def __init__(self, device: torch.device, calls: list[PhaseCall] | None = None) -> None:
@@ -64,11 +56,8 @@ class PhaseMeter:
     ) -> Iterator[dict[str, float]]:
         """Measure a phase; its context is a dict whose ``seconds`` is set on leaving.
 
-        Args:
-            phase: that the peak belongs to, if any.
-            name: of the phase in :attr:`calls`; by default the same.
-            part: see :class:`PhaseCall`.
-            counts: ``samples``, ``tokens`` and ``steps``. What is known at the end only is put into the dict.
+        The peak belongs to ``phase``, if any; :attr:`calls` list it as ``name``, by default the same. Counts
+        (``samples``, ``tokens``, ``steps``) that are known at the end only are put into the dict.
         """
         name = name or phase
         timing = {"seconds": 0.0, **counts}

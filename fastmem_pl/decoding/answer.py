@@ -19,8 +19,6 @@ def answer(
     context: str | Sequence[str] | None = None,
     memory: Memory | None = None,
     decoder: str = "greedy",
-    max_new_tokens: int = 100,
-    alpha: float = 0.5,
     answer_prefix: str = "",
     **settings: Any,
 ) -> list[str]:
@@ -31,17 +29,14 @@ def answer(
         memory: of one context for all questions, or one row a question.
         decoder: ``"greedy"``, ``"cd"`` (contrast memorized with base logits), ``"cad"`` (contrast logits
             with and without the context) or ``"dola"`` (contrast layers).
-        max_new_tokens: most tokens of an answer.
-        alpha: strength of ``"cd"`` and ``"cad"``.
         answer_prefix: text that opens the answer; part of what is returned.
-        settings: further :class:`DecodingSettings`, such as ``temperature``, ``seed`` or ``stop``.
+        settings: of :class:`DecodingSettings`, such as ``max_new_tokens``, ``alpha``, ``seed`` or ``stop``.
 
     Raises:
         FastMemError: when counts do not match, a setting is out of its range, the decoder lacks what it
             contrasts, or the memory is of another model.
     """
     questions = [questions] if isinstance(questions, str) else list(questions)
-    settings |= {"max_new_tokens": max_new_tokens, "alpha": alpha}
     decoding = _begin(backbone, questions, context, memory, decoder, settings, answer_prefix)
     return [answer_prefix + generated.text for generated in decoding.run()]
 

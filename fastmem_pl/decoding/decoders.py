@@ -32,23 +32,17 @@ class StepLogits:
 
 
 class Decoder:
-    """Turns :class:`StepLogits` into scores: the model's own logits, if not overridden.
+    """Turns :class:`StepLogits` into scores: the model's own logits, if not overridden."""
 
-    Attributes:
-        needs_base: whether it looks at the base model beside the memory.
-        needs_without_context: whether it looks at the prompt without the context.
-        early_layers: numbers of the hidden states that it looks at.
-        max_new_tokens, repetition_penalty: those of the settings, unless the decoder has its own.
-        note: ``(B,)``, whole numbers or floats to keep beside the tokens that the last scores lead to.
-    """
-
-    needs_base: bool = False
-    needs_without_context: bool = False
-    early_layers: Sequence[int] = ()
+    needs_base: bool = False  # whether it looks at the base model beside the memory
+    needs_without_context: bool = False  # whether it looks at the prompt without the context
+    early_layers: Sequence[int] = ()  # numbers of the hidden states that it looks at
+    # (B,), whole numbers or floats to keep beside the tokens that the last scores lead to.
     note: Tensor | None = None
 
     def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
         self.settings = settings
+        # A decoder may have its own.
         self.max_new_tokens = settings.max_new_tokens
         self.repetition_penalty = 1.0 if settings.repetition_penalty is None else settings.repetition_penalty
 

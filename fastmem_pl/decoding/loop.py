@@ -240,14 +240,9 @@ def decode(
 ) -> tuple[list[Generated], float, float]:
     """Answer a batch of prompts by one decoder: the way of all answers from token ids to texts.
 
-    Args:
-        prefills: of the prompts in every form that is read, which methods share.
-        part: names the decode in the meter's entries, such as the method.
-        options: ``rows``, how many memories answer a single prompt; ``keys`` and ``graphs`` of the decoding.
-
-    Returns:
-        the answers, the seconds of their decode, and those of the trunk passes, which count in full for each
-        method that reads them, whichever came first.
+    ``part`` names the decode in the meter's entries, such as the method. ``options`` are ``rows``, how many
+    memories answer a single prompt, and ``keys`` and ``graphs`` of the decoding. Returns the answers, the
+    seconds of their decode, and those of the trunk passes, in full for each method that reads them.
     """
     decoding = begin(prefills, decoder, settings, deltas, form, **options)
     with prefills.measure("decode", part) as timing:

@@ -28,20 +28,11 @@ class GatedChange(torch.autograd.Function):
     @staticmethod
     def backward(ctx, hidden_grad: Tensor, change_grad: Tensor):
         """Gradients of the two changes."""
-        gate, up, gate_change, up_change = ctx.saved_tensors
+        gate = ctx.saved_tensors[0]
         gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(gate)
-        size = gate.numel()
+        size, grads = gate.numel(), (hidden_grad.contiguous(), change_grad.contiguous())
         _backward[(triton.cdiv(size, _BLOCK),)](
-            gate,
-            up,
-            gate_change,
-            up_change,
-            hidden_grad.contiguous(),
-            change_grad.contiguous(),
-            gate_grad,
-            up_grad,
-            size,
-            BLOCK=_BLOCK,
+            *ctx.saved_tensors, *grads, gate_grad, up_grad, size, BLOCK=_BLOCK
         )
         return None, None, gate_grad, up_grad
 

@@ -34,32 +34,14 @@ def soft_target_loss_(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and KL of ``n`` tokens, ``(n,)`` each; ``change`` becomes the weighted gradient.
 
-    Args:
-        change: of the logits since step 0, ``(n, V)``.
-        raw: logits at step 0, ``(n, V)``.
-        normalizer: first result of :func:`reference_normalizers`.
-        rest: second result of :func:`reference_normalizers`.
-        labels: ``(n,)``.
-        kl_coeff: ``(n,)`` float32.
-        weights: ``(n,)`` float32.
+    ``raw`` are the logits at step 0, ``(n, V)`` as ``change`` since then; ``normalizer`` and ``rest`` come
+    from :func:`reference_normalizers`. The others are ``(n,)``, but for ``labels`` in float32.
     """
     tokens, vocabulary = raw.shape
     cross_entropy = torch.empty(tokens, dtype=torch.float32, device=raw.device)
     kl = torch.empty_like(cross_entropy)
-    _soft_target[(tokens,)](
-        change,
-        raw,
-        normalizer,
-        rest,
-        labels,
-        kl_coeff,
-        weights,
-        cross_entropy,
-        kl,
-        vocabulary,
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
-    )
+    read, written = (raw, normalizer, rest, labels, kl_coeff, weights), (cross_entropy, kl)
+    _soft_target[(tokens,)](change, *read, *written, vocabulary, BLOCK=_BLOCK, num_warps=_WARPS)
     return cross_entropy, kl
 
 

@@ -1,11 +1,10 @@
 """Memories: the delta on the last FFN, the objective, fitting and saving."""
 
-from fastmem_pl.backbone import usable_bytes
 from fastmem_pl.memory.delta import DeltaAdamW
 from fastmem_pl.memory.document import DocumentFit, encoded_text, memorize_document
 from fastmem_pl.memory.files import read_header, trained_layers
 from fastmem_pl.memory.loss import footprint_of
-from fastmem_pl.memory.memorizer import ContextReader, Memorizer, context_hash
+from fastmem_pl.memory.memorizer import Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
 from fastmem_pl.memory.module import MemorizationModule
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings, WindowSettings
@@ -13,7 +12,6 @@ from fastmem_pl.memory.store import MemoryFolder
 
 __all__ = [
     "POLICIES",
-    "ContextReader",
     "Curve",
     "DeltaAdamW",
     "DocumentFit",
@@ -29,5 +27,4 @@ __all__ = [
     "memorize_document",
     "read_header",
     "trained_layers",
-    "usable_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +34,8 @@ def spread(deltas: Delta, count: int) -> dict[str, Tensor]:
         raise FastMemError(
             f"the memory has {rows} rows for {count} sequences; give one row, or one for each prompt"
         )
-    if rows == 1:
-        return {name: delta.expand(count, -1, -1) for name, delta in deltas.items()}
-    if rows == count:
-        return dict(deltas)
-    return {name: delta.repeat_interleave(count // rows, 0) for name, delta in deltas.items()}
+    # Views, where there is one row, or one for each sequence.
+    return {n: delta[:, None].expand(-1, count // rows, -1, -1).flatten(0, 1) for n, delta in deltas.items()}
 
 
 @contextmanager
@@ -50,27 +48,22 @@ def attached(anatomy: Anatomy, deltas: Sequence[Delta], dtype: torch.dtype | Non
     dtype = dtype or anatomy.head.weight.dtype
     first = len(anatomy.blocks) - len(deltas)
     trained = [block.mlp for block in list(anatomy.blocks)[first:]]
-    if any(isinstance(hook, _Hook) for ffn in trained for hook in ffn._forward_hooks.values()):
+    if any(getattr(hook, "func", None) is _changed for f in trained for hook in f._forward_hooks.values()):
         raise FastMemError("a memory is attached to this model already; stack memories to serve several")
     with ExitStack() as hooks:
         for number, (module, layer) in enumerate(zip(trained, deltas, strict=True), first):
             ffn = FFN(anatomy.projections(number), anatomy.activation(number), dtype)
             device = ffn.base_weights["down"].device
             placed = {name: delta.to(device, dtype) for name, delta in layer.items()}
-            hooks.callback(module.register_forward_hook(_Hook(ffn, placed)).remove)
+            hooks.callback(module.register_forward_hook(partial(_changed, ffn, placed)).remove)
         yield
 
 
-class _Hook:
-    """Adds the memory's change to an FFN's output."""
-
-    def __init__(self, ffn: FFN, deltas: dict[str, Tensor]) -> None:
-        self._ffn, self._deltas = ffn, deltas
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        (ffn_input,) = args
-        served = spread(self._deltas, len(ffn_input))
-        with torch.autocast(ffn_input.device.type, enabled=False):
-            base = self._ffn.base(ffn_input)
-            change = self._ffn.memorized(ffn_input, served, base) - base.output
-            return (output.float() + change).to(output.dtype)
+def _changed(ffn: FFN, deltas: Delta, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A hook: an FFN's output with the memory's change."""
+    (ffn_input,) = args
+    served = spread(deltas, len(ffn_input))
+    with torch.autocast(ffn_input.device.type, enabled=False):
+        base = ffn.base(ffn_input)
+        change = ffn.memorized(ffn_input, served, base) - base.output
+        return (output.float() + change).to(output.dtype)

@@ -52,11 +52,8 @@ class DeltaAdamW(torch.optim.AdamW):
     ``(1 - c) * delta - c * W - update``: plain AdamW on the delta would leave out ``c * W``. Deltas whose
     gradient is left in factors are updated by :mod:`fastmem_pl.kernels.adamw`, the others by PyTorch.
 
-    Args:
-        pairs: ``(delta (B, out, in), base weight (out, in))``.
-        lr: constant learning rate of each sample.
-        last_step: number of the last step, whose moments need not be kept.
-        from_zero: deltas are zero before the first step, which need not read them.
+    Takes pairs of a delta ``(B, out, in)`` and its base weight ``(out, in)``, and a constant ``lr`` for each
+    sample. Moments of the ``last_step`` need not be kept; deltas ``from_zero`` need not be read in the first.
     """
 
     def __init__(
@@ -111,13 +108,10 @@ class DeltaAdamW(torch.optim.AdamW):
                 f"memorizing ends after its {self._last_step} steps; set model.memorize.steps higher"
             )
         self._steps += 1
-        plain = [pair for pair in self._pairs if getattr(pair[0], "factors", None) is None]
         with torch.no_grad():
             for delta, base in self._pairs:
-                if getattr(delta, "factors", None) is not None:
-                    self._factored_step(delta, base)
-            for delta, base in plain:
-                self.decay(delta, base)
+                factored = getattr(delta, "factors", None) is not None
+                (self._factored_step if factored else self.decay)(delta, base)
             for row, group in enumerate(self.param_groups) if self._mixed else ():
                 for view, (delta, _) in zip(group["params"], self._pairs, strict=True):
                     view.grad = None if delta.grad is None else delta.grad[row]

@@ -123,12 +123,7 @@ def memorize_document(
 ) -> Memory:
     """Memorize a text of any length, or several, as one memory of one row.
 
-    A text that fits one window is memorized as by ``memorizer(text)``.
-
-    Args:
-        memorizer: fits it.
-        texts: what to memorize; each text begins a window of its own.
-        windows: how they are cut.
+    A text that fits one window is memorized as by ``memorizer(text)``; each begins a window of its own.
     """
     fit = DocumentFit(memorizer, texts, windows)
     for _ in fit.run():

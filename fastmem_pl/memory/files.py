@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastmem_pl.backbone.families import Anatomy
-from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, one_line, unknown
 from fastmem_pl.base.files import as_path, write_atomic
 from fastmem_pl.memory.attach import check_shapes
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings
@@ -151,10 +151,9 @@ def _opened(
     except OSError as error:
         raise FastMemError(f"cannot read the memory {str(path)[:120]}: {error.strerror or error}") from error
     except (SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise FastMemError(
-            f"memory {path} is damaged ({reason}), or no memory at all; give what fastmem memorize wrote, or "
-            "memorize it again"
+            f"memory {path} is damaged ({one_line(error)}), or no memory at all; give what fastmem memorize "
+            "wrote, or memorize it again"
         ) from error
 
 

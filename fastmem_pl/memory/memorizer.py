@@ -46,14 +46,8 @@ def listed_texts(texts: str | Sequence[str]) -> list[str]:
 class Memorizer:
     """Turns contexts into a :class:`Memory`, driving :class:`MemorizationModule` through Fabric.
 
-    Args:
-        backbone: frozen model.
-        settings: keyword arguments of :class:`MemorizationSettings` do as well.
-        fabric: drives the fit; by default one for the backbone's device.
-
-    Attributes:
-        meter: of the trunk's passes, which a profile lists apart; by default it measures nothing.
-        module_class: of the modules that are fitted.
+    Keyword arguments of :class:`MemorizationSettings` do as well as settings. The ``fabric`` that drives the
+    fit is by default one for the backbone's device.
 
     Raises:
         FastMemError: when the Fabric is for another device or precision than the backbone's, or for several
@@ -171,6 +165,29 @@ class Memorizer:
                 optimizer.zero_grad()
             yield step + 1
 
+    def snapshots(
+        self,
+        read: tuple[TailInputs, Tensor, Tensor],
+        rows: Sequence[MemorizationSettings],
+        stops: Sequence[int],
+    ) -> Iterator[tuple[int, Memory]]:
+        """Memorize one context, after :meth:`read`, under settings that differ in learning rate and kl_coeff.
+
+        Yields each of the ``stops``, ascending numbers of steps, with all rows' memory then: fewer steps
+        are the beginning of more. Its deltas go on being trained: use or copy them before the next.
+        """
+        count, settings = len(rows), replace(self.settings, steps=max(stops))
+        module = self.module_class(self.backbone, count, settings, rows)
+        inputs, labels, mask = read
+        # One context as that many rows, in the same memory.
+        expanded = inputs.expand(count), labels.expand(count, -1), mask.expand(count, -1)
+        parts = [self.prepare_read(*expanded)] if settings.steps else []
+        steps, taken = self.run(module, parts), 0
+        for stop in stops:
+            while taken < stop:
+                taken = next(steps)
+            yield stop, module.memory()
+
 
 def _check_fabric(fabric: Fabric, backbone: Backbone) -> None:
     """Refuse a Fabric that would change what memorizing computes."""
@@ -186,31 +203,3 @@ def _check_fabric(fabric: Fabric, backbone: Backbone) -> None:
             f"fabric: it is for {precision} on {device}, the backbone for {backbone.precision} on "
             f"{backbone.device}; load it with Backbone.load(..., fabric=fabric)"
         )
-
-
-class ContextReader:
-    """The trunk's pass over one context, from which it is memorized under many settings."""
-
-    def __init__(self, memorizer: Memorizer, encoded: EncodedContext) -> None:
-        self._memorizer, self._read = memorizer, memorizer.read([encoded])
-
-    def snapshots(
-        self, rows: Sequence[MemorizationSettings], stops: Sequence[int]
-    ) -> Iterator[tuple[int, Memory]]:
-        """Memorize under the settings of each row, which may differ in learning rate and kl_coeff.
-
-        Yields each of the ``stops``, ascending numbers of steps, with the memory of all rows then: fewer
-        steps are the beginning of more. Its deltas go on being trained: use or copy them before the next.
-        """
-        memorizer, count = self._memorizer, len(rows)
-        settings = replace(memorizer.settings, steps=max(stops))
-        module = memorizer.module_class(memorizer.backbone, count, settings, rows)
-        inputs, labels, mask = self._read
-        # One context as that many rows, in the same memory.
-        expanded = inputs.expand(count), labels.expand(count, -1), mask.expand(count, -1)
-        parts = [memorizer.prepare_read(*expanded)] if settings.steps else []
-        steps, taken = memorizer.run(module, parts), 0
-        for stop in stops:
-            while taken < stop:
-                taken = next(steps)
-            yield stop, module.memory()

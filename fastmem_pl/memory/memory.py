@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Self
@@ -38,9 +38,9 @@ class Curve:
     def as_dict(self) -> dict[str, list[float | None]]:
         """The lists by name, for JSON: values that are not finite become ``None``."""
         return {
-            field.name: [value if math.isfinite(value) else None for value in getattr(self, field.name)]
-            for field in fields(self)
-            if field.name != "kl_coeff" or self.kl_coeff
+            name: [value if math.isfinite(value) else None for value in values]
+            for name, values in vars(self).items()
+            if name != "kl_coeff" or values
         }
 
     @classmethod
@@ -53,27 +53,18 @@ class Curve:
 class Memory:
     """Memorized contexts: one row a sample.
 
-    Attributes:
-        deltas: per trained layer (lowest first) ``{"gate": (B, F, D), "up": (B, F, D), "down": (B, D, F)}``.
-        curves: one a row.
-        status: ``"ok"`` or what failed, one a row; a failed row holds zero deltas (the base model).
-        settings: those of memorizing; a list where rows differ.
-        fingerprint: of the backbone that the deltas belong to.
-        texts: what was memorized, one a row, where it is known.
-        context_hashes: of the memorized token ids, one a row, where they are known.
-        backbone: its name.
-        windows: how a long text was cut, on the memory of a document.
+    Deltas ``gate`` and ``up`` are ``(B, F, D)``, ``down`` is ``(B, D, F)``.
     """
 
-    deltas: list[dict[str, Tensor]]
-    curves: list[Curve]
-    status: list[str]
-    settings: dict[str, Any]
-    fingerprint: str
-    texts: list[str | None] = field(default_factory=list)
-    context_hashes: list[str | None] = field(default_factory=list)
-    backbone: str = ""
-    windows: dict[str, Any] | None = None
+    deltas: list[dict[str, Tensor]]  # per trained layer, lowest first
+    curves: list[Curve]  # one a row, as status, texts and context_hashes
+    status: list[str]  # "ok" or what failed; a failed row holds zero deltas (the base model)
+    settings: dict[str, Any]  # those of memorizing; a list where rows differ
+    fingerprint: str  # of the backbone that the deltas belong to
+    texts: list[str | None] = field(default_factory=list)  # what was memorized, where it is known
+    context_hashes: list[str | None] = field(default_factory=list)  # of its token ids
+    backbone: str = ""  # its name
+    windows: dict[str, Any] | None = None  # how a long text was cut, on the memory of a document
 
     def __post_init__(self) -> None:
         self.texts = self.texts or [None] * len(self.curves)
@@ -194,8 +185,6 @@ class Memory:
         """Write one row as a safetensors file; a reader sees the whole file or none.
 
         Args:
-            path: file to write.
-            row: number of the sample.
             form: ``float32``; ``bfloat16`` (half the size; products with a memory run in the backbone's
                 compute type, so for a bfloat16 model nothing is lost); ``int8`` (a quarter); ``low-rank``. A
                 type of PyTorch does as well.

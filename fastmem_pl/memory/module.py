@@ -23,8 +23,6 @@ class MemorizationModule(LightningModule):
     yields the same :class:`MemorizationBatch` once an epoch and ``max_epochs=settings.steps``.
 
     Args:
-        backbone: whose last FFNs the deltas change.
-        settings: those of all samples.
         rows: settings of each sample, which may differ in ``learning_rate`` and ``kl_coeff``.
         start: a memory to go on from; its KL is still from the base model.
         dense_gradients: give every delta an ordinary gradient, which losses of one's own may add to. On a GPU

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone import Backbone, usable_bytes
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.base.phases import is_out_of_memory
 from fastmem_pl.data import BatchLimits
 from fastmem_pl.decoding import GraphPool
-from fastmem_pl.memory import MemorizationSettings, footprint_of, usable_bytes
+from fastmem_pl.memory import MemorizationSettings, footprint_of
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +49,9 @@ class MemoryBudget:
         most: int | None = None,
         budget: float | None = None,
     ) -> BatchLimits:
-        """Bounds of a batch: as given, or by the free memory.
+        """Bounds of a batch: as given, or by the free memory, a ``budget`` in bytes.
 
-        Args:
-            answer_tokens: tokens of the longest answer.
-            batch_size: samples of a batch; ``None`` for as many as fit.
-            max_tokens: padded tokens of a batch.
-            most: further bound of the samples, where several processes share them.
-            budget: bytes to fill; by default what is free here.
+        There are at most ``max_tokens`` padded tokens and, where several processes share samples, ``most``.
         """
         most = most or 1 << 30
         if batch_size is not None or not self._auto:
@@ -143,11 +138,7 @@ class Attempt:
 
 
 def halved_when_too_large(step: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Let a module's step take its batch in halves where the device runs out of memory.
-
-    The module has a ``budget`` (:class:`MemoryBudget`) and tells the tokens of a batch's longest row
-    (``longest_row``).
-    """
+    """Let the step of a module with ``budget`` and ``longest_row`` halve a batch that does not fit."""
 
     @functools.wraps(step)
     def in_halves(self: Any, batch: Sequence[Any], batch_idx: int = 0) -> list[Any]:

@@ -8,8 +8,8 @@ several processes answer, all but the first write to files of their own in ``par
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,7 @@ class RunFolder:
         """Note the fingerprint of the model that answers, where it is known late; refuse another run's."""
         self.identity["model"]["fingerprint"] = fingerprint
         self.check()
-        with self._writing(self._manifest_path):
-            write_atomic(self._manifest_path, self._manifest())
+        self._write(self._manifest_path, self._manifest())
 
     def join(self, rank: int, run_id: str) -> None:
         """Write records to a file of this process alone, in a folder that the first process has opened."""
@@ -157,13 +156,9 @@ class RunFolder:
         files = self._files()
         content = b"".join(line for line, _ in merge_records(files, self.methods))
         there = self.predictions_path.read_bytes() if self.predictions_path.is_file() else b""
-        with self._writing(self.predictions_path):
-            if content != there:
-                write_atomic(self.predictions_path, content)
-            for file in files[1:]:
-                file.unlink(missing_ok=True)
-            with suppress(OSError):
-                self._parts_path.rmdir()
+        self._write(self.predictions_path, None if content == there else content, files[1:])
+        with suppress(OSError):
+            self._parts_path.rmdir()
 
     def count_lines(self) -> int:
         """Records so far, by the lines of all files; of the files only what is new is read."""
@@ -177,13 +172,11 @@ class RunFolder:
 
     def replace(self, records: Sequence[Record]) -> None:
         """Write all records anew, at once."""
-        with self._writing(self.predictions_path):
-            write_atomic(self.predictions_path, "".join(map(as_line, records)))
+        self._write(self.predictions_path, "".join(map(as_line, records)))
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json`` at once."""
-        with self._writing(self.metrics_path):
-            write_atomic(self.metrics_path, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        self._write(self.metrics_path, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
 
     def metrics(self) -> dict[str, Any]:
         """Read ``metrics.json``."""
@@ -202,10 +195,13 @@ class RunFolder:
         content = {"schema_version": SCHEMA_VERSION, "id": self.id, "identity": identity}
         return json.dumps(content, indent=2) + "\n"
 
-    @contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
+    def _write(self, path: Path, content: str | bytes | None, merged: Sequence[Path] = ()) -> None:
+        """Write a file anew, if there is ``content``, and remove those that were ``merged`` into it."""
         try:
-            yield
+            if content is not None:
+                write_atomic(path, content)
+            for file in merged:
+                file.unlink(missing_ok=True)
         except OSError as error:
             raise RunStoppedError(
                 f"cannot write {path}: {error.strerror}; what was answered stays, and the same command goes "

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from fastmem_pl.base.errors import FastMemError, unknown
+from fastmem_pl.base.errors import FastMemError, one_line, unknown
 from fastmem_pl.run.identity import flatten
 
 log = logging.getLogger(__name__)
@@ -28,9 +28,8 @@ _PROJECT = "fastmem"
 def select_loggers(given: object) -> list[str | Logger]:
     """Names and objects in what ``trainer.logger`` was given; nothing is made yet.
 
-    Args:
-        given: a name, several with commas between, a Lightning logger, a list of either, ``False`` for none;
-            ``True`` and ``None`` ask for the default.
+    That is a name, several with commas between, a Lightning logger, a list of either, ``False`` for none;
+    ``True`` and ``None`` ask for the default.
 
     >>> select_loggers("csv,csv")
     ['csv']
@@ -106,11 +105,7 @@ class RunLogging(Callback):
 
     Loggers are made when the run folder is open. One that fails is left out from then on, with a warning:
     the results are in the run folder. Callbacks find the loggers as ``trainer.loggers`` while batches run.
-
-    Args:
-        chosen: names and loggers (:func:`select_loggers`).
-        run_path: folder of the run.
-        config_text: resolved settings, as YAML.
+    ``config_text`` has the resolved settings, as YAML.
     """
 
     def __init__(self, chosen: Sequence[str | Logger], run_path: Path, config_text: str) -> None:
@@ -135,9 +130,7 @@ class RunLogging(Callback):
         """Show the loggers to callbacks."""
         trainer.loggers = self.loggers
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
         """Log the samples of a batch."""
         self.add(outputs)
 
@@ -148,11 +141,9 @@ class RunLogging(Callback):
     on_exception = teardown
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Log samples, without what was logged of them before.
+        """Log samples, without what was logged of them before; records of a sample come together.
 
-        Args:
-            records: with ``index`` and, where there are any, ``curve``, ``method`` and ``scores``; those of
-                all methods of a sample come together.
+        They have an ``index`` and, where there are any, ``curve``, ``method`` and ``scores``.
         """
         if not self.loggers:
             return
@@ -217,8 +208,7 @@ class RunLogging(Callback):
             yield
         except Exception as error:
             name = logger if isinstance(logger, str) else type(logger).__name__
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            log.warning("trainer.logger: %s stopped (%s); the run goes on without it", name, reason)
+            log.warning("trainer.logger: %s stopped (%s); the run goes on without it", name, one_line(error))
             if logger in self.loggers:
                 self.loggers.remove(logger)
 

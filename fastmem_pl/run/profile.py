@@ -19,8 +19,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity
 
-from fastmem_pl.base.errors import unknown
-from fastmem_pl.base.files import write_whole
+from fastmem_pl.base.errors import one_line, unknown
+from fastmem_pl.base.files import whole_file
 from fastmem_pl.base.phases import PhaseCall
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,7 @@ _END_BYTES = 8192
 
 
 def check_kinds(kinds: Sequence[str] | str | None, option: str = "trainer.profile") -> list[str]:
-    """What is asked for, ``phases`` first, each once; empty for ``None``.
-
-    Args:
-        kinds: names; in one string with commas between.
-        option: option that they were given with, for the message.
+    """What is asked for, ``phases`` first, each once; empty for ``None``. A string has commas between names.
 
     >>> check_kinds("trace")
     ['phases', 'trace']
@@ -66,33 +62,19 @@ def check_kinds(kinds: Sequence[str] | str | None, option: str = "trainer.profil
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process measured in a session.
-
-    Attributes:
-        wall_seconds: length of the session.
-        calls: passages through phases.
-        traced_batches: batches that torch.profiler watched, which slows them.
-        files: names of the traces that were written.
-    """
+    """What one process measured in a session."""
 
     wall_seconds: float
     calls: list[PhaseCall]
-    traced_batches: int
-    files: list[str]
+    traced_batches: int  # that torch.profiler watched, which slows them
+    files: list[str]  # traces that were written
 
 
 class RunProfile(Callback):
     """What one process measures in a session, and its traces of single batches.
 
-    What cannot be written is a warning, and the run goes on.
-
-    Args:
-        kinds: what was asked for.
-        start: beginning of the session, by :func:`time.perf_counter`.
-        run_path: folder of the run.
-
-    Attributes:
-        calls: filled by the meters that it is given to (:class:`~fastmem_pl.base.phases.PhaseMeter`).
+    What cannot be written is a warning, and the run goes on. ``start`` of the session is by
+    :func:`time.perf_counter`; ``calls`` are filled by the meters that get the list.
     """
 
     def __init__(self, kinds: Sequence[str], start: float, run_path: Path) -> None:
@@ -143,7 +125,7 @@ class RunProfile(Callback):
                     self._trace = trace
                 except RuntimeError as error:
                     # Such as another profiler, which a program of the user's runs.
-                    log.warning("profile: no trace: %s", " ".join(str(error).split())[:200])
+                    log.warning("profile: no trace: %s", one_line(error))
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Count, and write after the last batch."""
@@ -178,7 +160,8 @@ class RunProfile(Callback):
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         try:
             self._folder.mkdir(exist_ok=True)
-            write_whole(self._folder / name, write)
+            with whole_file(self._folder / name) as partial:
+                write(partial)
         except OSError as error:
             reason = error.strerror or error
             log.warning("profile: cannot write %s: %s; the run goes on", self._folder / name, reason)
@@ -197,34 +180,22 @@ def _export(trace: torch.profiler.profile, path: Path) -> None:
 
 
 def summarize(processes: Sequence[Measured], shared: bool = True) -> dict[str, Any]:
-    """The numbers of a session.
+    """The numbers of a session, from what each of its processes measured.
 
     Seconds and shares are those of the process that was busy longest, for which the others wait. Calls,
-    samples, tokens and steps are added up; peaks are the highest of all.
-
-    Args:
-        processes: what each of them measured.
-        shared: whether they shared out the samples. Those that hold one model together do the same work,
-            which counts once.
+    samples, tokens and steps are added up where processes ``shared`` out the samples; those that hold one
+    model together do the same work, which counts once. Peaks are the highest of all.
     """
     busy = [sum(call.seconds for call in process.calls) for process in processes]
     slowest = processes[busy.index(max(busy))]
     counting = processes if shared else [slowest]
-    own, counted, every = (
-        [call for process in group for call in process.calls] for group in ([slowest], counting, processes)
-    )
-
-    def numbers(phase: str, part: str | None = None) -> dict[str, Any]:
-        chosen = (
-            [call for call in calls if call.phase == phase and part in (None, call.part)]
-            for calls in (own, counted, every)
-        )
-        return _numbers(*chosen)
-
-    phases = {phase: numbers(phase) for phase in PHASES if any(call.phase == phase for call in every)}
+    groups = [[call for one in group for call in one.calls] for group in ([slowest], counting, processes)]
+    kinds = dict.fromkeys((call.phase, call.part) for call in groups[-1])
+    found = {phase for phase, _ in kinds}
+    phases = {phase: _numbers(groups, phase) for phase in PHASES if phase in found}
     if "decode" in phases:
-        methods = dict.fromkeys(call.part for call in every if call.phase == "decode")
-        phases["decode"]["methods"] = {method: numbers("decode", method) for method in methods}
+        methods = [part for phase, part in kinds if phase == "decode"]
+        phases["decode"]["methods"] = {method: _numbers(groups, "decode", method) for method in methods}
     wall = slowest.wall_seconds
     phases["other"] = {"seconds": max(0.0, wall - max(busy))}
     for phase in phases.values():
@@ -233,22 +204,19 @@ def summarize(processes: Sequence[Measured], shared: bool = True) -> dict[str, A
     return {
         "wall_seconds": wall,
         "phases": phases,
-        "batch_sizes": _batch_sizes(counted),
+        "batch_sizes": _batch_sizes(groups[1]),
         "traced_batches": sum(process.traced_batches for process in counting),
         "files": sorted(name for process in processes for name in process.files),
     }
 
 
-def _numbers(
-    slowest: Sequence[PhaseCall], counted: Sequence[PhaseCall], every: Sequence[PhaseCall]
-) -> dict[str, Any]:
-    """Sums, medians and rates of one phase.
-
-    Args:
-        slowest: calls of the process that was busy longest, which may have none.
-        counted: calls of the processes whose work counts.
-        every: calls of all processes.
+def _numbers(groups: Sequence[Sequence[PhaseCall]], *kind: str) -> dict[str, Any]:
+    """Sums, medians and rates of a phase, or of a part of it: of the calls of the slowest process, of those
+    whose work counts, and of all.
     """
+    slowest, counted, every = (
+        [call for call in calls if (call.phase, call.part)[: len(kind)] == kind] for calls in groups
+    )
     seconds = sum(call.seconds for call in slowest)
     tokens, steps = sum(call.tokens for call in counted), sum(call.steps for call in counted)
     numbers: dict[str, Any] = {
@@ -264,7 +232,7 @@ def _numbers(
     own_tokens, own_steps = sum(call.tokens for call in slowest), sum(call.steps for call in slowest)
     if steps:
         numbers |= {"steps": steps, "ms_per_step": 1000 * seconds / max(1, own_steps)}
-        if every[0].phase == "decode":
+        if kind[0] == "decode":
             numbers["ms_per_token"] = 1000 * seconds / own_tokens if own_tokens else None
     return numbers
 

@@ -115,19 +115,11 @@ QUIRKS.register("dola-unlimited", UnlimitedDoLa)
 QUIRKS.register("context-round-trip", ContextRoundTrip)
 QUIRKS.register("parse-special-tokens", ParseSpecialTokens)
 
-# Attributes of a FastMemModule.
-_PARTS = {
-    "chat_class": ChatEncoder,
-    "encoder_class": SampleEncoder,
-    "memorization_class": MemorizationModule,
-}
-
 
 def apply(module: LightningModule, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Give a FastMemModule these quirks, before its backbone is loaded.
 
-    Returns:
-        the names of those that memories depend on, and of those that only answers do.
+    Returns the names of those that memories depend on, and of those that only answers do.
     """
     if isinstance(names, str):
         raise FastMemError(f"model.published_quirks: give a list, such as [{names}]")
@@ -137,7 +129,8 @@ def apply(module: LightningModule, names: Sequence[str]) -> tuple[list[str], lis
             module.decoders = ChainMap({"dola": quirk}, module.decoders)
             of_answers.append(name)
             continue
-        part = next(part for part, kind in _PARTS.items() if issubclass(quirk, kind))
+        kinds = {ChatEncoder: "chat_class", SampleEncoder: "encoder_class"}
+        part = next((kinds[kind] for kind in kinds if issubclass(quirk, kind)), "memorization_class")
         current = getattr(module, part)
         both = quirk if issubclass(quirk, current) else type(quirk.__name__, (quirk, current), {})
         setattr(module, part, both)

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import distributed
 
-from fastmem_pl.base.errors import FailedElsewhereError, FastMemError, RunStoppedError
+from fastmem_pl.base.errors import FailedElsewhereError, FastMemError, RunStoppedError, one_line
 
 Result = TypeVar("Result")
 
@@ -29,11 +29,8 @@ class Ranks:
     """This process among those of a run; alone unless the strategy has several.
 
     Every process runs the same program. They meet where what follows depends on all of them: before the loop
-    and after it, never at a batch, as some have more batches than others.
-
-    Args:
-        strategy: strategy of the trainer.
-        exchanges_activations: whether devices exchange data (tensor parallelism); else only hosts do.
+    and after it, never at a batch, as some have more batches than others. Only hosts exchange data, unless
+    devices share a model (tensor parallelism, ``exchanges_activations``).
     """
 
     def __init__(self, strategy: Strategy, exchanges_activations: bool = False) -> None:
@@ -49,12 +46,11 @@ class Ranks:
             try:
                 strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
             except ValueError as error:
-                raise FastMemError(f"trainer.devices: {' '.join(str(error).split())}") from error
+                raise FastMemError(f"trainer.devices: {one_line(error)}") from error
             on_gpu = strategy.root_device.type == "cuda"
             # Lightning's choice for GPUs, NCCL, would hold memory on each of them for nothing.
-            strategy._process_group_backend = (
-                "cpu:gloo,cuda:nccl" if exchanges_activations and on_gpu else "gloo"
-            )
+            both = exchanges_activations and on_gpu
+            strategy._process_group_backend = "cpu:gloo,cuda:nccl" if both else "gloo"
             strategy._timeout = _TIMEOUT
         elif not isinstance(strategy, SingleDeviceStrategy):
             raise FastMemError(

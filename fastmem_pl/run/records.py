@@ -1,6 +1,5 @@
 """Files of records, one JSON object a line: appending, repairing, and merging those of several processes."""
 
-import io
 import json
 import os
 import secrets
@@ -16,15 +15,11 @@ from fastmem_pl.base.hub import cache_dir
 Record = dict[str, Any]
 
 
-def split_lines(content: bytes) -> list[bytes]:
-    """Lines with their ends: of JSON Lines, only ``\\n`` ends one."""
-    return io.BytesIO(content).readlines()
-
-
 def read_records(path: Path) -> list[tuple[bytes, Record]]:
     """Whole lines of a file with what they say; a half-written last line is left out."""
     try:
-        lines = split_lines(path.read_bytes())
+        with path.open("rb") as file:
+            lines = file.readlines()
     except FileNotFoundError:
         return []
     found = []
@@ -71,14 +66,10 @@ def as_line(record: Mapping[str, Any]) -> str:
 
 
 def append_records(path: Path, records: Sequence[Mapping[str, Any]], run_id: str, witness: Path) -> None:
-    """Add the records of a batch; on disk when this returns.
+    """Add the records of a batch to a file, a new one where that is a URL's; on disk when this returns.
 
-    Args:
-        path: file of records; of a URL, a new one, as stores cannot add to a file.
-        records: to add.
-        run_id: of the run, for the rescue folder.
-        witness: file of the same folder: without it, the folder is another one (of a file system that is not
-            mounted any more).
+    Without the ``witness``, a file of the same folder, the folder is another one: its file system is not
+    mounted any more. What it has no room for is kept under the ``run_id``.
     """
     content = to_bytes("".join(map(as_line, records)))
     size = None

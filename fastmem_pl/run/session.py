@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fastmem_pl.backbone.footprint import usable_bytes
 from fastmem_pl.base.environment import environment
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.memory import MemoryFolder
-from fastmem_pl.run.callbacks import ALL, MetricAggregation, PredictionWriter, SampleProgress
+from fastmem_pl.run.callbacks import PredictionWriter, SampleProgress
 from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
 from fastmem_pl.run.loggers import RunLogging
 from fastmem_pl.run.predict import FastMemModule, Mode
@@ -23,34 +23,24 @@ from fastmem_pl.run.profile import SCHEMA_VERSION as PROFILE_VERSION
 from fastmem_pl.run.profile import RunProfile, summarize
 from fastmem_pl.run.provenance import Provenance
 from fastmem_pl.run.records import Record
-from fastmem_pl.run.scoring import score_records
+from fastmem_pl.run.scoring import ALL, aggregate, score_records
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class RunResult:
-    """What a run leaves.
+    """What a run leaves."""
 
-    Attributes:
-        path: the run folder.
-        mode: the command.
-        num_samples: samples of the data.
-        metrics: content of ``metrics.json``; empty after ``fit``, which answers nothing.
-        num_failed: after ``fit``, memories whose loss was not finite.
-        num_new: samples that were not done before this session.
-        added_scores: those of metric models that came in this session.
-        profile: where the time went (:mod:`fastmem_pl.run.profile`), where that was asked for.
-    """
-
-    path: Path
+    path: Path  # the run folder
     mode: Mode
-    num_samples: int
+    num_samples: int  # of the data
+    # Content of metrics.json; empty after fit, which answers nothing.
     metrics: dict[str, Any] = field(default_factory=dict)
-    num_failed: int = 0
-    num_new: int = 0
-    added_scores: list[str] = field(default_factory=list)
-    profile: dict[str, Any] = field(default_factory=dict)
+    num_failed: int = 0  # after fit, memories whose loss was not finite
+    num_new: int = 0  # samples that were not done before this session
+    added_scores: list[str] = field(default_factory=list)  # of metric models, in this session
+    profile: dict[str, Any] = field(default_factory=dict)  # see fastmem_pl.run.profile, where asked for
 
 
 class RunSession:
@@ -80,14 +70,9 @@ class RunSession:
         first = self._ranks.rank == 0
         config = trainer.config_of(model, datamodule, run.path)
         self._logging = RunLogging(trainer.chosen_loggers if first else [], run.path, config)
-        # Of several processes, the first feeds it with the records of all at the end.
-        alone = self._ranks.count == 1 and mode != "fit"
-        self._aggregation = MetricAggregation() if alone else None
         together = self._ranks if datamodule.whole else None
         writer = None if mode == "fit" else PredictionWriter(run, together)
-        self.callbacks: list[Callback] = [
-            one for one in (profile, self._aggregation, writer, self._logging) if one is not None
-        ]
+        self.callbacks: list[Callback] = [c for c in (profile, writer, self._logging) if c is not None]
         model.meter.calls = profile.calls if profile else None
         self._new = 0
         self._finished = False
@@ -124,26 +109,19 @@ class RunSession:
         """Make room for results; returns the indices of samples that are done."""
         if self._mode == "fit":
             self._memories.path.mkdir(exist_ok=True)
-            done = set(self._memories.headers(sorted(self._wanted)))
+            headers = self._memories.headers(sorted(self._wanted))
+            done = set(headers)
         else:
-            done = {record["index"] for record in self._run.records()} & self._wanted
+            records = [record for record in self._run.records() if record["index"] in self._wanted]
+            done = {record["index"] for record in records}
         if self._wanted - done:
             if self._mode != "fit":
                 # Those of an earlier session would be stale, should this one be killed.
                 self._run.metrics_path.unlink(missing_ok=True)
-            self._take_up(done)
+            # The log begins with what earlier sessions did.
+            self._logging.open()
+            self._logging.add(_curves(headers) if self._mode == "fit" else records)
         return done
-
-    def _take_up(self, done: Collection[int]) -> None:
-        """Begin the log and the metrics with what earlier sessions did."""
-        self._logging.open()
-        if self._mode == "fit":
-            records = _curves(self._memories.headers(sorted(done)))
-        else:
-            records = [record for record in self._run.records() if record["index"] in done]
-        self._logging.add(records)
-        if self._aggregation is not None:
-            self._aggregation.feed(records)
 
     def _count_done(self) -> int:
         """Samples that are done, at a glance at the files."""
@@ -187,13 +165,9 @@ class RunSession:
         grown = bool(added) or (written and _lacks_scores(run.metrics(), records))
         if not (new or grown or not written):
             return RunResult(run.path, self._mode, total, run.metrics())
-        aggregation = self._aggregation
-        if aggregation is None or grown or not new:
-            aggregation = MetricAggregation()
-            aggregation.feed(records)
         metrics = {
             "schema_version": SCHEMA_VERSION,
-            "groups": aggregation.compute(),
+            "groups": aggregate(records),
             **provenance.describe(run.identity, self._ranks.count),
             "num_samples": total,
             "seconds_of_last_session": round(time.perf_counter() - self._start, 2),

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 
 from fastmem_pl.data import ContextSample
 from fastmem_pl.decoding import BASELINE, METHODS, Method
-from fastmem_pl.memory import ContextReader, Memory
+from fastmem_pl.memory import Memory
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.records import Record
 from fastmem_pl.search.grid import AXES, Point, Todo, key_of
@@ -68,7 +68,8 @@ class SampleSearch:
         self._model, self._sample, self._method = model, sample, method
         (self._encoded,) = model.encode([sample])
         self._prefills = model.prefills([self._encoded])
-        self._reader: ContextReader | None = None
+        # What the trunk makes of the context.
+        self._read: Any = None
         self._reading, self._num_rows, self._num_points = 0.0, 1, 1
 
     def run(self, todo: Sequence[Point | None]) -> list[Record]:
@@ -103,11 +104,12 @@ class SampleSearch:
             for row in rows
         ]
         stops = sorted({point["steps"] for row in rows for point in row})
-        if self._reader is None:
+        if self._read is None:
             with model.meter.measure("memorize") as timing:
-                self._reader = ContextReader(model.memorizer, self._encoded.context)
+                self._read = model.memorizer.read([self._encoded.context])
             self._reading = timing["seconds"]
-        snapshots, seconds = self._reader.snapshots(settings, stops), self._reading / self._num_rows
+        snapshots = model.memorizer.snapshots(self._read, settings, stops)
+        seconds = self._reading / self._num_rows
         for _ in stops:
             with model.meter.measure("memorize") as timing:
                 steps, memory = next(snapshots)

@@ -6,7 +6,8 @@ import torch
 from conftest import make_module
 
 from fastmem_pl import MemorizationSettings
-from fastmem_pl.memory import footprint_of, usable_bytes
+from fastmem_pl.backbone import usable_bytes
+from fastmem_pl.memory import footprint_of
 
 
 def test_cost_and_samples_are_inverse(tiny):

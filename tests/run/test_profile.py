@@ -172,7 +172,7 @@ def test_a_full_disk_costs_the_trace_only(run, records, monkeypatch, caplog, sil
 
 
 def test_a_full_disk_costs_the_profile_only(run, monkeypatch, caplog):
-    monkeypatch.setattr("fastmem_pl.run.profile.write_whole", full)
+    monkeypatch.setattr("fastmem_pl.run.profile.whole_file", full)
     result = run()
     assert result.profile["phases"]
     assert result.metrics == json.loads((result.path / "metrics.json").read_text())

@@ -6,7 +6,7 @@ from conftest import make_module
 
 from fastmem_pl import FastMemDataModule
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.memory import ContextReader
+from fastmem_pl.memory import Memorizer
 from fastmem_pl.search import SearchSettings
 from fastmem_pl.search import evaluate as evaluate_module
 from fastmem_pl.search.evaluate import SampleSearch
@@ -69,26 +69,26 @@ def test_chunks_of_rows_change_nothing_and_read_the_context_once(search, model, 
 
 
 def test_out_of_memory_halves_the_rows_and_loses_nothing(search, monkeypatch, caplog):
-    expected, original = search(), ContextReader.snapshots
+    expected, original = search(), Memorizer.snapshots
 
-    def tight(self, rows, stops):
-        for steps, memory in original(self, rows, stops):
+    def tight(self, read, rows, stops):
+        for steps, memory in original(self, read, rows, stops):
             # After the first snapshot has been answered.
             if len(rows) > 2 and steps == stops[-1]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             yield steps, memory
 
-    monkeypatch.setattr(ContextReader, "snapshots", tight)
+    monkeypatch.setattr(Memorizer, "snapshots", tight)
     assert_same(search(), expected)
     assert "out of memory with 6 samples at once; trying 3" in caplog.text
 
 
 def test_out_of_memory_with_one_row_is_one_line(search, monkeypatch):
-    def none_fits(self, rows, stops):
+    def none_fits(self, read, rows, stops):
         raise torch.OutOfMemoryError("CUDA out of memory")
         yield
 
-    monkeypatch.setattr(ContextReader, "snapshots", none_fits)
+    monkeypatch.setattr(Memorizer, "snapshots", none_fits)
     with pytest.raises(FastMemError, match="out of memory with 1 sample"):
         search()
 
