@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from fastmem_pl.base.errors import FastMemError
 
@@ -98,7 +100,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def as_path(place: str | Path) -> Path:
-    """A path; of a URL that fsspec knows, such as ``s3://bucket/runs``, one with the same methods.
+    """A path; of a URL of a store that fsspec knows, such as ``s3://bucket/runs``, one with the same methods.
 
     Raises:
         FastMemError: without the packages that the URL needs.
@@ -107,10 +109,13 @@ def as_path(place: str | Path) -> Path:
         return place
     if "://" not in place:
         return Path(place)
+    if place.startswith("file://"):
+        return Path(url2pathname(urlsplit(place).path))
     try:
         from upath import UPath
 
-        path = UPath(place)
+        # Others write there as well.
+        path = UPath(place, use_listings_cache=False)
         path.fs  # noqa: B018 (imports what the protocol needs)
     except ImportError as error:
         needed = 'pip install "fastmem-pl[ray]"' if error.name == "upath" else " ".join(str(error).split())

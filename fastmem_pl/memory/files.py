@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.base.errors import FastMemError, one_line, unknown
-from fastmem_pl.base.files import as_path, write_atomic
+from fastmem_pl.base.files import as_path, is_remote, write_atomic
 from fastmem_pl.memory.attach import check_shapes
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings
 
@@ -74,7 +74,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) 
     try:
         write_atomic(path, save(dict(tensors), metadata=header))
     except OSError as error:
-        raise FastMemError(f"cannot write the memory {path}: {error.strerror}") from error
+        raise FastMemError(f"cannot write the memory {path}: {error.strerror or error}") from error
 
 
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -160,9 +160,10 @@ def _opened(
 @contextmanager
 def _local(path: str | Path, whole: bool) -> Iterator[str | Path]:
     """The file, or of one behind a URL a copy that safetensors can map: ``whole``, or with a header alone."""
-    with as_path(path).open("rb") as file:
+    path = as_path(path)
+    with path.open("rb") as file:
         # safe_open does not say what the system has against a file.
-        if isinstance(path, str | Path):
+        if not is_remote(path):
             yield path
             return
         with NamedTemporaryFile(suffix=".safetensors") as copy:

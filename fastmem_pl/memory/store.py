@@ -31,12 +31,12 @@ class MemoryFolder:
         """The file of a sample."""
         return self.path / f"{index:06d}.safetensors"
 
-    def headers(self, indices: Sequence[int]) -> dict[int, dict[str, str]]:
-        """Headers by index; those of damaged and missing files are left out."""
+    def headers(self, indices: Sequence[int], fingerprint: str | None = None) -> dict[int, dict[str, str]]:
+        """Headers by index; those of damaged and missing files, or of another model, are left out."""
         headers = {}
         for index in indices:
             with suppress(FastMemError):
-                headers[index] = read_header(self.file(index))
+                headers[index] = read_header(self.file(index), fingerprint)
         return headers
 
     def check(

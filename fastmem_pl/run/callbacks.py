@@ -1,17 +1,102 @@
-"""Callbacks of a run: the writer of records, the progress bar, the end by SIGTERM."""
+"""Callbacks of a run: metric aggregation, the writer of records, the progress bar, the end by SIGTERM."""
 
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from subprocess import Popen
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar
+from torchmetrics import CatMetric
 from tqdm import tqdm
 
 from fastmem_pl.base.errors import TerminatedError
+from fastmem_pl.decoding import BASELINE
+from fastmem_pl.metrics import SCORES, estimate, paired
 from fastmem_pl.run.folder import RunFolder
 from fastmem_pl.run.ranks import Ranks
+
+ALL = "all"
+
+
+class MetricAggregation(Callback):
+    """Feeds torchmetrics by group (all samples, and each task of a mixed file), method and score."""
+
+    def __init__(self) -> None:
+        # Fed with the records of all processes, by one of them: nothing is left to exchange.
+        self._values: dict[tuple[str, str, str], CatMetric] = defaultdict(
+            partial(CatMetric, nan_strategy="ignore", sync_on_compute=False)
+        )
+        self._pairs: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+        self._tasks: set[str] = set()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Feed the records of a batch."""
+        self.feed(outputs)
+
+    def feed(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add records; all methods of one sample must come together."""
+        baselines = {r["index"]: r["scores"] for r in records if r["method"] == BASELINE}
+        values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        for record in records:
+            self._tasks.add(record["task"])
+            baseline = baselines.get(record["index"], {}) if record["method"] != BASELINE else {}
+            for group in (ALL, record["task"]):
+                for name, value in _averaged(record).items():
+                    values[group, record["method"], name].append(value)
+                for name in (name for name in SCORES if SCORES[name].binary):
+                    if name in baseline and name in record["scores"]:
+                        pair = (baseline[name], record["scores"][name])
+                        self._pairs[group, record["method"], name].append(pair)
+        for key, several in values.items():
+            self._values[key].update(torch.tensor(several, dtype=torch.float64))
+
+    def compute(self) -> dict[str, dict[str, Any]]:
+        """Values with standard errors and paired tests, by group and method."""
+        groups: dict[str, dict[str, Any]] = {}
+        for (group, method, name), values in self._values.items():
+            if group != ALL and len(self._tasks) == 1:
+                continue
+            entry = groups.setdefault(group, {}).setdefault(
+                method, {"n": 0, "metrics": {}, "against_zero_shot": {}}
+            )
+            found = estimate(values.compute().reshape(-1).tolist())
+            entry["n"] = max(entry["n"], found.n)
+            # Seconds are shares of a batch, not independent values.
+            error = None if name.startswith("seconds") else found.error
+            entry["metrics"][name] = {"value": found.value, "standard_error": error, "n": found.n}
+        for (group, method, name), pairs in self._pairs.items():
+            if group in groups:
+                test = paired(*zip(*pairs, strict=True), binary=True)
+                groups[group][method]["against_zero_shot"][name] = {
+                    "gained": test.gained,
+                    "lost": test.lost,
+                    "p_value": test.p_value,
+                    "test": test.test,
+                }
+        for entry in (entry for methods in groups.values() for entry in methods.values()):
+            order = [*SCORES, *entry["metrics"]]
+            entry["metrics"] = dict(sorted(entry["metrics"].items(), key=lambda item: order.index(item[0])))
+        return groups
+
+
+def _averaged(record: Mapping[str, Any]) -> dict[str, float]:
+    """All numbers of a record that are averaged."""
+    seconds = record["seconds"]
+    return {
+        **record["scores"],
+        "output_words": record["output_words"],
+        "seconds_memorize": seconds["memorize"],
+        "seconds_decode": seconds["decode"],
+        "seconds": seconds["memorize"] + seconds["decode"],
+        "failed": float(record["status"] != "ok"),
+        "truncated": float(record["n_truncated_tokens"] > 0),
+    }
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -87,11 +172,11 @@ class StopOnSignal(Callback):
 
     It replaces Lightning's own notice of the signal, in which all processes exchange a message: those that
     are busy or gone do not answer. ``agree`` takes whether this process was asked to end to whether any was,
-    for processes that have to end after the same batch.
+    for processes that have to end after the same batch. It ends ``at_once`` where others do the work.
     """
 
-    def __init__(self, agree: Callable[[bool], bool] = bool) -> None:
-        self._agree = agree
+    def __init__(self, agree: Callable[[bool], bool] = bool, at_once: bool = False) -> None:
+        self._agree, self._at_once = agree, at_once
         self._asked = False
         self._started: list[Popen] = []
 
@@ -100,6 +185,7 @@ class StopOnSignal(Callback):
 
         def note(number: int, frame: Any) -> None:
             self._asked = True
+            self._end_if(self._at_once)
             launcher = trainer.strategy.launcher
             if launcher is not None:
                 launcher.kill(number)

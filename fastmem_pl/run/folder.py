@@ -92,7 +92,7 @@ class RunFolder:
         except NotADirectoryError:
             raise FastMemError(f"run_dir: {self.path} is a file; give a folder") from None
         except OSError as error:
-            raise FastMemError(f"run_dir: cannot read {self.path}: {error.strerror}") from error
+            raise FastMemError(f"run_dir: cannot read {self.path}: {error.strerror or error}") from error
         foreign = sorted(name for name in names if not _BEFORE_MANIFEST.fullmatch(name))
         if foreign and _MANIFEST not in names:
             raise FastMemError(
@@ -117,10 +117,15 @@ class RunFolder:
                     partial.unlink(missing_ok=True)
         except OSError as error:
             self.close()
-            raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror}") from error
+            raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror or error}") from error
         except FastMemError:
             self.close()
             raise
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """That of the model which the run was begun with; ``None`` before anything was answered."""
+        return self._found.get("model", {}).get("fingerprint")
 
     def confirm(self, fingerprint: str) -> None:
         """Note the fingerprint of the model that answers, where it is known late; refuse another run's."""
@@ -157,8 +162,10 @@ class RunFolder:
         content = b"".join(line for line, _ in merge_records(files, self.methods))
         there = self.predictions_path.read_bytes() if self.predictions_path.is_file() else b""
         self._write(self.predictions_path, None if content == there else content, files[1:])
-        with suppress(OSError):
-            self._parts_path.rmdir()
+        if not self._remote:
+            # Stores have no folders; universal-pathlib would remove what is in one.
+            with suppress(OSError):
+                self._parts_path.rmdir()
 
     def count_lines(self) -> int:
         """Records so far, by the lines of all files; of the files only what is new is read."""
@@ -204,8 +211,8 @@ class RunFolder:
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise RunStoppedError(
-                f"cannot write {path}: {error.strerror}; what was answered stays, and the same command goes "
-                "on from there"
+                f"cannot write {path}: {error.strerror or error}; what was answered stays, and the same "
+                "command goes on from there"
             ) from error
 
     def _take_lock(self) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,14 +28,16 @@ from fastmem_pl.backbone.footprint import usable_bytes
 from fastmem_pl.base.errors import FastMemError, RunStoppedError
 from fastmem_pl.data import BatchLimits, ContextSample, FastMemDataModule
 from fastmem_pl.data.batches import plan
+from fastmem_pl.run.folder import RunFolder
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.provenance import Provenance
 from fastmem_pl.run.records import Record
 
-# Until the first worker has its machine and has loaded the model; an autoscaler may have to rent one.
+# Until the least number of workers have their machines and have loaded the model; some may have to be rented.
 _START_SECONDS = 1800
-# Workers in a row that may die while they load, after the first came up.
-_DEATHS = 10
+# Workers in a row that may die while they load, after the first came up; and with one share, before it is
+# taken for what kills them.
+_DEATHS, _TRIES = 10, 20
 # Of the object store that a local Ray allocates: texts pass through it, and no tensors.
 _LOCAL_STORE_BYTES = 100 << 20
 # Read when Ray is imported and started. What stops a run is raised; all else is in Ray's own log files. Its
@@ -93,9 +97,15 @@ class RayPool:
         self._address, self._bounds, self._gpus = address, bounds, gpus
         self.provenance: Provenance | None = None
 
-    def check(self) -> None:
-        """Refuse an address at which nothing answers, as Ray would try for minutes."""
-        host, colon, port = str(self._address).removeprefix("ray://").rpartition(":")
+    def begin(self) -> None:
+        """Begin another run; refuses an address at which nothing answers, as Ray would try for minutes."""
+        self.provenance = None
+        if str(self._address).startswith("ray://"):
+            raise FastMemError(
+                "trainer.ray: Ray Data does not run in clients (ray://); give auto to a command on a "
+                "machine of the cluster, such as by ray job submit"
+            )
+        host, colon, port = str(self._address).rpartition(":")
         if not (colon and port.isdigit()):
             return
         try:
@@ -126,7 +136,7 @@ class RayPool:
         step: LightningModule,
         datamodule: FastMemDataModule,
         precision: str,
-        confirm: Callable[[str], None],
+        run: RunFolder,
     ) -> Iterator[LightningModule]:
         """Let Lightning's predict loop over the samples take in what workers answer.
 
@@ -135,24 +145,34 @@ class RayPool:
             step: whose predict step they run.
             datamodule: gives workers their shares of the samples.
             precision: of the trainer.
-            confirm: called with the fingerprint of the workers' model, which may not be that of the run.
+            run: folder of the results, which the workers' model may not belong to.
         """
         import ray
 
-        joined = ray.is_initialized()
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        joined, log = ray.is_initialized(), logging.getLogger("ray.data")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        work = Work(
+            (model, step),
+            precision,
+            (datamodule.batch_size, datamodule.max_batch_tokens),
+            run.known_fingerprint,
+            os.getcwd(),
+        )
         datamodule.remote = lambda shares: _Answers(
-            self._answers(model, step, datamodule, precision, shares) if shares else iter(())
+            len(shares), self._answers(work, shares) if shares else iter(())
         )
         try:
             with warnings.catch_warnings():
                 # Of Lightning's, which looks for the order of batches, and of Ray's where the last are few.
-                warnings.filterwarnings("ignore", message=".*(batch indices|minimum number of concurrent).*")
-                yield Remote(self, step.mode, confirm)
+                for message in ("batch indices", "IterableDataset", "minimum number of concurrent"):
+                    warnings.filterwarnings("ignore", message=f".*{message}.*")
+                yield Remote(self, step.mode, run.confirm)
         except ray.exceptions.RayError as error:
             raise _stopped(error) from error
         finally:
             datamodule.remote = None
+            log.setLevel(level)
             if not joined:
                 ray.shutdown()
 
@@ -162,7 +182,7 @@ class RayPool:
 
         address = os.environ.get("RAY_ADDRESS", "local") if self._address is True else self._address
         local = {"include_dashboard": False, "object_store_memory": _LOCAL_STORE_BYTES}
-        # Ray would end this process on SIGTERM before the records of what is done are written.
+        # Ray would end this process on SIGTERM without a word, and Lightning's notice would be gone.
         handler = signal.getsignal(signal.SIGTERM)
         try:
             with _silent_stderr():
@@ -172,51 +192,43 @@ class RayPool:
             reason = " ".join(str(error).split())
             raise FastMemError(f"trainer.ray: cannot join {address!r}: {reason}") from error
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
 
-    def _answers(
-        self,
-        model: FastMemModule,
-        step: LightningModule,
-        datamodule: FastMemDataModule,
-        precision: str,
-        batches: Sequence[Sequence[ContextSample]],
-    ) -> Iterator[Answered]:
+    def _answers(self, work: Work, shares: Sequence[Sequence[ContextSample]]) -> Iterator[Answered]:
         """What workers answer, as it comes."""
         import ray
 
         if not ray.is_initialized():
             self._connect()
-        context = ray.data.DataContext.get_current()
+        context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.wait_for_min_actors_s = _START_SECONDS
         context.max_consecutive_actor_init_deaths = _DEATHS
-        resources = ray.cluster_resources()
-        there, cores = resources.get("GPU", 0), resources.get("CPU", 1)
-        gpus = (1 if there else 0) if self._gpus is None else self._gpus
-        least, most = self._bounds or [1, max(1, int(there // gpus)) if gpus else 1]
-        rows = [{"samples": json.dumps([asdict(sample) for sample in batch])} for batch in batches]
-        answers = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
-            Worker,
-            fn_constructor_kwargs={
-                # Pickled as one: the step may hold the model.
-                "modules": (model, step),
-                "precision": precision,
-                "sizes": (datamodule.batch_size, datamodule.max_batch_tokens),
-                # Workers of a CPU share its memory.
-                "share": 1.0 if gpus else 1 / most,
-            },
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-            num_gpus=gpus or None,
-            # All cores for the threads of the workers, where no GPU does the work.
-            num_cpus=1 if gpus else max(1, int(cores // most)),
-        )
-        for row in answers.iter_rows():
-            content = json.loads(row["answered"])
-            provenance = content.pop("provenance")
-            yield Answered(**content, provenance=provenance and Provenance(**provenance))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cards = sum(node.get("GPU", 0) for node in nodes)
+        gpus = (1 if cards else 0) if self._gpus is None else self._gpus
+        least, most = self._bounds or [1, max(1, int(cards // gpus)) if gpus else len(nodes)]
+        # On CPUs, workers of a machine share its memory and all of its cores.
+        on_a_node = math.ceil(most / len(nodes))
+        cores = min(node["CPU"] for node in nodes if node.get("CPU"))
+        rows = [{"samples": json.dumps([asdict(sample) for sample in share])} for share in shares]
+        with ray.data.DataContext.current(context):
+            answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                Worker,
+                fn_constructor_args=(work, min(1.0, gpus) if gpus else 1 / on_a_node),
+                batch_size=1,
+                batch_format="numpy",
+                compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+                num_gpus=gpus or None,
+                num_cpus=1 if gpus else max(1, int(cores // on_a_node)),
+                ray_remote_args_fn=lambda: {"max_task_retries": _TRIES},
+            )
+            # Without looking ahead: what a worker has answered is on disk when the next answer is waited for.
+            for batch in answers.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
+                content = json.loads(batch["answered"][0])
+                provenance = content.pop("provenance")
+                yield Answered(**content, provenance=provenance and Provenance(**provenance))
 
 
 class Remote(LightningModule):
@@ -250,24 +262,45 @@ class Remote(LightningModule):
         return batch.records
 
 
-class Worker:
-    """One actor: the loaded model, which answers shares of the samples."""
+@dataclass
+class Work:
+    """What workers do.
 
-    def __init__(
-        self,
-        modules: tuple[FastMemModule, LightningModule],
-        precision: str,
-        sizes: tuple[int | None, int | None],
-        share: float,
-    ) -> None:
+    Attributes:
+        modules: the model to load, and the module whose predict step is run; pickled as one, as the step may
+            hold the model.
+        precision: of the trainer.
+        sizes: ``data.batch_size`` and ``data.max_batch_tokens``.
+        fingerprint: of the model that the run was begun with, where that is known.
+        folder: that relative paths start from, where a worker's machine has it.
+    """
+
+    modules: tuple[FastMemModule, LightningModule]
+    precision: str
+    sizes: tuple[int | None, int | None]
+    fingerprint: str | None
+    folder: str
+
+
+class Worker:
+    """One actor: the loaded model, which answers shares of the samples.
+
+    ``room`` is the part of the free memory that it may fill.
+    """
+
+    def __init__(self, work: Work, room: float) -> None:
         import ray
 
-        self._model, self._step = modules
+        self._model, self._step = work.modules
         self._failure: FastMemError | None = None
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        with suppress(OSError):
+            os.chdir(work.folder)
         try:
-            self._model.load_backbone(precision, device)
-            self._limits = self._model.limits(*sizes, None, usable_bytes(device) * share)
+            self._model.load_backbone(work.precision, device)
+            if self._model.backbone.fingerprint() != (work.fingerprint or self._model.backbone.fingerprint()):
+                raise _other_model()
+            self._limits = self._model.limits(*work.sizes, None, usable_bytes(device) * room)
         except FastMemError as error:
             # Raised here, it would come as a traceback of Ray's.
             self._failure = error
@@ -289,8 +322,13 @@ class Worker:
 
 
 class _Answers(IterableDataset):
-    def __init__(self, answers: Iterator[Answered]) -> None:
-        self._answers = answers
+    """Answers as they come; of a known number, so that Lightning does not wait for the one after."""
+
+    def __init__(self, number: int, answers: Iterator[Answered]) -> None:
+        self._number, self._answers = number, answers
+
+    def __len__(self) -> int:
+        return self._number
 
     def __iter__(self) -> Iterator[Answered]:
         return self._answers
@@ -315,14 +353,21 @@ def _sample(fields: Mapping[str, Any]) -> ContextSample:
     return ContextSample(**{**fields, **lists})
 
 
+def _other_model() -> RunStoppedError:
+    return RunStoppedError(
+        "trainer.ray: a worker has another model than the run was begun with, or than the others; give all "
+        "machines the same files"
+    )
+
+
 def _stopped(error: Exception) -> RunStoppedError:
     """The failure of a cluster in one line: Ray's messages have the worker's traceback."""
     import ray
 
     if isinstance(error, ray.exceptions.GetTimeoutError):
         reason = (
-            f"no worker came up within {_START_SECONDS // 60} minutes: the cluster lacks what one needs (ray "
-            "status shows it; --trainer.ray_gpus), or workers die while they load the model"
+            f"fewer workers came up within {_START_SECONDS // 60} minutes than trainer.ray_workers asks for "
+            "at least: the cluster lacks what they need (ray status shows it), or they die while they load"
         )
     else:
         reason = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2].strip()}"

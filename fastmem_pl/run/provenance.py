@@ -10,9 +10,12 @@ from fastmem_pl.base.environment import environment
 from fastmem_pl.run.predict import FastMemModule
 
 
-@dataclass(frozen=True)
+@dataclass
 class Provenance:
-    """What is kept with every result: the ``model``, the ``environment``, and ``peaks`` in GiB by phase."""
+    """What is kept with every result: the ``model``, the ``environment``, and ``peaks`` in GiB by phase.
+
+    Not frozen: Lightning's half-precision plugins copy the dataclasses of a batch field by field.
+    """
 
     model: dict[str, Any]
     environment: dict[str, Any]

@@ -92,8 +92,8 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]], run_id: str
         kept = _rescue(content, run_id)
         where = f"the batch in work is kept in {kept}" if kept else "the batch in work is lost"
         raise RunStoppedError(
-            f"cannot write {path}: {error.strerror}; what was answered before stays, {where}, and the same "
-            "command goes on from there"
+            f"cannot write {path}: {error.strerror or error}; what was answered before stays, {where}, and "
+            "the same command goes on from there"
         ) from error
 
 

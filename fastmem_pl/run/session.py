@@ -13,9 +13,10 @@ from lightning.pytorch import Callback, Trainer
 
 from fastmem_pl.backbone.footprint import usable_bytes
 from fastmem_pl.base.environment import environment
+from fastmem_pl.base.errors import RunStoppedError
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.memory import MemoryFolder
-from fastmem_pl.run.callbacks import PredictionWriter, SampleProgress
+from fastmem_pl.run.callbacks import ALL, MetricAggregation, PredictionWriter, SampleProgress
 from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
 from fastmem_pl.run.loggers import RunLogging
 from fastmem_pl.run.predict import FastMemModule, Mode
@@ -23,7 +24,7 @@ from fastmem_pl.run.profile import SCHEMA_VERSION as PROFILE_VERSION
 from fastmem_pl.run.profile import RunProfile, summarize
 from fastmem_pl.run.provenance import Provenance
 from fastmem_pl.run.records import Record
-from fastmem_pl.run.scoring import ALL, aggregate, score_records
+from fastmem_pl.run.scoring import score_records
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,11 @@ class RunSession:
         self._logging = RunLogging(trainer.chosen_loggers if first else [], run.path, config)
         together = self._ranks if datamodule.whole else None
         writer = None if mode == "fit" else PredictionWriter(run, together)
-        self.callbacks: list[Callback] = [c for c in (profile, writer, self._logging) if c is not None]
+        # Of several processes, the first feeds one with the records of all at the end.
+        alone = self._ranks.count == 1 and mode != "fit"
+        self._aggregation = MetricAggregation() if alone else None
+        callbacks = (profile, self._aggregation, writer, self._logging)
+        self.callbacks: list[Callback] = [one for one in callbacks if one is not None]
         model.meter.calls = profile.calls if profile else None
         self._new = 0
         self._finished = False
@@ -118,9 +123,11 @@ class RunSession:
             if self._mode != "fit":
                 # Those of an earlier session would be stale, should this one be killed.
                 self._run.metrics_path.unlink(missing_ok=True)
-            # The log begins with what earlier sessions did.
+            # The log and the metrics begin with what earlier sessions did.
             self._logging.open()
             self._logging.add(_curves(headers) if self._mode == "fit" else records)
+            if self._aggregation is not None:
+                self._aggregation.feed(records)
         return done
 
     def _count_done(self) -> int:
@@ -133,7 +140,8 @@ class RunSession:
         """Once all processes are done, merge what they answered and write the metrics."""
         ranks, model = self._ranks, self._model
         provenance = Provenance.joined(ranks.gather(self._trainer.provenance(model)))
-        result = ranks.first(lambda: self._finish_fit() if self._mode == "fit" else self._results(provenance))
+        finish = self._finish_fit if self._mode == "fit" else self._results
+        result = ranks.first(lambda: finish(provenance))
         if self._profile is not None and (result.num_new or result.added_scores):
             measured = ranks.gather(self._profile.measured())
             result.profile = ranks.first(lambda: self._keep_profile(measured, result.num_new))
@@ -148,8 +156,14 @@ class RunSession:
         self._logging.close(self._finished)
         self._run.close()
 
-    def _finish_fit(self) -> RunResult:
-        headers = self._memories.headers(sorted(self._wanted))
+    def _finish_fit(self, provenance: Provenance | None) -> RunResult:
+        fingerprint = provenance and provenance.model["fingerprint"]
+        headers = self._memories.headers(sorted(self._wanted), fingerprint)
+        if missing := len(self._wanted) - len(headers):
+            raise RunStoppedError(
+                f"{missing} of {len(self._wanted)} memories are not in {self._memories.path}, or of another "
+                "model; workers on other machines must write to the same folder"
+            )
         failed = sum(header["status"] != "ok" for header in headers.values())
         if self._new:
             self._logging.add(_curves(headers))
@@ -165,20 +179,26 @@ class RunSession:
         grown = bool(added) or (written and _lacks_scores(run.metrics(), records))
         if not (new or grown or not written):
             return RunResult(run.path, self._mode, total, run.metrics())
-        metrics = {
-            "schema_version": SCHEMA_VERSION,
-            "groups": aggregate(records),
-            **provenance.describe(run.identity, self._ranks.count),
-            "num_samples": total,
-            "seconds_of_last_session": round(time.perf_counter() - self._start, 2),
-        }
-        if not new and written:
+        aggregation = self._aggregation
+        if aggregation is None or grown or not new:
+            aggregation = MetricAggregation()
+            aggregation.feed(records)
+        groups = aggregation.compute()
+        if written and not new:
             # Only scores came: what was measured while answering stays.
-            metrics = {**run.metrics(), "groups": metrics["groups"]}
+            metrics = {**run.metrics(), "groups": groups}
+        else:
+            metrics = {
+                "schema_version": SCHEMA_VERSION,
+                "groups": groups,
+                **provenance.describe(run.identity, self._ranks.count),
+                "num_samples": total,
+                "seconds_of_last_session": round(time.perf_counter() - self._start, 2),
+            }
         if not new:
             self._logging.open()
         self._logging.add(records)
-        self._logging.add_final(metrics["groups"])
+        self._logging.add_final(groups)
         # Last: where this is on disk, the log is complete as well.
         run.write_metrics(metrics)
         return RunResult(run.path, self._mode, total, metrics, num_new=new, added_scores=added)

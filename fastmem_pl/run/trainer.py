@@ -40,10 +40,10 @@ class FastMemTrainer(Trainer):
         devices: several share out the samples, each with the whole model; "[1]" picks the second GPU. For one
             model over several devices see model.backbone.device_map and model.backbone.tp_plan.
         ray: answer on a Ray cluster, whose workers each hold the whole model: true for the cluster that
-            RAY_ADDRESS names, or else one that is started on this machine, or an address such as
-            ray://head:10001. Workers may come and go (docs/scaling.md); needs fastmem-pl[ray].
+            RAY_ADDRESS names, or else one that is started on this machine; auto or HOST:PORT for the one that
+            this machine belongs to. Workers may come and go (docs/scaling.md); needs fastmem-pl[ray].
         ray_workers: a number of workers, or "[least,most]" for a cluster that grows and shrinks; left out,
-            one for each GPU of the cluster, or one.
+            from one to as many as the cluster has GPUs, or machines where it has none.
         ray_gpus: GPUs of a worker, also a part of one; left out, 1 where the cluster has any.
         profile: measure where the time of fit-predict, fit or predict goes (phases), and the peak memory of
             each phase: RUN/profile/profile.json, and a table at the end. trace adds the operators of up to
@@ -195,9 +195,10 @@ class FastMemTrainer(Trainer):
                 f"{other}: not with trainer.ray; its workers are as many as trainer.ray_workers"
             )
         if self.pool is not None:
-            self.pool.check()
-        check_launcher(self.ranks.count)
-        end_with_first(self.strategy)
+            self.pool.begin()
+        else:
+            check_launcher(self.ranks.count)
+            end_with_first(self.strategy)
         # `fit` answers nothing, and the fingerprint is known late.
         optional = {"model.fingerprint", *only_of_answers(model)}
         run = RunFolder(path, identity, methods, optional)
@@ -254,14 +255,15 @@ class FastMemTrainer(Trainer):
         usual = list(self.callbacks)
         # Processes that hold one model together end after the same batch.
         agree = (lambda asked: any(self.ranks.gather(asked))) if datamodule.whole else bool
-        self.callbacks = [*callbacks, StopOnSignal(agree), *usual]
+        # Where others do the work, there is no batch in work to wait for.
+        self.callbacks = [*callbacks, StopOnSignal(agree, at_once=self.pool is not None), *usual]
         datamodule.planner = plan
         try:
             with one_may_be_gone():
                 if self.pool is None:
                     yield step
                 else:
-                    with self.pool.loop(model, step, datamodule, str(self.precision), run.confirm) as remote:
+                    with self.pool.loop(model, step, datamodule, str(self.precision), run) as remote:
                         yield remote
         finally:
             self.callbacks, datamodule.planner = usual, None

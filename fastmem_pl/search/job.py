@@ -97,7 +97,7 @@ class SearchJob:
         ``look`` returns what is missing once the model is loaded, the same in all processes.
         """
         model, data, ranks = self.model, self.datamodule, self.trainer.ranks
-        search = SearchModule(model, self.settings.chosen_method(), trials)
+        search = self.search = SearchModule(model, self.settings.chosen_method(), trials)
 
         def plan() -> None:
             search.todo = look()

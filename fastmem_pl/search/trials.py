@@ -183,7 +183,8 @@ class TrialBatch(Callback):
             mean = fmean(scores.values())
             self.trials[key] = [t for t in self.trials[key] if not self._falls_behind(t, mean, len(scores))]
             if not self.trials[key]:
-                pl_module.leave_out(self.points[key])
+                # Workers elsewhere have their shares of it already.
+                self._job.search.leave_out(self.points[key])
 
     def _take(self, records: Sequence[Record]) -> None:
         for record in records:

@@ -2,10 +2,14 @@
 
 import json
 import re
+import sys
 
 import pytest
+from conftest import make_module
+from towers import write_towers
 
-from fastmem_pl import FastMemError
+from fastmem_pl import FastMemDataModule, FastMemError, FastMemTrainer
+from fastmem_pl.base.files import as_path
 from fastmem_pl.run.folder import RunFolder
 
 
@@ -110,3 +114,39 @@ def test_metrics_are_replaced_whole(tmp_path):
     run.write_metrics({"a": 2})
     assert json.loads(run.metrics_path.read_text()) == {"a": 2}
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_run_behind_a_url_is_one_in_a_folder(tiny_folder, tmp_path, one_thread):
+    pytest.importorskip("upath", reason="needs universal-pathlib: pip install 'fastmem-pl[ray]'")
+    data, found = str(write_towers(tmp_path, 4)), []
+
+    def run(mode, place):
+        module = make_module(str(tiny_folder), steps=2, max_new_tokens=4)
+        trainer = FastMemTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        getattr(trainer, mode)(module, FastMemDataModule("qa", data, batch_size=2), str(place))
+
+    for place in (tmp_path / "run", "memory://bucket/run"):
+        run("fit", place)
+        run("predict", place)
+        path = as_path(str(place))
+        # What a killed run leaves.
+        lines = (path / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+        (path / "predictions.jsonl").write_bytes(b"".join(lines[:7]))
+        (path / "metrics.json").unlink()
+        run("predict", place)
+        records = [json.loads(line) for line in (path / "predictions.jsonl").read_bytes().splitlines()]
+        found.append([(r["index"], r["method"], r["token_ids"]) for r in records])
+        assert (path / "metrics.json").is_file()
+        assert not list(path.glob("parts/*"))
+        assert len(list(path.glob("memories/*.safetensors"))) == 4
+    assert len(found[0]) == 12
+    assert found[0] == found[1]
+    with pytest.raises(FastMemError, match="memory://bucket/run holds results of other settings"):
+        RunFolder(as_path("memory://bucket/run"), {"model": {"memorize": {"steps": 3}}}, []).check()
+
+
+@pytest.mark.parametrize("url", ["nothing://bucket/run", "s3://bucket/run"])
+def test_a_url_that_nothing_reads_is_refused(monkeypatch, url):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(FastMemError, match=f"^{url}: "):
+        as_path(url)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from conftest import make_module
-from ranks import METHODS, Jobs, assert_same, kept, lines, until
+from ranks import METHODS, Jobs, assert_same, assert_same_memories, kept, launched_by, lines, until
 from towers import write_towers
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'fastmem-pl[ray]'")
@@ -82,9 +82,11 @@ def test_two_workers_answer_as_one_process(cluster, jobs, alone):
 
 
 def test_metrics_that_are_missing_come_without_new_answers(cluster, jobs, alone):
-    folder = jobs.run("run", trainer=on(cluster, 1))
+    half = {"precision": "bf16-true"}
+    folder = jobs.run("run", trainer=on(cluster, 1, **half))
+    before = lines(folder)
     (folder / "metrics.json").unlink()
-    assert_same(jobs.run("run", trainer=on(cluster, 1)), alone(), lines(folder))
+    assert_same(jobs.run("run", trainer=on(cluster, 1, **half)), alone(trainer=half), before)
 
 
 @pytest.mark.parametrize("deaths", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -126,14 +128,43 @@ def test_sigterm_ends_the_driver_with_all_on_disk(cluster, many):
     assert_same(many.run("ended", trainer=on(cluster)), many.expected, before)
 
 
-def test_memories_and_runs_behind_urls(cluster, jobs, alone):
-    url = (jobs.root / "store").as_uri()
-    for mode in ("fit", "predict"):
-        jobs.run("unused", url=url, mode=mode, trainer=on(cluster))
-    answers, expected = lines(jobs.root / "store"), lines(alone())
-    ids = [[json.loads(line)["token_ids"] for line in found] for found in (answers, expected)]
-    assert ids[0] == ids[1]
-    assert not list((jobs.root / "store" / "parts").glob("*"))
+def test_memories_of_workers_are_those_of_one_process(cluster, jobs, alone):
+    jobs.run("run", mode="fit", trainer=on(cluster))
+    (jobs.root / "run" / "memories" / "000003.safetensors").unlink()
+    jobs.run("run", mode="fit", trainer=on(cluster, 1))
+    assert_same_memories(jobs.root / "run", alone("fit"))
+
+
+class Deadly(FastMemModule):
+    """Ends its process at one sample."""
+
+    def predict_step(self, batch, batch_idx=0):
+        if any(sample.index == 2 for sample in batch):
+            os._exit(1)
+        return super().predict_step(batch)
+
+
+def pooled(cluster, kind, jobs, folder, workers=1, backbone=None, **settings):
+    """Run a module of the tests' own on workers, which cannot import it."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    options = on(cluster, workers, **settings)
+    trainer = FastMemTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, **options)
+    data = FastMemDataModule("qa", str(jobs.data), batch_size=1)
+    return trainer.fit_predict(kind(backbone or str(jobs.model)), data, str(folder))
+
+
+def test_a_share_that_kills_its_workers_ends_the_run(cluster, jobs, monkeypatch):
+    monkeypatch.setattr(pool, "_TRIES", 1)
+    with pytest.raises(FastMemError, match=r"trainer\.ray: .*Actor.*; what was answered is kept"):
+        pooled(cluster, Deadly, jobs, jobs.root / "run")
+    assert {json.loads(line)["index"] for line in lines(jobs.root / "run")} <= {0, 1, 3, 4, 5}
+
+
+def test_srun_may_start_the_command_of_a_cluster(monkeypatch, jobs, alone, cluster):
+    # `srun ray symmetric-run` runs it on the first of several machines.
+    (variables, _) = launched_by("srun", 2, 1)
+    job = jobs.start("run", variables, trainer=on(cluster, 1))
+    assert job.wait() == 0, job.said
 
 
 GRID = SearchSettings(grid={"learning_rate": [1e-3, 1e-2], "steps": [2, 3]}, every=2)
@@ -172,6 +203,7 @@ def refusal(jobs, **options):
     ("options", "message"),
     [
         ({"trainer": {"ray": "127.0.0.1:1"}}, "trainer.ray: nothing answers at 127.0.0.1:1"),
+        ({"trainer": {"ray": "ray://head:10001"}}, "Ray Data does not run in clients"),
         ({"trainer": {"ray": True, "ray_workers": [2, 1]}}, "trainer.ray_workers: [2, 1]; allowed: a number"),
         ({"trainer": {"ray": True, "ray_gpus": -1}}, "trainer.ray_gpus: -1 is out of range"),
         ({"trainer": {"ray": True, "devices": 2}}, "trainer.devices: not with trainer.ray"),
@@ -201,21 +233,21 @@ class Dying(FastMemModule):
 @pytest.mark.parametrize(
     ("kind", "backbone", "settings", "message"),
     [
-        (FastMemModule, None, {"ray_gpus": 1}, "no worker came up within 0 minutes: the cluster lacks what"),
-        (Dying, None, {}, "no worker came up within 0 minutes.* workers die while they load"),
+        (
+            FastMemModule,
+            None,
+            {"ray_gpus": 1},
+            "fewer workers came up within 0 minutes .*: the cluster lacks what",
+        ),
+        (Dying, None, {}, "fewer workers came up within 0 minutes .* die while they load"),
         (FastMemModule, "/nowhere", {}, "cannot load '/nowhere'"),
     ],
 )
 def test_workers_that_never_come_up_end_in_one_line(
-    cluster, jobs, monkeypatch, tmp_path, kind, backbone, settings, message
+    cluster, jobs, monkeypatch, kind, backbone, settings, message
 ):
     if backbone is None:
         monkeypatch.setattr(pool, "_START_SECONDS", 15)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    backbone = backbone or str(jobs.model)
-    trainer = FastMemTrainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, **on(cluster, 1, **settings)
-    )
     with pytest.raises(FastMemError, match=message) as found:
-        trainer.fit_predict(kind(backbone), FastMemDataModule("qa", str(jobs.data)), str(tmp_path / "run"))
+        pooled(cluster, kind, jobs, jobs.root / "run", backbone=backbone, **settings)
     assert "\n" not in str(found.value)
