@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
 
 import pytest
 from conftest import make_module
-from ranks import METHODS, Jobs, assert_same, assert_same_memories, kept, launched_by, lines, until
+from ranks import (
+    METHODS,
+    Jobs,
+    assert_same,
+    assert_same_memories,
+    fork_ranks,
+    kept,
+    launched_by,
+    lines,
+    until,
+)
 from towers import write_towers
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'fastmem-pl[ray]'")
@@ -69,9 +82,19 @@ def on(cluster, workers=2, **more):
     return {"ray": cluster.address, "ray_workers": workers, **more}
 
 
-def workers_of(cluster):
-    found = psutil.Process(cluster.pid).children(recursive=True)
-    return [process for process in found if "MapWorker" in " ".join(process.cmdline()[:1])]
+def kill_a_worker(cluster):
+    for process in psutil.Process(cluster.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "MapWorker" in " ".join(process.cmdline()[:1]):
+                process.kill()
+                return 1
+    return 0
+
+
+def in_a_fork(work, folder):
+    """The result of some work, or its exception as type and text: forks of a process that had Ray would hang."""
+    (found,) = fork_ranks(1, lambda rank: work(), folder)
+    return found
 
 
 def test_two_workers_answer_as_one_process(cluster, jobs, alone):
@@ -89,23 +112,23 @@ def test_metrics_that_are_missing_come_without_new_answers(cluster, jobs, alone)
     assert_same(jobs.run("run", trainer=on(cluster, 1, **half)), alone(trainer=half), before)
 
 
-@pytest.mark.parametrize("deaths", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_workers_lose_and_double_nothing(cluster, many, deaths):
-    moments = sorted(random.Random(deaths).sample(range(MANY * METHODS - METHODS), deaths))
-    job = many.start(f"workers{deaths}", trainer=on(cluster))
-    folder = many.root / f"workers{deaths}"
+@pytest.mark.slow
+def test_killed_workers_lose_and_double_nothing(cluster, many):
+    moments = sorted(random.Random(0).sample(range(MANY * METHODS - METHODS), 5))
+    job, folder = many.start("workers", trainer=on(cluster)), many.root / "workers"
+    killed = 0
     for moment in moments:
         until(lambda: len(lines(folder)) >= moment, job)  # noqa: B023 (called at once)
-        for worker in random.Random(moment).sample(workers_of(cluster), k=1):
-            worker.kill()
+        killed += kill_a_worker(cluster)
     assert job.wait() == 0, job.said
+    assert killed
     assert_same(folder, many.expected)
 
 
-@pytest.mark.parametrize("deaths", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_killed_driver_goes_on_with_the_same_command(cluster, many, deaths):
-    moments = sorted(random.Random(deaths).sample(range(1, MANY * METHODS - METHODS), deaths))
-    folder, before = many.root / f"drivers{deaths}", []
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_with_the_same_command(cluster, many):
+    moments = sorted(random.Random(0).sample(range(1, MANY * METHODS - METHODS), 5))
+    folder, before = many.root / "drivers", []
     for moment in moments:
         job = many.start(folder.name, trainer=on(cluster))
         until(lambda: len(lines(folder)) >= moment or job.process.poll() is not None)  # noqa: B023
@@ -117,6 +140,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(cluster, many, deaths):
     assert_same(many.run(folder.name, trainer=on(cluster)), many.expected, before)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_driver_with_all_on_disk(cluster, many):
     job = many.start("ended", trainer=on(cluster))
     until(lambda: lines(many.root / "ended"), job)
@@ -128,6 +152,7 @@ def test_sigterm_ends_the_driver_with_all_on_disk(cluster, many):
     assert_same(many.run("ended", trainer=on(cluster)), many.expected, before)
 
 
+@pytest.mark.slow
 def test_memories_of_workers_are_those_of_one_process(cluster, jobs, alone):
     jobs.run("run", mode="fit", trainer=on(cluster))
     (jobs.root / "run" / "memories" / "000003.safetensors").unlink()
@@ -146,20 +171,27 @@ class Deadly(FastMemModule):
 
 def pooled(cluster, kind, jobs, folder, workers=1, backbone=None, **settings):
     """Run a module of the tests' own on workers, which cannot import it."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    options = on(cluster, workers, **settings)
-    trainer = FastMemTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, **options)
-    data = FastMemDataModule("qa", str(jobs.data), batch_size=1)
-    return trainer.fit_predict(kind(backbone or str(jobs.model)), data, str(folder))
+
+    def run():
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        options = on(cluster, workers, **settings)
+        trainer = FastMemTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, **options)
+        data = FastMemDataModule("qa", str(jobs.data), batch_size=1)
+        trainer.fit_predict(kind(backbone or str(jobs.model)), data, str(folder))
+
+    return in_a_fork(run, jobs.root)
 
 
+@pytest.mark.slow
 def test_a_share_that_kills_its_workers_ends_the_run(cluster, jobs, monkeypatch):
     monkeypatch.setattr(pool, "_TRIES", 1)
-    with pytest.raises(FastMemError, match=r"trainer\.ray: .*Actor.*; what was answered is kept"):
-        pooled(cluster, Deadly, jobs, jobs.root / "run")
+    kind, text = pooled(cluster, Deadly, jobs, jobs.root / "run")
+    assert kind == "RunStoppedError"
+    assert re.fullmatch(r"trainer\.ray: .*Actor.*; what was answered is kept, and .*", text)
     assert {json.loads(line)["index"] for line in lines(jobs.root / "run")} <= {0, 1, 3, 4, 5}
 
 
+@pytest.mark.slow
 def test_srun_may_start_the_command_of_a_cluster(monkeypatch, jobs, alone, cluster):
     # `srun ray symmetric-run` runs it on the first of several machines.
     (variables, _) = launched_by("srun", 2, 1)
@@ -179,14 +211,17 @@ TRIALS = SearchSettings(
     ids=["grid", "trials"],
 )
 def test_a_search_on_workers_is_that_of_one_process(cluster, jobs, settings, points):
-    found = []
-    for name, more in (("alone", {}), ("pool", on(cluster))):
+    def search(name, **more):
         trainer = SearchTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, **more)
         data, module = FastMemDataModule("qa", str(jobs.data)), make_module(str(jobs.model), max_new_tokens=6)
-        result = trainer.search(module, data, settings, str(jobs.root / name))
-        assert result.num_new == (COUNT // 2) * (points + 1)
+        return trainer.search(module, data, settings, str(jobs.root / name)).num_new
+
+    found = []
+    for name, more in (("alone", {}), ("pool", on(cluster))):
+        assert in_a_fork(partial(search, name, **more), jobs.root) == (COUNT // 2) * (points + 1)
         names = ("index", "method", "point", "token_ids", "trial")
-        found.append([[record.get(name) for name in names] for record in map(json.loads, lines(result.path))])
+        records = map(json.loads, lines(jobs.root / name))
+        found.append([[record.get(name) for name in names] for record in records])
     # Trials stay in the order in which they came.
     assert sorted(found[0], key=str) == sorted(found[1], key=str)
 
@@ -239,7 +274,7 @@ class Dying(FastMemModule):
             {"ray_gpus": 1},
             "fewer workers came up within 0 minutes .*: the cluster lacks what",
         ),
-        (Dying, None, {}, "fewer workers came up within 0 minutes .* die while they load"),
+        pytest.param(Dying, None, {}, "fewer workers came .* die while they load", marks=pytest.mark.slow),
         (FastMemModule, "/nowhere", {}, "cannot load '/nowhere'"),
     ],
 )
@@ -247,7 +282,7 @@ def test_workers_that_never_come_up_end_in_one_line(
     cluster, jobs, monkeypatch, kind, backbone, settings, message
 ):
     if backbone is None:
-        monkeypatch.setattr(pool, "_START_SECONDS", 15)
-    with pytest.raises(FastMemError, match=message) as found:
-        pooled(cluster, kind, jobs, jobs.root / "run", backbone=backbone, **settings)
-    assert "\n" not in str(found.value)
+        monkeypatch.setattr(pool, "_START_SECONDS", 8)
+    _, text = pooled(cluster, kind, jobs, jobs.root / "run", backbone=backbone, **settings)
+    assert re.search(message, text)
+    assert "\n" not in text
