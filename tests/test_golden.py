@@ -61,6 +61,7 @@ def test_run(demo, record_property, name):
 
 
 @pytest.mark.demo
+@pytest.mark.slow
 @IN_SHARED
 @pytest.mark.parametrize("name", DEFAULT_PATH)
 def test_run_without_rounded_weights(demo, name):
