@@ -2,7 +2,7 @@
 
     python benchmarks/random_model.py /tmp/tiny --shape tiny
     python benchmarks/ray_pool.py measure /tmp/tiny --samples 1000 --workers 2
-    python benchmarks/ray_pool.py render benchmarks/results/ray_pool_cpu.csv  # the numbers in docs/scaling.md
+    python benchmarks/ray_pool.py render benchmarks/results/ray_pool_cpu.csv
 
 One run in this process and one on Ray, in turn, ``--repeats`` times. Time counts from the first records of
 all workers to the last, without start and loading; on Ray it is that of all workers together for a sample.

@@ -149,9 +149,9 @@ class RayPool:
         """
         import ray
 
-        joined, log = ray.is_initialized(), logging.getLogger("ray.data")
-        level = log.level
-        log.setLevel(logging.ERROR)
+        joined = ray.is_initialized()
+        # For good: its threads still write when the cluster has ended.
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         work = Work(
             (model, step),
             precision,
@@ -172,7 +172,6 @@ class RayPool:
             raise _stopped(error) from error
         finally:
             datamodule.remote = None
-            log.setLevel(level)
             if not joined:
                 ray.shutdown()
 
