@@ -165,7 +165,7 @@ class RayPool:
         try:
             with warnings.catch_warnings():
                 # Of Lightning's, which looks for the order of batches, and of Ray's where the last are few.
-                for message in ("batch indices", "IterableDataset", "number of concurrent", "ray_remote_args_fn"):
+                for message in ("batch indices", "IterableDataset", "number of concurrent", "remote_args"):
                     warnings.filterwarnings("ignore", message=f".*{message}.*")
                 yield Remote(self, step.mode, run.confirm)
         except ray.exceptions.RayError as error:
