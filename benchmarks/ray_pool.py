@@ -4,9 +4,10 @@
     python benchmarks/ray_pool.py measure /tmp/tiny --samples 1000 --workers 2
     python benchmarks/ray_pool.py render benchmarks/results/ray_pool_cpu.csv
 
-One run in this process and one on Ray, in turn, ``--repeats`` times. Time counts from the first records of
-all workers to the last, without start and loading; on Ray it is that of all workers together for a sample.
-Every process has one thread.
+In turn, ``--repeats`` times: one process alone, as many processes at once as there are workers, each with all
+samples and nothing between them, and the workers on Ray. Time counts from the first records to the last,
+without start and loading, for a sample of one process. Every process has one thread. Processes at once share
+the machine's memory and caches, so Ray's own cost is what its workers take beyond them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import random
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,7 @@ class Clock(Callback):
 
 def run(model: str, data: Path, folder: Path, workers: int) -> float:
     """Seconds of a worker for a sample; ``workers`` 0 is this process."""
+    torch.set_num_threads(1)
     clock = Clock()
     pooled = {"ray": True, "ray_workers": workers} if workers else {}
     trainer = FastMemTrainer(
@@ -64,28 +68,40 @@ def run(model: str, data: Path, folder: Path, workers: int) -> float:
     return clock.seconds(workers or 1)
 
 
+def run_at_once(model: str, data: Path, folder: Path, count: int) -> float:
+    """Mean over ``count`` processes that run at the same time."""
+    with ProcessPoolExecutor(count, get_context("spawn")) as processes:
+        tasks = [processes.submit(run, model, data, folder / str(number), 0) for number in range(count)]
+        return statistics.fmean(task.result() for task in tasks)
+
+
 def measure(options: argparse.Namespace) -> None:
-    """Run both ways in turn, and write their medians and spread."""
+    """Run all ways in turn, and write their medians and spread."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
     drawn = random.Random(0)
     records = [
         {"context": " ".join(drawn.choices(_WORDS, k=40)), "question": "Where?", "answers": ["tower"]}
         for _ in range(options.samples)
     ]
-    found: dict[int, list[float]] = {0: [], options.workers: []}
+    ways = {
+        "one process": lambda folder: run(options.model, data, folder, 0),
+        "processes at once": lambda folder: run_at_once(options.model, data, folder, options.workers),
+        "workers on Ray": lambda folder: run(options.model, data, folder, options.workers),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.json"
         data.write_text(json.dumps(records))
         for repeat in range(options.repeats):
-            for workers, seconds in found.items():
-                seconds.append(run(options.model, data, Path(folder) / f"{workers}-{repeat}", workers))
-                print(f"{workers or 'no'} workers: {1000 * seconds[-1]:.2f} ms a sample")
+            for name, way in ways.items():
+                found[name].append(way(Path(folder) / f"{name}-{repeat}"))
+                print(f"{name}: {1000 * found[name][-1]:.1f} ms a sample", flush=True)
     device = torch.device("cpu")
     out = options.out or RESULTS / f"ray_pool_{device_slug(device)}.csv"
     rows: list[dict[str, Any]] = [
         {
-            "workers": workers,
+            "way": name,
+            "processes": 1 if name == "one process" else options.workers,
             "samples": options.samples,
             "seconds": round(statistics.median(seconds), 6),
             "least": round(min(seconds), 6),
@@ -93,7 +109,7 @@ def measure(options: argparse.Namespace) -> None:
             "repeats": options.repeats,
             **provenance(device, None),
         }
-        for workers, seconds in found.items()
+        for name, seconds in found.items()
     ]
     with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -104,12 +120,11 @@ def measure(options: argparse.Namespace) -> None:
 
 def render(paths: list[Path]) -> None:
     """Print the table of docs/scaling.md."""
-    print("| workers | ms of a worker for a sample | least to most |\n| --- | --- | --- |")
+    print("| | processes | ms of one for a sample | least to most |\n| --- | --- | --- | --- |")
     for path in paths:
         for row in csv.DictReader(path.open()):
-            name = row["workers"] if int(row["workers"]) else "this process alone"
             values = [f"{1000 * float(row[key]):.1f}" for key in ("seconds", "least", "most")]
-            print(f"| {name} | {values[0]} | {values[1]} to {values[2]} |")
+            print(f"| {row['way']} | {row['processes']} | {values[0]} | {values[1]} to {values[2]} |")
 
 
 def main() -> None:
