@@ -188,7 +188,8 @@ class ChatEncoder:
         untrusted = "".join(text for text, trusted in segments if not trusted)
         if not self._special.search(untrusted):
             return self.tokenizer("".join(t for t, _ in segments), add_special_tokens=False).input_ids
-        ids, plain, strip_next = list[int](), "", False
+        ids: list[int] = []
+        plain, strip_next = "", False
         for text, trusted in segments:
             start = 0
             for match in self._special.finditer(text) if trusted else ():

@@ -77,6 +77,10 @@ def _readable(kind: str) -> str:
     return re.sub(r"typing\.(?:Literal\[(.*?)\])?", lambda m: m.group(1) or "", kind)
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the lines of a description as they are."""
+
+
 class CommandParser(OneLineParser):
     """Command line of a function with typed arguments: its docstring is the help.
 
@@ -96,8 +100,7 @@ class CommandParser(OneLineParser):
             prog=f"fastmem {command}",
             usage=" ".join([f"fastmem {command}", *shown, "[options]"]),
             description=(inspect.getdoc(function) or "").partition("\nArgs:")[0],
-            # It leaves the lines of a description as they are.
-            formatter_class=type("", (argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter), {}),
+            formatter_class=_Formatter,
         )
         self.add_function_arguments(function, as_positional=True, skip=set(self._groups))
         self._action_groups[-1].title = "arguments"
@@ -142,7 +145,9 @@ class CommandParser(OneLineParser):
 
     def _written_out(self, arguments: list[str]) -> list[str]:
         """Arguments as jsonargparse wants them: options first, each with a value, lists as JSON."""
-        options, words, rest = list[str](), list[str](), iter(arguments)
+        options: list[str] = []
+        words: list[str] = []
+        rest = iter(arguments)
         lists: dict[str, list[str]] = {}
         for argument in rest:
             option, equals, value = argument.partition("=")

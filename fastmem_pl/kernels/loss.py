@@ -40,8 +40,20 @@ def soft_target_loss_(
     tokens, vocabulary = raw.shape
     cross_entropy = torch.empty(tokens, dtype=torch.float32, device=raw.device)
     kl = torch.empty_like(cross_entropy)
-    read, written = (raw, normalizer, rest, labels, kl_coeff, weights), (cross_entropy, kl)
-    _soft_target[(tokens,)](change, *read, *written, vocabulary, BLOCK=_BLOCK, num_warps=_WARPS)
+    _soft_target[(tokens,)](
+        change,
+        raw,
+        normalizer,
+        rest,
+        labels,
+        kl_coeff,
+        weights,
+        cross_entropy,
+        kl,
+        vocabulary,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
+    )
     return cross_entropy, kl
 
 
