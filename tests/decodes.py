@@ -107,7 +107,7 @@ def plain_scores(decoder, model, base, ids, bare, settings, histogram, softcap=N
 def expected_tokens(backbone, decoder, memory, row, prompt, bare, tokens=8, **settings):
     """One row, decoded with whole forward passes of whole models and the formulas as published."""
     models, ids = (merged(backbone, memory, row), backbone.model), []
-    settings, softcap = {"dola_layers": LAYERS, **settings}, backbone.anatomy.softcap
+    settings, softcap = {"dola_layers": LAYERS, **settings}, backbone.tail().softcap
     while len(ids) < tokens and (not ids or ids[-1] not in backbone.stop_ids):
         read = (prompt + ids, bare + ids)
         ids.append(int(plain_scores(decoder, *models, *read, settings, Counter(), softcap).argmax()))

@@ -13,7 +13,7 @@ from fastmem_pl.cli.model import ModelOptions, read_text
 from fastmem_pl.data.tasks import RawRecord
 from fastmem_pl.decoding import DECODERS, DecodingSettings
 from fastmem_pl.decoding.conversation import Conversation
-from fastmem_pl.memory import Memory, read_header, trained_layers
+from fastmem_pl.memory import Memory, read_header, trained_part
 
 
 def ask(
@@ -65,7 +65,7 @@ def ask(
             raise FastMemError(f"{one}: not with {other}; leave one out")
     from_file = _read_questions(questions) if questions else []
     DECODERS[decoder]
-    backbone = options.load(trained_layers(read_header(memory)))
+    backbone = options.load(**trained_part(read_header(memory)))
     loaded = Memory.load(memory, backbone, backbone.device).to(backbone.compute_dtype)
     if loaded.status[0] != "ok":
         _say(f"memorizing {loaded.status[0].split(';')[0]}: it is the base model")

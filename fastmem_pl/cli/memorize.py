@@ -67,7 +67,7 @@ def memorize(
     if not settings.steps:
         raise FastMemError("steps: 0 memorizes nothing; allowed: at least 1")
     cutting = WindowSettings(windows, window, overlap)
-    memorizer = Memorizer(options.load(settings.num_layers), settings)
+    memorizer = Memorizer(options.load(settings.num_layers, settings.experts, settings.max_experts), settings)
     start = time.perf_counter()
     fit = DocumentFit(memorizer, texts, cutting)
     left_out = sum(part.truncated for part in fit.encoded)

@@ -81,6 +81,7 @@ def _begin(
     cache: PromptCache | None = None,
 ) -> Decoding:
     settings = DecodingSettings(**given)
+    backbone = memory.on(backbone) if memory else backbone
     contexts = [context] * len(questions) if context is None or isinstance(context, str) else list(context)
     if not questions:
         raise FastMemError("answer: no questions; give one or more")

@@ -56,6 +56,7 @@ def generator(
             f"generator: decoder {decoder!r} reads a second prompt, which generate does not have"
         )
     if memory is not None:
+        backbone = memory.on(backbone)
         memory.check(backbone)
     elif chosen.needs_base:
         raise FastMemError(f"generator: decoder {decoder!r} contrasts a memory with the base model; give one")

@@ -189,7 +189,7 @@ class Decoding:
         return [np.array(row, np.int64).view(np.float64).tolist() for row in self._answers.notes]
 
     def _borrow(self, state: DecodeState) -> Lease:
-        if self._graphs is None:
+        if self._graphs is None or not all(sequences.fixed for sequences in state.sequences):
             return Lease(state, state.step)
         rooms = tuple(sequences.mask.shape[1] for sequences in state.sequences)
         early, without_memory = tuple(state.sequences[0].early), state.views.deltas is None

@@ -320,6 +320,8 @@ class FastMemModule(LightningModule):
                     device_map=loading.device_map,
                     tp_plan=loading.tp_plan,
                     num_layers=self.memorization.num_layers,
+                    experts=self.memorization.experts,
+                    max_experts=self.memorization.max_experts,
                 )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -330,6 +332,7 @@ class FastMemModule(LightningModule):
                 ) from error
         # Settings that do not fit the model are refused below, and whoever ends the run clears this.
         self.graphs = GraphPool()
+        backbone = backbone.with_experts(self.memorization.experts, self.memorization.max_experts)
         object.__setattr__(self, "_backbone", backbone.with_chat(self.chat, self.chat_class))
         self.memorizer = Memorizer(self.backbone, self.memorization)
         self.memorizer.module_class = self.memorization_class
