@@ -122,9 +122,12 @@ def test_a_context_that_changes_nothing_changes_no_score(decoder):
         assert note.isnan().all(), "no gain and no loss of confidence is nothing to choose"
 
 
-@pytest.mark.parametrize("decoder", [*ADAPTIVE, "cad", "cd"])
+@pytest.mark.parametrize(
+    ("decoder", "alpha"),
+    [*((name, None) for name in (*ADAPTIVE, "cad", "cd")), ("ck-plug", 0.0), ("ck-plug", 1.0)],
+)
 @pytest.mark.parametrize("relative_top", [0.0, 0.1])
-def test_degenerate_predictions(decoder, relative_top):
+def test_degenerate_predictions(decoder, alpha, relative_top):
     """Certain, flat and opposite predictions, and tokens that must not be chosen, in one or both of them."""
     low = -torch.inf
     sure, other, flat = [60.0, 0.0, 0.0, 0.0], [0.0, 60.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]
@@ -132,7 +135,7 @@ def test_degenerate_predictions(decoder, relative_top):
     sides = [sure, other, flat, only, half, gone]
     pairs = [(one, two) for one in sides for two in sides]
     shown, hidden = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    scores, note = step(decoder, shown, hidden, relative_top=relative_top)
+    scores, note = step(decoder, shown, hidden, relative_top=relative_top, alpha=alpha)
     assert not scores.isnan().any()
     assert not (scores == torch.inf).any()
     assert (scores[shown == low] == low).all(), "a token that must not be chosen"
@@ -151,7 +154,8 @@ def test_degenerate_predictions(decoder, relative_top):
         assert strengths[0, 0] == strengths[2, 2] == strengths[5, 5] == 0
     # A row does not depend on the others.
     for row in range(0, len(pairs), 7):
-        one, _ = step(decoder, shown[row : row + 1], hidden[row : row + 1], relative_top=relative_top)
+        alone = (shown[row : row + 1], hidden[row : row + 1])
+        one, _ = step(decoder, *alone, relative_top=relative_top, alpha=alpha)
         assert torch.allclose(one[0], scores[row])
 
 
