@@ -88,7 +88,10 @@ TASKS = {
 QUIET = {"trainer__accelerator": "cpu", "trainer__enable_progress_bar": False}
 FASTMEM = str(Path(sys.executable).with_name("fastmem"))
 METHODS = ["zero-shot", "fastmem", "fastmem+cd"]
-ALL_METHODS = ["zero-shot", "one-shot", "cad", "dola", "fastmem", "fastmem+cd", "fastmem+cad", "fastmem+dola"]
+ALL_METHODS = ["zero-shot", "one-shot", "cad", "adacad", "coiecd", "cocoa", "ck-plug", "dola"]
+ALL_METHODS += ["fastmem"] + [
+    f"fastmem+{decoder}" for decoder in ("cd", "adacd", "cad", "adacad", "coiecd", "dola")
+]
 SUMMARIES = [
     {"article": "The cats sat on a red mat.\nA dog barked.", "summary": "The cat slept.\nA dog barked."},
     {"article": "Zoë's river rose by the mill.", "summary": "the cats slept soundly, as a river rose"},

@@ -45,8 +45,9 @@ class FastMemModule(LightningModule):
 
     Args:
         backbone: the model; its name alone does as well.
-        methods: what to compare on every sample: zero-shot, one-shot, cad, dola, fastmem, fastmem+cd,
-            fastmem+cad, fastmem+dola.
+        methods: what to compare on every sample: zero-shot, one-shot, cad, adacad, coiecd, cocoa, ck-plug,
+            dola, fastmem, fastmem+cd, fastmem+adacd, fastmem+cad, fastmem+adacad, fastmem+coiecd,
+            fastmem+dola.
         memorize: how contexts are memorized.
         decode: how answers are decoded.
         chat: how texts become token sequences.
