@@ -122,6 +122,12 @@ class FastMemModule(LightningModule):
                     )
         return [records[row, method.name] for row in range(len(batch)) for method in self.methods]
 
+    @property
+    def num_passes(self) -> int:
+        """Passes that a step makes over its batch: memorizing, and an answer by each method."""
+        memorizes = self.mode == "fit" or any(method.memory for method in self.methods)
+        return (memorizes and self.mode != "predict") + (0 if self.mode == "fit" else len(self.methods))
+
     def longest_row(self, batch: Sequence[ContextSample]) -> int:
         """Tokens of a batch's longest row, answer included."""
         return max(encoded.longest for encoded in self.encode(batch)) + self.longest_answer
