@@ -126,7 +126,9 @@ def _lightning_sections(parsers: dict[str, Any]) -> list[str]:
     for parser in parsers.values():
         for action in shown(parser):
             actions.setdefault(action.dest, action)
-    own = lightning.own_trainer_options()
+    from fastmem_pl.cli.lightning import own_trainer_options
+
+    own = own_trainer_options()
     parts = []
     for prefix, title, text in _SECTIONS:
         # A dest without a dot belongs to the run.
