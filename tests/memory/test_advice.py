@@ -13,4 +13,4 @@ def test_a_base_model_is_named(caplog, template):
     backbone = Backbone(make_model(), tokenizer, name="some-base")
     tokenizer.chat_template = template
     warn_of_base_model(backbone)
-    assert ("some-base has no chat template, so it is a base model" in caplog.text) == (not template)
+    assert ("some-base has no chat template, so it seems a base model" in caplog.text) == (not template)
