@@ -72,7 +72,7 @@ TORCH := "$$(grep '^torch==' constraints.txt)"
 
 .venv/running: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(VENV) || { rm -rf .venv; exit 1; }
-	$(BIN)/python -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12')" \
+	@$(BIN)/python -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12')" \
 		|| { rm -rf .venv; exit 1; }
 	$(if $(TORCH_BUILD),$(PIP) $(TORCH_BUILD) $(TORCH) ||) $(PIP) $(TORCH)
 	$(PIP) -e .
