@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.progress import report
 from fastmem_pl.decoding.decoders import DecoderFactory, make_decoder
 from fastmem_pl.decoding.graphs import GraphPool, Lease
 from fastmem_pl.decoding.prefill import Prefill, Prefills
@@ -150,6 +151,7 @@ class Decoding:
         """Decode to the end."""
         while not self.finished:
             self.step()
+            report("answering", self.decoder.max_new_tokens - self._left, self.decoder.max_new_tokens)
             self._drop_ended_rows()
         results = self.results()
         # Others may have the recorded steps.

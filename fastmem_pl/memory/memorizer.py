@@ -15,6 +15,7 @@ from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs, pad, usabl
 from fastmem_pl.backbone.settings import fabric_settings
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.phases import PhaseMeter
+from fastmem_pl.base.progress import report
 from fastmem_pl.memory.loss import MemorizationBatch, prepare
 from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.module import MemorizationModule
@@ -179,6 +180,7 @@ class Memorizer:
                 module.configure_gradient_clipping(plain)
                 optimizer.step()
                 optimizer.zero_grad()
+            report("memorizing", step + 1, module.settings.steps)
             yield step + 1
 
     def snapshots(

@@ -45,8 +45,8 @@ def test_cached_trunk_is_the_full_forward_and_a_fixed_cache_the_growing_one(make
         if end == start + 1:
             found = backbone.run_trunk(1, token, fixed_mask, place, fixed)
             position += 1
-            torch.testing.assert_close(found.residual, grown.residual, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found.ffn_input, grown.ffn_input, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.residual, grown.residual, rtol=5e-5, atol=5e-5)
+            torch.testing.assert_close(found.ffn_input, grown.ffn_input, rtol=5e-5, atol=5e-5)
 
 
 def test_a_model_whose_logits_differ_is_refused(monkeypatch):
