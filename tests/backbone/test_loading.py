@@ -43,7 +43,7 @@ def test_damaged_gguf(tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"not a model")
     with pytest.raises(FastMemError, match=r"cannot load .*m\.gguf"):
         Backbone.load(str(tmp_path / "m.gguf"))
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_gguf_file_that_lacks_weights_is_named_and_not_kept(tmp_path, monkeypa
     monkeypatch.setattr("transformers.AutoTokenizer", type("Auto", (), read))
     with pytest.raises(FastMemError, match=rf"m\.gguf': weights are missing: {UP};"):
         Backbone.load(str(tmp_path / "m.gguf"))
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
 def test_remote_code_is_off_by_default(tiny_folder, monkeypatch):

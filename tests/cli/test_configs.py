@@ -193,7 +193,7 @@ def test_composed_configs_run_and_name_the_folder(run_methods, tiny_folder, tmp_
         ("model: {memorize: {stepps: 1}}", "did you mean --model.memorize.steps?"),
         ("model:\n  learning_rat: 1.0e-4", "did you mean --model.memorize.learning_rate?"),
         ("{", "cannot read"),
-        ("3", "holds no settings"),
+        ("3", "expected a mapping, found int"),
     ],
 )
 def test_a_bad_config_is_refused_by_its_name(refused_small, tmp_path, content, message):

@@ -143,7 +143,10 @@ def test_malformed_files(tmp_path, text, message):
 
 def test_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "nqswap.json", [SWAP])
-    with pytest.raises(FastMemError, match=r"data\.path: no such file: .*did you mean 'nqswap\.json'\?"):
+    with pytest.raises(
+        FastMemError,
+        match=r"data\.path: cannot read .*No such file or directory; give .*did you mean 'nqswap\.json'\?",
+    ):
         read_samples(tmp_path / "nqswop.json", "nqswap")
 
 

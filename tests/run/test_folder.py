@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import make_module
+from runs import answered
 from towers import write_towers
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemTrainer
@@ -27,7 +28,7 @@ def reopened(path, identity=None, records=()):
 
 
 def answers(index):
-    return [{"index": index, "method": method, "prediction": "x"} for method in ("a", "b")]
+    return [answered(index, method) for method in ("a", "b")]
 
 
 def contents(path):
@@ -79,7 +80,7 @@ def test_a_folder_of_the_users_own_is_not_touched(tmp_path, name, start):
 
 def test_a_run_json_of_another_program_is_not_touched(tmp_path):
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(FastMemError, match=r"run\.json is damaged or not from fastmem; give another"):
+    with pytest.raises(FastMemError, match=r"run\.json: expected .* list; .* not from fastmem; give "):
         folder(tmp_path).open("")
     assert (tmp_path / "run.json").read_text() == "[]"
 

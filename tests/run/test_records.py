@@ -1,9 +1,11 @@
 """Files of records: repair, merging those of several processes, and what a full disk leaves."""
 
 import errno
+import json
 import os
 
 import pytest
+from runs import answered as record
 
 from fastmem_pl import FastMemError
 from fastmem_pl.base.errors import RunStoppedError
@@ -15,10 +17,6 @@ from fastmem_pl.run.records import append_records, as_line, merge_records, read_
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def record(index, method="a", **more):
-    return {"index": index, "method": method, **more}
 
 
 def opened(path):
@@ -59,7 +57,8 @@ def test_any_text_comes_back(tmp_path, text):
 
 def test_a_line_ends_at_its_newline_only(tmp_path):
     # Between the parts of a record, JSON takes a carriage return for a space.
-    (tmp_path / "1").write_bytes(b'{"index": 0,\r"method": "a"}\r\n{"index": 1,\r"method": "a"}\n')
+    first, second = (json.dumps(record(i), separators=(",\r", ":")).encode() for i in range(2))
+    (tmp_path / "1").write_bytes(first + b"\r\n" + second + b"\n")
     assert indices(tmp_path / "1") == [0, 1]
 
 
