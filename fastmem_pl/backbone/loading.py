@@ -33,6 +33,8 @@ _SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
 # Masks and tables that old checkpoints hold beside their weights, and that models compute today.
 _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|inv_freq|position_ids)$")
+# More than any model has; making them would take hours before the weights turn out to be missing.
+_MOST_LAYERS = 10_000
 # What is hashed of the config, and how it samples the weights.
 _CONSTANTS = ("rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window", "num_attention_heads")
 _SAMPLED, _STRIDE = 256, 1_000_003
@@ -58,6 +60,8 @@ def load_model(
     try:
         path = _resolve(source)
         tokenizer, config, options = load_tokenizer(path, **remote), fetch(AutoConfig), {}
+        if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers} in config.json; allowed: up to {_MOST_LAYERS}")
         method = quantizing.quantized_method(config)
         if method and quantization:
             raise FastMemError(

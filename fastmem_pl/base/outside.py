@@ -42,12 +42,19 @@ def read_bytes(path: str | Path, pipe: bool = False) -> bytes:
     """Content of a file, or of a ``pipe`` where one will do: others wait for somebody to write to it."""
     path = Path(path) if isinstance(path, str) else path
     try:
-        if isinstance(path, Path) and stat.S_ISFIFO(path.stat().st_mode) and not pipe:
-            raise OSError(None, "it is a pipe; give a file")
+        if not pipe:
+            require_file(path)
         return path.read_bytes()
     except (OSError, ValueError) as error:
         # A ValueError where there is a NUL in the name.
         raise FastMemError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def require_file(path: Path) -> None:
+    """Raise an ``OSError`` for a pipe or a device: nobody may ever write to it, or end."""
+    kind = path.stat().st_mode if isinstance(path, Path) else stat.S_IFREG
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise OSError(None, "it is a pipe or a device; give a file")
 
 
 def as_text(content: bytes, name: object) -> str:
@@ -101,11 +108,10 @@ def fit(value: Any, schema: type[T], name: object) -> T:
         return msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
         said, _, place = str(error).partition(" - at ")
-        for word, plain in _WORDS.items():
-            said = said.replace(f"`{word}`", plain).replace(", got ", ", found ")
+        said = re.sub("`(.*?)`", lambda m: " or ".join(_WORDS.get(w, w) for w in m[1].split(" | ")), said)
         said = re.sub("matching regex .*", "of another form", said)
         place = place.strip("`").replace("$.", "").replace("$", "the whole")
-        said = f"{said[:1].lower()}{said[1:]}".replace("`", "")
+        said = f"{said[:1].lower()}{said[1:]}".replace(", got ", ", found ")
         raise FastMemError(f"{name}: {place + ': ' if place else ''}{said}") from error
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastmem_pl.backbone.families import Anatomy
 from fastmem_pl.base.errors import FastMemError, one_line, unknown
 from fastmem_pl.base.files import as_path, is_remote, write_atomic
-from fastmem_pl.base.outside import fit, parse_json
+from fastmem_pl.base.outside import fit, parse_json, require_file
 from fastmem_pl.memory.attach import check_shapes
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings
 
@@ -203,6 +203,7 @@ def _opened(
 def _local(path: str | Path, whole: bool) -> Iterator[str | Path]:
     """The file, or of one behind a URL a copy that safetensors can map: ``whole``, or with a header alone."""
     path = as_path(path)
+    require_file(path)
     with path.open("rb") as file:
         # safe_open does not say what the system has against a file.
         if not is_remote(path):

@@ -137,6 +137,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self.check()
+            # What cannot be gone on with is left as it is.
+            self.records()
             # First, since a folder with any other file but without this one is taken for somebody else's.
             write_atomic(self._manifest_path, self._manifest())
             write_atomic(self.path / "config.yaml", config_text)
