@@ -77,19 +77,24 @@ def parse_json(text: str | bytes, name: object) -> Any:
 
 def parse_yaml(text: str, name: object) -> Any:
     """The value of YAML that JSON could hold as well, of a size that people write."""
+    depth = 0
     try:
+        # Event by event first: what is nested deeply would take seconds to compose.
+        for event in yaml.parse(text, _Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"it is nested over {_DEEPEST} levels deep")
         value = yaml.load(text, _Loader)  # a safe one
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FastMemError(f"cannot read {name}: {one_line(error)}") from None
-    waiting, seen = [(value, 0)], 0
+    waiting, seen = [value], 0
     while waiting:
-        one, depth = waiting.pop()
+        one = waiting.pop()
         seen += 1
         if isinstance(one, (dict, list)):
-            parts = [*one, *one.values()] if isinstance(one, dict) else one
-            waiting += [(part, depth + 1) for part in parts]
-        if seen > _MOST_VALUES or depth > _DEEPEST:
-            wrong = f"over {_MOST_VALUES} values, aliases counted, or over {_DEEPEST} levels"
+            waiting += [*one, *one.values()] if isinstance(one, dict) else one
+        if seen > _MOST_VALUES:
+            wrong = f"over {_MOST_VALUES} values, aliases counted"
         elif isinstance(one, str) and _HALF.search(one):
             wrong = "half of a character (a lone surrogate)"
         elif not isinstance(one, (dict, list, str, int, float, NoneType)):
@@ -106,6 +111,8 @@ def fit(value: Any, schema: type[T], name: object) -> T:
     """The value as the schema's type; an error says where it does not fit."""
     try:
         return msgspec.convert(value, schema)
+    except UnicodeEncodeError:
+        raise FastMemError(f"{name}: it holds half of a character (a lone surrogate)") from None
     except msgspec.ValidationError as error:
         said, _, place = str(error).partition(" - at ")
         said = re.sub("`(.*?)`", lambda m: " or ".join(_WORDS.get(w, w) for w in m[1].split(" | ")), said)

@@ -63,6 +63,8 @@ def _settings(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, A
     """Settings by their paths; ``model: {backbone: NAME}`` is its source, and an empty group is none."""
     for key, value in content.items():
         name = f"{above}{key}"
+        if not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", name):
+            raise FastMemError(f"{name!r} is no name of a setting")
         if name == "model.backbone" and isinstance(value, str):
             yield f"{name}.source", value
         elif isinstance(value, dict) and (not above or name in _GROUPS):

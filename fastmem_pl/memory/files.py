@@ -252,11 +252,11 @@ def checked(header: Mapping[str, str]) -> dict[str, Any]:
     settings, defaults = dict(parts["settings"]), MemorizationSettings().as_dict()
     quirks = fit(settings.pop("published_quirks", []), tuple[str, ...], "its published_quirks")
     if settings.keys() != defaults.keys():
-        raise ValueError("its settings are not those of memorizing")
+        raise FastMemError("its settings are not those of memorizing")
     try:
         fit(settings, MemorizationSettings, "its settings")
     except OverflowError as error:
-        raise ValueError(f"its settings do not fit, {error}") from None
+        raise FastMemError(f"its settings do not fit, {error}") from None
     # Lists hold the settings of several rows.
     return values | parts | {"settings": settings | ({"published_quirks": quirks} if quirks else {})}
 
