@@ -177,7 +177,7 @@ class RunSession:
         if written and not new:
             # What was measured while answering stays.
             metrics = {**written, "groups": groups, "num_samples": total}
-            if metrics == written:
+            if metrics == written and not added:
                 return RunResult(run.path, self._mode, total, metrics)
         else:
             metrics = {
