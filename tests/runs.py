@@ -153,6 +153,20 @@ def write(path: Path, records: list[dict]) -> Path:
     return path
 
 
+def answered(index: int, method: str = "a", **more: object) -> dict:
+    """A record with what a run's records have."""
+    texts = {
+        "id": str(index),
+        "task": "qa",
+        "method": method,
+        "question": "q",
+        "prediction": "x",
+        "status": "ok",
+    }
+    numbers = {"output_words": 1, "n_truncated_tokens": 0, "seconds": {"memorize": 0.0, "decode": 0.5}}
+    return {"index": index, **texts, **numbers, "references": [], "scores": {}, **more}
+
+
 def read(run_dir: Path) -> list[dict]:
     """Records of a run, whose last line is whole and whose numbers are JSON."""
     *lines, rest = (run_dir / "predictions.jsonl").read_text("utf-8").split("\n")

@@ -4,19 +4,22 @@ System turns that a template injects on its own are left out, as the paper uses 
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import jinja2
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError, one_line
 
 _QUESTION, _ANSWER, _NEXT, _SYSTEM = "sentinelquestion", "sentinelanswer", "sentinelnext", "sentinelsystem"
+# Of a template's own code, some hundred times what any needs.
+_MOST_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,7 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase, use_template: bool = True)
         return ChatPieces("", "\n", "", tokenizer.eos_token or "")
     user = {"role": "user", "content": _QUESTION}
     turns = [user, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
-    render = tokenizer.apply_chat_template
-    chat = render(turns, tokenize=False)
+    chat = _render(tokenizer, turns)
     try:
         before, rest = chat.split(_QUESTION)
         user_end, rest = rest.split(_ANSWER)
@@ -59,8 +61,8 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase, use_template: bool = True)
             "model.backbone: the tokenizer's chat template does not keep a user and an assistant turn; "
             "give the tokenizer another template or none"
         ) from None
-    opened = render([user], tokenize=False, add_generation_prompt=True)
-    closed = render([user], tokenize=False)
+    opened = _render(tokenizer, [user], add_generation_prompt=True)
+    closed = _render(tokenizer, [user])
     special = _special_pattern(tokenizer).search(between)
     end_of_turn = special.group() if special else between.strip() or (tokenizer.eos_token or "")
     generation = opened.split(_QUESTION)[-1]
@@ -79,13 +81,39 @@ def derive_pieces(tokenizer: PreTrainedTokenizerBase, use_template: bool = True)
     return ChatPieces(user_header, user_end, header, end_of_turn)
 
 
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> str:
+    """A chat as the template has it. A template is a program that comes with the model: it runs in a sandbox
+    of transformers, and here in a bounded number of steps.
+    """
+    left = _MOST_STEPS
+
+    def count(*event: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError(f"it takes over {_MOST_STEPS} steps")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception as error:
+        raise FastMemError(
+            f"model.backbone: the tokenizer's chat template fails ({one_line(error)}); give the tokenizer "
+            "another template or none"
+        ) from error
+    finally:
+        sys.settrace(before)
+
+
 def _system_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     # What stands before and after the system prompt, up to the user's text, if it has a place.
     turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _QUESTION}]
     try:
         # Bos is the encoder's to add.
-        chat = tokenizer.apply_chat_template(turns, tokenize=False, bos_token="")
-    except jinja2.TemplateError:
+        chat = _render(tokenizer, turns, bos_token="")
+    except FastMemError:
         return None
     around = chat.split(_QUESTION)[0].split(_SYSTEM)
     return tuple(around) if len(around) == 2 else None

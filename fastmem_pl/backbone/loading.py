@@ -4,16 +4,18 @@ A GGUF file is dequantized once and the result kept as a plain safetensors folde
 """
 
 import hashlib
+import json
 import logging
 import re
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmem_pl.backbone import quantization as quantizing
@@ -32,6 +34,8 @@ _SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
 # Masks and tables that old checkpoints hold beside their weights, and that models compute today.
 _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|inv_freq|position_ids)$")
+# More than any model has; making them would take hours before the weights turn out to be missing.
+_MOST_LAYERS = 10_000
 # What is hashed of the config, and how it samples the weights.
 _CONSTANTS = ("rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window", "num_attention_heads")
 _SAMPLED, _STRIDE = 256, 1_000_003
@@ -57,6 +61,8 @@ def load_model(
     try:
         path = _resolve(source)
         tokenizer, config, options = load_tokenizer(path, **remote), fetch(AutoConfig), {}
+        if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers} in config.json; allowed: up to {_MOST_LAYERS}")
         method = quantizing.quantized_method(config)
         if method and quantization:
             raise FastMemError(
@@ -90,7 +96,11 @@ def load_model(
             keep_layouts(empty, model)
     except FastMemError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except (RuntimeError, MemoryError):
+        # What is wrong with these is the device or the model's code, which the caller names.
+        raise
+    except Exception as error:
+        # transformers has no error of its own for a checkpoint whose files are not what it takes them for.
         raise FastMemError(f"model.backbone: cannot load {source!r}: {one_line(error)}") from error
     if kind:
         quantizing.make_plain(model, dtype, num_layers)
@@ -172,22 +182,44 @@ def _resolve(source: str) -> str:
 
 def _converted(gguf_file: Path) -> Path:
     target = converted_folder(gguf_file)
-    if (target / "config.json").is_file():
+    if _is_whole(target):
         return target
-    log.warning("converting %s (once, about 20 s) into %s", gguf_file.name, target)
+    partial = target.with_name(f"{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as partial:
-            _convert(gguf_file, Path(partial))
-            # Where another process was first, its copy is as good as ours.
-            with suppress(OSError):
-                Path(partial).rename(target)
-    except OSError as error:
+        # Of several processes, one converts.
+        with FileLock(target.with_name(".lock")):
+            if _is_whole(target):
+                return target
+            log.warning("converting %s (once, about 20 s) into %s", gguf_file.name, target)
+            # What a process that was killed has left, and a copy that somebody has cut short.
+            for folder in (partial, target):
+                shutil.rmtree(folder, ignore_errors=True)
+            try:
+                _convert(gguf_file, partial)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise FastMemError(
             f"cannot write the model cache {target}: {one_line(error)}; "
             "free some disk or set FASTMEM_CACHE to another folder"
         ) from error
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted copy has its files, of the length that they state."""
+    try:
+        weights = list(folder.glob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, "pt"):
+                pass
+        for name in ("config.json", "tokenizer.json"):
+            json.loads((folder / name).read_bytes())
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return bool(weights)
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:

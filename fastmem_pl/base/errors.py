@@ -1,7 +1,10 @@
 """Errors that a user can act on, and the near-name suggestions in them."""
 
 import difflib
+import re
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 
 class FastMemError(ValueError):
@@ -24,13 +27,28 @@ class RunStoppedError(FastMemError):
 
 
 class TerminatedError(RunStoppedError):
-    """A scheduler asked the run to end with SIGTERM, and it ended after its batch."""
+    """A signal asked the run to end, and it ended after its batch; the status is 128 and its number."""
 
-    exit_status = 143  # 128 + SIGTERM
+    exit_status = 143
 
 
 class FailedElsewhereError(RunStoppedError):
     """Another process of the run failed, and says why itself."""
+
+
+# Control characters but tab and newline, changes of direction, halves of characters.
+_ACTED_ON = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: object) -> str:
+    """Text as it may go to a terminal, without what the terminal would act on."""
+    return _ACTED_ON.sub("\ufffd", str(text))
+
+
+def say(message: object) -> None:
+    """Print a message of the command in one line, where anybody listens."""
+    with suppress(OSError, ValueError):
+        print(f"fastmem: {' '.join(shown(message).split())}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:

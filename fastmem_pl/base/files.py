@@ -1,6 +1,6 @@
 """Writing to where the user said: refused early, whole or not at all, and nothing foreign replaced."""
 
-import json
+import errno
 import os
 import shutil
 import uuid
@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError, RunStoppedError
+from fastmem_pl.base.outside import read_json
 
 MANIFEST = "export.json"
 """File of an exported folder that lists, under ``files``, what the export wrote."""
@@ -48,8 +50,8 @@ def _check_existing(path: Path, force: bool, folder: bool) -> None:
         if path.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise FastMemError(f"{path} is the folder you are in, or one around it; give another --out")
         try:
-            own = {*json.loads((path / MANIFEST).read_text())["files"], MANIFEST}
-        except (OSError, ValueError, KeyError, TypeError):
+            own = {*read_json(path / MANIFEST, dict[str, Any])["files"], MANIFEST}
+        except (FastMemError, KeyError, TypeError):
             own = set()
         for part in sorted(path.iterdir()):
             if part.name not in own or not part.is_file():
@@ -99,6 +101,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def cannot_write(setting: str, path: Path, error: OSError) -> FastMemError:
+    """The error for what cannot be written; with more room on the disk, the same command may do."""
+    message = f"{setting}cannot write {path}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunStoppedError(f"{message}; free some disk, and the same command goes on from there")
+    return FastMemError(message)
+
+
 def as_path(place: str | Path) -> Path:
     """A path; of a URL of a store that fsspec knows, such as ``s3://bucket/runs``, one with the same methods.
 
@@ -107,8 +117,10 @@ def as_path(place: str | Path) -> Path:
     """
     if not isinstance(place, str):
         return place
+    if "\0" in place:
+        raise FastMemError(f"{place}: no file has a NUL in its name")
     if "://" not in place:
-        return Path(place)
+        return Path(os.path.expanduser(place))
     if place.startswith("file://"):
         return Path(url2pathname(urlsplit(place).path))
     try:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from fastmem_pl import __version__
 from fastmem_pl.base.configs import packaged_configs
@@ -15,9 +17,14 @@ from fastmem_pl.base.errors import (
     FailedElsewhereError,
     FastMemError,
     OutOfMemoryError,
+    RunStoppedError,
     TerminatedError,
     nearest,
+    one_line,
+    say,
+    shown,
 )
+from fastmem_pl.base.files import to_bytes
 
 # Heavy imports (torch, lightning, transformers) wait until a subcommand is known, so that
 # `fastmem --help` answers at once.
@@ -45,17 +52,20 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         the exit status: 2 for a mistake, 75 for a run that ended early by no fault of its settings (a full
         disk, a process that died), 130 for an interrupt, 141 when what it prints is no longer read, 143 after
-        SIGTERM.
+        SIGTERM, 129 after SIGHUP, and 1 for a fault of the program.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments
+    _prepare_output()
     try:
-        status = _command(arguments)()
+        status = _command(_checked(arguments))()
         sys.stdout.flush()
         return status
     except FastMemError as error:
+        if debug:
+            traceback.print_exc()
         if not _is_silent(error):
-            kind = "" if isinstance(error, TerminatedError) else "error: "
-            print(f"fastmem: {kind}{error}", file=sys.stderr)
+            say(error if isinstance(error, TerminatedError) else f"error: {error}")
         return error.exit_status
     except (KeyboardInterrupt, SystemExit) as stop:
         # Parsers end the program after their help; Lightning turns Ctrl-C into exit status 1.
@@ -63,12 +73,60 @@ def main(args: Sequence[str] | None = None) -> int:
             return int(stop.code or 0)
         if not _is_silent(TerminatedError()):
             kept = "; what was answered is kept, and the same command goes on from there"
-            print(f"fastmem: stopped{kept if arguments[0] in SAMPLE_COMMANDS else ''}", file=sys.stderr)
+            say(f"stopped{kept if arguments[0] in SAMPLE_COMMANDS else ''}")
         return 130
-    except BrokenPipeError:
-        # Whoever reads has enough; Python would complain when it flushes at its end.
+    except Exception as error:
+        if isinstance(error, OSError) and (reason := _output_trouble()):
+            if isinstance(error, BrokenPipeError):
+                return 141
+            say(f"error: cannot write to standard output: {reason}; what was answered is kept")
+            return RunStoppedError.exit_status
+        if debug:
+            traceback.print_exc()
+        say(f"error: {type(error).__name__}: {one_line(error)}; {_kept_traceback()}")
+        return 1
+
+
+def _checked(arguments: list[str]) -> list[str]:
+    """Arguments without ``--debug``; such as no file could hold are refused."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise FastMemError(f"{argument!r} is not UTF-8 text; give it in that encoding") from None
+    return [argument for argument in arguments if argument != "--debug"]
+
+
+def _prepare_output() -> None:
+    """Let output that is closed swallow what is printed, and one that is ASCII only escape the rest."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _output_trouble() -> str | None:
+    """Why standard output takes nothing more, if so; it takes all and forgets it from then on."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would complain when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return error.strerror
+    return None
+
+
+def _kept_traceback() -> str:
+    """Keep the traceback of the present error in a file; returns where it is."""
+    try:
+        with NamedTemporaryFile(prefix="fastmem-", suffix=".txt", delete=False) as file:
+            file.write(to_bytes(traceback.format_exc()))
+    except OSError:
+        return "--debug shows where"
+    return f"please report it with {file.name} (or --debug)"
 
 
 def _command(arguments: list[str]) -> Callable[[], int]:
@@ -143,7 +201,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=logging.WARNING, format="fastmem: %(message)s")
+
+    class OneLine(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return f"fastmem: {shown(record.getMessage())}"
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for message in (
         ".*does not have many workers.*",
         ".*args parameter is intended to run from within Python.*",

@@ -1,14 +1,14 @@
 """``fastmem ask``: questions to a memory file, answered as they come."""
 
 import json as json_format
-import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
 
 from tqdm import tqdm
 
-from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError, say, shown
+from fastmem_pl.base.outside import parse_json
 from fastmem_pl.cli.model import ModelOptions, read_text
 from fastmem_pl.data.tasks import RawRecord
 from fastmem_pl.decoding import DECODERS, DecodingSettings
@@ -70,10 +70,10 @@ def ask(
     backbone = options.load(**trained_part(read_header(memory)))
     loaded = Memory.load(memory, backbone, backbone.device).to(backbone.compute_dtype)
     if loaded.status[0] != "ok":
-        _say(f"memorizing {loaded.status[0].split(';')[0]}: it is the base model")
+        say(f"memorizing {loaded.status[0].split(';')[0]}: it is the base model")
     windows = loaded.windows
     if windows and windows["updates"] < windows["planned"]:
-        _say(f"memorizing was stopped after {windows['updates']} of {windows['planned']} updates")
+        say(f"memorizing was stopped after {windows['updates']} of {windows['planned']} updates")
     text = None if without_context else loaded.texts[0]
     talk = Conversation(backbone, None if no_memory else loaded, text, decoder, decode, answer_prefix)
     if not without_context:
@@ -84,12 +84,12 @@ def ask(
         # In the loop, no question is known yet.
         cut = talk.fitting(asked or from_file or [50 * " word"])[1]
         if cut and wanted:
-            _say(f"the last {cut} tokens of the text do not fit and are not shown")
+            say(f"the last {cut} tokens of the text do not fit and are not shown")
         elif cut:
             talk.context = None
-            _say("the text does not fit, so the memory alone is asked (--with-context shows its beginning)")
+            say("the text does not fit, so the memory alone is asked (--with-context shows its beginning)")
         elif text is None:
-            _say("the file holds no text, so the memory alone is asked")
+            say("the file holds no text, so the memory alone is asked")
     if from_file:
         answers = tqdm(talk.answers(from_file), "answering", len(from_file), unit="question", disable=None)
         for one, answered in zip(from_file, answers, strict=True):
@@ -98,10 +98,6 @@ def ask(
         _show(talk, one, talk.stream(one), len(asked) > 1, json)
     if not from_file and not asked:
         _loop(talk, json)
-
-
-def _say(notice: str) -> None:
-    print(f"fastmem: {notice}", file=sys.stderr)
 
 
 def _show(
@@ -113,13 +109,17 @@ def _show(
         record |= {"context": talk.context is not None, "memory": talk.memory is not None}
         print(json_format.dumps(record, ensure_ascii=False), flush=True)
         return
+    # A stranger's memory or questions may say anything.
+    safe = shown if sys.stdout.isatty() else str
     if with_question:
-        print(f"Q: {question}")
+        print(f"Q: {safe(question)}")
+    empty = True
     for piece in pieces:
-        # A stranger's memory may say anything: nothing that a terminal would act on.
-        shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", piece) if sys.stdout.isatty() else piece
-        print(shown, end="", flush=True)
+        empty = empty and not piece.strip()
+        print(safe(piece), end="", flush=True)
     print("\n" if with_question else "", flush=True)
+    if empty:
+        say("the answer is empty: the model ended its turn, or said a --stop, before any word")
 
 
 def _loop(talk: Conversation, as_json: bool) -> None:
@@ -155,7 +155,8 @@ def _read_questions(path: str) -> list[str]:
     for number, question in enumerate(questions):
         if question.startswith("{"):
             try:
-                questions[number] = RawRecord(json_format.loads(question)).text("question").strip()
+                record = RawRecord(parse_json(question, "the question"))
+                questions[number] = record.text("question").strip()
             except ValueError as error:
                 raise FastMemError(f"{path}, line {number + 1}: {error}") from None
     return list(filter(None, questions))

@@ -3,19 +3,19 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import Namespace, get_loader
+from jsonargparse import Namespace
 
 from fastmem_pl.base.configs import packaged_configs
-from fastmem_pl.base.errors import FastMemError, nearest
+from fastmem_pl.base.errors import FastMemError, nearest, say
+from fastmem_pl.base.outside import as_text, fit, parse_yaml, read_bytes
 
 # Settings that are groups of settings: a later config changes some of a group and leaves the others.
+_SECTIONS = ("model", "data", "trainer", "search")
 _GROUPS = ("model.backbone", "model.memorize", "model.decode", "model.chat", "search.optuna")
 
 
@@ -50,8 +50,12 @@ def read_configs(values: Sequence[str]) -> Configs:
     settings, files = Namespace(), {}
     paths = config_paths(values)
     for path in paths:
-        for name, value in _settings(_read(path)):
-            settings[name], files[name] = value, path
+        content = parse_yaml(as_text(read_bytes(path), path), path)
+        try:
+            for name, value in _settings(fit(content or {}, dict[str, Any], "its settings")):
+                settings[name], files[name] = value, path
+        except FastMemError as error:
+            raise FastMemError(f"{path}: {error}") from error
     return Configs(settings.as_dict(), "-".join(Path(path).stem for path in paths), files)
 
 
@@ -59,12 +63,16 @@ def _settings(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, A
     """Settings by their paths; ``model: {backbone: NAME}`` is its source, and an empty group is none."""
     for key, value in content.items():
         name = f"{above}{key}"
+        if not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", name):
+            raise FastMemError(f"{name!r} is no name of a setting")
         if name == "model.backbone" and isinstance(value, str):
             yield f"{name}.source", value
         elif isinstance(value, dict) and (not above or name in _GROUPS):
             yield from _settings(value, f"{name}.")
-        elif value is not None or (above and name not in _GROUPS):
+        elif name not in (*_SECTIONS, *_GROUPS):
             yield name, value
+        elif value is not None:
+            raise FastMemError(f"{name}: {value!r} does not fit; allowed: settings by their names")
 
 
 def take_configs(arguments: Sequence[str]) -> tuple[Configs, list[str]]:
@@ -109,7 +117,7 @@ def config_paths(values: Sequence[str]) -> list[str]:
         both = [packaged.get(task), packaged.get(f"fastmem+{decoder}")]
         if path not in paths and all(part in paths for part in both):
             paths.insert(1 + max(paths.index(part) for part in both), path)
-            print(f"fastmem: with {task} and fastmem+{decoder} comes the config {name}", file=sys.stderr)
+            say(f"with {task} and fastmem+{decoder} comes the config {name}")
     return paths
 
 
@@ -128,14 +136,3 @@ def _config_path(value: str) -> str:
         )
     names = f"packaged: {', '.join(sorted(packaged))}{nearest(name, packaged)}"
     raise FastMemError(f"--config: no such file or packaged config: {value}; {names}")
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        # PyYAML alone takes 1e-4 for a text.
-        content = get_loader("yaml")(Path(path).read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FastMemError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise FastMemError(f"--config: {path} holds no settings; allowed: sections such as model and data")
-    return content

@@ -107,6 +107,9 @@ class FastMemCLI(LightningCLI):
         configs, options = take_configs(args[1:])
         try:
             super().parse_arguments(parser, [args[0], *as_arguments(configs, options)])
+            seed = self.config[args[0]].seed_everything
+            if not 0 <= seed < 1 << 32:
+                raise FastMemError(f"seed_everything: {seed} is out of range; allowed: 0 to 4294967295")
         except FastMemError as error:
             raise configs.name_file(error, options) from error
 

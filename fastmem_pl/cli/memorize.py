@@ -10,7 +10,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError, say
 from fastmem_pl.base.files import check_target, free_name
 from fastmem_pl.cli.model import ModelOptions, read_text
 from fastmem_pl.export.deviation import relative_error
@@ -74,7 +74,7 @@ def memorize(
     fit = DocumentFit(memorizer, texts, cutting)
     left_out = sum(part.truncated for part in fit.encoded)
     if left_out:
-        print(f"fastmem: {left_out} tokens of the text are left out (--windows cut)", file=sys.stderr)
+        say(f"{left_out} tokens of the text are left out (--windows cut)")
     # From the first update on, Ctrl-C is held off until the file is whole.
     with _interruptible(fit) as interrupts:
         stopped = _fit(fit, interrupts, quiet)
@@ -90,7 +90,7 @@ def memorize(
     if not quiet:
         _print_summary(fit, memory, target, form, time.perf_counter() - start)
     if stopped:
-        print(f"fastmem: stopped; {target} holds the updates so far", file=sys.stderr)
+        say(f"stopped; {target} holds the updates so far")
     return 130 if stopped else 0
 
 
@@ -103,7 +103,7 @@ def _fit(fit: DocumentFit, interrupts: list[int], quiet: bool) -> bool:
             if bar.disable and not quiet and time.perf_counter() - last > _LINE_EVERY:
                 # A log has no use for a bar.
                 last = time.perf_counter()
-                print(f"fastmem: {done} of {fit.num_updates} updates", file=sys.stderr, flush=True)
+                say(f"{done} of {fit.num_updates} updates")
             if interrupts and done < fit.num_updates:
                 return True
     return False

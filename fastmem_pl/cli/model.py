@@ -5,13 +5,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from fastmem_pl import Backbone, ChatSettings, FastMemModule
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.outside import as_text, read_bytes
 from fastmem_pl.cli.configs import read_configs
 from fastmem_pl.cli.parser import OneLineParser
 
@@ -86,15 +86,7 @@ class ModelOptions:
 def read_text(path: str, what: str = "a text to memorize") -> str:
     """A text file, or standard input for ``-``; ``what`` says what it should hold."""
     name = "standard input" if path == "-" else path
-    try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise FastMemError(f"cannot read {name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FastMemError(
-            f"cannot read {name}: it is no UTF-8 text (byte {error.start}); convert it to plain text first"
-        ) from error
+    text = as_text(sys.stdin.buffer.read() if path == "-" else read_bytes(path, pipe=True), name)
     if not text.strip():
         raise FastMemError(f"{name} is empty; give {what}")
     return text

@@ -1,9 +1,8 @@
 """``fastmem report`` and ``fastmem compare``: results of runs as a page, and as tables in the terminal."""
 
-import sys
 from pathlib import Path
 
-from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.errors import FastMemError, say
 from fastmem_pl.base.files import write_atomic
 
 
@@ -58,7 +57,7 @@ def report(
         except OSError as error:
             raise FastMemError(f"report: cannot write {path}: {error.strerror}") from error
     for notice in notices(comparison):
-        print(f"fastmem: {notice}", file=sys.stderr)
+        say(notice)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)\n{tables}")
 
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmem_pl.base.errors import FastMemError, nearest, unknown
+from fastmem_pl.base.errors import FastMemError, nearest, one_line, unknown
+from fastmem_pl.base.outside import as_text, read_bytes
 from fastmem_pl.data.tasks import MIXED, OWN_FIELDS, TASKS, ContextSample, FieldError, RawRecord
 
 _DEMO = Path(__file__).parent / "demo"
@@ -19,12 +21,12 @@ _SPACE, _IN_LIST = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*(,?)[ \t\r\
 
 def data_file(name: str | Path) -> Path:
     """The packaged file of that name, or the path itself."""
-    return PACKAGED.get(str(name), Path(name))
+    return PACKAGED.get(str(name)) or Path(os.path.expanduser(name))
 
 
 def file_hash(path: Path) -> str:
     """Short hash of a data file, by which a run folder recognizes its data."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
 
 
 def read_samples(
@@ -46,18 +48,13 @@ def read_samples(
     if task != MIXED and task not in TASKS:
         raise unknown("data.task", task, [*TASKS, MIXED])
     path = Path(path)
-    if path.is_dir():
-        raise FastMemError(f"data.path: {path} is a folder; give a JSON or JSONL file")
-    if not path.is_file():
-        near = nearest(path.name, (p.name for p in path.parent.glob("*.json*")))
-        raise FastMemError(f"data.path: no such file: {path}; give --data.path FILE{near}")
     samples: list[ContextSample] = []
     for line, data in _records(path):
         try:
             record = RawRecord(data, fields)
             name = record.text("task") if task == MIXED else task
             read = TASKS[name].read(record)
-            sample_id = str(record.value("id")) if record.has("id") else str(len(samples))
+            sample_id = record.label("id") if record.has("id") else str(len(samples))
         except (FieldError, FastMemError) as error:
             hint = ""
             # A user's own file may have the field under another name.
@@ -77,9 +74,11 @@ def read_samples(
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield ``(line, value)`` of every JSON value, in a list or one after another."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FastMemError(f"data.path: {path} is not UTF-8 text (byte {error.start})") from None
+        text = as_text(read_bytes(path), path)
+    except FastMemError as error:
+        there = {file.name for file in path.parent.glob("*.json*")} - {path.name}
+        hint = f"; give --data.path FILE{nearest(path.name, there)}"
+        raise FastMemError(f"data.path: {error}{hint}") from error
     decoder = json.JSONDecoder()
 
     def mistake(position: int, what: str) -> FastMemError:
@@ -95,6 +94,9 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             where = f" (found on line {error.lineno})" if error.lineno != line else ""
             raise FastMemError(f"{path}, line {line}: not valid JSON: {error.msg}{where}") from None
+        except (ValueError, RecursionError) as error:
+            # Numbers of thousands of digits, or lists within lists without end.
+            raise FastMemError(f"{path}, line {line}: not valid JSON: {one_line(error)}") from None
         yield line, value
         between = (_IN_LIST if in_list else _SPACE).match(text, position)
         position = between.end()

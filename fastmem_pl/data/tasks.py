@@ -74,6 +74,13 @@ class RawRecord:
             )
         return value
 
+    def label(self, field: str) -> str:
+        """The field's value as text, where it is one or a number."""
+        value = self.value(field)
+        if isinstance(value, (dict, list)):
+            raise FieldError(f"field {field!r} must be text or a number, found {_shown(value)}")
+        return str(value)
+
     def text(self, field: str) -> str:
         """The field's value as text; a :class:`FieldError` where it is missing, no text, or empty."""
         value = self.value(field)
@@ -174,12 +181,12 @@ def _read_memotrap(record: RawRecord) -> Fields:
     try:
         classes = ast.literal_eval(classes) if isinstance(classes, str) else classes
         candidates = [str(c).strip().strip(string.punctuation + " ") for c in classes]
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         candidates = []
     if len(candidates) != 2 or not all(candidates):
         raise FieldError(f"field 'classes' must be a list of two endings, found {_shown(classes)}")
     index = record.value("answer_index")
-    if index not in (0, 1):
+    if type(index) is not int or index not in (0, 1):
         raise FieldError(f"field 'answer_index' must be 0 or 1, found {_shown(index)}")
     question = f'{sentence.strip()}\nCandidates: "{candidates[0]}" or "{candidates[1]}"'
     return Fields(instruction.strip() + ".", question, (candidates[index],), (candidates[1 - index],))

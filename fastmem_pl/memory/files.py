@@ -7,14 +7,15 @@ the whole file can rewrite the digest).
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
+from msgspec.structs import asdict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from fastmem_pl.backbone.anatomy import Anatomy
 from fastmem_pl.base.errors import FastMemError, one_line, unknown
 from fastmem_pl.base.files import as_path, is_remote, write_atomic
+from fastmem_pl.base.outside import fit, parse_json, require_file
 from fastmem_pl.memory.attach import check_shapes
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings
 
@@ -36,9 +38,46 @@ _LAYOUTS = {
 FORMS = tuple(_LAYOUTS)
 # Which experts of a mixture a delta is of.
 EXPERTS = "experts"
-_CURVE = {"cross_entropy", "kl", "grad_norm"}
 # Of all deltas: three times what one layer of a 70B model has.
 _MOST_NUMBERS = 1 << 31
+
+
+# These are shown to people: one line, and nothing that a terminal would act on.
+_Line = Annotated[
+    str, msgspec.Meta(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*$")
+]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Losses = list[float | None]
+
+
+class _Curve(msgspec.Struct, forbid_unknown_fields=True):
+    cross_entropy: _Losses
+    kl: _Losses
+    grad_norm: _Losses
+    kl_coeff: _Losses = []
+
+
+class _Windows(msgspec.Struct):
+    policy: Literal[POLICIES]
+    window: _Count
+    overlap: _Count
+    count: _Count
+    tokens: _Count
+    updates: _Count
+    planned: _Count
+    lengths: list[_Count]
+
+
+class _Header(msgspec.Struct):
+    fingerprint: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{8,64}$")]
+    form: _Line
+    status: _Line
+    backbone: _Line
+    settings: dict[str, Any]
+    curve: _Curve
+    windows: _Windows | None = None
+    text: str | None = None
+    context_hash: str | None = None
 
 
 def pack(
@@ -153,7 +192,10 @@ def _opened(
                     f"memory {path} has format version {header.get('version')!r:.20}, this program reads "
                     f"{FORMAT_VERSION}; memorize it again"
                 )
-            values = checked(header)
+            try:
+                values = checked(header)
+            except FastMemError as error:
+                raise ValueError(str(error)) from error
             if fingerprint is not None and values["fingerprint"] != fingerprint:
                 raise other_model(f"memory {path}", values["backbone"], values["fingerprint"], fingerprint)
             yield file, values
@@ -172,6 +214,7 @@ def _opened(
 def _local(path: str | Path, whole: bool) -> Iterator[str | Path]:
     """The file, or of one behind a URL a copy that safetensors can map: ``whole``, or with a header alone."""
     path = as_path(path)
+    require_file(path)
     with path.open("rb") as file:
         # safe_open does not say what the system has against a file.
         if not is_remote(path):
@@ -222,73 +265,22 @@ def _shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]], form: str) -> lis
 
 def checked(header: Mapping[str, str]) -> dict[str, Any]:
     """The values of a header; ``None`` for ``windows``, ``text`` and ``context_hash`` where it lacks them."""
-    if not re.fullmatch(r"[0-9a-f]{8,64}", header.get("fingerprint", "")):
-        raise ValueError("its fingerprint is none")
-    for name in ("form", "status", "backbone"):
-        # These are shown to people: one line, and nothing that a terminal would act on.
-        value = header.get(name)
-        if value is None or not value.isprintable() or len(value) > 300:
-            raise ValueError(f"its {name} is no short line of text")
-    return {
-        **{name: header[name] for name in ("fingerprint", "form", "status", "backbone")},
-        **{name: header.get(name) for name in ("text", "context_hash")},
-        "settings": _settings(_parsed(header, "settings")),
-        "curve": _curve(_parsed(header, "curve")),
-        "windows": _windows(_parsed(header, "windows")) if "windows" in header else None,
-    }
+    parts = {n: parse_json(header[n], f"its {n}") for n in ("settings", "curve", "windows") if n in header}
+    values = asdict(fit({**header, **parts}, _Header, "its header"))
+    # No setting of memorizing alone: runs write them where there are any.
+    settings, defaults = dict(parts["settings"]), MemorizationSettings().as_dict()
+    quirks = fit(settings.pop("published_quirks", []), tuple[str, ...], "its published_quirks")
+    if settings.keys() != defaults.keys():
+        raise FastMemError("its settings are not those of memorizing")
+    try:
+        fit(settings, MemorizationSettings, "its settings")
+    except OverflowError as error:
+        raise FastMemError(f"its settings do not fit, {error}") from None
+    # Lists hold the settings of several rows.
+    return values | parts | {"settings": settings | ({"published_quirks": quirks} if quirks else {})}
 
 
 def trained_part(header: Mapping[str, str]) -> dict[str, Any]:
     """The settings that say which FFNs the memory of a header is of, as ``Backbone.load`` takes them."""
     settings = checked(header)["settings"]
     return {name: settings[name] for name in ("num_layers", "experts", "max_experts")}
-
-
-def _parsed(header: Mapping[str, str], name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(header.get(name, ""))
-    except (ValueError, RecursionError):
-        raise ValueError(f"its {name} are no JSON") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"its {name} are no mapping")
-    return value
-
-
-def _settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that :class:`MemorizationSettings` takes, each of its default's type."""
-    defaults = MemorizationSettings().as_dict()
-    # No setting of memorizing alone: runs write them where there are any.
-    quirks = settings.pop("published_quirks", [])
-    if not isinstance(quirks, list) or not all(isinstance(name, str) for name in quirks):
-        raise ValueError("its setting 'published_quirks' does not fit")
-    if settings.keys() != defaults.keys():
-        raise ValueError("its settings are not those of memorizing")
-    for name, value in settings.items():
-        like = type(defaults[name])
-        if type(value) not in ({like} if like in (bool, int, str) else {int, float, like}):
-            raise ValueError(f"its setting {name!r} does not fit")
-    try:
-        MemorizationSettings(**settings)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"its settings do not fit, {error}") from None
-    # Lists hold the settings of several rows.
-    return settings | ({"published_quirks": tuple(quirks)} if quirks else {})
-
-
-def _curve(curve: dict[str, Any]) -> dict[str, list[float | None]]:
-    numbers = all(
-        isinstance(values, list) and all(type(value) in (float, int, type(None)) for value in values)
-        for values in curve.values()
-    )
-    if not numbers or not _CURVE <= curve.keys() <= {*_CURVE, "kl_coeff"}:
-        raise ValueError("its curve is none")
-    return curve
-
-
-def _windows(windows: dict[str, Any]) -> dict[str, Any]:
-    lengths = windows.get("lengths")
-    counts = [windows.get(name) for name in ("window", "overlap", "count", "tokens", "updates", "planned")]
-    fits = isinstance(lengths, list) and windows.get("policy") in POLICIES
-    if not fits or not all(type(n) is int and n >= 0 for n in [*lengths, *counts]):
-        raise ValueError("its windows are none")
-    return windows

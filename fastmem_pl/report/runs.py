@@ -2,21 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.outside import as_text, parse_yaml, read_bytes, read_json
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file, file_hash
 from fastmem_pl.metrics import count_of
 from fastmem_pl.report.table import profile_table
-from fastmem_pl.run.folder import RunFolder
+from fastmem_pl.run.folder import RunFolder, read_manifest
 from fastmem_pl.run.profile import FILE, FOLDER
 from fastmem_pl.run.records import Record
 
@@ -78,11 +76,11 @@ def read_run(path: Path, label: str = "") -> ReportRun:
     Raises:
         FastMemError: when it is no run, holds no answers, or a file of it is damaged.
     """
-    if not (path / "run.json").is_file():
+    if not (path / "run.json").exists():
         wrong = f"{path} is no run folder (it holds no run.json)"
         raise FastMemError(wrong if path.is_dir() else f"no such run folder: {path}")
-    identity = _read_json(path / "run.json").get("identity")
-    if not (isinstance(identity, dict) and all(isinstance(identity.get(k), dict) for k in ("model", "data"))):
+    identity = read_manifest(path).identity
+    if not identity.keys() >= {"model", "data"}:
         raise FastMemError(f"{path / 'run.json'} is damaged (no settings in it)")
     if "search" in identity or (path / "search.json").is_file():
         raise FastMemError(f"{path} is a search; its report is {path / 'search.md'}")
@@ -93,14 +91,7 @@ def read_run(path: Path, label: str = "") -> ReportRun:
         saved = (path / "memories").is_dir()
         why = "memories, not answers; `fastmem predict` answers with them" if saved else "no answers yet"
         raise FastMemError(f"{path} holds {why}")
-    for record in records:
-        for name, fits in _FITS.items():
-            with suppress(KeyError, TypeError, ValueError, AttributeError):
-                if fits(record):
-                    continue
-            where = f"{name!r} of sample {record['index']} is not as a run writes it"
-            raise FastMemError(f"{path / 'predictions.jsonl'} is damaged: {where}")
-    metrics = _read_json(folder.metrics_path) if folder.metrics_path.is_file() else {}
+    metrics = folder.metrics()
     run = ReportRun(path, label or path.resolve().name, identity, records, metrics, read_profile(path))
     lines = notices_of(records, metrics.get("num_samples"))
     if not metrics:
@@ -118,43 +109,12 @@ def read_profile(run: Path) -> dict[str, Any]:
     path = run / FOLDER / FILE
     if not path.is_file():
         return {}
+    profile = read_json(path, dict[str, Any])
     try:
-        profile = json.loads(path.read_bytes())
         profile_table(profile)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FastMemError(f"{path} is damaged; remove it, or run again with --profile") from error
     return profile
-
-
-def _is_finite(numbers: Mapping[str, Any]) -> bool:
-    """Whether these are finite numbers, or lists of them of one length."""
-    values = np.array(list(numbers.values()))
-    return values.dtype.kind in "iuf" and bool(np.isfinite(values).all())
-
-
-def _has_curve(record: Record) -> bool:
-    curve = record.get("curve")
-    # That of a memory that failed ends in what is no number.
-    failed = record.get("status") != "ok"
-    return not curve or (curve.keys() >= {"cross_entropy", "kl"} and (failed or _is_finite(curve)))
-
-
-_FITS: dict[str, Callable[[Record], bool]] = {
-    **{name: lambda record, name=name: isinstance(record[name], str) for name in ("task", "prediction")},
-    "output_words": lambda record: isinstance(record["output_words"], int),
-    "n_context_tokens": lambda record: isinstance(record.get("n_context_tokens", 0), int),
-    "scores": lambda record: _is_finite(record["scores"]),
-    "seconds": lambda record: _is_finite(record["seconds"]),
-    "curve": _has_curve,
-}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    raise FastMemError(f"{path} is damaged: it holds no JSON object")
 
 
 def notices_of(records: Sequence[Record], total: int | None) -> list[str]:
@@ -177,9 +137,9 @@ def notices_of(records: Sequence[Record], total: int | None) -> list[str]:
 def find_samples(run: ReportRun, given: str | Path | None) -> None:
     """Read the data again, if the file is there as the run found it (or is ``given``); else, a notice."""
     names = [str(given)] if given is not None else []
-    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-        names.append(str(config["data"]["path"]))
+    with suppress(FastMemError, KeyError, TypeError):
+        config = run.path / "config.yaml"
+        names.append(str(parse_yaml(as_text(read_bytes(config), config), config)["data"]["path"]))
     # From here, or from a folder above the run's.
     places = [folder / data_file(name) for name in names for folder in (Path(), *run.path.resolve().parents)]
     path = next((p for p in places if p.is_file() and file_hash(p) == run.data_hash), None)

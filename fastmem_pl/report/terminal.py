@@ -3,13 +3,16 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.segment import Segment
 from rich.text import Text
 
+from fastmem_pl.base.errors import shown
 from fastmem_pl.base.files import as_path
 from fastmem_pl.metrics import find_score, format_p, normalize_answer
 from fastmem_pl.report.runs import notices_of
@@ -54,9 +57,17 @@ def print_comparison(tables: Sequence[PageTable], notices: Sequence[str], consol
         console.print(Text(notice, style="yellow"))
 
 
+class _Console(Console):
+    """Shows what comes from data without what a terminal would act on."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+        for part in super().render(*args, **kwargs):
+            yield part if part.control else Segment(shown(part.text), part.style)
+
+
 def make_console(width: int = 120) -> Console:
     """A console on standard output; as wide as given where that is a file."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else width, highlight=False)
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def _print_differences(records: Sequence[Record], console: Console) -> None:
@@ -82,6 +93,5 @@ def _print_differences(records: Sequence[Record], console: Console) -> None:
 
 
 def _line(text: str, limit: int = 90) -> str:
-    # What a terminal cannot show must not end the run.
-    text = " ".join(text.split()).encode("utf-8", "replace").decode()
+    text = shown(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,6 +1,8 @@
 """Callbacks of a run: metric aggregation, the writer of records, the progress bar, the end by SIGTERM."""
 
+import signal
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +26,7 @@ from fastmem_pl.run.ranks import Ranks
 ALL = "all"
 
 
-class MetricAggregation(Callback):
+class MetricAggregation:
     """Feeds torchmetrics by group (all samples, and each task of a mixed file), method and score."""
 
     def __init__(self) -> None:
@@ -34,12 +36,6 @@ class MetricAggregation(Callback):
         )
         self._pairs: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
         self._tasks: set[str] = set()
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Feed the records of a batch."""
-        self.feed(outputs)
 
     def feed(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add records; all methods of one sample must come together."""
@@ -203,7 +199,7 @@ class SampleProgress(ProgressBar):
 
 
 class StopOnSignal(Callback):
-    """Ends a run by SIGTERM after the batch in work, once it is on disk.
+    """Ends a run by SIGTERM, or as its terminal closes (SIGHUP), after the batch in work, once it is on disk.
 
     It replaces Lightning's own notice of the signal, in which all processes exchange a message: those that
     are busy or gone do not answer. ``agree`` takes whether this process was asked to end to whether any was,
@@ -212,14 +208,15 @@ class StopOnSignal(Callback):
 
     def __init__(self, agree: Callable[[bool], bool] = bool, at_once: bool = False) -> None:
         self._agree, self._at_once = agree, at_once
-        self._asked = False
+        self._asked = 0  # number of the signal
+        self._hears_hangup = False
         self._started: list[Popen] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the place of what Lightning is about to register, and to remove after the loop."""
 
         def note(number: int, frame: Any) -> None:
-            self._asked = True
+            self._asked = number
             self._end_if(self._at_once)
             launcher = trainer.strategy.launcher
             if launcher is not None:
@@ -230,21 +227,35 @@ class StopOnSignal(Callback):
                 launcher.procs.clear()
 
         trainer._signal_connector._sigterm_notifier_fn = note
+        # nohup has it ignored, and stays in force.
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, note)
+            self._hears_hangup = True
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """End the run with :class:`TerminatedError`, if that was asked for."""
-        self._end_if(self._agree(self._asked))
+        self._end_if(self._agree(bool(self._asked)))
+
+    def on_exception(self, *args: Any) -> None:
+        """Leave SIGHUP as it was."""
+        if self._hears_hangup:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         """End the run, if that was asked for after the last batch."""
-        self._end_if(self._asked)
+        self.on_exception()
+        self._end_if(bool(self._asked))
 
     def _end_if(self, asked: bool) -> None:
         if not asked:
             return
         for process in self._started:
             process.wait()
-        raise TerminatedError(
-            "ended by SIGTERM after the batch in work; what was answered is kept, and the same command "
-            "goes on from there"
+        number = signal.Signals(self._asked or signal.SIGTERM)
+        error = TerminatedError(
+            f"ended by {number.name} after the batch in work; what was answered is kept, and the same "
+            "command goes on from there"
         )
+        error.exit_status = 128 + number
+        raise error

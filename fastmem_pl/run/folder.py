@@ -11,21 +11,55 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from fastmem_pl.base.errors import FastMemError, RunStoppedError
-from fastmem_pl.base.files import as_path, is_remote, write_atomic
+from fastmem_pl.base.files import as_path, cannot_write, is_remote, write_atomic
+from fastmem_pl.base.outside import fit, read_json
 from fastmem_pl.run.identity import differences
 from fastmem_pl.run.records import Record, append_records, as_line, merge_records, rescued
 
 SCHEMA_VERSION = 1
+
+
+class Manifest(msgspec.Struct):
+    """Content of ``run.json``."""
+
+    schema_version: int
+    # It becomes part of a file's name.
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+    identity: dict[str, dict[str, Any]]
+
+
+class _Metrics(msgspec.Struct):
+    groups: dict[str, dict[str, dict[str, Any]]]
+    num_samples: int
+    peak_memory_gib: dict[str, float]
+
+
 _MANIFEST = "run.json"
 # What a process that was killed before it had written the manifest can leave behind.
 _BEFORE_MANIFEST = re.compile(r"\.lock|\.fastmem-.+\.partial")
 # Named after a process: its rank, and random digits.
 _PART = re.compile(r"rank\d+-[0-9a-f]{8,16}\.jsonl")
+
+
+def read_manifest(run: Path) -> Manifest:
+    """Read the ``run.json`` of a run folder; that of a later program is refused."""
+    path = run / _MANIFEST
+    try:
+        found = read_json(path, Manifest)
+    except FastMemError as error:
+        raise FastMemError(f"{error}; the file is damaged or not from fastmem") from error
+    if found.schema_version != SCHEMA_VERSION:
+        raise FastMemError(
+            f"{path} is of schema {found.schema_version}, and this program reads {SCHEMA_VERSION}: use the "
+            "fastmem that wrote it"
+        )
+    return found
 
 
 class RunFolder:
@@ -63,30 +97,24 @@ class RunFolder:
 
     def check(self) -> None:
         """Refuse a folder that holds something else; reads only."""
-        self._check_ours()
-        manifest = self._manifest_path
-        if not manifest.is_file():
+        if _MANIFEST not in self._check_ours():
             return
         try:
-            content = json.loads(manifest.read_text())
-            found = content["identity"]
-            different = differences(found, self.identity, self._optional)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise FastMemError(
-                f"run_dir: {manifest} is damaged or not from fastmem; give another --run_dir"
-            ) from None
-        self._found = found
-        run_id = content.get("id")
-        # It becomes part of a file's name.
-        self.id = run_id if isinstance(run_id, str) and re.fullmatch("[0-9a-f]{16}", run_id) else self.id
-        if different:
+            found = read_manifest(self.path)
+        except FastMemError as error:
+            raise FastMemError(f"run_dir: {error}; give another --run_dir") from error
+        self._found, self.id = found.identity, found.id
+        if different := differences(found.identity, self.identity, self._optional):
             raise FastMemError(
                 f"run_dir: {self.path} holds results of other settings ({'; '.join(different)}); "
                 "give another --run_dir, or the settings of that run to go on with it"
             )
 
-    def _check_ours(self) -> None:
-        """Refuse a folder with files in it that no run has made: results would take the place of some."""
+    def _check_ours(self) -> set[str]:
+        """Refuse a folder with files in it that no run has made: results would take the place of some.
+
+        Returns the names of what is in it.
+        """
         try:
             names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         except NotADirectoryError:
@@ -99,6 +127,7 @@ class RunFolder:
                 f"run_dir: {self.path} holds {foreign[0]} but no {_MANIFEST}, so it is not from fastmem; "
                 "give another --run_dir"
             )
+        return names
 
     def open(self, config_text: str) -> None:
         """Create or reopen the folder, take its lock, and repair what a killed run left behind."""
@@ -108,6 +137,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self.check()
+            # What cannot be gone on with is left as it is.
+            self.records()
             # First, since a folder with any other file but without this one is taken for somebody else's.
             write_atomic(self._manifest_path, self._manifest())
             write_atomic(self.path / "config.yaml", config_text)
@@ -115,12 +146,12 @@ class RunFolder:
             for folder in (self.path, self.memories_path):
                 for partial in folder.glob(".fastmem-*.partial"):
                     partial.unlink(missing_ok=True)
-        except OSError as error:
-            self.close()
-            raise FastMemError(f"run_dir: cannot write {self.path}: {error.strerror or error}") from error
         except FastMemError:
             self.close()
             raise
+        except OSError as error:
+            self.close()
+            raise cannot_write("run_dir: ", self.path, error) from error
 
     @property
     def known_fingerprint(self) -> str | None:
@@ -186,8 +217,12 @@ class RunFolder:
         self._write(self.metrics_path, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
 
     def metrics(self) -> dict[str, Any]:
-        """Read ``metrics.json``."""
-        return json.loads(self.metrics_path.read_text())
+        """Content of ``metrics.json``; empty where there is none."""
+        if not self.metrics_path.exists():
+            return {}
+        metrics = read_json(self.metrics_path, dict[str, Any])
+        fit(metrics, _Metrics, self.metrics_path)
+        return metrics
 
     def _files(self) -> list[Path]:
         """Files that may hold records, the merged one first."""

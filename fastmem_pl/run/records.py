@@ -1,41 +1,82 @@
 """Files of records, one JSON object a line: appending, repairing, and merging those of several processes."""
 
+import codecs
+import io
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from fastmem_pl.base.errors import FastMemError, RunStoppedError
 from fastmem_pl.base.files import is_remote, to_bytes, write_atomic
 from fastmem_pl.base.hub import cache_dir
+from fastmem_pl.base.outside import fit, parse_json, read_bytes
 
 Record = dict[str, Any]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Seconds(msgspec.Struct):
+    memorize: float
+    decode: float
+
+
+class _Curve(msgspec.Struct):
+    cross_entropy: list[float | None]
+    kl: list[float | None]
+
+
+class _Answer(msgspec.Struct):
+    """What is read of a record, as :meth:`fastmem_pl.run.predict.FastMemModule.record` makes it."""
+
+    index: _Count
+    id: str
+    task: str
+    method: str
+    question: str
+    prediction: str
+    references: list[str]
+    scores: dict[str, float]
+    output_words: _Count
+    seconds: _Seconds
+    n_truncated_tokens: _Count
+    status: str
+    n_context_tokens: _Count = 0
+    token_ids: list[int] = []
+    curve: _Curve | None = None
+    point: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, [*self.scores.values(), self.seconds.memorize, self.seconds.decode])):
+            raise ValueError("a number of it is not finite")
+        # That of a memory that failed ends in what is no number.
+        if self.curve and self.status == "ok":
+            losses, distances = self.curve.cross_entropy, self.curve.kl
+            numbers = [math.nan if number is None else number for number in (*losses, *distances)]
+            if len(losses) != len(distances) or not all(map(math.isfinite, numbers)):
+                raise ValueError("its curve has gaps")
 
 
 def read_records(path: Path) -> list[tuple[bytes, Record]]:
     """Whole lines of a file with what they say; a half-written last line is left out."""
-    try:
-        with path.open("rb") as file:
-            lines = file.readlines()
-    except FileNotFoundError:
-        return []
+    content = read_bytes(path).removeprefix(codecs.BOM_UTF8) if path.exists() else b""
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(io.BytesIO(content), 1):
+        if not line.endswith(b"\n"):
+            break
+        name = f"{path}, line {number}: not a record"
         try:
-            record = json.loads(line)
-            named = isinstance(record["index"], int) and isinstance(record["method"], str)
-            whole = line.endswith(b"\n") and named
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if whole:
-            found.append((line, record))
-        elif number < len(lines):
-            raise FastMemError(
-                f"{path}, line {number}: not a record; remove the line or give another --run_dir"
-            )
+            record = parse_json(line, name)
+            fit(record, _Answer, name)
+        except FastMemError as error:
+            raise FastMemError(f"{error}; remove the line or give another --run_dir") from error
+        found.append((line, record))
     return found
 
 

@@ -13,10 +13,10 @@ from lightning.pytorch import Callback, Trainer
 
 from fastmem_pl.backbone.footprint import usable_bytes
 from fastmem_pl.base.environment import environment
-from fastmem_pl.base.errors import RunStoppedError
+from fastmem_pl.base.errors import FastMemError, RunStoppedError
 from fastmem_pl.data import FastMemDataModule
 from fastmem_pl.memory import MemoryFolder
-from fastmem_pl.run.callbacks import ALL, MetricAggregation, PredictionWriter, SampleProgress
+from fastmem_pl.run.callbacks import MetricAggregation, PredictionWriter, SampleProgress
 from fastmem_pl.run.folder import SCHEMA_VERSION, RunFolder
 from fastmem_pl.run.loggers import RunLogging
 from fastmem_pl.run.predict import FastMemModule, Mode
@@ -73,10 +73,7 @@ class RunSession:
         self._logging = RunLogging(trainer.chosen_loggers if first else [], run.path, config)
         together = self._ranks if datamodule.whole else None
         writer = None if mode == "fit" else PredictionWriter(run, together)
-        # Of several processes, the first feeds one with the records of all at the end.
-        alone = self._ranks.count == 1 and mode != "fit"
-        self._aggregation = MetricAggregation() if alone else None
-        callbacks = (profile, self._aggregation, writer, self._logging)
+        callbacks = (profile, writer, self._logging)
         self.callbacks: list[Callback] = [one for one in callbacks if one is not None]
         model.meter.calls = profile.calls if profile else None
         self._new = 0
@@ -94,7 +91,7 @@ class RunSession:
                 "going on in %s: %d of %d samples are done", self._run.path, len(done), len(self._wanted)
             )
         if self._trainer.pool is not None:
-            self._trainer.pool.plan(data, self._mode != "fit" and not self._run.metrics_path.is_file())
+            self._trainer.pool.plan(data, self._mode != "fit" and not self._metrics())
             return
         device = model.backbone.device
         # Processes on a CPU have one memory, those with a GPU one each.
@@ -126,8 +123,6 @@ class RunSession:
             # The log and the metrics begin with what earlier sessions did.
             self._logging.open()
             self._logging.add(_curves(headers) if self._mode == "fit" else records)
-            if self._aggregation is not None:
-                self._aggregation.feed(records)
         return done
 
     def _count_done(self) -> int:
@@ -175,18 +170,15 @@ class RunSession:
         with self._model.meter.detail("scoring"):
             added = score_records(run, self._model, self._data, self._trainer.device_of(self._model))
         records = [record for record in run.records() if record["index"] in self._wanted]
-        written = run.metrics_path.is_file()
-        grown = bool(added) or (written and _lacks_scores(run.metrics(), records))
-        if not (new or grown or not written):
-            return RunResult(run.path, self._mode, total, run.metrics())
-        aggregation = self._aggregation
-        if aggregation is None or grown or not new:
-            aggregation = MetricAggregation()
-            aggregation.feed(records)
+        written = self._metrics()
+        aggregation = MetricAggregation()
+        aggregation.feed(records)
         groups = aggregation.compute()
         if written and not new:
-            # Only scores came: what was measured while answering stays.
-            metrics = {**run.metrics(), "groups": groups}
+            # What was measured while answering stays.
+            metrics = {**written, "groups": groups, "num_samples": total}
+            if metrics == written and not added:
+                return RunResult(run.path, self._mode, total, metrics)
         else:
             metrics = {
                 "schema_version": SCHEMA_VERSION,
@@ -202,6 +194,14 @@ class RunSession:
         # Last: where this is on disk, the log is complete as well.
         run.write_metrics(metrics)
         return RunResult(run.path, self._mode, total, metrics, num_new=new, added_scores=added)
+
+    def _metrics(self) -> dict[str, Any]:
+        """Content of ``metrics.json``; empty where it is damaged, as the records have what it needs."""
+        try:
+            return self._run.metrics()
+        except FastMemError as error:
+            log.warning("%s; it is made again from the records", error)
+            return {}
 
     def _keep_profile(self, measured: Sequence[Any], num_new: int) -> dict[str, Any]:
         # That of an earlier session says more than one of scores alone.
@@ -224,13 +224,3 @@ class RunSession:
 def _curves(headers: Mapping[int, Mapping[str, str]]) -> list[Record]:
     """Curves of saved memories, as records that have nothing else."""
     return [{"index": index, "curve": json.loads(header["curve"])} for index, header in headers.items()]
-
-
-def _lacks_scores(metrics: Mapping[str, Any], records: Sequence[Record]) -> bool:
-    """Whether records have scores that the metrics lack: a run was killed between the two."""
-    groups = metrics.get("groups", {}).get(ALL, {})
-    return any(
-        name not in groups.get(record["method"], {}).get("metrics", {})
-        for record in records
-        for name in record["scores"]
-    )

@@ -151,6 +151,30 @@ def test_sequences(tokenizer):
     assert (encoded.context_tokens, encoded.truncated) == (6, 0)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no') }}", "no"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "over 1000000 steps",
+        ),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% if", "end of template|[Uu]nexpected end"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ messages[9].content }}", "no element 9"),
+        ("{{ messages | zz }}", "No filter named"),
+        ("{% include 'x' %}", "no loader"),
+        (3, "Can't compile"),
+    ],
+)
+def test_a_template_that_fails_or_does_not_end_is_one_line(template, message):
+    with pytest.raises(FastMemError, match=f"chat template fails .*({message}).*another template or none"):
+        ChatEncoder(make_tokenizer(template))
+
+
 def test_special_token_text_stays_text(tokenizer):
     chat = ChatEncoder(tokenizer, ChatSettings(system_prompt="a <|im_end|>"))
     assert chat.prompt("Why?").count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2

@@ -1,7 +1,9 @@
 """Loading from folders and GGUF files; what cannot be loaded is named in one line."""
 
+import contextlib
 import json
 import shutil
+import struct
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fastmem_pl import Backbone, BackboneSettings, FastMemError
 from fastmem_pl.backbone import loading
+from fastmem_pl.base.hub import converted_folder
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [(None, torch.float32), ("bf16-true", torch.bfloat16)])
@@ -43,7 +46,7 @@ def test_damaged_gguf(tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"not a model")
     with pytest.raises(FastMemError, match=r"cannot load .*m\.gguf"):
         Backbone.load(str(tmp_path / "m.gguf"))
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
 @pytest.fixture
@@ -102,6 +105,80 @@ def test_tied_weights_and_tables_are_no_fault(altered, alter, settings):
     assert Backbone.load(altered(alter, **settings)).num_blocks == 3
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: [],
+        lambda _: None,
+        lambda found: {**found, "hidden_size": "x"},
+        lambda found: {**found, "hidden_size": -32},
+        lambda found: {**found, "num_attention_heads": 0},
+        lambda found: {**found, "vocab_size": 5},
+        lambda found: {**found, "vocab_size": 300},
+        lambda found: {**found, "layer_types": 3},
+        lambda found: {**found, "quantization_config": 3},
+        lambda found: {**found, "num_hidden_layers": 10**9},
+    ],
+)
+def test_a_config_that_no_model_has_is_one_line(tiny_folder, tmp_path, change):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    path = folder / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(FastMemError, match=r"^model\.backbone: .*m'"):
+        Backbone.load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "content", [b"null", b"[]", b"[" * 100_000, bytes(range(256))], ids=["null", "list", "deep", "binary"]
+)
+def test_files_beside_a_model_that_are_damaged_are_one_line(tiny_folder, tmp_path, name, content):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    (folder / name).write_bytes(content)
+    # Some of them transformers does without.
+    with contextlib.suppress(FastMemError):
+        Backbone.load(str(folder))
+
+
+GGUF = b"GGUF" + struct.pack("<I", 3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", GGUF, GGUF + struct.pack("<QQ", 0, 0), GGUF + struct.pack("<QQ", 1 << 40, 1 << 40),
+     GGUF + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1 << 50), b"GGUF" + struct.pack("<IQQ", 99, 0, 0)],
+)  # fmt: skip
+def test_damaged_metadata_of_gguf_is_one_line(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(FastMemError, match=r"cannot load .*m\.gguf"):
+        Backbone.load(str(tmp_path / "m.gguf"))
+    assert not list((tmp_path / "cache").glob("[!.]*"))
+
+
+def test_a_converted_copy_that_is_cut_short_is_made_again(tmp_path, monkeypatch, tiny_folder):
+    made = []
+
+    def convert(file, folder):
+        made.append(folder)
+        shutil.copytree(tiny_folder, folder)
+
+    monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fastmem_pl.backbone.loading._convert", convert)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"x")
+    # What a conversion that was killed leaves.
+    left = converted_folder(path).with_name(f"{converted_folder(path).name}.partial")
+    left.mkdir(parents=True)
+    fingerprints = {Backbone.load(str(path)).fingerprint() for _ in range(2)}
+    assert len(made) == 1
+    assert not left.exists()
+    weights = converted_folder(path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    fingerprints.add(Backbone.load(str(path)).fingerprint())
+    assert (len(made), len(fingerprints)) == (2, 1)
+
+
 def test_a_gguf_file_that_lacks_weights_is_named_and_not_kept(tmp_path, monkeypatch, tiny):
     monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "m.gguf").write_bytes(b"x")
@@ -111,7 +188,7 @@ def test_a_gguf_file_that_lacks_weights_is_named_and_not_kept(tmp_path, monkeypa
     monkeypatch.setattr("transformers.AutoTokenizer", type("Auto", (), read))
     with pytest.raises(FastMemError, match=rf"m\.gguf': weights are missing: {UP};"):
         Backbone.load(str(tmp_path / "m.gguf"))
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
 def test_remote_code_is_off_by_default(tiny_folder, monkeypatch):

@@ -224,6 +224,7 @@ def test_memories_of_a_run_are_asked_and_shipped(fastmem, tiny_folder, tmp_path,
                 ("broken.jsonl", "broken.jsonl.*(line )?2"),
                 ("nothing.jsonl", "nothing.jsonl.*question"),
                 ("number.jsonl", "number.jsonl.*(line )?1"),
+                ("deep.jsonl", "deep.jsonl, line 1: .*recursion"),
                 ("half.jsonl", r"half\.jsonl, line 2: field 'question' holds half of a character \(\\ud83d"),
             )
         ],
@@ -238,9 +239,15 @@ def test_ask_refuses_what_it_cannot_answer(refused_command, kept, tmp_path, ques
     (tmp_path / "broken.jsonl").write_text('{"question": "Who?"}\n{"question": \n')
     (tmp_path / "nothing.jsonl").write_text('{"text": "Who?"}\n')
     (tmp_path / "number.jsonl").write_text('{"question": 3}\n')
+    (tmp_path / "deep.jsonl").write_text('{"question": ' + "[" * 100_000)
     (tmp_path / "half.jsonl").write_text('{"question": "fine?"}\n{"question": "which \\ud83d?"}\n')
     line = refused_command("ask", kept, *questions, **{"max_new_tokens": 4, **options})
     assert re.search(words, line, re.IGNORECASE), line
+
+
+def test_an_empty_answer_is_explained(fastmem, kept, monkeypatch):
+    monkeypatch.setattr(Conversation, "stream", lambda self, question: iter(["", " "]))
+    assert "the answer is empty" in fastmem("ask", kept, QUESTIONS[0]).err
 
 
 class Terminal(io.StringIO):

@@ -151,6 +151,10 @@ llama3-70b short.yaml: {source: x/y, device_map: auto}
 llama3-70b long.yaml: {source: x/y, device_map: auto}
 demo: {run_dir: runs/demo, path: demo, limit: null}
 """
+# Each list is nine of the one before.
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 OWN_FILES = {
     "mine": "model: {decode: {alpha: 0.25}, memorize: {steps: 7, kl_coeff: 5.0}, chat: {system_prompt: Hi}}\n",
     "kl": "model: {memorize: {kl_coeff: 5e-2}}\ndata:\n",
@@ -193,14 +197,49 @@ def test_composed_configs_run_and_name_the_folder(run_methods, tiny_folder, tmp_
         ("model: {memorize: {stepps: 1}}", "did you mean --model.memorize.steps?"),
         ("model:\n  learning_rat: 1.0e-4", "did you mean --model.memorize.learning_rate?"),
         ("{", "cannot read"),
-        ("3", "holds no settings"),
+        ("model: []", "model: [] does not fit"),
+        ("model: {memorize: 3}", "model.memorize: 3 does not fit"),
+        ("seed_everything: -5", "seed_everything: -5 is out of range; allowed: 0 to 4294967295"),
+        (f"seed_everything: {1 << 32}", "seed_everything: 4294967296 is out of range"),
+        (bytes(range(256)), "it is not UTF-8 text (byte 128)"),
+        (b"model: # caf\xe9", "it is not UTF-8 text"),
+        ("model:\n".encode("utf-16"), "it is not UTF-8 text (byte 0)"),
+        ("model: " + "[" * 3000 + "]" * 3000, "nested over 50 levels"),
+        ("model: " + "[" * 60 + "]" * 60, "over 50 levels"),
+        (BOMB, "over 20000 values, aliases counted"),
+        ("model: &a\n  x: *a\n", "over 20000 values"),
+        ("model: {memorize: {steps: !!binary aGk=}}", "a value of type bytes"),
+        ("model: {memorize: {steps: " + "9" * 5000 + "}}", "cannot read"),
+        ("model: {memorize: {steps: " + "9" * 30 + "}}", "a number of over 20 digits"),
+        ('model: {chat: {system_prompt: "\\ud800"}}', "half of a character"),
+        ('model: {"\\e]0;title\\a": 1}', "model.\ufffd]0;title\ufffd"),
+        ("3", "expected a mapping, found int"),
     ],
 )
 def test_a_bad_config_is_refused_by_its_name(refused_small, tmp_path, content, message):
-    (tmp_path / "mine.yaml").write_text(content)
+    (tmp_path / "mine.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
     line = refused_small("--config", "mine.yaml")
     assert "mine.yaml" in line
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "section", ["model:", "model:\n  memorize:", "model: {}", "data:", "# all", "", "---"]
+)
+def test_an_empty_section_counts_as_absent(tmp_path, capsys, section):
+    (tmp_path / "rate.yaml").write_text("model: {memorize: {learning_rate: 3e-4}}")
+    (tmp_path / "empty.yaml").write_text(section)
+    found = resolved(capsys, f"--config={tmp_path / 'rate.yaml'},{tmp_path / 'empty.yaml'}")
+    assert found["model"]["memorize"]["learning_rate"] == 3e-4
+
+
+def test_a_home_in_run_dir_is_expanded(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "mine.yaml").write_text("run_dir: ~/run")
+    assert main(["fit-predict", *small, "--data.limit", "1", "--config", "mine.yaml"]) == 0
+    assert (tmp_path / "home" / "run" / "metrics.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """A mistake is one line that names the setting, the value, what is allowed and the nearest match."""
 
+import io
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 import transformers
 from conftest import make_tokenizer, save_model
-from runs import FASTMEM, RECORDS, files, shown
+from runs import FASTMEM, NQ, RECORDS, files, shown, write
 
 from fastmem_pl.cli import main
 
@@ -127,3 +130,74 @@ def test_tasks_lists_all_and_refuses_unknown_names(refused, capsys):
         assert re.search(rf"^{task}: ", listed, re.MULTILINE)
         assert {"prompt", "one-shot", "without context (cad)"} <= set(shown(task))
         assert "{context}" not in shown(task)["without context (cad)"]
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x1b]52;c;aGk=\x07\u202e"
+
+
+def test_escapes_in_data_do_not_reach_the_terminal(small_run, tmp_path, capsys):
+    facts = [{**record, "input": f"{record['input']}{HOSTILE}", "sub_answer": f"x{HOSTILE}"} for record in NQ]
+    small_run("--data.path", write(tmp_path / "hostile.json", facts))
+    shown = capsys.readouterr().out
+    assert "samples where the methods differ" in shown
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
+
+
+def test_escapes_in_a_key_do_not_reach_the_terminal(refused_small, tmp_path):
+    line = refused_small("--data.path", write(tmp_path / "hostile.json", [{HOSTILE: 1}]))
+    assert line.strip().isprintable()
+
+
+def test_any_other_error_is_one_line_with_its_traceback_in_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def fail(names: list[str]) -> None:
+        raise LookupError("never\nseen")
+
+    monkeypatch.setattr("fastmem_pl.cli.tasks.tasks", fail)
+    assert main(["tasks"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    (kept,) = tmp_path.glob("fastmem-*.txt")
+    assert line.startswith("fastmem: error: LookupError: never seen; ")
+    assert str(kept) in line
+    assert "in fail\n" in kept.read_text()
+    assert main(["tasks", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_mistake_shows_its_traceback_when_asked(capsys):
+    assert main(["tasks", "xsm", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_argument_that_is_no_text_is_refused(refused):
+    assert r"'caf\udce9' is not UTF-8 text" in refused("ask", "m.fastmem", "caf\udce9")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "status", "words"),
+    [
+        (">/dev/full", 75, "cannot write to standard output: No space left on device"),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_takes_nothing(redirection, status, words):
+    command = f"{sys.executable} -m fastmem_pl tasks {redirection}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == bool(words)
+
+
+def test_an_ascii_terminal_gets_the_rest_as_escapes(monkeypatch, capsys):
+    def tell(names: list[str]) -> None:
+        print("Zoë")
+
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr("fastmem_pl.cli.tasks.tasks", tell)
+    assert main(["tasks"]) == 0
+    screen.flush()
+    assert screen.buffer.getvalue() == b"Zo\\xeb\n"

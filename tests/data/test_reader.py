@@ -1,6 +1,7 @@
 """Reading data files: every task's format, and messages that name file, line and field."""
 
 import json
+import os
 
 import pytest
 from runs import SUMMARIES, write
@@ -65,6 +66,8 @@ def test_tasks(tmp_path, suffix, task, record, context, question, references, or
         ("qa", ["text"], r"line 1: expected an object with named fields, found str"),
         ("memotrap", [{**TRAP, "prompt": "no colon"}], r"line 1: field 'prompt' has no ':'"),
         ("memotrap", [{**TRAP, "classes": "[oops"}], r"line 1: field 'classes' must be a list of two endings, found str"),
+        ("memotrap", [{**TRAP, "classes": "-" * 100_000 + "1"}], r"line 1: field 'classes' must be a list of two"),
+        ("memotrap", [{**TRAP, "answer_index": 1.0}], r"line 1: field 'answer_index' must be 0 or 1, found float"),
         ("memotrap", [{**TRAP, "answer_index": 4}], r"line 1: field 'answer_index' must be 0 or 1, found int 4"),
         ("hotpotqa", [{**HOTPOT, "context": "text"}], r"line 1: field 'context' must hold 'sentences'"),
         ("hotpotqa", [{**HOTPOT, "context": {"title": ["t"]}}], r"line 1: field 'context' must hold 'sentences'"),
@@ -130,6 +133,9 @@ def test_halves_that_belong_together_and_fields_that_nothing_reads_are_no_fault(
         ('[\n{"context": "c", "question": "q"},\n{"question": "q"}]', r"line 3: field 'context' is missing"),
         ('{"context": "c", "question": "q"}\n{"context": "c", "quest\n', r"line 2: not valid JSON"),
         ('{"context": "\udce9"}', "is not UTF-8 text"),
+        ("[" * 100_000, r"line 1: not valid JSON: maximum recursion depth"),
+        ('{"context": "c", "question": "q", "id": ' + "9" * 5000 + "}", r"line 1: not valid JSON: .*digits"),
+        ('{"context": "c", "question": "q", "id": {"a": 1}}', r"line 1: field 'id' must be text or a number"),
         ("3", r"line 1: expected an object with named fields, found int"),
         ("", "holds no records"),
         ("[]", "holds no records"),
@@ -143,8 +149,42 @@ def test_malformed_files(tmp_path, text, message):
 
 def test_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "nqswap.json", [SWAP])
-    with pytest.raises(FastMemError, match=r"data\.path: no such file: .*did you mean 'nqswap\.json'\?"):
+    with pytest.raises(
+        FastMemError,
+        match=r"data\.path: cannot read .*No such file or directory; give .*did you mean 'nqswap\.json'\?",
+    ):
         read_samples(tmp_path / "nqswop.json", "nqswap")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pipe.json", "it is a pipe or a device; give a file"),
+        ("loop.json", "Too many levels of symbolic links"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null byte"),
+        ("folder", "Is a directory"),
+    ],
+)
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, name, message):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FastMemError, match=message) as refused:
+        read_samples(tmp_path / name, "qa")
+    # A name is no near match of itself.
+    assert f"did you mean '{name}'" not in str(refused.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_or_folder_that_may_not_be_read_is_named(tmp_path):
+    (tmp_path / "shut").mkdir()
+    path = write(tmp_path / "shut" / "data.json", [SWAP])
+    for shut in (path, path.parent):
+        shut.chmod(0)
+        with pytest.raises(FastMemError, match=r"data\.json: Permission denied"):
+            read_samples(path, "nqswap")
+        shut.chmod(0o700)
 
 
 @pytest.mark.parametrize(

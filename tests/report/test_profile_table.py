@@ -106,5 +106,5 @@ def test_a_profile_is_shown_or_called_damaged(tmp_path):
                 damaged += 1
     assert damaged > 20
     file.write_text('{"phases": ')
-    with pytest.raises(FastMemError, match=r"profile\.json is damaged"):
+    with pytest.raises(FastMemError, match=r"profile\.json: not valid JSON"):
         read_profile(tmp_path)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import make_module
+from runs import answered
 from towers import write_towers
 
 from fastmem_pl import FastMemDataModule, FastMemError, FastMemTrainer
@@ -27,7 +28,7 @@ def reopened(path, identity=None, records=()):
 
 
 def answers(index):
-    return [{"index": index, "method": method, "prediction": "x"} for method in ("a", "b")]
+    return [answered(index, method) for method in ("a", "b")]
 
 
 def contents(path):
@@ -79,9 +80,45 @@ def test_a_folder_of_the_users_own_is_not_touched(tmp_path, name, start):
 
 def test_a_run_json_of_another_program_is_not_touched(tmp_path):
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(FastMemError, match=r"run\.json is damaged or not from fastmem; give another"):
+    with pytest.raises(FastMemError, match=r"run\.json: expected .* list; .* not from fastmem; give "):
         folder(tmp_path).open("")
     assert (tmp_path / "run.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bytes(range(256)), "is not UTF-8 text"),
+        ("[" * 100_000, "not valid JSON: maximum recursion depth"),
+        ('{"schema_version": 1}', "missing required field id"),
+        ('{"schema_version": 1, "id": [1], "identity": {}}', "id: expected text, found a list"),
+        ('{"schema_version": 1, "id": "../../x", "identity": {}}', "id: expected text of another form"),
+        (
+            '{"schema_version": 1, "id": "0123456789abcdef", "identity": {"model": "x"}}',
+            "expected a mapping, found text",
+        ),
+        (
+            '{"schema_version": 2, "id": "0123456789abcdef", "identity": {}}',
+            "of schema 2, and this program reads 1",
+        ),
+    ],
+)
+def test_a_run_json_that_no_run_of_this_version_has_is_not_touched(tmp_path, content, message):
+    path = tmp_path / "run.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    before = path.read_bytes()
+    with pytest.raises(FastMemError, match=rf"run_dir: .*run\.json.*{message}.*; give another --run_dir"):
+        folder(tmp_path).open("")
+    assert path.read_bytes() == before
+
+
+def test_a_folder_with_a_damaged_record_is_left_as_it_is(tmp_path):
+    run = reopened(tmp_path, records=answers(0))
+    run.predictions_path.write_text("{}\n")
+    before = contents(tmp_path)
+    with pytest.raises(FastMemError, match="line 1: not a record"):
+        folder(tmp_path).open("model: {other: settings}")
+    assert contents(tmp_path) == before
 
 
 def test_a_file_is_no_folder(tmp_path):

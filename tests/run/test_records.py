@@ -1,9 +1,12 @@
 """Files of records: repair, merging those of several processes, and what a full disk leaves."""
 
+import codecs
 import errno
+import json
 import os
 
 import pytest
+from runs import answered as record
 
 from fastmem_pl import FastMemError
 from fastmem_pl.base.errors import RunStoppedError
@@ -15,10 +18,6 @@ from fastmem_pl.run.records import append_records, as_line, merge_records, read_
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTMEM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def record(index, method="a", **more):
-    return {"index": index, "method": method, **more}
 
 
 def opened(path):
@@ -38,6 +37,7 @@ def write(path, *records, end=""):
     return path
 
 
+ABSENT = object()
 ENDS = "a\rb\r\nc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i"
 
 
@@ -59,7 +59,8 @@ def test_any_text_comes_back(tmp_path, text):
 
 def test_a_line_ends_at_its_newline_only(tmp_path):
     # Between the parts of a record, JSON takes a carriage return for a space.
-    (tmp_path / "1").write_bytes(b'{"index": 0,\r"method": "a"}\r\n{"index": 1,\r"method": "a"}\n')
+    first, second = (json.dumps(record(i), separators=(",\r", ":")).encode() for i in range(2))
+    (tmp_path / "1").write_bytes(first + b"\r\n" + second + b"\n")
     assert indices(tmp_path / "1") == [0, 1]
 
 
@@ -90,6 +91,39 @@ def test_a_half_written_last_line_is_left_out(tmp_path, end):
 def test_a_damaged_line_is_named(tmp_path):
     path = write(tmp_path / "1", record(0), end="nonsense\n" + as_line(record(1)))
     with pytest.raises(FastMemError, match=r"1, line 2: not a record"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({name: ABSENT}, f"object missing required field {name}")
+            for name in ("scores", "prediction", "references")
+        ),
+        ({"scores": {"accuracy": "1"}}, r"scores\[...\]: expected float, found text"),
+        ({"scores": None}, "scores: expected a mapping, found nothing"),
+        ({"scores": {"accuracy": 1e999}}, "a number of it is not finite"),
+        ({"references": 3}, "references: expected a list, found int"),
+        ({"index": "0"}, "index: expected int, found text"),
+        ({"index": -1}, "index: expected int >= 0"),
+        ({"seconds": {"memorize": 1.0}}, "seconds: object missing required field decode"),
+        ({"curve": {"cross_entropy": [1.0], "kl": [None]}}, "its curve has gaps"),
+    ],
+)
+def test_a_record_that_no_run_writes_is_named(tmp_path, change, message):
+    changed = {name: value for name, value in {**record(0), **change}.items() if value is not ABSENT}
+    (tmp_path / "1").write_text(as_line(record(1)) + json.dumps(changed) + "\n")
+    with pytest.raises(FastMemError, match=rf"1, line 2: not a record: {message}; remove the line"):
+        read_records(tmp_path / "1")
+
+
+def test_deep_records_are_named_and_a_mark_at_the_beginning_is_no_fault(tmp_path):
+    path = write(tmp_path / "1", record(0))
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert indices(path) == [0]
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(FastMemError, match="line 1: not a record: not valid JSON"):
         read_records(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +18,36 @@ def test_the_same_command_does_nothing_twice(small_run) -> None:
     assert files(small_run())["predictions.jsonl"] == before
     fitted = files(small_run(command="fit", run_dir="fitted") / "memories")
     assert files(small_run(command="fit", run_dir="fitted") / "memories") == fitted
+
+
+def _tampered(metrics: str) -> str:
+    found = json.loads(metrics)
+    found["groups"]["all"]["fastmem"]["metrics"]["accuracy"] = {"value": 1.0, "standard_error": 0.0, "n": 5}
+    return json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: "x",
+        lambda _: "[]",
+        lambda _: "{}",
+        lambda _: "[" * 100_000,
+        lambda _: '{"groups": 3}',
+        _tampered,
+    ],
+    ids=["garbage", "list", "empty", "deep", "wrong", "tampered"],
+)
+def test_metrics_are_made_again_from_the_records(small_run, damage) -> None:
+    small_run()
+    path = small_run() / "metrics.json"
+    before, written = json.loads(path.read_text()), path.stat().st_mtime_ns
+    assert path.stat().st_mtime_ns == written, "written although nothing had changed"
+    path.write_text(damage(path.read_text()))
+    small_run()
+    after = json.loads(path.read_text())
+    assert after.keys() == before.keys()
+    assert (after["groups"], after["num_samples"]) == (before["groups"], before["num_samples"])
 
 
 def test_a_folder_of_other_settings_is_refused(small_run, refused_small) -> None:
