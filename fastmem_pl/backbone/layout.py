@@ -22,49 +22,10 @@ from fastmem_pl.base.errors import FastMemError, one_line
 
 # Operations that keep positions apart, beside all elementwise ones: views, and reductions within a position.
 _POSITION_WISE = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "split",
-        "chunk",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "t",
-        "transpose",
-        "permute",
-        "_to_copy",
-        "clone",
-        "copy_",
-        "alias",
-        "detach",
-        "mean",
-        "sum",
-        "split_with_sizes",
-        "unbind",
-        "narrow",
-        "cat",
-        "native_layer_norm",
-        "_fused_rms_norm",
-        "var_mean",
-        "std",
-        "topk",
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "zeros",
-        "ones",
-        "full",
-        "arange",
-        "lift_fresh",
-        "empty",
-        "stack",
-        "linalg_vector_norm",
-        "native_dropout",
-    ]
+    """view _unsafe_view reshape split chunk slice select unsqueeze squeeze expand t transpose permute _to_copy clone
+    copy_ alias detach mean sum split_with_sizes unbind narrow cat native_layer_norm _fused_rms_norm var_mean std
+    topk empty_like zeros_like ones_like zeros ones full arange lift_fresh empty stack linalg_vector_norm
+    native_dropout""".split()  # noqa: SIM905 (a name a line would be longer than the rest)
 )
 _MIXED, _BLOCK_INPUT, _OUTPUT = "mixed", "input of the block", "output of the FFN"
 
