@@ -1,8 +1,9 @@
 """The parts of a causal language model that memories act on, as modules, and what its last FFNs compute."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -57,7 +58,7 @@ class Anatomy:
         self.blocks: nn.ModuleList = model.get_submodule(layout.blocks)
         self.head: nn.Module = model.get_submodule(layout.head)
         self.body: nn.Module = model.get_submodule(layout.blocks.rpartition(".")[0])
-        self.form = cache(self._form)
+        self._forms: dict[int, Form] = {}
 
     @property
     def ends(self) -> list[nn.Module]:
@@ -94,6 +95,12 @@ class Anatomy:
             (("down",), block.get_submodule(site.exit)),
         ]
 
+    def form(self, layer: int) -> Form:
+        """What a block's FFN computes between its linear maps."""
+        if layer not in self._forms:
+            self._forms[layer] = self._form(layer)
+        return self._forms[layer]
+
     def projections(self, layer: int) -> dict[str, Projection]:
         """Views of the FFN's base weights under the names ``gate`` (if gated), ``up`` and ``down``."""
         found: dict[str, Projection] = {}
@@ -127,8 +134,8 @@ class Anatomy:
         if middle.module is None:
             # The two linear maps stand in the block itself, which the check of the whole split runs.
             activations = [m for m in block.children() if not is_linear(m) and not list(m.parameters())]
-            others = [f for f in vars(block).values() if callable(f)]
-            return Form((("up",),), activation=next(iter([*_elementwise([*activations, *others])]), F.relu))
+            others = filter(callable, vars(block).values())
+            return Form((("up",),), activation=next(_elementwise([*activations, *others]), F.relu))
         expected = middle(dict(zip(names, values, strict=True)))
         for parts in _orders(widths, width):
             pieces = [
@@ -166,13 +173,13 @@ class _Middle:
         needed = [
             p for p in signature(self._twin.forward).parameters.values() if p.default is Parameter.empty
         ]
-        self._twin(*(x for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)))
+        self._twin.forward(*(x for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)))
         return self._seen[0]
 
     def callables(self) -> list[Any]:
         """What may be its activation."""
         inner = [m for path, m in self._twin.named_modules() if path and not is_linear(m)]
-        return [*inner, *(value for name, value in vars(self.module).items() if callable(value))]
+        return [*inner, *filter(callable, vars(self.module).values())]
 
     def _made(self) -> nn.Module:
         self._given, self._seen = list[Tensor](), list[Tensor]()
@@ -189,6 +196,9 @@ class _Middle:
             p: with_forward(self.module.get_submodule(p), give(i)) for i, p in enumerate(self._entries)
         }
         stand_ins[self._exit] = with_forward(self.module.get_submodule(self._exit), see)
+        for stand_in in stand_ins.values():
+            # Those of the model itself, as of a memory that is attached to it, are not for this.
+            stand_in._forward_hooks, stand_in._forward_pre_hooks = OrderedDict(), OrderedDict()
         kept = {
             path: float_copy(m)
             for path, m in self.module.named_children()

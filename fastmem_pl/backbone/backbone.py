@@ -147,10 +147,11 @@ class Backbone:
     def with_experts(self, experts: str, max_experts: int | None) -> Self:
         """This backbone with memories on other experts; itself, where they are the same."""
         key = experts, max_experts
-        self._kinds.setdefault((self.experts, self.max_experts), self)
+        if key == (self.experts, self.max_experts):
+            return self
         if key not in self._kinds:
             twin = self._kinds[key] = copy.copy(self)
-            (twin.experts, twin.max_experts), twin._tails, twin._trunks = key, {}, {}
+            (twin.experts, twin.max_experts), twin._tails, twin._trunks, twin._kinds = key, {}, {}, {}
             twin.anatomy = find_anatomy(self.model, experts)
             twin._shortcuts = twin._split()
         return self._kinds[key]

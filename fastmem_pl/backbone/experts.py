@@ -75,8 +75,11 @@ class RoutedFFN:
     def base_weights(self, chosen: Tensor) -> dict[str, Tensor]:
         """Weights of the chosen experts, of the shapes of deltas."""
         index = chosen.clamp(min=0)
-        up = self._up[index].flatten(1, 2)
-        return {"up": up, "down": self._down[index].transpose(1, 2).flatten(2)}
+        up, down = self._up[index], self._down[index]
+        for weight in (up, down):
+            # No expert is trained there, so none decays.
+            weight[chosen < 0] = 0
+        return {"up": up.flatten(1, 2), "down": down.transpose(1, 2).flatten(2)}
 
     def choose(self, passes: Sequence[tuple[Routing, Tensor]]) -> Tensor:
         """The experts most used in all passes where a mask ``(B, T)`` holds, ``(B, K)``, most used first."""
@@ -88,12 +91,21 @@ class RoutedFFN:
         most, chosen = counts[:, 1 : len(self._up) + 1].topk(self.count, dim=1)
         return chosen.masked_fill(most == 0, -1)
 
-    def base(self, ffn_input: Tensor, routing: Routing) -> BaseActivations:
-        """Apply the base weights to ``(B, T, D)``; of the chosen experts, what a change starts from."""
+    def bound(self, delta: Delta) -> dict[str, Tensor]:
+        """A delta with the weights that it changes, to be used again and again."""
+        weights = self.base_weights(delta["experts"].squeeze(-1))
+        return {**delta, **{f"base {name}": weight.to(self.dtype) for name, weight in weights.items()}}
+
+    def base(self, ffn_input: Tensor, routing: Routing, delta: Delta | None = None) -> BaseActivations:
+        """Apply the base weights to ``(B, T, D)``, and those of a delta's, or the chosen, experts apart."""
         output = routing.output.float()
+        if delta is not None:
+            routing = replace(routing, chosen=delta["experts"].squeeze(-1))
         if routing.chosen is None:
             return BaseActivations({}, None, output)
-        weights = {name: w.to(self.dtype) for name, w in self.base_weights(routing.chosen).items()}
+        if delta is None or "base up" not in delta:
+            delta = self.bound({"experts": routing.chosen[..., None]})
+        weights = {name: delta[f"base {name}"] for name in ("up", "down")}
         up = torch.bmm(ffn_input.to(self.dtype), weights["up"].transpose(1, 2))
         if self._up_bias is not None:
             up = up.float() + self._up_bias[routing.chosen.clamp(min=0)].float().flatten(1)[:, None]

@@ -22,10 +22,10 @@ from fastmem_pl.base.errors import FastMemError, one_line
 
 # Operations that keep positions apart, beside all elementwise ones: views, and reductions within a position.
 _POSITION_WISE = frozenset(
-    """view _unsafe_view reshape split chunk slice select unsqueeze squeeze expand t transpose permute _to_copy clone
-    copy_ alias detach mean sum split_with_sizes unbind narrow cat native_layer_norm _fused_rms_norm var_mean std
-    topk empty_like zeros_like ones_like zeros ones full arange lift_fresh empty stack linalg_vector_norm
-    native_dropout""".split()  # noqa: SIM905 (a name a line would be longer than the rest)
+    """view _unsafe_view reshape split chunk slice select unsqueeze squeeze expand t transpose permute
+    _to_copy clone copy_ alias detach mean sum split_with_sizes unbind narrow cat native_layer_norm var_mean
+    _fused_rms_norm std topk empty_like zeros_like ones_like zeros ones full arange lift_fresh empty stack
+    linalg_vector_norm native_dropout""".split()  # noqa: SIM905 (a name a line would be longer than the rest)
 )
 _MIXED, _BLOCK_INPUT, _OUTPUT = "mixed", "input of the block", "output of the FFN"
 
@@ -96,6 +96,8 @@ def _find(model: nn.Module, experts: str) -> Layout:
         )
     last = blocks[-1]
     search = _Search(last)
+    # Not of what the block is given, which may be several streams in one tensor.
+    search.hidden_size = getattr(model.config.get_text_config(), "hidden_size", 0)
     calls = search.calls_of(model)
     dense, routed = _largest(calls, search.hidden_size), _routed(calls)
     site = {"auto": dense or routed, "shared": dense, "routed": routed}[experts]
@@ -160,6 +162,10 @@ class _Flow(TorchDispatchMode):
             # What a mask allows must not matter: every comparison of values holds.
             return True
         labels = self.of((args, kwargs))
+        if operation == "nonzero":
+            found = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
+            self.put(found, labels | {_MIXED})
+            return found
         if torch.Tag.pointwise not in func.tags and operation not in _POSITION_WISE:
             labels |= {_MIXED}
         found = func(*args, **kwargs)
@@ -226,7 +232,7 @@ class _Search(_Flow):
 
     def _enter(self, given: Any) -> None:
         self.put(given, frozenset({_BLOCK_INPUT}))
-        self.hidden_size = _tensors(given)[0].shape[-1]
+        self.hidden_size = self.hidden_size or _tensors(given)[0].shape[-1]
 
     def _note(self, path: str, module: nn.Module, given: Any, found: Any) -> None:
         given, results = _tensors(given), _tensors(found)
@@ -260,7 +266,7 @@ def _largest(calls: list[_Call], hidden_size: int) -> Site | None:
             )
             site = Site(tuple(entry.path for entry in entries), call.path, whole)
             sites[site] = sum(entry.module.weight.numel() for entry in (*entries, call))
-    return max(sites, key=sites.get) if sites else None
+    return max(reversed(sites), key=sites.get) if sites else None
 
 
 def _routed(calls: list[_Call]) -> Site | None:

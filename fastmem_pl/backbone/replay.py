@@ -11,9 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from transformers.cache_utils import Cache
 
 from fastmem_pl.backbone.anatomy import Anatomy, with_ffn
 from fastmem_pl.backbone.modules import float_copy, replaced, with_forward
+
+# Stands for a cache in the arguments of a recorded call.
+CACHE = object()
 
 
 @dataclass
@@ -72,14 +76,21 @@ class Replay:
     def _own(self, path: str) -> nn.Module:
         return float_copy(self._model.get_submodule(path), self._device)
 
-    def block(self, output: Tensor, record: Record) -> Tensor:
-        """What the block makes of its FFN's output ``(B, T, D)``, ``(B, T, ...)`` float32."""
+    def block(self, output: Tensor, record: Record, cache: Cache | None = None) -> Tensor:
+        """What the block makes of its FFN's output ``(B, T, D)``, ``(B, T, ...)`` float32.
+
+        What mixes positions after the FFN goes on from, and writes to, the ``cache``.
+        """
         block = self._block
         given = {p: self._given(block, p, record.results[p]) for p in self.fixed if p in record.results}
         block = with_ffn(
-            replaced(block, {**given, **self.after}), self._site, lambda x, *_: output.reshape(x.shape)
+            replaced(block, {**given, **self.after}),
+            self._site,
+            lambda x, *_: output.reshape(x.shape).clone(),
         )
         args, kwargs = self._float(record.call)
+        args = [cache if value is CACHE else value for value in args]
+        kwargs = {name: cache if value is CACHE else value for name, value in kwargs.items()}
         found = block(*args, **kwargs)
         return found if isinstance(found, Tensor) else found[0]
 

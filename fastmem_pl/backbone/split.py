@@ -22,7 +22,7 @@ from fastmem_pl.backbone.experts import RoutedFFN, Routing
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
 from fastmem_pl.backbone.modules import replaced, with_forward
 from fastmem_pl.backbone.norms import with_fused_norms
-from fastmem_pl.backbone.replay import Record, Replay, recorded
+from fastmem_pl.backbone.replay import CACHE, Record, Replay, recorded
 from fastmem_pl.base.errors import FastMemError
 
 
@@ -73,13 +73,15 @@ class Shortcuts:
 
     ``block``: a block returns ``residual + scale * post_norm(output)``; ``top``: the head's input is
     ``scale * norm(state)``. ``None`` where the model does something else. Logits are
-    ``softcap * tanh(logit_scale * head / softcap)``, with ``None`` for no cap.
+    ``softcap * tanh(logit_scale * head / softcap)``, with ``None`` for no cap. A block ``mixes`` positions
+    after its FFN where a convolution or a recurrence follows, whose state then depends on the memory.
     """
 
     block: tuple[float, nn.Module] | None
     top: tuple[float, nn.Module] | None
     logit_scale: float = 1.0
     softcap: float | None = None
+    mixes: bool = False
 
 
 class Trunk:
@@ -117,7 +119,9 @@ class Trunk:
         ends = {id(module) for module in anatomy.ends[:-1]}
         plain = not record and len(ends) == 1
         above = [p for p in layout.dependent if id(anatomy.model.get_submodule(p)) in ends] if plain else []
-        parts |= {path: with_forward(anatomy.model.get_submodule(path), _same) for path in above}
+        for path in above:
+            norm = anatomy.model.get_submodule(path)
+            parts[path] = with_forward(norm, partial(_left_out, seen, norm))
         self.model, self._record = replaced(anatomy.model, parts), record
         allowed = signature(anatomy.model.forward).parameters.values()
         self._takes = (
@@ -168,6 +172,11 @@ class _Seen:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
 
+def _left_out(seen: _Seen, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # Some models call their final norm on the embeddings as well.
+    return module.forward(hidden, *args, **kwargs) if seen.residual is None else hidden
+
+
 def _same(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden
 
@@ -204,9 +213,9 @@ def _tapped(block: nn.Module, anatomy: Anatomy, seen: _Seen, record: bool) -> nn
         found = twin.forward(*args, **kwargs)
         seen.residual = found if isinstance(found, Tensor) else found[0]
         if record:
-            # No module that is run again reads or writes a cache.
-            kept = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
-            seen.record.call = tuple(None if isinstance(value, Cache) else value for value in args), kept
+            # What is run again has a cache of its own, if it needs one.
+            kept = {name: CACHE if isinstance(value, Cache) else value for name, value in kwargs.items()}
+            seen.record.call = tuple(CACHE if isinstance(value, Cache) else value for value in args), kept
             seen.record.beside = None if isinstance(found, Tensor) else tuple(found[1:])
         return found
 
@@ -255,6 +264,11 @@ class Tail:
         return self._replay is not None
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether keys, values or states in it depend on the memory, so that each decode needs its own."""
+        return len(self.layers) > 1 or self.shortcuts.mixes
+
+    @property
     def num_trained(self) -> int:
         """Number of weights of the trained FFNs."""
         return sum(shape.numel() for ffn in self.ffns for shape in ffn.shapes.values())
@@ -266,8 +280,7 @@ class Tail:
         """
         if not self.routed:
             return self.ffns[0].base(inputs.ffn_input)
-        chosen = deltas[0]["experts"].squeeze(-1) if deltas else inputs.routing.chosen
-        return self.ffns[0].base(inputs.ffn_input, replace(inputs.routing, chosen=chosen))
+        return self.ffns[0].base(inputs.ffn_input, inputs.routing, deltas and deltas[0])
 
     def hidden(
         self,
@@ -292,7 +305,7 @@ class Tail:
         ``deltas`` are by trained layer, lowest first; ``between`` applies between trained blocks.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
-        states = [self._after_ffn(output, inputs)]
+        states = [self._after_ffn(output, inputs, cache)]
         if deltas is not None:
             self._upper_deltas[:] = deltas[1:]
         try:
@@ -316,9 +329,9 @@ class Tail:
         scale *= self.shortcuts.logit_scale
         return hidden if scale == 1 else hidden * scale
 
-    def _after_ffn(self, output: Tensor, inputs: TailInputs) -> Tensor:
+    def _after_ffn(self, output: Tensor, inputs: TailInputs, cache: Cache | None) -> Tensor:
         if self.shortcuts.block is None:
-            return self._replay.block(output, inputs.record)
+            return self._replay.block(output, inputs.record, cache)
         scale, norm = self.shortcuts.block
         change = norm(output)
         return inputs.residual.float() + (change if scale == 1 else scale * change)
@@ -359,6 +372,11 @@ def find_shortcuts(anatomy: Anatomy, inputs: TailInputs, output: Tensor) -> Shor
     norms = [nn.Identity(), *replay.after.values()]
     block = next(_scales(norms, [output, other], changes), None) if zero.shape == output.shape else None
     heads = [replay.top(state, record) for state in states]
+    moved = output.clone()
+    moved[:, 0] = other[:, 0]
+    later = [head[:, 1:] for head in (heads[0], replay.top(replay.block(moved, record), record))]
+    mixes = not torch.allclose(*later, rtol=1e-4, atol=1e-5 * later[0].abs().max().item())
+    block = None if mixes else block
     top = next(_scales([nn.Identity(), *replay.above.values()], states, heads), None)
     probe = torch.linspace(-3, 3, anatomy.head.weight.shape[0], device=output.device).expand(
         *record.ids.shape, -1
@@ -376,7 +394,7 @@ def find_shortcuts(anatomy: Anatomy, inputs: TailInputs, output: Tensor) -> Shor
             f"model.backbone: {type(anatomy.model).__name__} changes the output of its LM head in a way that "
             "is not known; allowed: a scale and a soft-cap"
         )
-    return Shortcuts(block, top, _rounded(scale), limit and _rounded(limit))
+    return Shortcuts(block, top, _rounded(scale), limit and _rounded(limit), mixes)
 
 
 def _scales(

@@ -139,7 +139,7 @@ class SequenceState:
             first = self.position.new_zeros(len(prefill))
             # To see which rows agree, the host of a GPU would have to wait for each token. Blocks above a
             # trained FFN keep keys and values by row.
-            if self.backbone.device.type == "cpu" and self.num_layers == 1:
+            if self.backbone.device.type == "cpu" and not self.backbone.tail(self.num_layers).keeps_states:
                 self.branch = first
             else:
                 self._select(first)

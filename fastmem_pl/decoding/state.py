@@ -33,11 +33,13 @@ class Views:
         dtype = self.backbone.compute_dtype
         # Products with a memory run in the compute type: cast once, not at every token.
         self.deltas = deltas and [cast(layer, dtype) for layer in deltas]
+        if self.deltas and self.tail.routed:
+            self.deltas = [self.tail.ffns[0].bound(self.deltas[0])]
         # bfloat16 products lose small changes, so memorized logits are the base's plus the head's product
         # with the change of the hidden state, whatever the decoder; float32 needs that only to contrast.
         self._with_base = deltas is not None and (decoder.needs_base or dtype is not torch.float32)
         # Keys and values of blocks above a trained FFN depend on the memory: one cache a view.
-        names = _SEQUENCE if prefill.num_layers > 1 else ()
+        names = _SEQUENCE if self.tail.keeps_states else ()
         self.caches: dict[str, Cache] = {name: self.backbone.new_cache() for name in names}
 
     def logits(self, inputs: TailInputs, without_context: TailInputs | None = None) -> StepLogits:

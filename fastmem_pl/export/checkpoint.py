@@ -30,6 +30,7 @@ def to_checkpoint(
     Arguments are those of :func:`.to_lora`. The ``dtype`` is that of all weights, by default as the model is
     loaded; the report's KL is of a forward pass with the weights as written, so it includes their rounding.
     """
+    backbone = memory.on(backbone)
     model = backbone.model
     if method := quantized_method(model.config):
         raise FastMemError(

@@ -94,7 +94,8 @@ def _changed(
     ffn: FFN, deltas: Delta, seen: dict[str, Any], module: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> Tensor:
     """A hook: an FFN's output with the memory's change."""
-    rows, given = len(seen["block"]), seen["ffn"]
+    given = seen["ffn"]
+    rows = len(given) if given.ndim > 2 else len(seen["block"])
     served = spread(deltas, rows)
     # Some models hand their FFNs positions of all rows in one dimension.
     x = given.reshape(rows, -1, given.shape[-1])

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastmem_pl.backbone.anatomy import Anatomy
+from fastmem_pl.backbone.anatomy import Anatomy, find_anatomy
 from fastmem_pl.base.errors import FastMemError, one_line, unknown
 from fastmem_pl.base.files import as_path, is_remote, write_atomic
 from fastmem_pl.base.outside import fit, parse_json, require_file
@@ -150,6 +150,8 @@ def read(
         stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = _shapes({n: (t.get_dtype(), tuple(t.get_shape())) for n, t in stored.items()}, form)
         if anatomy is not None:
+            if ("experts" in shapes[0]) != anatomy.routed:
+                anatomy = find_anatomy(anatomy.model, "shared" if anatomy.routed else "routed")
             check_shapes(shapes, anatomy)
         tensors = {name: file.get_tensor(name) for name in stored}
         if digest(tensors, file.metadata()) != file.metadata().get("digest"):

@@ -149,7 +149,7 @@ class Memory:
         if self.fingerprint != fingerprint:
             raise files.other_model("the memory", self.backbone, self.fingerprint, fingerprint)
         routed = "routed" if "experts" in self.deltas[0] else "auto"
-        anatomy = model.anatomy if loaded else find_anatomy(model, routed)
+        anatomy = self.on(model).anatomy if loaded else find_anatomy(model, routed)
         check_shapes([{n: tuple(t.shape[1:]) for n, t in layer.items()} for layer in self.deltas], anatomy)
         return anatomy
 
