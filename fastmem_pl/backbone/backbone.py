@@ -64,7 +64,6 @@ class Backbone:
         self.placement, self.shards = Placement.of(model, self.anatomy), Shards.of(model)
         if self.placement.spread:
             let_cross(model, self.anatomy, self.placement)
-        self.chat = ChatEncoder(tokenizer)
         self._tails: dict[int, Tail] = {}
         self._trunks: dict[tuple[int, ...], Trunk] = {}
         if method:
@@ -119,6 +118,11 @@ class Backbone:
             backbone.fingerprint()
         return backbone
 
+    @cached_property
+    def chat(self) -> ChatEncoder:
+        """How texts become token sequences; a template that cannot be used is refused on first use."""
+        return ChatEncoder(self.tokenizer)
+
     def with_chat(self, settings: ChatSettings, encoder: type[ChatEncoder] = ChatEncoder) -> Self:
         """This backbone, sharing all of its parts, with texts encoded in another way."""
         twin = copy.copy(self)
@@ -159,9 +163,8 @@ class Backbone:
         """Token ids that end an answer: the model's eos ids and the chat's end of turn."""
         eos = self.model.generation_config.eos_token_id
         ids = set(eos if isinstance(eos, list) else [eos]) | {self.tokenizer.eos_token_id}
-        end_of_turn = self.tokenizer.convert_tokens_to_ids(self.chat.pieces.end_of_turn or None)
-        if isinstance(end_of_turn, int) and end_of_turn != self.tokenizer.unk_token_id:
-            ids.add(end_of_turn)
+        ends = self.tokenizer.convert_tokens_to_ids(list(self.chat.pieces.turn_ends))
+        ids |= set(ends) - {self.tokenizer.unk_token_id}
         return sorted(i for i in ids if i is not None)
 
     @property

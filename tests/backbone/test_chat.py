@@ -5,7 +5,7 @@ from conftest import CHATML, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from fastmem_pl.backbone import ChatEncoder, ChatSettings
-from fastmem_pl.backbone.chat import derive_pieces
+from fastmem_pl.backbone.template import derive_pieces
 from fastmem_pl.base.errors import FastMemError
 
 # Templates of this project's own with the control tokens and the layout of the models that they are named
