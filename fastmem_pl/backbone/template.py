@@ -141,7 +141,8 @@ class ChatTemplate:
         """Sort what stands before the first user turn into control tokens and a system turn to keep."""
         text = text.removeprefix(self._tokenizer.bos_token or "")
         if not control.sub("", text).strip():
-            return text, ""
+            # Bos is the encoder's to add, wherever it stands among them.
+            return text.replace(self._tokenizer.bos_token or " ", "").strip(), ""
         return "", text if self._kwargs and self._differs_without() else ""
 
     def _differs_without(self) -> bool:
@@ -178,7 +179,8 @@ def unmarked_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
     source = _source(tokenizer)
-    return [text for text in added if _MARKUP.fullmatch(text) and text in source]
+    # A template may write one of a pair only, as DeepSeek R1's opens a thinking part.
+    return [t for t in added if _MARKUP.fullmatch(t) and (t in source or t.replace("</", "<", 1) in source)]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -213,7 +215,8 @@ def _join(opened: str, user_close: str, opening: str, turn: str, control: re.Pat
         return opened, header
     more = written[len(opening) :]
     if not more.strip():
-        return opened, written if opening else ""
+        # A space is a part of the answer's first token.
+        return opened, written if opening and "\n" in more else opening
     # gpt-oss leaves the choice of a channel to the model, Command R7B that of an action: an answer is opened
     # here. Whether a model thinks first is the template's choice, and by template_kwargs the user's.
     chosen = not _THINKING.search(more) and (control.search(more) or not opening)
