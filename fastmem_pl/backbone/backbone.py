@@ -49,6 +49,7 @@ class Backbone:
         FastMemError: when the model has no recognizable last FFN, or splitting it changes its logits.
     """
 
+    revision: str | None = None
     _fingerprint: str | None = None
 
     def __init__(
@@ -83,6 +84,9 @@ class Backbone:
         device_map: DeviceMap | None = None,
         tp_plan: str | None = None,
         num_layers: int = 1,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        attn_implementation: str | None = None,
     ) -> Self:
         """Load a backbone from a Hub id, a folder, a ``.gguf`` file, or the packaged ``"demo"`` model.
 
@@ -101,7 +105,16 @@ class Backbone:
         if device is None:
             on_gpu = device_map and fabric is None and torch.cuda.is_available()
             device = "cuda" if on_gpu else stated[1]
-        settings = BackboneSettings(source, quantization, device_map, tp_plan, trust_remote_code)
+        settings = BackboneSettings(
+            source,
+            quantization,
+            device_map,
+            tp_plan,
+            trust_remote_code,
+            revision,
+            subfolder,
+            attn_implementation,
+        )
         try:
             # Weights made under inference_mode could not take part in memorizing.
             with torch.inference_mode(False):
@@ -111,6 +124,7 @@ class Backbone:
             if is_out_of_memory(error):
                 raise
             raise FastMemError(f"model.backbone: {source!r} does not run here: {one_line(error)}") from error
+        backbone.revision = revision
         # What was laid out or sharded for fewer layers is refused here.
         backbone.tail(num_layers)
         if backbone.shards.processes > 1:

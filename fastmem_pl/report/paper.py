@@ -37,7 +37,8 @@ def published(run: ReportRun, task: str, method: str, score: str) -> float | Non
 def _paper_settings(task: str, method: str) -> dict[str, Any]:
     """Settings that a method's answers depend on, as the paper has them."""
     decoder, memory = METHODS[method].decoder, METHODS[method].memory
-    used = {"template": True, "system_prompt": None, "quantization": None, "max_context_tokens": None}
+    used = {"template": True, "template_kwargs": None, "system_prompt": None}
+    used |= {"quantization": None, "max_context_tokens": None}
     defaults = {**vars(DecodingSettings()), "stop": []}
     used |= {n: v for n, v in defaults.items() if decoder in _OF_DECODER.get(n, (decoder,))}
     used |= vars(MemorizationSettings()) if memory else {}

@@ -312,14 +312,10 @@ class FastMemModule(LightningModule):
         ):
             try:
                 backbone = Backbone.load(
-                    loading.source,
-                    precision,
-                    device,
-                    loading.trust_remote_code,
-                    quantization=loading.quantization,
-                    device_map=loading.device_map,
-                    tp_plan=loading.tp_plan,
+                    precision=precision,
+                    device=device,
                     num_layers=self.memorization.num_layers,
+                    **vars(loading),
                 )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
