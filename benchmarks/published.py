@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from fastmem_pl import Backbone, DecodingSettings, MemorizationSettings, Memorizer
 from fastmem_pl.data import TASKS
-from fastmem_pl.decoding import Decoding, Prefill
+from fastmem_pl.decoding import DECODERS, Decoding, Prefill
 from fastmem_pl.memory import Curve
 
 CONTEXT = (
@@ -221,7 +221,7 @@ def check(
     prefill = Prefill(backbone, [prompt])
     decoding = DecodingSettings(max_new_tokens=max_new_tokens)
     worst = 0.0
-    for decoder, alpha in (("greedy", None), ("cd", decoding.alpha)):
+    for decoder, alpha in (("greedy", None), ("cd", DECODERS["cd"].defaults["alpha"])):
         expected, curve = memorize_and_answer(
             backbone.model,
             encoded.input_ids,

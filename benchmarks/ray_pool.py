@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace) -> None:
                 found[name].append(way(Path(folder) / f"{name}-{repeat}"))
                 print(f"{name}: {1000 * found[name][-1]:.1f} ms a sample", flush=True)
     device = torch.device("cpu")
-    out = options.out or RESULTS / f"ray_pool_{device_slug(device)}.csv"
+    out = options.out or RESULTS / f"ray_pool_{device_slug(str(device), device)}.csv"
     rows: list[dict[str, Any]] = [
         {
             "way": name,

@@ -72,7 +72,7 @@ from fastmem_pl import (
 from fastmem_pl.backbone import pad
 from fastmem_pl.base.errors import OutOfMemoryError
 from fastmem_pl.base.phases import PhaseMeter, is_out_of_memory
-from fastmem_pl.decoding import Decoding, Prefill
+from fastmem_pl.decoding import DECODERS, Decoding, Prefill
 from fastmem_pl.run.encoding import EncodedSample
 from fastmem_pl.run.provenance import environment
 
@@ -804,7 +804,7 @@ def row_contrast(bench: Bench, batch: int) -> None:
     baseline = ("fastmem", found["fastmem"]["total"])
     phases = bench.memorize_phases(groups, batch) + bench.answer_phases(groups, batch)
     bench.add("contrast", batch, "fastmem+cd", ours, baseline=baseline, phases=phases, share=batch)
-    alpha = modules["fastmem"].decoding.alpha
+    alpha = DECODERS["cd"].defaults["alpha"]
     bench.add("contrast", batch, "fastmem+cd", ours, baseline=bench.published("total", alpha))
 
 

@@ -10,6 +10,8 @@ import importlib
 import logging
 from typing import Any
 
+__version__ = "0.1.0"
+
 # Where they are installed, transformers imports them, and they warn of kernels for other machines.
 for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -105,7 +106,15 @@ def save_model(folder: Path, seed: int = 0, family: str = "llama") -> Path:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say how many records of reference runs were compared."""
+    """Say what was skipped and why, and how many records of reference runs were compared."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
+    )
+    if reasons:
+        # A file that is skipped as a whole counts once, as nobody knows its tests.
+        terminalreporter.section("skipped: tests or files, and why")
+        for reason, number in reasons.most_common():
+            terminalreporter.write_line(f"{number:5}  {reason}")
     properties = [p for report in terminalreporter.getreports("passed") for p in report.user_properties]
     exact = [value for name, value in properties if name == "golden records"]
     loose = [value for name, value in properties if name == "golden records, bfloat16"]

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 
+import numpy as np
 import torch
 from conftest import make_model, make_tokenizer
 from memories import generated, merged, plain_fit
@@ -18,7 +19,9 @@ BARE = ["Who", "Why and where?", "x y"]
 STRONG = {"steps": 5, "learning_rate": 3e-3}
 SAMPLED = {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.3, "seed": 3}
 LAYERS = (0, 1, 2)
-DECODER_NAMES = ("greedy", "cd", "cad", "dola")
+DECODER_NAMES = ("greedy", "cd", "cad", "dola", "adacad", "adacd", "coiecd", "cocoa", "ck-plug")
+# Those that choose a strength at every step.
+ADAPTIVE = DECODER_NAMES[4:]
 ICL = (
     "Please extract from the context the span that best answers the question and provide the answer in the "
     'following format: "The answer is: ...".\nContext: '
@@ -79,14 +82,19 @@ def assert_generate(backbone, prompts, found, tokens=8):
 @torch.no_grad()
 def plain_scores(decoder, model, base, ids, bare, settings, histogram, softcap=None):
     """Scores of the next token by whole forward passes; DoLa as golden/README.md states it."""
-    alpha, penalty = settings.get("alpha", 0.5), settings.get("repetition_penalty")
+    decoder, penalty = decoder.split("+")[-1], settings.get("repetition_penalty")
+    alpha, top = settings.get("alpha", 0.5), settings.get("relative_top")
     found = model(torch.tensor([ids]), output_hidden_states=True)
     scores = found.logits[0, -1]
-    if decoder.endswith("cd"):
-        scores = (1 + alpha) * scores - alpha * base(torch.tensor([ids])).logits[0, -1]
-    elif decoder.endswith("cad"):
-        scores = (1 + alpha) * scores - alpha * base(torch.tensor([bare])).logits[0, -1]
-    elif decoder.endswith("dola"):
+    if decoder in ("cd", "cad"):
+        other = base(torch.tensor([ids if decoder == "cd" else bare])).logits[0, -1]
+        kept = scores >= scores.max() + math.log(top or 1e-30)
+        scores = torch.where(kept, (1 + alpha) * scores - alpha * other, -torch.inf)
+    elif decoder in ADAPTIVE:
+        other = base(torch.tensor([ids if decoder == "adacd" else bare])).logits[0, -1]
+        settings = {**settings, "relative_top": top or (0.01 if decoder == "ck-plug" else 1e-30)}
+        scores = torch.tensor(plain_adaptive(decoder, scores, other, settings)[0])
+    elif decoder == "dola":
         mature, penalty, divergence, early = scores.log_softmax(-1), penalty or 1.2, {}, {}
         for i in settings["dola_layers"]:
             logits = model.get_output_embeddings()(found.hidden_states[i][0, -1])
@@ -96,7 +104,7 @@ def plain_scores(decoder, model, base, ids, bare, settings, histogram, softcap=N
             divergence[i] = (middle * (2 * middle.log() - mature - early[i])).sum().item()
         chosen = max(divergence, key=divergence.get)
         histogram[chosen] += 1
-        kept = mature >= mature.max() + math.log(settings.get("relative_top", 0.1))
+        kept = mature >= mature.max() + math.log(top or 0.1)
         scores = torch.where(kept, mature - early[chosen], -torch.inf)
     seen = torch.tensor(sorted(set(ids)))
     if penalty:
@@ -104,10 +112,62 @@ def plain_scores(decoder, model, base, ids, bare, settings, histogram, softcap=N
     return scores
 
 
+def plain_adaptive(decoder, shown, hidden, settings):
+    """Scores and strength of a decoder that chooses one, token by token in double precision."""
+    q, p = (logits.double().softmax(-1).tolist() for logits in (shown, hidden))
+    alpha, top = settings.get("alpha"), settings.get("relative_top", 1e-30)
+
+    def entropy(probabilities):
+        return -sum(x * math.log(x) for x in probabilities if x > 0)
+
+    def log(x):
+        return math.log(x) if x > 0 else -math.inf
+
+    def kl(one, two):
+        return sum(x * math.log(x / y) for x, y in zip(one, two, strict=True) if x > 0)
+
+    pairs = list(zip(q, p, strict=True))
+    if decoder == "ck-plug":
+        least = [min(top * max(side), sorted(side)[-min(10, len(side))]) for side in (q, p)]
+        head = [x >= least[0] or y >= least[1] for x, y in pairs]
+        kept = np.array(pairs)[head]
+        doubt, sure = (entropy(side / side.sum()) for side in kept.T)
+        scores, dial = [log(x) for x in q], math.nan
+        if doubt > sure:
+            dial = doubt / (doubt + sure) if alpha is None else alpha
+            scores = [dial * log(y) + (1 - dial) * (log(x) - log(y)) for x, y in pairs]
+        return [s if keep else -math.inf for s, keep in zip(scores, head, strict=True)], dial
+    if decoder in ("adacad", "adacd"):
+        middle = [(x + y) / 2 for x, y in pairs]
+        strength = (1.0 if alpha is None else alpha) * (kl(q, middle) + kl(p, middle)) / 2
+        strength = max(strength, settings.get("alpha_min", 0.0))
+        scores = ((1 + strength) * shown.double() - strength * hidden.double()).tolist()
+    elif decoder == "coiecd":
+        bound, alpha = settings.get("entropy_bound", 0.25), 1.0 if alpha is None else alpha
+        # The softmax of every token's information, which is its inverse probability made to sum to 1.
+        information = np.array([1 / x for x in q]) / sum(1 / x for x in q)
+        low = information < min(information) / bound
+        low = low & (low.sum() != 1)
+        outside = low | (information > max(information) * bound)
+        start = [log(x if out else y) for x, y, out in zip(q, p, outside, strict=True)]
+        scores = [s + alpha * (log(x) - log(y)) for s, x, y in zip(start, q, p, strict=True)]
+        strength = sum(x for x, out in zip(q, outside, strict=True) if out)
+    else:
+        order = settings.get("renyi_order", 0.5)
+        shared = sum(y**order * x ** (1 - order) for x, y in pairs)
+        divergence = math.log(shared) / (order - 1)
+        first, second = sorted(q)[:-3:-1]
+        weight = settings.get("gap_weight", 1.0) * (entropy(p) - entropy(q) + divergence / (1 + divergence))
+        weight += settings.get("peak_weight", 5.0) * (first - second)
+        strength = 1 / (1 + math.exp(-weight))
+        scores = [strength * log(x) + (1 - strength) * log(y) for x, y in pairs]
+    return [s if x >= top * max(q) else -math.inf for s, x in zip(scores, q, strict=True)], strength
+
+
 def expected_tokens(backbone, decoder, memory, row, prompt, bare, tokens=8, **settings):
     """One row, decoded with whole forward passes of whole models and the formulas as published."""
     models, ids = (merged(backbone, memory, row), backbone.model), []
-    settings, softcap = {"dola_layers": LAYERS, **settings}, backbone.anatomy.softcap
+    settings, softcap = {"dola_layers": LAYERS, **settings}, backbone.tail().softcap
     while len(ids) < tokens and (not ids or ids[-1] not in backbone.stop_ids):
         read = (prompt + ids, bare + ids)
         ids.append(int(plain_scores(decoder, *models, *read, settings, Counter(), softcap).argmax()))

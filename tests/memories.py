@@ -14,7 +14,7 @@ from runs import Said, files
 
 from fastmem_pl import Backbone, Memorizer, Memory, memorize_document
 from fastmem_pl.backbone import EncodedContext
-from fastmem_pl.backbone.families import find_anatomy
+from fastmem_pl.backbone.anatomy import find_anatomy
 from fastmem_pl.cli import main
 
 TEXT = (
@@ -167,7 +167,7 @@ def plain_fit(
     base = copy.deepcopy(backbone.model)
     base = base.to(dtype) if dtype else base
     model = copy.deepcopy(base)
-    blocks = getattr(model.base_model, backbone.anatomy.layers_name)[-num_layers:]
+    blocks = model.get_submodule(backbone.anatomy.layout.blocks)[-num_layers:]
     # Biases are not trained by FastMem.
     trained = [p for block in blocks for p in block.mlp.parameters() if p.ndim == 2]
     before = [parameter.detach().clone() for parameter in trained]

@@ -35,8 +35,8 @@ METHODS = 3
 
 # What launchers set; a process sees only what its test gives it.
 _LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "RANK", "WORLD_SIZE", "NODE_RANK")
-# Ten minutes, and more where the machine is slow.
-_NAP, _NAPS = 0.02, 30_000
+# Half an hour and more: what waits that long waits in vain on the slowest machine.
+_NAP, _NAPS = 0.02, 90_000
 
 
 class Gate(Callback):

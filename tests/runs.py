@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -88,7 +91,10 @@ TASKS = {
 QUIET = {"trainer__accelerator": "cpu", "trainer__enable_progress_bar": False}
 FASTMEM = str(Path(sys.executable).with_name("fastmem"))
 METHODS = ["zero-shot", "fastmem", "fastmem+cd"]
-ALL_METHODS = ["zero-shot", "one-shot", "cad", "dola", "fastmem", "fastmem+cd", "fastmem+cad", "fastmem+dola"]
+ALL_METHODS = ["zero-shot", "one-shot", "cad", "adacad", "coiecd", "cocoa", "ck-plug", "dola"]
+ALL_METHODS += ["fastmem"] + [
+    f"fastmem+{decoder}" for decoder in ("cd", "adacd", "cad", "adacad", "coiecd", "dola")
+]
 SUMMARIES = [
     {"article": "The cats sat on a red mat.\nA dog barked.", "summary": "The cat slept.\nA dog barked."},
     {"article": "Zoë's river rose by the mill.", "summary": "the cats slept soundly, as a river rose"},
@@ -106,6 +112,31 @@ GROUPS = {
     "decode": DecodingSettings,
     "chat": ChatSettings,
 }
+
+
+# The installed command, but that it kills itself once a number of batches are on disk.
+_KILLED = """
+import os, signal, sys
+from fastmem_pl.cli import main
+from fastmem_pl.run.folder import RunFolder
+
+append, left = RunFolder.append, int(sys.argv[1])
+def killed(self, records):
+    global left
+    append(self, records)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunFolder.append = killed
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def run_until_killed(batches: int, arguments: list[str]) -> None:
+    """Run a command in a process of its own, killed right after some batches are on disk."""
+    command = [sys.executable, "-c", _KILLED, str(batches), *arguments]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 class Said(NamedTuple):

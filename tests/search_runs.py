@@ -82,12 +82,13 @@ def assert_same_curve(ours: dict | None, other: dict | None) -> None:
 
 
 def assert_like(found: dict[int, dict], expected: dict[int, dict]) -> None:
-    """Records of one point are those of a `fit-predict` run: fields, answers, and curves to 1e-4."""
+    """Records of one point are those of a `fit-predict` run: fields, answers, curves to 1e-4, strengths to 1e-3."""
     for index, ours in found.items():
         other = expected[index]
         assert other.keys() <= ours.keys() - {"point"}
         assert_same_curve(ours["curve"], other["curve"])
-        for field in other.keys() - {"curve", "seconds"}:
+        assert ours.get("strengths", []) == pytest.approx(other.get("strengths", []), rel=1e-3, abs=1e-6)
+        for field in other.keys() - {"curve", "seconds", "strengths"}:
             assert ours[field] == other[field], (field, index, ours["point"])
 
 

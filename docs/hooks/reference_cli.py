@@ -94,14 +94,6 @@ def memory_parsers() -> dict[str, argparse.ArgumentParser]:
     return dict(sorted(found.items()))
 
 
-def own_trainer_options() -> set[str]:
-    """Options of the trainer that FastMemTrainer documents itself; Lightning has the others."""
-    from fastmem_pl import FastMemTrainer
-
-    names = set(inspect.signature(FastMemTrainer.__init__).parameters) - {"self", "kwargs"}
-    return {f"trainer.{name}" for name in names} | {"trainer.accelerator", "trainer.num_nodes"}
-
-
 def shown(parser: Any) -> list[Any]:
     """The actions that the page shows: no help, no loading of a group from a file."""
     return [
@@ -134,6 +126,8 @@ def _lightning_sections(parsers: dict[str, Any]) -> list[str]:
     for parser in parsers.values():
         for action in shown(parser):
             actions.setdefault(action.dest, action)
+    from fastmem_pl.cli.lightning import own_trainer_options
+
     own = own_trainer_options()
     parts = []
     for prefix, title, text in _SECTIONS:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from fastmem_pl.backbone import quantization as quantizing
+from fastmem_pl.backbone.anatomy import check_plain, find_anatomy
+from fastmem_pl.backbone.cache import state_bytes
 from fastmem_pl.backbone.chat import ChatEncoder, ChatSettings
-from fastmem_pl.backbone.families import check_plain, find_anatomy
 from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token
 from fastmem_pl.backbone.loading import fingerprint_of, load_model
 from fastmem_pl.backbone.placement import DeviceMap, Placement, let_cross
@@ -26,7 +27,7 @@ from fastmem_pl.backbone.settings import (
     normalize_precision,
 )
 from fastmem_pl.backbone.sharding import Shards, is_sharded, trained_part
-from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
+from fastmem_pl.backbone.split import Shortcuts, Tail, TailInputs, Trunk, find_shortcuts
 from fastmem_pl.base.errors import FastMemError, one_line
 from fastmem_pl.base.phases import is_out_of_memory
 
@@ -44,6 +45,9 @@ class Backbone:
         precision: ``32-true``; ``bf16-true`` (weights in bfloat16); ``bf16-mixed`` (float32 weights,
             bfloat16 products). In all of them norms and losses are float32.
         name: of the model in records.
+        experts: of a mixture, those that memories act on: ``shared``, ``routed``, or ``auto``, the shared
+            ones where there are any.
+        max_experts: routed experts in a memory; as many as have 16,384 hidden units by default.
 
     Raises:
         FastMemError: when the model has no recognizable last FFN, or splitting it changes its logits.
@@ -51,9 +55,19 @@ class Backbone:
 
     revision: str | None = None
     _fingerprint: str | None = None
+    # Of linear attention, a sample's.
+    _state_bytes = 0
+    # Of models that take no other than their own.
+    _cache_class: type[Cache] | None = None
 
     def __init__(
-        self, model: Any, tokenizer: Any, precision: Precision = "32-true", name: str = "model"
+        self,
+        model: Any,
+        tokenizer: Any,
+        precision: Precision = "32-true",
+        name: str = "model",
+        experts: str = "auto",
+        max_experts: int | None = None,
     ) -> None:
         self.precision = normalize_precision(precision)
         method = quantizing.quantized_method(model.config)
@@ -61,16 +75,19 @@ class Backbone:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.anatomy = find_anatomy(model)
+        self.experts, self.max_experts = experts, max_experts
+        self.anatomy = find_anatomy(model, experts)
         self.placement, self.shards = Placement.of(model, self.anatomy), Shards.of(model)
         if self.placement.spread:
             let_cross(model, self.anatomy, self.placement)
         self._tails: dict[int, Tail] = {}
         self._trunks: dict[tuple[int, ...], Trunk] = {}
+        # This backbone with memories on other experts of the model.
+        self._kinds: dict[tuple[str, int | None], Self] = {}
         if method:
             check_plain("the LM head", self.anatomy.head)
             quantizing.hold_still(model, self.compute_dtype)
-        self._check_split()
+        self._shortcuts = self._split()
 
     @classmethod
     def load(
@@ -84,6 +101,8 @@ class Backbone:
         device_map: DeviceMap | None = None,
         tp_plan: str | None = None,
         num_layers: int = 1,
+        experts: str = "auto",
+        max_experts: int | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         attn_implementation: str | None = None,
@@ -119,7 +138,7 @@ class Backbone:
             # Weights made under inference_mode could not take part in memorizing.
             with torch.inference_mode(False):
                 model, tokenizer = load_model(settings, precision, device, num_layers)
-            backbone = cls(model, tokenizer, precision, name=source)
+            backbone = cls(model, tokenizer, precision, source, experts, max_experts)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -140,8 +159,19 @@ class Backbone:
     def with_chat(self, settings: ChatSettings, encoder: type[ChatEncoder] = ChatEncoder) -> Self:
         """This backbone, sharing all of its parts, with texts encoded in another way."""
         twin = copy.copy(self)
-        twin.chat = encoder(self.tokenizer, settings)
+        twin.chat, twin._kinds = encoder(self.tokenizer, settings), {}
         return twin
+
+    def with_experts(self, experts: str, max_experts: int | None) -> Self:
+        """This backbone with memories on other experts; itself, where they are the same."""
+        key = experts, max_experts
+        self._kinds.setdefault((self.experts, self.max_experts), self)
+        if key not in self._kinds:
+            twin = self._kinds[key] = copy.copy(self)
+            (twin.experts, twin.max_experts), twin._tails, twin._trunks = key, {}, {}
+            twin.anatomy = find_anatomy(self.model, experts)
+            twin._shortcuts = twin._split()
+        return self._kinds[key]
 
     @property
     def public_name(self) -> str:
@@ -196,7 +226,8 @@ class Backbone:
         """The part of the model that memories act on, with the last ``num_layers`` FFNs trainable."""
         if num_layers not in self._tails:
             self._check_layers(num_layers)
-            self._tails[num_layers] = Tail(self.anatomy, num_layers, self.compute_dtype, self.device)
+            how = self.compute_dtype, self.device, self._shortcuts, self.max_experts
+            self._tails[num_layers] = Tail(self.anatomy, num_layers, *how)
         return self._tails[num_layers]
 
     def run_trunk(
@@ -209,11 +240,11 @@ class Backbone:
         early: Sequence[int] = (),
     ) -> TailInputs:
         """Run the :class:`Trunk` below the last ``num_layers`` FFNs, without gradients."""
-        self.tail(num_layers)
+        record = self.tail(num_layers).replays
         key = (num_layers, *early)
         with self.numerics(), self.autocast():
             if key not in self._trunks:
-                self._trunks[key] = Trunk(self.anatomy, num_layers, early)
+                self._trunks[key] = Trunk(self.anatomy, num_layers, early, record=record)
             return self._trunks[key](input_ids, attention_mask, position_ids, cache)
 
     def footprint(self, num_layers: int, reference: int, float32_state: bool = False) -> Footprint:
@@ -227,11 +258,12 @@ class Backbone:
         elsewhere = tuple(
             (d, blocks.count(d) * kv_cache + passing) for d in self.placement.devices if d != here
         )
-        return replace(found, elsewhere=elsewhere)
+        # The prompt's, and a copy to go on with.
+        return replace(found, per_sample=found.per_sample + 2 * self._state_bytes, elsewhere=elsewhere)
 
     def new_cache(self) -> Cache:
-        """An empty KV cache of the model's own layer types."""
-        return DynamicCache(config=self.model.config)
+        """An empty cache of the model's own layer types."""
+        return self._cache_class() if self._cache_class else DynamicCache(config=self.model.config)
 
     @contextmanager
     def numerics(self, grad: bool = False) -> Iterator[None]:
@@ -286,7 +318,9 @@ class Backbone:
         # The model sizes an attention mask by the first cached layer of its type, which the trunk must hold.
         types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
         missing = set(types[first + 1 :]) - set(types[: first + 1])
-        if not all(self.anatomy.family.fits(block.mlp) for block in self.anatomy.blocks[first:]):
+        if self.anatomy.routed and num_layers > 1:
+            problem = "is more than one, which memories on routed experts take; lower it"
+        elif not all(map(self.anatomy.has_ffn, range(first, total))):
             problem = "is too many, as the feed-forward networks of the last blocks differ; lower it"
         elif missing:
             problem = f"leaves no {missing.pop()} block in the trunk; lower it"
@@ -299,21 +333,29 @@ class Backbone:
         raise FastMemError(f"{where} {problem}")
 
     @torch.no_grad()
-    def _check_split(self) -> None:
-        tail = self.tail()
+    def _split(self) -> Shortcuts:
+        """See what follows the last FFN, and that both parts together give the model's logits."""
         ids = torch.arange(8, device=self.device)[None] % self.anatomy.head.weight.shape[0]
         with self.numerics(), self.autocast():
-            expected = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+            found = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+            expected, cache = found.logits.float(), getattr(found, "past_key_values", None)
+            if isinstance(cache, Cache):
+                self._cache_class = None if type(cache) is DynamicCache else type(cache)
+                self._state_bytes = state_bytes(cache)
             # Norms as the model has them: on ids that are no text, bfloat16 logits differ by half when one
             # rounding does, which says nothing about the split.
-            inputs = Trunk(self.anatomy, 1, fuse_norms=False)(ids)
+            inputs = Trunk(self.anatomy, 1, fuse_norms=False, record=True)(ids)
         with self.numerics():
+            ffn = Tail(self.anatomy, 1, self.compute_dtype, self.device)
+            shortcuts = find_shortcuts(self.anatomy, inputs, ffn.base(inputs).output)
+            tail = Tail(self.anatomy, 1, self.compute_dtype, self.device, shortcuts)
             found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
         error = ((found - expected).norm() / expected.norm()).item()
         # What rounding explains.
         if not error <= (1e-4 if self.precision == "32-true" else 0.03):
             raise FastMemError(
                 f"model.backbone: {type(self.model).__name__} does not fit: splitting off its last "
-                f"feed-forward network changes the logits by {error:.1%}; allowed: decoder-only models whose "
-                "last block ends in residual + FFN, then the final norm and the LM head (docs/families.md)"
+                f"feed-forward network changes the logits by {error:.1%}; allowed: models that compute the "
+                "same again from their recorded parts (docs/families.md)"
             )
+        return shortcuts

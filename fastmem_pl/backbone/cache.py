@@ -1,11 +1,24 @@
-"""A KV cache of fixed size, written to in place, so that a CUDA graph finds keys and values again."""
+"""Caches that go on from a prefill: of fixed size, written to in place, or of the model's own kind.
 
+A CUDA graph finds keys and values again in a cache of fixed size. States of linear attention have one anyway.
+A cache with layers of another kind is copied and goes on growing.
+"""
+
+import copy as copying
 from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from torch.utils._pytree import tree_map_only
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 
 class FixedLayer(StaticLayer):
@@ -40,6 +53,10 @@ class FixedCache(Cache):
         self._elsewhere: dict[torch.device, Tensor] = {}  # copies that follow the position
         layers = []
         for layer in cache.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                # It is written to in place, and holds nothing that is a row for each token.
+                layers.append(copying.deepcopy(layer))
+                continue
             keys, values, place = None, None, position
             if layer.is_initialized:
                 keys, values = copy(layer.keys), copy(layer.values)
@@ -61,7 +78,11 @@ class FixedCache(Cache):
 
     def rows(self, index: Tensor, position: Tensor) -> Self:
         """A copy with some rows only."""
-        return type(self)(self, lambda tensor: tensor.index_select(0, index.to(tensor.device)), position)
+        twin = type(self)(self, lambda tensor: tensor.index_select(0, index.to(tensor.device)), position)
+        for layer in twin.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                layer.reorder_cache(index)
+        return twin
 
     def move(self) -> None:
         """Go on to the next slot, to which the position that the cache was made with has moved."""
@@ -70,7 +91,14 @@ class FixedCache(Cache):
 
     def tensors(self) -> list[Tensor]:
         """All keys and values."""
-        return [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        found: list[Tensor] = []
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+                found += [state for state in states if state is not None]
+            elif layer.is_initialized:
+                found += [layer.keys, layer.values]
+        return found
 
     def _position_on(self, device: torch.device) -> Tensor:
         if device == self._position.device:
@@ -78,6 +106,39 @@ class FixedCache(Cache):
         if device not in self._elsewhere:
             self._elsewhere[device] = self._position.to(device)
         return self._elsewhere[device]
+
+
+def continued(cache: Cache, room: int, position: Tensor, length: int) -> Cache:
+    """A copy of a cache that has read ``length`` tokens, to go on from; of ``room`` slots if it is fixed."""
+    if type(cache) is DynamicCache and all(type(layer) in _FIXED for layer in cache.layers):
+        return FixedCache.continuing(cache, room, position, length)
+    return copying.deepcopy(cache)
+
+
+def cache_rows(cache: Cache, index: Tensor, position: Tensor, rows: int) -> Cache:
+    """A copy with some of its ``rows`` only, repeats allowed."""
+    if isinstance(cache, FixedCache):
+        return cache.rows(index, position)
+
+    def pick(tensor: Tensor) -> Tensor:
+        has_rows = tensor.ndim > 1 and len(tensor) == rows
+        return tensor.index_select(0, index.to(tensor.device)) if has_rows else tensor
+
+    twin = copying.deepcopy(cache)
+    for part in (twin, *twin.layers):
+        vars(part).update(tree_map_only(Tensor, pick, vars(part)))
+    return twin
+
+
+def state_bytes(cache: Cache) -> int:
+    """Bytes of what does not grow with the tokens that a cache has read."""
+    linear = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    states = [s for layer in linear for s in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+    return sum(state.nbytes for state in states if state is not None)
+
+
+# Layers that a cache of fixed size can stand in for, or keep.
+_FIXED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
 
 
 def room_for(tokens: int) -> int:

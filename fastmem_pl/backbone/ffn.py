@@ -1,6 +1,6 @@
 """One frozen feed-forward network that can be applied with per-sample weight deltas."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmem_pl import kernels
-from fastmem_pl.backbone.families import Projection
+from fastmem_pl.backbone.anatomy import Form, Projection
 
 Delta = Mapping[str, Tensor]
 """Weight changes by projection name: ``gate``, ``up`` ``(B, F, D)`` and ``down`` ``(B, D, F)``."""
@@ -38,6 +38,8 @@ class BaseActivations:
     hidden: Tensor | None  # (B, T, F) float32; formed anew from the projections each time if None
     output: Tensor  # (B, T, D) float32
     merged: bool = False
+    # Of experts chosen by sample: their weights by projection, and their shares at each position.
+    of_rows: tuple[dict[str, Tensor], Tensor] | None = None
 
 
 class FFN:
@@ -55,17 +57,17 @@ class FFN:
     def __init__(
         self,
         projections: Mapping[str, Projection],
-        activation: Callable[[Tensor], Tensor],
+        form: Form,
         dtype: torch.dtype,
     ) -> None:
         self.dtype = dtype
-        self.activation = activation
+        self.form = form
         self.base_weights = {name: p.weight for name, p in projections.items()}
         self._weights = {name: p.weight.to(dtype) for name, p in projections.items()}
         self._biases = {name: p.bias for name, p in projections.items()}
         plain = all(bias is None for name, bias in self._biases.items() if name != "down")
-        probe = torch.linspace(-8, 8, 33)
-        silu = torch.equal(activation(probe), F.silu(probe))
+        probe = torch.linspace(-8, 8, 33, device=self._weights["down"].device)
+        silu = form.activation is not None and torch.equal(form.activation(probe), F.silu(probe))
         self._kernel_fits = plain and silu and "gate" in self._weights
 
     @property
@@ -77,7 +79,7 @@ class FFN:
         """Apply the base weights to ``ffn_input`` ``(B, T, D)``."""
         inner = [name for name in self._weights if name != "down"]
         projections = {name: self._with_bias(name, self._product(ffn_input, name)) for name in inner}
-        hidden = self._combine({name: value.float() for name, value in projections.items()})
+        hidden = self.form.combine({name: value.float() for name, value in projections.items()})
         output = self._with_bias("down", self._product(hidden, "down")).float()
         # The kernel takes the base's activations for constants; above a trained block they are not.
         fused = not ffn_input.requires_grad and self.has_kernel()
@@ -93,7 +95,9 @@ class FFN:
             gate, up = base.projections["gate"], base.projections["up"]
             hidden, hidden_change = GatedChange.apply(gate, up, changes["gate"], changes["up"])
         else:
-            hidden = self._combine({n: v.float() + changes[n].float() for n, v in base.projections.items()})
+            hidden = self.form.combine(
+                {n: v.float() + changes[n].float() for n, v in base.projections.items()}
+            )
             if base.merged:
                 weight = self._weights["down"] + delta["down"]
                 return self._with_bias("down", DeltaProduct.apply(hidden, weight))
@@ -104,11 +108,6 @@ class FFN:
     def has_kernel(self) -> bool:
         """Whether the elementwise part runs in one kernel."""
         return self._kernel_fits and kernels.usable(self._weights["down"].device, self.dtype)
-
-    def _combine(self, projections: Mapping[str, Tensor]) -> Tensor:
-        if "gate" in projections:
-            return self.activation(projections["gate"]) * projections["up"]
-        return self.activation(projections["up"])
 
     def _product(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x.to(self.dtype), self._weights[name])

@@ -48,7 +48,8 @@ class Footprint:
         decoding = size if device.type == "cuda" else 0  # graphs read the memory from a place of their own
         kv_cache = num_blocks * trunk_bytes_per_token(tail, config, dtype, kv_shards)[0]
         passes = 8 * size if tail.ffns[0].has_kernel() else 12 * 4
-        activations = len(tail.ffns) * tail.ffns[0].shapes["up"][0] * passes + 12 * 4 * config.hidden_size
+        width, hidden_size = tail.ffns[0].shapes["up"]
+        activations = len(tail.ffns) * width * passes + 12 * 4 * hidden_size
         # Chunks of the head's products and their gradients.
         fixed = 1 << 27 if device.type == "cpu" else 1 << 30
         per_token = kv_cache + activations + reference
@@ -70,11 +71,12 @@ class Footprint:
 
 def trunk_bytes_per_token(tail: Tail, config: Any, dtype: torch.dtype, kv_shards: int = 1) -> tuple[int, int]:
     """Bytes of a position in one block's KV cache, and of its activations in the block that runs."""
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width, hidden_size = tail.ffns[0].shapes["up"]
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_size = getattr(config, "head_dim", None) or hidden_size // heads
     kv_heads = (getattr(config, "num_key_value_heads", None) or heads) // kv_shards
     kv_cache = 2 * 2 * kv_heads * head_size * dtype.itemsize  # the prompt's, and its copy
-    return kv_cache, (6 * config.hidden_size + 3 * tail.ffns[0].shapes["up"][0]) * dtype.itemsize
+    return kv_cache, (6 * hidden_size + 3 * width) * dtype.itemsize
 
 
 def usable_bytes(device: torch.device, share: float | None = None) -> float:

@@ -24,6 +24,7 @@ from transformers import (
 
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
+from fastmem_pl.backbone.layout import keep_layouts
 from fastmem_pl.backbone.placement import device_plan
 from fastmem_pl.backbone.settings import COMPUTE_DTYPE, WEIGHT_DTYPE, BackboneSettings, Precision
 from fastmem_pl.base.errors import FastMemError, nearest, one_line, unknown
@@ -75,18 +76,18 @@ def load_model(
             )
         if method:
             quantizing.check_method(source, method)
-        elif quantization:
-            options = quantizing.loading_options(quantization, config, dtype, num_layers, **remote)
         kind = quantization or method
+        if kind or device_map or settings.tp_plan:
+            with torch.device("meta"):
+                empty = auto_class(config).from_config(config, dtype=dtype, **remote)
+        if quantization:
+            options = quantizing.loading_options(quantization, empty, dtype, num_layers)
         if settings.tp_plan and (device_map or kind):
             other = "device_map" if device_map else f"a quantized model ({kind})"
             raise FastMemError(f"model.backbone.tp_plan: it does not go with {other}; leave one out")
         if kind:
             # With its number, which the loaders of quantized weights take.
             options["device_map"] = {"": torch.empty(0, device=device).device}
-        if device_map or settings.tp_plan:
-            with torch.device("meta"):
-                empty = auto_class(config).from_config(config, dtype=dtype, **remote)
         if device_map:
             types, size = (dtype, COMPUTE_DTYPE[precision]), quantizing.stored_size(kind, config)
             options["device_map"] = device_plan(device_map, empty, num_layers, types, device, size)
@@ -98,6 +99,9 @@ def load_model(
                 options["attn_implementation"] = settings.attn_implementation
             model, info = fetch(auto_class(config), **options)
             _check_weights(source, info)
+        if kind or device_map or settings.tp_plan:
+            # In parts, or packed, it would not run as it has to for this.
+            keep_layouts(empty, model)
     except FastMemError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:

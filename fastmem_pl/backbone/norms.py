@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmem_pl.backbone.modules import shallow_copy
+
 
 class FusedRMSNorm(nn.Module):
     """``weight * x / rms(x)`` over the last dimension, computed in the type of ``weight`` if it is wider."""
@@ -21,13 +23,6 @@ class FusedRMSNorm(nn.Module):
         """Normalize ``(..., D)``."""
         wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
-
-
-def shallow_copy(module: nn.Module, **replaced: nn.Module) -> nn.Module:
-    """Copy a module but not its parameters and submodules; put ``replaced`` submodules in the copy."""
-    twin = copy.copy(module)
-    twin._modules = {**module._modules, **replaced}
-    return twin
 
 
 def with_fused_norms(module: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import send_to_device
 from torch import nn
 
-from fastmem_pl.backbone.families import Anatomy, find_anatomy
+from fastmem_pl.backbone.anatomy import Anatomy, find_anatomy
 from fastmem_pl.backbone.footprint import Footprint, trunk_bytes_per_token, usable_bytes
 from fastmem_pl.backbone.split import Tail
 from fastmem_pl.base.errors import FastMemError, nearest, unknown
@@ -45,7 +45,7 @@ def parts_of(model: Any, anatomy: Anatomy, num_layers: int, stored: float | None
     """The parts of a model; ``stored``: bytes of a weight in linear maps of the trunk, if quantized."""
     names = {module: name for name, module in model.named_modules()}
     body, blocks = f"{names[anatomy.body]}.", f"{names[anatomy.blocks]}."
-    embedding, ends = names[model.get_input_embeddings()], {names[anatomy.head], names[anatomy.final_norm]}
+    embedding, ends = names[model.get_input_embeddings()], {names[module] for module in anatomy.ends}
     config = model.config.get_text_config()
     tied = model.get_input_embeddings().weight is anatomy.head.weight or config.tie_word_embeddings
     first, parts = len(anatomy.blocks) - num_layers, {}
@@ -236,8 +236,8 @@ class Placement:
         """Look where parameters are."""
         entry = model.get_input_embeddings().weight.device
         blocks = [_device_of(f"block {i}", [block], entry) for i, block in enumerate(anatomy.blocks)]
-        ends = [anatomy.final_norm, anatomy.head]
-        return cls(entry, tuple(blocks), _device_of("the final norm with the LM head", ends, entry))
+        tail = _device_of("the final norm with the LM head", anatomy.ends, entry)
+        return cls(entry, tuple(blocks), tail)
 
     @property
     def devices(self) -> tuple[torch.device, ...]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
-from fastmem_pl.backbone.families import Anatomy, find_anatomy, is_quantized
+from fastmem_pl.backbone.anatomy import Anatomy, find_anatomy
+from fastmem_pl.backbone.layout import is_quantized
 from fastmem_pl.base.errors import FastMemError, one_line, unknown
 
 _GROUP = 128  # weights that share a scale in torchao-int4
@@ -114,13 +115,12 @@ def check_method(source: str, method: str) -> None:
     _check_package(method, f"model.backbone: {source!r}")
 
 
-def loading_options(
-    quantization: str, config: Any, dtype: torch.dtype, num_layers: int, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that quantize all but the last ``num_layers`` FFNs and the head."""
+def loading_options(quantization: str, model: Any, dtype: torch.dtype, num_layers: int) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that quantize all but the last ``num_layers`` FFNs and the head.
+
+    ``model`` is one without weights.
+    """
     kind = KINDS[quantization]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     anatomy, modules = find_anatomy(model), dict(model.named_modules())
     plain = [name for name, _ in plain_modules(model, anatomy, num_layers, not kind.has_gradients)]
     linear = {n: m for n, m in modules.items() if isinstance(m, kind.modules) and n not in plain}
@@ -142,7 +142,7 @@ def plain_modules(
     names = {module: name for name, module in model.named_modules()}
     total = len(anatomy.blocks)
     first = max(total - num_layers, 0)
-    modules = [module for layer in range(first, total) for _, module in anatomy.ffn_modules(layer)]
+    modules = [module for layer in range(first, total) for module in anatomy.site_modules(layer)]
     if whole_blocks:
         above = anatomy.blocks[first + 1 :].modules()
         modules += [module for module in above if isinstance(module, nn.Linear)]
@@ -169,7 +169,7 @@ def make_plain(model: nn.Module, dtype: torch.dtype, num_layers: int) -> None:
             )
     without_gradients = any(type(weight).__name__.startswith("Int4") for weight in model.parameters())
     for name, module in plain_modules(model, find_anatomy(model), num_layers, without_gradients):
-        if is_quantized(module.weight):
+        if hasattr(module, "weight") and is_quantized(module.weight):
             weight = _dequantized(module).detach()
             plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
             plain.weight, plain.bias = nn.Parameter(weight), module.bias

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import patch_environment
 from torch import Tensor, distributed, nn
 
-from fastmem_pl.backbone.families import Anatomy, find_anatomy
+from fastmem_pl.backbone.anatomy import Anatomy, find_anatomy
 from fastmem_pl.base.errors import FastMemError, unknown
 
 # Projections whose output holds the keys of the attention, alone or with others.
@@ -72,7 +72,7 @@ def loading(tp_plan: str, model: Any, device: torch.device) -> Iterator[dict[str
 
 def _check_plan(model: Any, count: int) -> None:
     name, plan = type(model).__name__, model.tp_plan or {}
-    layers = find_anatomy(model).layers_name
+    layers = find_anatomy(model).layout.blocks.rpartition(".")[2]
     if not any(f"{layers}.*" in rule for rule in plan):
         raise FastMemError(
             f"model.backbone.tp_plan: transformers has no plan to shard {name}; allowed: "
@@ -91,7 +91,7 @@ def _check_plan(model: Any, count: int) -> None:
 def make_tail_whole(model: Any, num_layers: int) -> None:
     """Give every process, all at once, the whole trained FFNs, blocks above the first, norm and head."""
     anatomy = find_anatomy(model)
-    tail = [*trained_part(anatomy, num_layers), anatomy.final_norm, anatomy.head]
+    tail = [*trained_part(anatomy, num_layers), *anatomy.ends]
     embedding = model.get_input_embeddings()
     if embedding.weight is anatomy.head.weight:
         tail.append(embedding)
@@ -122,7 +122,7 @@ def whole(tensor: Tensor) -> Tensor:
 def trained_part(anatomy: Anatomy, num_layers: int) -> list[nn.Module]:
     """The lowest trained FFN and all blocks above it."""
     first = len(anatomy.blocks) - num_layers
-    return [anatomy.blocks[first].mlp, *anatomy.blocks[first + 1 :]]
+    return [*anatomy.site_modules(first), *anatomy.blocks[first + 1 :]]
 
 
 def _shares_heads(plan: dict[str, str]) -> bool:

@@ -5,10 +5,11 @@ that FFN's contribution, and the FFN's input; both are constant while the FFN is
 cache. The tail is the rest: the trained FFN, blocks above it, the final norm and the LM head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any, Self
 
 import torch
@@ -16,9 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from fastmem_pl.backbone.families import Anatomy
+from fastmem_pl.backbone.anatomy import Anatomy, with_ffn
+from fastmem_pl.backbone.experts import RoutedFFN, Routing
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
-from fastmem_pl.backbone.norms import shallow_copy, with_fused_norms
+from fastmem_pl.backbone.modules import replaced, with_forward
+from fastmem_pl.backbone.norms import with_fused_norms
+from fastmem_pl.backbone.replay import Record, Replay, recorded
+from fastmem_pl.base.errors import FastMemError
 
 
 @dataclass
@@ -26,64 +31,98 @@ class TailInputs:
     """What the tail needs of a trunk pass: residual stream and input of the first trained FFN, ``(B, T, D)``.
 
     ``calls`` are the arguments with which the model called each block above that FFN. ``early`` are hidden
-    states at the last position, ``(B, 1, D)``, by their numbers in a model's ``hidden_states``.
+    states at the last position, ``(B, 1, D)``, by their numbers in a model's ``hidden_states``. ``record`` is
+    there where the tail runs the model's own code.
     """
 
     residual: Tensor
     ffn_input: Tensor
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
     early: Mapping[int, Tensor] = field(default_factory=dict)
+    record: Record | None = None
+    routing: Routing | None = None
+
+    def at(self, mask: Tensor) -> Self:
+        """The positions of all rows where ``mask`` ``(B, T)`` holds, as those of one row."""
+        return self._each(lambda tensor: tensor[mask][None])
 
     def last(self) -> Self:
-        """Keep the last position only; with blocks above the FFN, which attend to all, keep all."""
-        return self if self.calls else self._each(lambda tensor: tensor[:, -1:])
+        """Keep the last position only; all, with a record or blocks above the FFN, which attend to all."""
+        return self if self.calls or self.record else self._each(lambda tensor: tensor[:, -1:])
 
     def expand(self, rows: int) -> Self:
         """One sample's inputs as those of ``rows``, in the same memory."""
-        return self._each(lambda tensor: tensor.expand(rows, -1, -1), self.calls)
+        index = self.residual.new_zeros(rows, dtype=torch.long)
+        expanded = self._each(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
+        return replace(expanded, calls=self.calls, record=self.record and self.record.rows(index))
 
     def rows(self, index: Tensor) -> Self:
         """Pick rows, repeats allowed; of the trunk's results, not of blocks above the first trained FFN."""
-        return self._each(lambda tensor: tensor[index])
+        found = self._each(lambda tensor: tensor[index])
+        return replace(found, record=self.record and self.record.rows(index))
 
-    def _each(self, change: Callable[[Tensor], Tensor], calls: Sequence[Any] = ()) -> Self:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         early = {number: change(hidden) for number, hidden in self.early.items()}
-        return type(self)(change(self.residual), change(self.ffn_input), calls, early)
+        routing = self.routing and self.routing.each(change)
+        return type(self)(change(self.residual), change(self.ffn_input), (), early, routing=routing)
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Common forms of what follows the last FFN, for which nothing has to be replayed.
+
+    ``block``: a block returns ``residual + scale * post_norm(output)``; ``top``: the head's input is
+    ``scale * norm(state)``. ``None`` where the model does something else. Logits are
+    ``softcap * tanh(logit_scale * head / softcap)``, with ``None`` for no cap.
+    """
+
+    block: tuple[float, nn.Module] | None
+    top: tuple[float, nn.Module] | None
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
 
 class Trunk:
-    """A shallow copy of the model's own body, with the first trained FFN tapped and nothing run above it.
+    """A shallow copy of the model, with the first trained FFN tapped and nothing run above it.
 
-    ``early`` are numbers of hidden states to hand over, none above the first trained block's input.
+    ``early`` are numbers of hidden states to hand over, none above the first trained block's input. With
+    ``record``, passes keep what a replay needs.
     """
 
     def __init__(
-        self, anatomy: Anatomy, num_layers: int, early: Sequence[int] = (), fuse_norms: bool = True
+        self,
+        anatomy: Anatomy,
+        num_layers: int,
+        early: Sequence[int] = (),
+        fuse_norms: bool = True,
+        record: bool = False,
     ) -> None:
-        # What a pass leaves: the FFN's input, early hidden states by number, calls of the blocks above. The
-        # functions hold these, not the trunk: no cycle keeps a model alive that is no longer used.
-        self._seen = tapped, states, calls = [], {}, []
-
-        def tap(ffn_input: Tensor) -> Tensor:
-            tapped.append(ffn_input)
-            return torch.zeros_like(ffn_input)
-
-        def probe(block: nn.Module, number: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            states[number] = hidden_states[:, -1:]
-            return block.forward(hidden_states, *args, **kwargs)
-
-        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls.append((args, kwargs))
-            return hidden_states
-
+        # The functions hold what a pass leaves, not the trunk: no cycle keeps a model alive that is no longer
+        # used.
+        self._seen = seen = _Seen()
+        layout, names = anatomy.layout, anatomy.layout.blocks
         blocks = [with_fused_norms(block) if fuse_norms else block for block in anatomy.blocks]
         first = len(blocks) - num_layers
-        blocks[first] = shallow_copy(blocks[first], mlp=_with_forward(nn.Module(), tap))
+        blocks[first] = _tapped(blocks[first], anatomy, seen, record)
         for number in early:
-            blocks[number] = _with_forward(blocks[number], partial(probe, blocks[number], number))
-        blocks[first + 1 :] = [_with_forward(block, record) for block in blocks[first + 1 :]]
-        replaced = {anatomy.layers_name: nn.ModuleList(blocks), anatomy.norm_name: nn.Identity()}
-        self.body = shallow_copy(anatomy.body, **replaced)
+            blocks[number] = with_forward(blocks[number], partial(_probe, seen, blocks[number], number))
+        blocks[first + 1 :] = [
+            with_forward(block, partial(_note_call, seen)) for block in blocks[first + 1 :]
+        ]
+        parts = {f"{names}.{number}": block for number, block in enumerate(blocks)}
+        parts[layout.head] = with_forward(anatomy.head, _same)
+        outside = [path for path in layout.fixed if not path.startswith(f"{names}.")] if record else []
+        parts |= {p: recorded(anatomy.model.get_submodule(p), p, lambda: seen.record) for p in outside}
+        # What the model runs above its blocks would be run on hidden states that lack the FFN.
+        ends = {id(module) for module in anatomy.ends[:-1]}
+        plain = not record and len(ends) == 1
+        above = [p for p in layout.dependent if id(anatomy.model.get_submodule(p)) in ends] if plain else []
+        parts |= {path: with_forward(anatomy.model.get_submodule(path), _same) for path in above}
+        self.model, self._record = replaced(anatomy.model, parts), record
+        allowed = signature(anatomy.model.forward).parameters.values()
+        self._takes = (
+            None if any(p.kind is Parameter.VAR_KEYWORD for p in allowed) else {p.name for p in allowed}
+        )
 
     def __call__(
         self,
@@ -93,54 +132,142 @@ class Trunk:
         cache: Cache | None = None,
     ) -> TailInputs:
         """Run on ``input_ids`` ``(B, T)``, with a mask ``(B, past + T)`` or the causal one."""
-        tapped, states, calls = self._seen
+        seen = self._seen
+        seen.clear()
+        seen.record = Record(input_ids)
+        given = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": cache,
+        }
+        if self._takes is not None:
+            given = {name: value for name, value in given.items() if name in self._takes}
         try:
-            residual = self.body(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
-            early = {number: hidden.to(residual.device) for number, hidden in states.items()}
-            return TailInputs(residual, tapped[0], tuple(calls), early)
+            self.model(input_ids=input_ids, use_cache=cache is not None, **given)
+            residual = seen.residual
+            shape = *input_ids.shape, -1
+            early = {number: hidden.to(residual.device) for number, hidden in seen.early.items()}
+            ffn_input, *routing = (tensor.reshape(shape) for tensor in seen.ffn_input)
+            record = seen.record if self._record else None
+            routing = Routing(*routing) if routing else None
+            return TailInputs(residual, ffn_input, tuple(seen.calls), early, record, routing)
         finally:
-            for seen in self._seen:
-                seen.clear()
+            seen.clear()
+
+
+class _Seen:
+    """What a trunk pass in progress has come by."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.ffn_input = self.residual = self.record = None
+        self.early: dict[int, Tensor] = {}
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+
+def _same(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden
+
+
+def _probe(
+    seen: _Seen, block: nn.Module, number: int, hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    seen.early[number] = hidden_states[:, -1:]
+    return block.forward(hidden_states, *args, **kwargs)
+
+
+def _note_call(seen: _Seen, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    seen.calls.append((args, kwargs))
+    return hidden_states
+
+
+def _tapped(block: nn.Module, anatomy: Anatomy, seen: _Seen, record: bool) -> nn.Module:
+    """A block that hands over its FFN's input and goes on without the FFN's output."""
+    site, layout = anatomy.layout.site, anatomy.layout
+    experts = block.get_submodule(site.exit)
+
+    def tap(x: Tensor, *routing: Tensor) -> Tensor:
+        # What the base model's experts give is constant while others are trained.
+        seen.ffn_input = (x, *routing, experts.forward(x, *routing)) if anatomy.routed else (x,)
+        return torch.zeros_like(x)
+
+    last = f"{layout.blocks}.{len(anatomy.blocks) - 1}."
+    fixed = [path.removeprefix(last) for path in layout.fixed if path.startswith(last)] if record else []
+    inner = dict(block.named_modules())
+    parts = {path: recorded(inner[path], path, lambda: seen.record) for path in fixed}
+    twin = with_ffn(replaced(block, parts), site, tap)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = twin.forward(*args, **kwargs)
+        seen.residual = found if isinstance(found, Tensor) else found[0]
+        if record:
+            # No module that is run again reads or writes a cache.
+            kept = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
+            seen.record.call = tuple(None if isinstance(value, Cache) else value for value in args), kept
+            seen.record.beside = None if isinstance(found, Tensor) else tuple(found[1:])
+        return found
+
+    return with_forward(block, forward)
 
 
 class Tail:
     """First trained FFN, blocks above it, final norm and LM head, with optional per-sample deltas."""
 
-    def __init__(self, anatomy: Anatomy, num_layers: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        shortcuts: Shortcuts | None = None,
+        max_experts: int | None = None,
+    ) -> None:
         total = len(anatomy.blocks)
         self.layers = list(range(total - num_layers, total))
-        self.ffns = [FFN(anatomy.projections(i), anatomy.activation(i), dtype) for i in self.layers]
-        # A norm on the FFN's output, as Gemma 2 and 3 and OLMo 2 have it.
-        lowest = anatomy.blocks[self.layers[0]]
-        post_norm = getattr(lowest, "post_feedforward_layernorm", nn.Identity())
-        self._post_norm = _float_copy(post_norm, device)
-        self.final_norm = _float_copy(anatomy.final_norm, device)
+        self.routed = anatomy.routed
+        if self.routed:
+            self.ffns = [RoutedFFN(anatomy.experts(i), dtype, max_experts) for i in self.layers]
+        else:
+            self.ffns = [FFN(anatomy.projections(i), anatomy.form(i), dtype) for i in self.layers]
+        # Of a model without weights, only shapes are asked for.
+        self.shortcuts = shortcuts or Shortcuts((1.0, nn.Identity()), (1.0, nn.Identity()))
+        needed = None in (self.shortcuts.block, self.shortcuts.top)
+        self._replay = Replay(anatomy, self.layers[0], device) if needed else None
         # Of the upper FFNs in the call in progress, lowest first.
         self._upper_deltas: list[Delta | None] = [None] * (num_layers - 1)
         self._upper = []
         for number, block in enumerate(anatomy.blocks[self.layers[0] + 1 :]):
-            forward = partial(_memorized, self.ffns[number + 1], self._upper_deltas, number)
-            self._upper.append(shallow_copy(block, mlp=_with_forward(nn.Module(), forward)))
+            compute = partial(_memorized, self.ffns[number + 1], self._upper_deltas, number)
+            self._upper.append(with_ffn(block, anatomy.layout.site, compute))
         self._block_dtype = anatomy.head.weight.dtype
         self.head_weight = anatomy.head.weight.detach().to(dtype)
         bias = getattr(anatomy.head, "bias", None)
-        self.head_bias = None if bias is None else bias.detach().float()
-        self.softcap = anatomy.softcap
+        scale = self.shortcuts.logit_scale
+        self.head_bias = None if bias is None else bias.detach().float() * scale
+        self.softcap = self.shortcuts.softcap
+
+    @property
+    def replays(self) -> bool:
+        """Whether it runs the model's own code, for which a trunk pass has to keep a record."""
+        return self._replay is not None
 
     @property
     def num_trained(self) -> int:
         """Number of weights of the trained FFNs."""
         return sum(shape.numel() for ffn in self.ffns for shape in ffn.shapes.values())
 
-    def base(self, inputs: TailInputs) -> BaseActivations:
-        """Products of the base weights with the first trained FFN's input."""
-        return self.ffns[0].base(inputs.ffn_input)
+    def base(self, inputs: TailInputs, deltas: Sequence[Delta] | None = None) -> BaseActivations:
+        """Products of the base weights with the first trained FFN's input.
+
+        Of routed experts, those that the ``deltas`` are of, or that were chosen to be memorized.
+        """
+        if not self.routed:
+            return self.ffns[0].base(inputs.ffn_input)
+        chosen = deltas[0]["experts"].squeeze(-1) if deltas else inputs.routing.chosen
+        return self.ffns[0].base(inputs.ffn_input, replace(inputs.routing, chosen=chosen))
 
     def hidden(
         self,
@@ -149,10 +276,10 @@ class Tail:
         deltas: Sequence[Delta] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Return the head's input, ``(B, T, D)`` float32; arguments as :meth:`residuals`."""
-        return self.final_norm(self.residuals(inputs, base, deltas, cache)[-1])
+        """Return the head's input, ``(B, T, D)`` float32; arguments as :meth:`states`."""
+        return self.to_head(self.states(inputs, base, deltas, cache)[-1], inputs)
 
-    def residuals(
+    def states(
         self,
         inputs: TailInputs,
         base: BaseActivations,
@@ -160,12 +287,12 @@ class Tail:
         cache: Cache | None = None,
         between: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """Return the residual stream above each trained block, lowest first, ``(B, T, D)`` float32.
+        """Return hidden states above each trained block, lowest first, ``(B, T, D)`` float32.
 
         ``deltas`` are by trained layer, lowest first; ``between`` applies between trained blocks.
         """
         output = base.output if deltas is None else self.ffns[0].memorized(inputs.ffn_input, deltas[0], base)
-        states = [inputs.residual.float() + self._post_norm(output)]
+        states = [self._after_ffn(output, inputs)]
         if deltas is not None:
             self._upper_deltas[:] = deltas[1:]
         try:
@@ -173,10 +300,28 @@ class Tail:
                 args = [cache if isinstance(value, Cache) else value for value in args]
                 kwargs = {name: cache if isinstance(v, Cache) else v for name, v in kwargs.items()}
                 hidden = between(states[-1]) if between else states[-1]
-                states.append(block(hidden.to(self._block_dtype), *args, **kwargs).float())
+                found = block(hidden.to(self._block_dtype), *args, **kwargs)
+                states.append((found if isinstance(found, Tensor) else found[0]).float())
         finally:
             self._upper_deltas[:] = [None] * len(self._upper)
         return states
+
+    def to_head(self, state: Tensor, inputs: TailInputs) -> Tensor:
+        """The head's input for hidden states above the last block, with all that scales its logits."""
+        if self.shortcuts.top is None:
+            hidden, scale = self._replay.top(state, inputs.record), 1.0
+        else:
+            scale, norm = self.shortcuts.top
+            hidden = norm(state)
+        scale *= self.shortcuts.logit_scale
+        return hidden if scale == 1 else hidden * scale
+
+    def _after_ffn(self, output: Tensor, inputs: TailInputs) -> Tensor:
+        if self.shortcuts.block is None:
+            return self._replay.block(output, inputs.record)
+        scale, norm = self.shortcuts.block
+        change = norm(output)
+        return inputs.residual.float() + (change if scale == 1 else scale * change)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """Product of the head with ``hidden`` ``(..., D)``, without bias and soft-cap, float32."""
@@ -203,18 +348,66 @@ class Tail:
         return raw
 
 
-def _float_copy(norm: nn.Module, device: torch.device) -> nn.Module:
-    return deepcopy(norm).to(device=device, dtype=torch.float32).requires_grad_(False)
+@torch.no_grad()
+def find_shortcuts(anatomy: Anatomy, inputs: TailInputs, output: Tensor) -> Shortcuts:
+    """Compare common forms with replays of a pass, for its FFN's ``output`` ``(B, T, D)`` and another."""
+    replay, record = Replay(anatomy, len(anatomy.blocks) - 1, anatomy.head.weight.device), inputs.record
+    generator = torch.Generator("cpu").manual_seed(0)
+    other = torch.randn(output.shape, generator=generator, device="cpu").to(output) * output.std()
+    zero, *states = (replay.block(value, record) for value in (torch.zeros_like(output), output, other))
+    changes = [state - zero for state in states]
+    norms = [nn.Identity(), *replay.after.values()]
+    block = next(_scales(norms, [output, other], changes), None) if zero.shape == output.shape else None
+    heads = [replay.top(state, record) for state in states]
+    top = next(_scales([nn.Identity(), *replay.above.values()], states, heads), None)
+    probe = torch.linspace(-3, 3, anatomy.head.weight.shape[0], device=output.device).expand(
+        *record.ids.shape, -1
+    )
+    found, capped = (replay.logits(value, record, states[0]).float() for value in (probe, 1e6 * probe.sign()))
+    limit, slope = capped.abs().max().item(), (found[..., -1] / 3).mean().item()
+    if limit < 1e5:
+        scale = limit * math.atanh(slope * 3 / limit) / 3
+        fits = torch.allclose(limit * torch.tanh(scale * probe / limit), found, rtol=1e-3, atol=1e-4)
+    else:
+        limit, scale = None, slope
+        fits = torch.allclose(scale * probe, found, rtol=1e-3, atol=1e-4)
+    if not fits:
+        raise FastMemError(
+            f"model.backbone: {type(anatomy.model).__name__} changes the output of its LM head in a way that "
+            "is not known; allowed: a scale and a soft-cap"
+        )
+    return Shortcuts(block, top, _rounded(scale), limit and _rounded(limit))
 
 
-def _with_forward(module: nn.Module, forward: Callable) -> nn.Module:
-    # The model still finds attributes and hooks on it.
-    twin = shallow_copy(module)
-    twin.forward = forward
-    return twin
+def _scales(
+    norms: Sequence[nn.Module], given: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> Iterator[tuple[float, nn.Module]]:
+    """Modules that take what is given to what is wanted, up to a factor, and leave zero what it is."""
+    for norm in norms:
+        try:
+            found = [norm(value) for value in given]
+            rest = norm(torch.zeros_like(given[0])).abs().max()
+        except Exception:  # it takes something else than hidden states
+            continue
+        if not all(isinstance(f, Tensor) and f.shape == w.shape for f, w in zip(found, wanted, strict=True)):
+            continue
+        scale = ((found[0] * wanted[0]).sum() / found[0].square().sum()).item()
+        errors = [(scale * f - w).norm() / w.norm() for f, w in zip(found, wanted, strict=True)]
+        if max(errors) < 1e-5 and rest == 0:
+            yield _rounded(scale), norm
+
+
+def _rounded(value: float) -> float:
+    """Without what rounding adds to a constant of a few digits."""
+    short = float(f"{value:.5g}")
+    return short if abs(short - value) < 2e-6 * abs(value) else value
 
 
 def _memorized(ffn: FFN, deltas: Sequence[Delta | None], number: int, ffn_input: Tensor) -> Tensor:
-    base, delta = ffn.base(ffn_input), deltas[number]
-    output = base.output if delta is None else ffn.memorized(ffn_input, delta, base)
-    return output.to(ffn_input.dtype)
+    delta = deltas[number]
+    rows = len(ffn_input) if delta is None else len(next(iter(delta.values())))
+    # Some models hand their FFNs positions of all rows in one dimension.
+    x = ffn_input.reshape(rows, -1, ffn_input.shape[-1])
+    base = ffn.base(x)
+    output = base.output if delta is None else ffn.memorized(x, delta, base)
+    return output.to(ffn_input.dtype).reshape(ffn_input.shape)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from fastmem_pl import __version__
 from fastmem_pl.base.configs import packaged_configs
 from fastmem_pl.base.errors import (
     FailedElsewhereError,
@@ -76,9 +77,7 @@ def _command(arguments: list[str]) -> Callable[[], int]:
     if command in ("-h", "--help", "help"):
         return partial(_print, _OVERVIEW.read_text(encoding="utf-8").replace("CONFIGS", _config_overview()))
     if command == "--version":
-        from importlib.metadata import version
-
-        return partial(_print, f"fastmem-pl {version('fastmem-pl')}")
+        return partial(_print, f"fastmem-pl {__version__}")
     if command not in COMMANDS:
         raise FastMemError(
             f"{command!r} is no command; allowed: {', '.join(COMMANDS)}{nearest(command, COMMANDS)}"

@@ -13,7 +13,7 @@ from fastmem_pl.cli.model import ModelOptions, read_text
 from fastmem_pl.data.tasks import RawRecord
 from fastmem_pl.decoding import DECODERS, DecodingSettings
 from fastmem_pl.decoding.conversation import Conversation
-from fastmem_pl.memory import Memory, read_header, trained_layers
+from fastmem_pl.memory import Memory, read_header, trained_part
 
 
 def ask(
@@ -47,7 +47,8 @@ def ask(
         without_context: ask the memory alone.
         no_memory: ask the base model, to compare.
         json: print one JSON object a line.
-        decoder: greedy, cd (memorized against base), cad (with against without context) or dola.
+        decoder: greedy, cd or adacd (memorized against base), cad, adacad, coiecd, cocoa or ck-plug (with
+            against without context), or dola (last against premature layer).
         answer_prefix: text that opens every answer.
         decode: how answers are decoded.
         options: the model.
@@ -55,17 +56,18 @@ def ask(
     asked = [text.strip() for text in question]
     if not all(asked):
         raise FastMemError("a question is empty; give one in quotes")
+    made_by = DECODERS[decoder]
+    two_prompts = getattr(made_by, "needs_without_context", False)
     for one, other, both in (
         ("questions", "--questions FILE", questions and asked),
         ("--with-context", "--without-context", with_context and without_context),
-        ("--decoder cd", "--no-memory", decoder == "cd" and no_memory),
-        ("--decoder cad", "--without-context", decoder == "cad" and without_context),
+        (f"--decoder {decoder}", "--no-memory", getattr(made_by, "needs_base", False) and no_memory),
+        (f"--decoder {decoder}", "--without-context", two_prompts and without_context),
     ):
         if both:
             raise FastMemError(f"{one}: not with {other}; leave one out")
     from_file = _read_questions(questions) if questions else []
-    DECODERS[decoder]
-    backbone = options.load(trained_layers(read_header(memory)))
+    backbone = options.load(**trained_part(read_header(memory)))
     loaded = Memory.load(memory, backbone, backbone.device).to(backbone.compute_dtype)
     if loaded.status[0] != "ok":
         _say(f"memorizing {loaded.status[0].split(';')[0]}: it is the base model")
@@ -76,7 +78,7 @@ def ask(
     talk = Conversation(backbone, None if no_memory else loaded, text, decoder, decode, answer_prefix)
     if not without_context:
         # An option that needs the text, if one was given.
-        wanted = "--with-context" if with_context else "--decoder cad" if decoder == "cad" else ""
+        wanted = "--with-context" if with_context else f"--decoder {decoder}" if two_prompts else ""
         if text is None and wanted:
             raise FastMemError(f"{wanted}: {memory} holds no text (memorize --no-text); leave it out")
         # In the loop, no question is known yet.

@@ -7,7 +7,7 @@ from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.files import check_target
 from fastmem_pl.cli.model import ModelOptions, read_text
 from fastmem_pl.export import to_checkpoint, to_lora, to_memory
-from fastmem_pl.memory import Memory, read_header, trained_layers
+from fastmem_pl.memory import Memory, read_header, trained_part
 from fastmem_pl.memory.document import BETWEEN
 
 
@@ -63,7 +63,7 @@ def export(
     text = BETWEEN.join(map(read_text, context)) if context else None
     if text is None and "text" not in header and automatic:
         raise FastMemError(f"--rank: auto needs the text, which {memory} does not hold; give --context FILE")
-    backbone = options.load(trained_layers(header))
+    backbone = options.load(**trained_part(header))
     loaded = Memory.load(memory, backbone, backbone.device)
     size = {"rank": rank, "max_kl": max_kl}
     common = {"context": text, "force": force}

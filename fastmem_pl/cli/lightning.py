@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import logging
 import re
 import shlex
 from typing import ClassVar
 
+from jsonargparse._actions import _ActionConfigLoad
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -19,6 +22,7 @@ from fastmem_pl.report.table import profile_table
 from fastmem_pl.report.terminal import make_console
 from fastmem_pl.run.predict import FastMemModule
 from fastmem_pl.run.session import RunResult
+from fastmem_pl.run.trainer import FastMemTrainer
 from fastmem_pl.search import SearchResult, SearchTrainer
 from fastmem_pl.search.summary import print_search
 
@@ -32,8 +36,33 @@ _CONFIG_HELP = (
 )
 
 
+# Groups of options in the order of the help, by what their names begin with: what people set comes first.
+_GROUPS = ("run_dir", "data", "model", "search", "trainer")
+# What the help says of options that take a whole group from a file, of which one takes a name as well.
+_NAMED = {"model.backbone": ("NAME", "a Hub id, a folder, a .gguf file, or demo for the packaged model")}
+
+
+def own_trainer_options() -> set[str]:
+    """Options of the trainer that FastMemTrainer documents itself; Lightning has the others."""
+    names = set(inspect.signature(FastMemTrainer.__init__).parameters) - {"self", "kwargs"}
+    return {f"trainer.{name}" for name in names} | {"trainer.accelerator", "trainer.num_nodes"}
+
+
+# Of those, what nobody needs to see on the way to a first run.
+_RARE = {
+    f"trainer.{name}"
+    for name in ("inference_mode", "enable_checkpointing", "enable_model_summary", "callbacks")
+}
+
+
 class LightningParser(OneLineParser, LightningArgumentParser):
-    """Lightning's parser with one-line errors, and the trainer's options at the end of the help."""
+    """Lightning's parser with one-line errors, and a help that opens with what people set.
+
+    Attributes:
+        show_all: whether the help has all options of the trainer, or a line on those that are rarely set.
+    """
+
+    show_all: ClassVar[bool] = False
 
     allowed: ClassVar[dict[str, str]] = {
         "trainer.logger": "allowed: csv, tensorboard, wandb, mlflow, false, or one of Lightning's loggers "
@@ -41,11 +70,28 @@ class LightningParser(OneLineParser, LightningArgumentParser):
     }
 
     def format_help(self) -> str:
-        """Help with the options that Lightning has for every program last."""
-        self._action_groups.sort(key=lambda group: any(a.dest == "trainer" for a in group._group_actions))
+        """Help in the order of what people set, with a line at the end on what they hardly do."""
+
+        def place(group: argparse._ArgumentGroup) -> int:
+            names = {action.dest.partition(".")[0] for action in group._group_actions}
+            return next((number for number, name in enumerate(_GROUPS, 1) if name in names), 0)
+
+        self._action_groups.sort(key=place)
+        own, hidden = own_trainer_options() - _RARE, 0
         for action in self._actions:
+            rare = action.dest.startswith("trainer.") and action.dest not in own
             if action.dest == "config":
                 action.help = _CONFIG_HELP
+            elif action.dest in _NAMED and isinstance(action, _ActionConfigLoad):
+                action.metavar, action.help = _NAMED[action.dest]
+            elif not self.show_all and (
+                rare or isinstance(action, _ActionConfigLoad) or action.dest.endswith(".help")
+            ):
+                hidden += rare and not action.dest.endswith(".help")
+                action.help = argparse.SUPPRESS
+        command = self.prog.replace(" [options]", "")
+        more = f"{hidden} more options are those of Lightning's trainer: {command} --help lightning"
+        self.epilog = more if hidden else None
         return super().format_help()
 
 
@@ -99,6 +145,9 @@ def run(arguments: list[str]) -> int:
     logging.getLogger("lightning").propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    LightningParser.show_all = arguments[1:] == ["--help", "lightning"]
+    if LightningParser.show_all:
+        arguments = arguments[:2]
     cli = FastMemCLI(
         model_class=FastMemModule,
         datamodule_class=FastMemDataModule,

@@ -15,6 +15,7 @@ from fastmem_pl.base.files import check_target, free_name
 from fastmem_pl.cli.model import ModelOptions, read_text
 from fastmem_pl.export.deviation import relative_error
 from fastmem_pl.memory import DocumentFit, MemorizationSettings, Memorizer, Memory, WindowSettings
+from fastmem_pl.memory.advice import warn_of_base_model
 
 # Seconds between lines of progress where there is no terminal for a bar.
 _LINE_EVERY = 30
@@ -67,7 +68,8 @@ def memorize(
     if not settings.steps:
         raise FastMemError("steps: 0 memorizes nothing; allowed: at least 1")
     cutting = WindowSettings(windows, window, overlap)
-    memorizer = Memorizer(options.load(settings.num_layers), settings)
+    memorizer = Memorizer(options.load(settings.num_layers, settings.experts, settings.max_experts), settings)
+    warn_of_base_model(memorizer.backbone)
     start = time.perf_counter()
     fit = DocumentFit(memorizer, texts, cutting)
     left_out = sum(part.truncated for part in fit.encoded)

@@ -73,7 +73,7 @@ class ModelOptions:
         groups = {"settings": self.settings.memorize, "decode": self.settings.decode}
         return {f"{group}.{name}": v for group, found in groups.items() for name, v in vars(found).items()}
 
-    def load(self, num_layers: int) -> Backbone:
+    def load(self, num_layers: int, experts: str = "auto", max_experts: int | None = None) -> Backbone:
         """The model on the chosen device; its trained layers stay together and unquantized."""
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = auto if self.device == "auto" else self.device
@@ -83,8 +83,10 @@ class ModelOptions:
         if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
             raise FastMemError(f"--device: there is no {device} here ({count} GPUs); give --device cpu")
         precision = self.precision or ("32-true" if device == "cpu" else "bf16-true")
-        loading = vars(self.settings.backbone)
-        backbone = Backbone.load(precision=precision, device=device, num_layers=num_layers, **loading)
+        trained = {"num_layers": num_layers, "experts": experts, "max_experts": max_experts}
+        backbone = Backbone.load(
+            precision=precision, device=device, **trained, **vars(self.settings.backbone)
+        )
         return backbone.with_chat(ChatSettings(**vars(self.settings.chat)))
 
 

@@ -27,8 +27,9 @@ def answer(
     Args:
         context: put in the prompt; one for all questions or one each. Without it the question alone.
         memory: of one context for all questions, or one row a question.
-        decoder: ``"greedy"``, ``"cd"`` (contrast memorized with base logits), ``"cad"`` (contrast logits
-            with and without the context) or ``"dola"`` (contrast layers).
+        decoder: ``"greedy"``, ``"cd"`` or ``"adacd"`` (contrast memorized with base logits), ``"cad"``,
+            ``"adacad"``, ``"coiecd"``, ``"cocoa"`` or ``"ck-plug"`` (hold logits with and without the
+            context against each other), or ``"dola"`` (contrast layers).
         answer_prefix: text that opens the answer; part of what is returned.
         settings: of :class:`DecodingSettings`, such as ``max_new_tokens``, ``alpha``, ``seed`` or ``stop``.
 
@@ -81,6 +82,7 @@ def _begin(
     cache: PromptCache | None = None,
 ) -> Decoding:
     settings = DecodingSettings(**given)
+    backbone = memory.on(backbone) if memory else backbone
     contexts = [context] * len(questions) if context is None or isinstance(context, str) else list(context)
     if not questions:
         raise FastMemError("answer: no questions; give one or more")

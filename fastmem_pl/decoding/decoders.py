@@ -7,8 +7,8 @@ value, no ``.item()``.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,14 +37,18 @@ class Decoder:
     needs_base: bool = False  # whether it looks at the base model beside the memory
     needs_without_context: bool = False  # whether it looks at the prompt without the context
     early_layers: Sequence[int] = ()  # numbers of the hidden states that it looks at
+    uses: Sequence[str] = ()  # settings that its scores depend on, beside those of every decoder
+    # Its values of the settings that are left open.
+    defaults: Mapping[str, float | None] = {"alpha": 0.5, "relative_top": 0.0, "repetition_penalty": 1.0}
     # (B,), whole numbers or floats to keep beside the tokens that the last scores lead to.
     note: Tensor | None = None
 
     def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
-        self.settings = settings
+        left_open = {name for name in self.defaults if getattr(settings, name) is None}
+        self.settings = replace(settings, **{name: self.defaults[name] for name in left_open})
         # A decoder may have its own.
         self.max_new_tokens = settings.max_new_tokens
-        self.repetition_penalty = 1.0 if settings.repetition_penalty is None else settings.repetition_penalty
+        self.repetition_penalty = self.settings.repetition_penalty
 
     def forms(self, form: str) -> list[str]:
         """Forms of the prompt that it reads to answer one of them."""
@@ -59,6 +63,26 @@ class Decoder:
         return {}
 
 
+def difference(logits: Tensor, other: Tensor) -> Tensor:
+    """``logits - other``, ``(B, V)``; 0 where either is infinite, as of tokens that must not be chosen."""
+    return (logits - other).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def contrast(logits: Tensor, other: Tensor, strength: float | Tensor) -> Tensor:
+    """``logits + strength * (logits - other)``, all ``(B, V)``."""
+    return logits + strength * difference(logits, other)
+
+
+def keep_plausible(scores: Tensor, logits: Tensor, relative_top: float) -> Tensor:
+    """``scores``, but ``-inf`` where ``logits`` give less than this share of the highest probability.
+
+    All ``(B, V)``; a share of 0 keeps all. Source: Li et al., arXiv 2210.15097, equation 3.
+    """
+    if not relative_top:
+        return scores
+    return scores.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(relative_top), -torch.inf)
+
+
 class Contrastive(Decoder):
     """FastMem+CD: ``(1 + alpha) * logits(memorized) - alpha * logits(base)``, same prompt for both.
 
@@ -66,10 +90,12 @@ class Contrastive(Decoder):
     """
 
     needs_base = True
+    uses = ("alpha", "relative_top")
 
     def scores(self, logits: StepLogits) -> Tensor:
         """Return the contrasted logits."""
-        return logits.model + self.settings.alpha * (logits.model - logits.base)
+        scores = contrast(logits.model, logits.base, self.settings.alpha)
+        return keep_plausible(scores, logits.model, self.settings.relative_top)
 
 
 class ContextAware(Decoder):
@@ -80,10 +106,12 @@ class ContextAware(Decoder):
     """
 
     needs_without_context = True
+    uses = ("alpha", "relative_top")
 
     def scores(self, logits: StepLogits) -> Tensor:
         """Return the contrasted logits."""
-        return logits.model + self.settings.alpha * (logits.model - logits.without_context)
+        scores = contrast(logits.model, logits.without_context, self.settings.alpha)
+        return keep_plausible(scores, logits.model, self.settings.relative_top)
 
 
 class DoLa(Decoder):
@@ -93,10 +121,15 @@ class DoLa(Decoder):
     see :func:`contrast_layers`. The repetition penalty is 1.2, as the paper advises, where it is left open.
     """
 
+    uses = ("dola_layers", "relative_top")
+    defaults: Mapping[str, float | None] = {
+        **Decoder.defaults,
+        "relative_top": 0.1,
+        "repetition_penalty": 1.2,
+    }
+
     def __init__(self, settings: DecodingSettings, backbone: Backbone) -> None:
         super().__init__(settings, backbone)
-        if settings.repetition_penalty is None:
-            self.repetition_penalty = 1.2
         tied = bool(getattr(backbone.model.config.get_text_config(), "tie_word_embeddings", False))
         self.early_layers = candidate_layers(settings.dola_layers, backbone.num_blocks, tied)
 
@@ -144,7 +177,7 @@ def contrast_layers(mature: Tensor, early: Tensor, relative_top: float) -> tuple
 
     The divergence is the one published with FastMem: both Kullback-Leibler terms run from the mixture, and
     it is the mean over the vocabulary. Takes logits ``(B, V)`` and ``(L, B, V)``; returns scores ``(B, V)``,
-    ``-inf`` below ``relative_top`` of the highest probability, and the places of the chosen layers, ``(B,)``.
+    those of plausible tokens (:func:`keep_plausible`), and the places of the chosen layers, ``(B,)``.
     """
     log_mature, log_early = mature.log_softmax(-1), early.log_softmax(-1)
     mixture = 0.5 * (log_mature.exp() + log_early.exp())
@@ -152,8 +185,7 @@ def contrast_layers(mature: Tensor, early: Tensor, relative_top: float) -> tuple
     divergence = torch.xlogy(mixture, mixture) - mixture * (0.5 * (log_mature + log_early))
     chosen = divergence.mean(-1).argmax(0)
     premature = log_early[chosen, torch.arange(len(mature), device=mature.device)]
-    implausible = log_mature < log_mature.amax(-1, keepdim=True) + math.log(relative_top)
-    return (log_mature - premature).masked_fill(implausible, -torch.inf), chosen
+    return keep_plausible(log_mature - premature, log_mature, relative_top), chosen
 
 
 DecoderFactory = Callable[[DecodingSettings, Backbone], Decoder]
@@ -163,6 +195,11 @@ DECODERS.register("greedy", Decoder)
 DECODERS.register("cd", Contrastive)
 DECODERS.register("cad", ContextAware)
 DECODERS.register("dola", DoLa)
+
+
+def decoders_using(setting: str) -> list[str]:
+    """Names of the decoders with this setting among those that they use; none for one that all look at."""
+    return [name for name, decoder in DECODERS.items() if setting in getattr(decoder, "uses", ())]
 
 
 def make_decoder(decoder: str | DecoderFactory, settings: DecodingSettings, backbone: Backbone) -> Decoder:

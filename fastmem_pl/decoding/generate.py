@@ -39,16 +39,17 @@ def generator(
 
     Args:
         memory: of one row, or one a prompt; ``None`` for the base model.
-        decoder: ``"greedy"``, ``"cd"`` or ``"dola"``.
+        decoder: ``"greedy"``, ``"cd"``, ``"adacd"`` or ``"dola"``.
         streamer: gets the prompt and the tokens as they come; ``generate`` would not hand on its own.
-        settings: ``alpha``, ``dola_layers`` and ``relative_top`` of :class:`~fastmem_pl.DecodingSettings`.
+        settings: ``alpha``, ``alpha_min``, ``dola_layers`` and ``relative_top`` of
+            :class:`~fastmem_pl.DecodingSettings`.
 
     Raises:
         FastMemError: when the memory is of another model, the decoder needs what is not there, or (in the
             call) an option of ``generate`` cannot be honoured.
     """
     for name in settings:
-        if name not in ("alpha", "dola_layers", "relative_top"):
+        if name not in ("alpha", "alpha_min", "dola_layers", "relative_top"):
             raise FastMemError(f"generator: give {name} to generate, or none: it is no setting of a decoder")
     chosen = DECODERS[decoder](DecodingSettings(**settings), backbone)
     if chosen.needs_without_context:
@@ -56,6 +57,7 @@ def generator(
             f"generator: decoder {decoder!r} reads a second prompt, which generate does not have"
         )
     if memory is not None:
+        backbone = memory.on(backbone)
         memory.check(backbone)
     elif chosen.needs_base:
         raise FastMemError(f"generator: decoder {decoder!r} contrasts a memory with the base model; give one")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmem_pl.backbone import Backbone, Delta
 from fastmem_pl.base.errors import FastMemError
+from fastmem_pl.base.progress import report
 from fastmem_pl.decoding.decoders import DecoderFactory, make_decoder
 from fastmem_pl.decoding.graphs import GraphPool, Lease
 from fastmem_pl.decoding.prefill import Prefill, Prefills
@@ -150,6 +151,7 @@ class Decoding:
         """Decode to the end."""
         while not self.finished:
             self.step()
+            report("answering", self.decoder.max_new_tokens - self._left, self.decoder.max_new_tokens)
             self._drop_ended_rows()
         results = self.results()
         # Others may have the recorded steps.
@@ -189,7 +191,7 @@ class Decoding:
         return [np.array(row, np.int64).view(np.float64).tolist() for row in self._answers.notes]
 
     def _borrow(self, state: DecodeState) -> Lease:
-        if self._graphs is None:
+        if self._graphs is None or not all(sequences.fixed for sequences in state.sequences):
             return Lease(state, state.step)
         rooms = tuple(sequences.mask.shape[1] for sequences in state.sequences)
         early, without_memory = tuple(state.sequences[0].early), state.views.deltas is None

@@ -25,10 +25,17 @@ for _method in (
     Method(BASELINE, False, "greedy", "the model as it is, context in the prompt"),
     Method("one-shot", False, "greedy", "one worked example in the prompt", "one_shot"),
     Method("cad", False, "cad", "contrast logits with and without the context"),
+    Method("adacad", False, "adacad", "cad, as strong as the context changes the prediction"),
+    Method("coiecd", False, "coiecd", "cad for the tokens whose information is out of bounds"),
+    Method("cocoa", False, "cocoa", "between with and without the context, by how sure the context makes"),
+    Method("ck-plug", False, "ck-plug", "own knowledge or context where the context makes less sure"),
     Method("dola", False, "dola", "contrast the last layer with a premature one"),
     Method("fastmem", True, "greedy", "memorize the context first"),
     Method("fastmem+cd", True, "cd", "memorize, then contrast memorized with base logits"),
+    Method("fastmem+adacd", True, "adacd", "memorize, then cd, as strong as the memory moves the prediction"),
     Method("fastmem+cad", True, "cad", "memorize, then contrast with the base model without the context"),
+    Method("fastmem+adacad", True, "adacad", "memorize, then adacad with the base model without the context"),
+    Method("fastmem+coiecd", True, "coiecd", "memorize, then coiecd with the base model without the context"),
     Method("fastmem+dola", True, "dola", "memorize, then contrast layers"),
 ):
     METHODS.register(_method.name, _method)

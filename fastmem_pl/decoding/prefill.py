@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fastmem_pl.backbone import Backbone, FixedCache, TailInputs, pad, room_for
+from fastmem_pl.backbone import Backbone, FixedCache, TailInputs, cache_rows, continued, pad, room_for
 from fastmem_pl.base.phases import PhaseMeter
 
 
@@ -127,7 +127,11 @@ class SequenceState:
         self.position = torch.tensor([self.length], device=prefill.mask.device)
         self.mask = F.pad(prefill.mask[:rows], (0, room - self.length))
         self.place = prefill.next_position.clone()
-        self.cache = FixedCache.continuing(prefill.cache, room, self.position, self.length)
+        self.cache = continued(prefill.cache, room, self.position, self.length)
+        # Of a model that keeps no cache, all tokens so far.
+        self._ids = prefill.ids[:rows] if prefill.cache.get_seq_length() == 0 else None
+        # A cache that grows wants a mask of its length, which the host counts.
+        self._tokens = self.length
         # Trunk row of each row, (R,), where many memories answer one prompt: the trunk depends on none, so
         # rows share it until their tokens differ.
         self.branch: Tensor | None = None
@@ -148,19 +152,29 @@ class SequenceState:
             if not torch.equal(parents, torch.arange(len(self.mask))):
                 self._select(parents)
         self.mask.index_fill_(1, self.position, 1)
-        inputs = self.backbone.run_trunk(
-            self.num_layers, tokens[:, None], self.mask, self.place, self.cache, self.early
-        )
+        mask = self.mask if self.fixed else self.mask[:, : self._tokens + 1]
+        ids, places, cache = tokens[:, None], self.place, self.cache
+        if self._ids is not None:
+            ids = self._ids = torch.cat([self._ids, ids], 1)
+            places, cache = (mask.cumsum(1) - 1).clamp(min=0), None
+        inputs = self.backbone.run_trunk(self.num_layers, ids, mask, places, cache, self.early).last()
         return inputs if self.branch is None else inputs.rows(self.branch)
 
     def move(self) -> None:
         """Go on to the next slot."""
         self.position += 1
         self.place += 1
-        self.cache.move()
+        self._tokens += 1
+        if self.fixed:
+            self.cache.move()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all that persists stays where it is, so that a CUDA graph can hold a step."""
+        return isinstance(self.cache, FixedCache) and self._ids is None
 
     def tensors(self) -> list[Tensor]:
-        """All that persists."""
+        """All that persists, where that is fixed."""
         return [self.mask, self.position, self.place, *self.cache.tensors()]
 
     def rows(self, index: Tensor) -> Self:
@@ -173,5 +187,6 @@ class SequenceState:
         return twin
 
     def _select(self, index: Tensor) -> None:
+        self.cache = cache_rows(self.cache, index, self.position, len(self.mask))
         self.mask, self.place = self.mask[index], self.place[index]
-        self.cache = self.cache.rows(index, self.position)
+        self._ids = None if self._ids is None else self._ids[index]

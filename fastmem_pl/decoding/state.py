@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fastmem_pl.backbone import Delta, FixedCache, TailInputs
+from fastmem_pl.backbone import Delta, TailInputs, cache_rows, continued
+from fastmem_pl.backbone.experts import cast
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.decoding.decoders import Decoder, StepLogits
 from fastmem_pl.decoding.prefill import Prefill, SequenceState
 
@@ -30,7 +32,7 @@ class Views:
         self.tail = self.backbone.tail(prefill.num_layers)
         dtype = self.backbone.compute_dtype
         # Products with a memory run in the compute type: cast once, not at every token.
-        self.deltas = deltas and [{name: t.to(dtype) for name, t in layer.items()} for layer in deltas]
+        self.deltas = deltas and [cast(layer, dtype) for layer in deltas]
         # bfloat16 products lose small changes, so memorized logits are the base's plus the head's product
         # with the change of the hidden state, whatever the decoder; float32 needs that only to contrast.
         self._with_base = deltas is not None and (decoder.needs_base or dtype is not torch.float32)
@@ -42,9 +44,9 @@ class Views:
         """Logits ``(B, V)`` at the last position of the inputs."""
         tail = self.tail
         with self.backbone.numerics():
-            base = tail.base(inputs)
-            states = [s[:, -1] for s in tail.residuals(inputs, base, self.deltas, self.caches.get("model"))]
-            hidden = tail.final_norm(states[-1])
+            base = tail.base(inputs, self.deltas)
+            states = tail.states(inputs, base, self.deltas, self.caches.get("model"))
+            hidden = tail.to_head(states[-1], inputs)[:, -1]
             if self._with_base:
                 base_hidden = tail.hidden(inputs, base, None, self.caches.get("base"))[:, -1]
                 base_raw, change = tail.raw_logits(torch.stack([base_hidden, hidden - base_hidden]))
@@ -64,14 +66,14 @@ class Views:
         caches = [tensor for cache in self.caches.values() for tensor in cache.tensors()]
         return caches + [tensor for layer in self.deltas or () for tensor in layer.values()]
 
-    def rows(self, index: Tensor, sequences: Sequence[SequenceState]) -> Self:
-        """A copy with some rows only."""
+    def rows(self, index: Tensor, sequences: Sequence[SequenceState], rows: int) -> Self:
+        """A copy with some of its ``rows`` only."""
         twin = copy.copy(self)
         twin.deltas = self.deltas and [
             {n: t.index_select(0, index) for n, t in d.items()} for d in self.deltas
         ]
         positions = {name: sequences[_SEQUENCE[name]].position for name in self.caches}
-        twin.caches = {name: cache.rows(index, positions[name]) for name, cache in self.caches.items()}
+        twin.caches = {n: cache_rows(cache, index, positions[n], rows) for n, cache in self.caches.items()}
         return twin
 
     def _early(self, inputs: TailInputs, states: Sequence[Tensor]) -> Tensor | None:
@@ -79,9 +81,14 @@ class Views:
             return None
         first = self.tail.layers[0]
         hidden = [
-            inputs.early[number][:, -1] if number <= first else states[number - first - 1]
+            (inputs.early[number] if number <= first else states[number - first - 1])[:, -1]
             for number in self.decoder.early_layers
         ]
+        if hidden[0].ndim > 2:
+            raise FastMemError(
+                "model.decode: this decoder looks at hidden states between blocks, of which this model has "
+                "several streams; allowed: another decoder"
+            )
         return self._through_head(torch.stack([h.float() for h in hidden]))
 
     def _through_head(self, hidden: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ class DecodeState:
         for name, cache in self.views.caches.items():
             own = self.sequences[_SEQUENCE[name]]
             room = own.mask.shape[1]
-            self.views.caches[name] = FixedCache.continuing(cache, room, own.position, own.length)
+            self.views.caches[name] = continued(cache, room, own.position, own.length)
 
     def step(self) -> None:
         """Read the last tokens and choose the next."""
@@ -134,7 +141,7 @@ class DecodeState:
         """A copy with some rows only."""
         twin = copy.copy(self)
         twin.sequences = [part.rows(index) for part in self.sequences]
-        twin.views = self.views.rows(index, twin.sequences)
+        twin.views = self.views.rows(index, twin.sequences, self.last.shape[1])
         twin.chooser, twin.last = self.chooser.rows(index), self.last[:, index]
         return twin
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone import Backbone
+from fastmem_pl.backbone.experts import RoutedFFN
 from fastmem_pl.backbone.quantization import quantized_method
 from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.base.files import check_target, new_folder
@@ -46,6 +47,15 @@ def to_checkpoint(
     merged, kept = dict[str, Tensor](), []
     for layer, deltas in zip(backbone.tail(memory.num_layers).layers, memory.deltas, strict=True):
         kept.append({})
+        if backbone.anatomy.routed:
+            ffn, module = (
+                RoutedFFN(backbone.anatomy.experts(layer), torch.float32),
+                backbone.anatomy.experts(layer),
+            )
+            for name, weight in ffn.merged({part: t[0] for part, t in deltas.items()}, kind).items():
+                merged[f"{names[module]}.{name}"] = weight
+            kept[-1] = deltas
+            continue
         for parts, module in backbone.anatomy.ffn_modules(layer):
             # GPT-2's Conv1D stores its weight as (in, out).
             turned = isinstance(module, Conv1D)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fastmem_pl.backbone import Backbone, Delta, EncodedContext
+from fastmem_pl.backbone.experts import cast
 from fastmem_pl.base.environment import versions
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.files import MANIFEST, size_of
@@ -79,11 +80,14 @@ class Deviation:
         self.encoded: list[EncodedContext] = []
         if context is not None or memory.texts[0] is not None:
             limit = memory.settings["max_context_tokens"]
-            memorizer = Memorizer(backbone, num_layers=memory.num_layers, max_context_tokens=limit)
+            experts = {"experts": backbone.experts, "max_experts": backbone.max_experts}
+            memorizer = Memorizer(backbone, num_layers=memory.num_layers, max_context_tokens=limit, **experts)
             self.encoded = encoded_text(memory, memorizer, context)
             with backbone.numerics():
                 read = list(memorizer.read_windows(self.encoded))
-                self._groups = [(inputs, self._tail.base(inputs), mask) for inputs, _, mask in read]
+                self._groups = [
+                    (inputs, self._tail.base(inputs, memory.deltas), mask) for inputs, _, mask in read
+                ]
                 self._labels = torch.cat([labels[mask] for _, labels, mask in read])
                 self._exact = self._hidden(memory.deltas)
         self.kl_base = self.kl(None)
@@ -130,10 +134,10 @@ class Deviation:
         """The head's input at all label tokens, ``(N, D)``."""
         device, dtype = self._backbone.device, self._backbone.compute_dtype
         # Cast once: a copy for every row would be made of what is cast after it is expanded.
-        cast = deltas and [{n: t.to(device, dtype) for n, t in layer.items()} for layer in deltas]
+        placed = deltas and [cast(layer, dtype, device) for layer in deltas]
         parts = []
         for inputs, base, mask in self._groups:
-            served = cast and [spread(layer, len(mask)) for layer in cast]
+            served = placed and [spread(layer, len(mask)) for layer in placed]
             parts.append(self._tail.hidden(inputs, base, served)[mask])
         return torch.cat(parts)
 

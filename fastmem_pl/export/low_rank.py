@@ -29,6 +29,11 @@ class LowRank:
 
     def __init__(self, memory: Memory, backbone: Backbone, dtype: torch.dtype = torch.float32) -> None:
         self._memory, self._dtype = memory, dtype
+        if backbone.anatomy.routed:
+            raise FastMemError(
+                "export: a memory on routed experts has no low-rank form; allowed: --to checkpoint, or --to "
+                "memory with --form bfloat16 or int8"
+            )
         layers = backbone.tail(memory.num_layers).layers
         self._modules = [[parts for parts, _ in backbone.anatomy.ffn_modules(layer)] for layer in layers]
         self._whole = [

@@ -39,7 +39,7 @@ def factored_adamw_(
 
     Args:
         delta: ``(B, M, N)``, of any float type; arithmetic is float32. Both moments are like it.
-        base: weight that ``delta`` belongs to and that decays, ``(M, N)``.
+        base: weight that ``delta`` belongs to and that decays, ``(M, N)`` for all samples or ``(B, M, N)``.
         outer: gradient of the product's output, ``(B, T, M)``.
         inner: the product's input, ``(B, T, N)``.
         scale: factor of each sample's gradient, ``(B,)`` float32.
@@ -49,6 +49,7 @@ def factored_adamw_(
         last: no step comes after, so the moments need not be written.
     """
     samples, rows, columns = delta.shape
+    base = base.expand_as(delta)
     beta1, beta2 = betas
     stored = outer.shape[1] >= _STORED_FROM
     count = _STORED_SAMPLES if stored else samples
@@ -65,7 +66,7 @@ def factored_adamw_(
             delta[part],
             first[part],
             second[part],
-            base,
+            base[part],
             factor,
             inner[part],
             scale[part],
@@ -105,6 +106,7 @@ def _factored_adamw(
     tokens,
     rows,
     columns,
+    base_sample,
     base_row,
     base_column,
     first_scale,
@@ -135,6 +137,7 @@ def _factored_adamw(
     place = sample * rows * columns + m[:, None].to(tl.int64) * columns + n[None, :]
 
     # The state is on its way while the gradient is formed. It passes through the cache once.
+    base_ptr += sample * base_sample
     base = tl.load(base_ptr + m[:, None] * base_row + n[None, :] * base_column, mask)
     if not FIRST:
         delta = tl.load(delta_ptr + place, mask, eviction_policy="evict_first")

@@ -2,7 +2,7 @@
 
 from fastmem_pl.memory.delta import DeltaAdamW
 from fastmem_pl.memory.document import DocumentFit, encoded_text, memorize_document
-from fastmem_pl.memory.files import read_header, trained_layers
+from fastmem_pl.memory.files import read_header, trained_part
 from fastmem_pl.memory.loss import footprint_of
 from fastmem_pl.memory.memorizer import Memorizer, context_hash
 from fastmem_pl.memory.memory import Curve, Memory
@@ -26,5 +26,5 @@ __all__ = [
     "footprint_of",
     "memorize_document",
     "read_header",
-    "trained_layers",
+    "trained_part",
 ]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmem_pl.backbone import FFN, Delta
-from fastmem_pl.backbone.families import Anatomy
+from fastmem_pl.backbone.anatomy import Anatomy
+from fastmem_pl.backbone.experts import RoutedFFN, Routing, cast
 from fastmem_pl.base.errors import FastMemError
 
 
@@ -19,7 +20,14 @@ def check_shapes(shapes: Sequence[Mapping[str, tuple[int, ...]]], anatomy: Anato
     if not 1 <= len(shapes) <= total:
         raise FastMemError(f"the memory is of {len(shapes)} layers, this model has {total}")
     for layer, found in enumerate(shapes, total - len(shapes)):
-        expected = {name: tuple(p.weight.shape) for name, p in anatomy.projections(layer).items()}
+        if anatomy.routed:
+            ffn = RoutedFFN(anatomy.experts(layer), torch.float32, found.get("experts", (1, 1))[0])
+            expected = {
+                **{name: tuple(shape) for name, shape in ffn.shapes.items()},
+                "experts": (ffn.count, 1),
+            }
+        else:
+            expected = {name: tuple(p.weight.shape) for name, p in anatomy.projections(layer).items()}
         if dict(found) != expected:
             raise FastMemError(
                 f"the memory does not fit this model: its deltas are {dict(found)}, the weights of block "
@@ -47,23 +55,56 @@ def attached(anatomy: Anatomy, deltas: Sequence[Delta], dtype: torch.dtype | Non
     """
     dtype = dtype or anatomy.head.weight.dtype
     first = len(anatomy.blocks) - len(deltas)
-    trained = [block.mlp for block in list(anatomy.blocks)[first:]]
-    if any(getattr(hook, "func", None) is _changed for f in trained for hook in f._forward_hooks.values()):
+    trained = list(anatomy.blocks)[first:]
+    if any(
+        getattr(hook, "func", None) is _changed for b in trained for m in b.modules() for hook in _hooks(m)
+    ):
         raise FastMemError("a memory is attached to this model already; stack memories to serve several")
+    site = anatomy.layout.site
     with ExitStack() as hooks:
-        for number, (module, layer) in enumerate(zip(trained, deltas, strict=True), first):
-            ffn = FFN(anatomy.projections(number), anatomy.activation(number), dtype)
-            device = ffn.base_weights["down"].device
-            placed = {name: delta.to(device, dtype) for name, delta in layer.items()}
-            hooks.callback(module.register_forward_hook(partial(_changed, ffn, placed)).remove)
+        for number, (block, layer) in enumerate(zip(trained, deltas, strict=True), first):
+            if anatomy.routed:
+                ffn = RoutedFFN(anatomy.experts(number), dtype, layer["experts"].shape[1])
+            else:
+                ffn = FFN(anatomy.projections(number), anatomy.form(number), dtype)
+            placed = cast(layer, dtype, next(block.parameters()).device)
+            seen: dict[str, Any] = {}
+            enter = block.get_submodule(site.whole or (*site.entries, site.exit)[0])
+            leave = block.get_submodule(site.whole or site.exit)
+            hooks.callback(
+                block.register_forward_pre_hook(partial(_note, seen, "block"), with_kwargs=True).remove
+            )
+            hooks.callback(
+                enter.register_forward_pre_hook(partial(_note, seen, "ffn"), with_kwargs=True).remove
+            )
+            hooks.callback(leave.register_forward_hook(partial(_changed, ffn, placed, seen)).remove)
         yield
 
 
-def _changed(ffn: FFN, deltas: Delta, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _hooks(module: nn.Module) -> list[Any]:
+    return list(module._forward_hooks.values())
+
+
+def _note(seen: dict[str, Any], name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    """A hook: the first tensor that a module is given."""
+    seen[name] = args[0] if args else next(iter(kwargs.values()))
+
+
+def _changed(
+    ffn: FFN, deltas: Delta, seen: dict[str, Any], module: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
     """A hook: an FFN's output with the memory's change."""
-    (ffn_input,) = args
-    served = spread(deltas, len(ffn_input))
-    with torch.autocast(ffn_input.device.type, enabled=False):
-        base = ffn.base(ffn_input)
-        change = ffn.memorized(ffn_input, served, base) - base.output
-        return (output.float() + change).to(output.dtype)
+    rows, given = len(seen["block"]), seen["ffn"]
+    served = spread(deltas, rows)
+    # Some models hand their FFNs positions of all rows in one dimension.
+    x = given.reshape(rows, -1, given.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):
+        if "experts" in served:
+            index, weights = (tensor.reshape(rows, x.shape[1], -1) for tensor in args[1:])
+            base = ffn.base(
+                x, Routing(index, weights, output.reshape(x.shape), served["experts"].squeeze(-1))
+            )
+        else:
+            base = ffn.base(x)
+        change = ffn.memorized(x, served, base) - base.output
+        return (output.float() + change.reshape(output.shape)).to(output.dtype)

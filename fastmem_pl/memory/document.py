@@ -95,7 +95,7 @@ class DocumentFit:
     def _parts(self, group: Sequence[EncodedContext]) -> list[MemorizationBatch]:
         """The batches whose losses add up to one update's, on all windows of the group."""
         self._check_room()
-        read = list(self._memorizer.read_windows(group))
+        read = self._memorizer.with_experts(list(self._memorizer.read_windows(group)))
         parts = [self._memorizer.prepare_read(*one, share=1 / len(read)) for one in read]
         total = sum(len(part.labels) for part in parts)
         scratch = max((part.scratch for part in parts), key=len)

@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastmem_pl.backbone.families import Anatomy
+from fastmem_pl.backbone.anatomy import Anatomy
 from fastmem_pl.base.errors import FastMemError, one_line, unknown
 from fastmem_pl.base.files import as_path, is_remote, write_atomic
 from fastmem_pl.memory.attach import check_shapes
 from fastmem_pl.memory.settings import POLICIES, MemorizationSettings
 
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 # By form: what the names of a delta's tensors end in, and their types, as safetensors calls them.
 _LAYOUTS = {
     "float32": (("",), {("F32",)}),
@@ -34,6 +34,8 @@ _LAYOUTS = {
     "low-rank": ((".outer", ".inner"), {("F32", "F32"), ("BF16", "BF16")}),
 }
 FORMS = tuple(_LAYOUTS)
+# Which experts of a mixture a delta is of.
+EXPERTS = "experts"
 _CURVE = {"cross_entropy", "kl", "grad_norm"}
 # Of all deltas: three times what one layer of a 70B model has.
 _MOST_NUMBERS = 1 << 31
@@ -42,9 +44,14 @@ _MOST_NUMBERS = 1 << 31
 def pack(
     name: str, delta: Tensor, form: str, low_rank: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Tensors that stand for one delta ``(out, in)``; ``int8`` has a float32 scale for each output row."""
+    """Tensors that stand for one delta ``(out, in)``; ``int8`` has a float32 scale for each output row.
+
+    Numbers of experts ``(K, 1)`` are kept as they are.
+    """
     if form not in FORMS:
         raise unknown("form", form, FORMS)
+    if not delta.is_floating_point():
+        return {name: delta.to("cpu", torch.int64).contiguous()}
     if form == "low-rank":
         if low_rank is None:
             raise FastMemError("form: low-rank needs a rank; use fastmem export --to memory --form low-rank")
@@ -61,6 +68,8 @@ def pack(
 
 def unpack(name: str, tensors: Mapping[str, Tensor], form: str) -> Tensor:
     """Inverse of :func:`pack`, up to what the form loses."""
+    if name.endswith(f".{EXPERTS}"):
+        return tensors[name]
     parts = [tensors[name + suffix] for suffix in _LAYOUTS[form][0]]
     if form == "low-rank":
         return parts[0].float() @ parts[1].float()
@@ -107,6 +116,8 @@ def read(
         if digest(tensors, file.metadata()) != file.metadata().get("digest"):
             raise ValueError("its digest is not that of its content")
         deltas = [{p: unpack(f"{i}.{p}", tensors, form) for p in parts} for i, parts in enumerate(shapes)]
+        if EXPERTS in deltas[0] and not (deltas[0][EXPERTS] >= -1).all():
+            raise ValueError("its numbers of experts are none")
         if not all(delta.isfinite().all() for parts in deltas for delta in parts.values()):
             raise ValueError("it holds values that are not finite")
     return values, deltas
@@ -182,6 +193,9 @@ def _shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]], form: str) -> lis
     layers = range(len({name.partition(".")[0] for name in stored}))
     parts = [part for part in ("gate", "up", "down") if f"0.{part}{suffixes[0]}" in stored]
     expected = {f"{layer}.{part}{suffix}" for layer in layers for part in parts for suffix in suffixes}
+    experts = f"0.{EXPERTS}"
+    if experts in stored:
+        expected.add(experts)
     if not stored or stored.keys() != expected:
         raise ValueError("it holds no deltas, or other tensors than a memory's")
 
@@ -195,6 +209,11 @@ def _shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]], form: str) -> lis
         return (out, last[1]) if form == "low-rank" else (out, inner)
 
     found = [{part: shape_of(f"{layer}.{part}") for part in parts} for layer in layers]
+    if experts in stored:
+        kind, shape = stored[experts]
+        if kind != "I64" or len(layers) > 1 or len(shape) != 2 or shape[0] < 1 or shape[1] != 1:
+            raise ValueError("its numbers of experts are none")
+        found[0][EXPERTS] = shape
     # Factors are small and what they stand for is not.
     if sum(out * width for shapes in found for out, width in shapes.values()) > _MOST_NUMBERS:
         raise ValueError("it holds more than any model has")
@@ -219,9 +238,10 @@ def checked(header: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def trained_layers(header: Mapping[str, str]) -> int:
-    """Number of layers that the memory of a header was trained with."""
-    return checked(header)["settings"]["num_layers"]
+def trained_part(header: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that say which FFNs the memory of a header is of, as ``Backbone.load`` takes them."""
+    settings = checked(header)["settings"]
+    return {name: settings[name] for name in ("num_layers", "experts", "max_experts")}
 
 
 def _parsed(header: Mapping[str, str], name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fastmem_pl.backbone import Backbone, EncodedContext, TailInputs, pad, usabl
 from fastmem_pl.backbone.settings import fabric_settings
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.phases import PhaseMeter
+from fastmem_pl.base.progress import report
 from fastmem_pl.memory.loss import MemorizationBatch, prepare
 from fastmem_pl.memory.memory import Memory
 from fastmem_pl.memory.module import MemorizationModule
@@ -63,10 +64,10 @@ class Memorizer:
         fabric: Fabric | None = None,
         **kwargs: Any,
     ) -> None:
-        self.backbone = backbone
         if settings is not None and kwargs:
             raise FastMemError(f"Memorizer: give settings or {', '.join(kwargs)}, not both")
         self.settings = settings or MemorizationSettings(**kwargs)
+        self.backbone = backbone = backbone.with_experts(self.settings.experts, self.settings.max_experts)
         # Of the trunk's passes, which a profile lists apart; this one measures nothing.
         self.meter = PhaseMeter(backbone.device)
         backbone.tail(self.settings.num_layers)
@@ -120,19 +121,34 @@ class Memorizer:
 
         With one trained layer, above which is no attention, the positions that have a label become one row.
         """
-        count = max(1, _TOKENS_AT_ONCE // max(len(part.input_ids) for part in encoded))
+        tail = self.backbone.tail(self.settings.num_layers)
+        # What is replayed is of whole windows.
+        joins = self.settings.num_layers == 1 and not tail.replays
+        count = max(1, _TOKENS_AT_ONCE // max(len(part.input_ids) for part in encoded)) if joins else 1
         for start in range(0, len(encoded), count):
             inputs, labels, mask = self.read(encoded[start : start + count])
-            if self.settings.num_layers == 1:
+            if joins:
                 with self.backbone.numerics():
-                    inputs = TailInputs(inputs.residual[mask][None], inputs.ffn_input[mask][None])
-                    labels = labels[mask][None]
+                    inputs, labels = inputs.at(mask), labels[mask][None]
                     mask = torch.ones_like(labels, dtype=torch.bool)
             yield inputs, labels, mask
 
     def prepare(self, encoded: Sequence[EncodedContext]) -> MemorizationBatch:
         """Run the trunk once and compute all that stays constant over the steps."""
-        return self.prepare_read(*self.read(encoded))
+        return self.prepare_read(*self.with_experts([self.read(encoded)])[0])
+
+    def with_experts(
+        self, passes: Sequence[tuple[TailInputs, Tensor, Tensor]]
+    ) -> list[tuple[TailInputs, Tensor, Tensor]]:
+        """What :meth:`read` gave, with the routed experts, if there are any, that its memory will hold."""
+        tail = self.backbone.tail(self.settings.num_layers)
+        if not tail.routed:
+            return list(passes)
+        chosen = tail.ffns[0].choose([(inputs.routing, mask) for inputs, _, mask in passes])
+        return [
+            (replace(inputs, routing=replace(inputs.routing, chosen=chosen)), labels, mask)
+            for inputs, labels, mask in passes
+        ]
 
     def prepare_read(
         self, inputs: TailInputs, labels: Tensor, label_mask: Tensor, share: float = 1.0
@@ -151,6 +167,7 @@ class Memorizer:
 
     def run(self, module: MemorizationModule, parts: Sequence[MemorizationBatch]) -> Iterator[int]:
         """Take the steps of a module's settings, each on all parts; yields the number taken so far."""
+        module.choose_experts(parts)
         numerics = partial(self.backbone.numerics, grad=True)
         with numerics():
             plain = module.configure_optimizers()
@@ -163,6 +180,7 @@ class Memorizer:
                 module.configure_gradient_clipping(plain)
                 optimizer.step()
                 optimizer.zero_grad()
+            report("memorizing", step + 1, module.settings.steps)
             yield step + 1
 
     def snapshots(
@@ -181,7 +199,7 @@ class Memorizer:
         inputs, labels, mask = read
         # One context as that many rows, in the same memory.
         expanded = inputs.expand(count), labels.expand(count, -1), mask.expand(count, -1)
-        parts = [self.prepare_read(*expanded)] if settings.steps else []
+        parts = [self.prepare_read(*self.with_experts([expanded])[0])] if settings.steps else []
         steps, taken = self.run(module, parts), 0
         for stop in stops:
             while taken < stop:

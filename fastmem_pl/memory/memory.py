@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastmem_pl.backbone import Backbone, find_anatomy, fingerprint_of
-from fastmem_pl.backbone.families import Anatomy
+from fastmem_pl.backbone.anatomy import Anatomy
+from fastmem_pl.backbone.experts import cast
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.files import as_path
 from fastmem_pl.memory import files
@@ -121,9 +122,7 @@ class Memory:
 
     def to(self, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
         """The same memory with deltas of another type, or elsewhere."""
-        return replace(
-            self, deltas=[{n: t.to(device=device, dtype=dtype) for n, t in d.items()} for d in self.deltas]
-        )
+        return replace(self, deltas=[cast(layer, dtype, device) for layer in self.deltas])
 
     @classmethod
     def stack(cls, memories: Sequence[Self]) -> Self:
@@ -149,9 +148,19 @@ class Memory:
         fingerprint = model.fingerprint() if loaded else fingerprint_of(model)
         if self.fingerprint != fingerprint:
             raise files.other_model("the memory", self.backbone, self.fingerprint, fingerprint)
-        anatomy = model.anatomy if loaded else find_anatomy(model)
+        routed = "routed" if "experts" in self.deltas[0] else "auto"
+        anatomy = model.anatomy if loaded else find_anatomy(model, routed)
         check_shapes([{n: tuple(t.shape[1:]) for n, t in layer.items()} for layer in self.deltas], anatomy)
         return anatomy
+
+    def on(self, backbone: Backbone) -> Backbone:
+        """The backbone with memories on the experts that this one is of, where that is another kind."""
+        if (
+            self.fingerprint != backbone.fingerprint()
+            or ("experts" in self.deltas[0]) == backbone.anatomy.routed
+        ):
+            return backbone
+        return backbone.with_experts("shared" if backbone.anatomy.routed else "routed", backbone.max_experts)
 
     def serving(self, backbone: Backbone, count: int) -> list[dict[str, Tensor]]:
         """The deltas for ``count`` sequences, a multiple of the rows, in the backbone's compute type."""

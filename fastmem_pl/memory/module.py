@@ -57,6 +57,8 @@ class MemorizationModule(LightningModule):
             )
             # Not a buffer: precision plugins would round it.
             self.kl_coeff = torch.tensor([row.kl_coeff for row in self._rows], device=backbone.device)
+        # Of routed experts, which the deltas are of, (B, K): the first batch decides it.
+        self._experts = start.deltas[0].get("experts") if start else None
         # Of every step: the values of a curve, (4, B).
         self._history: list[Tensor] = []
         # (2, B) of the step in progress; several where a text is too long for one batch.
@@ -74,7 +76,7 @@ class MemorizationModule(LightningModule):
         """
         moved = self._moved or bool(self._history) or self._versions() != self._untouched
         with self._backbone.numerics(grad=True):
-            hidden = self.hidden(batch, [dict(delta.items()) for delta in self.deltas], moved)
+            hidden = self.hidden(batch, self._current(), moved)
             labelled = hidden.flatten(0, 1)[batch.positions]
             losses = Losses(*SoftTargetLoss.apply(labelled, self._tail, batch, self.kl_coeff, moved))
         self._pending.append(torch.stack([losses.cross_entropy, losses.kl]))
@@ -84,14 +86,28 @@ class MemorizationModule(LightningModule):
         """Hidden states that the losses come from, ``(B, T, D)``; ``moved`` after the first update."""
         return self._tail.hidden(batch.inputs, batch.base, deltas)
 
+    def choose_experts(self, parts: Sequence[MemorizationBatch]) -> None:
+        """Train the routed experts that were chosen for these batches, before the first step."""
+        if not self._tail.routed or self._experts is not None:
+            return
+        shape = len(self._rows), self._tail.ffns[0].count
+        none = torch.full(shape, -1, device=self._backbone.device)
+        self._experts = (parts[0].inputs.routing.chosen if parts else none)[..., None]
+
+    def _current(self) -> list[Delta]:
+        deltas = [dict(delta.items()) for delta in self.deltas]
+        return [{**deltas[0], "experts": self._experts}] if self._tail.routed else deltas
+
     def _versions(self) -> list[int]:
         # PyTorch counts writes: an optimizer of one's own may have moved the deltas.
         return [parameter._version for parameter in self.deltas.parameters()]
 
     def configure_optimizers(self) -> DeltaAdamW:
         """AdamW on the deltas that decays the weights they belong to."""
-        layers = zip(self.deltas, self._tail.ffns, strict=True)
-        pairs = [(delta[n], ffn.base_weights[n]) for delta, ffn in layers for n in delta]
+        weights = [ffn.base_weights for ffn in self._tail.ffns]
+        if self._tail.routed:
+            weights = [self._tail.ffns[0].base_weights(self._experts.squeeze(-1))]
+        pairs = [(d[n], base[n]) for d, base in zip(self.deltas, weights, strict=True) for n in d]
         rates, settings = [row.learning_rate for row in self._rows], self.settings
         moments = {"last_step": settings.steps, "from_zero": not self._moved}
         return self.optimizer_class(pairs, rates, settings.weight_decay, **moments)
@@ -117,7 +133,8 @@ class MemorizationModule(LightningModule):
         """The deltas so far with their curves; rows that met a non-finite value get zero deltas."""
         settings, backbone, count = self.settings, self._backbone, len(self._rows)
         with backbone.numerics():
-            deltas = [{n: t.detach() for n, t in delta.items()} for delta in self.deltas]
+            self.choose_experts([])
+            deltas = [{n: t.detach() for n, t in delta.items()} for delta in self._current()]
             history = torch.stack(self._history) if self._history else self.kl_coeff.new_empty(0, 4, count)
             if settings.kl_target is None:
                 history = history[:, :3]
@@ -127,13 +144,12 @@ class MemorizationModule(LightningModule):
                 torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float32)
                 for layer in deltas
                 for t in layer.values()
+                if t.is_floating_point()
             ]
             failed = ~(finite_steps.all(0) & torch.stack(norms).isfinite().all(0))
             if failed.any():
                 # Copies: who goes on training must not start anew from zero.
-                deltas = [
-                    {n: t.masked_fill(failed[:, None, None], 0.0) for n, t in d.items()} for d in deltas
-                ]
+                deltas = [{n: t.masked_fill(failed[:, None, None], 0) for n, t in d.items()} for d in deltas]
         status = ["ok"] * count
         for row in failed.nonzero().flatten().tolist():
             step = [*finite_steps[:, row].tolist(), False].index(False)

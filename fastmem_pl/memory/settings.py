@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from fastmem_pl.base.errors import FastMemError, unknown
 
 OPTIMIZER_STATES = ("auto", "float32")
+EXPERTS = ("auto", "shared", "routed")
 _AT_LEAST = {"steps": 0, "kl_coeff": 0, "num_layers": 1, "weight_decay": 0}
-_AT_LEAST |= {"max_context_tokens": 1, "kl_gain": 0}
+_AT_LEAST |= {"max_context_tokens": 1, "kl_gain": 0, "max_experts": 1}
 _ABOVE_ZERO = ("learning_rate", "max_grad_norm", "kl_target")
 
 
@@ -29,6 +30,10 @@ class MemorizationSettings:
         optimizer_state: ``auto`` keeps deltas and first moments in bfloat16 where the kernel updates them
             (bfloat16 on CUDA); ``float32`` keeps everything in float32, which takes more of both time and
             memory.
+        experts: of a mixture, those whose FFN is trained: ``shared``, the one that all positions go through;
+            ``routed``, those that the context is sent to; ``auto``, the shared one if there is one.
+        max_experts: routed experts trained for a context at most, those most used first; by default as many
+            as have 16,384 hidden units together.
     """
 
     steps: int = 10
@@ -41,8 +46,12 @@ class MemorizationSettings:
     kl_target: float | None = None
     kl_gain: float = 0.1
     optimizer_state: str = "auto"
+    experts: str = "auto"
+    max_experts: int | None = None
 
     def __post_init__(self) -> None:
+        if self.experts not in EXPERTS:
+            raise unknown("model.memorize.experts", self.experts, EXPERTS)
         if self.optimizer_state not in OPTIMIZER_STATES:
             raise unknown("model.memorize.optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         for name in (*_AT_LEAST, *_ABOVE_ZERO):

@@ -63,7 +63,8 @@ def make_charts(comparison: Comparison) -> list[Chart]:
     peaks = comparison.peak_memory.rename(lambda number: comparison.runs[number].label).T
     caption = "The weights included: allocated on a GPU, resident on a CPU."
     charts.append(_bar_chart("memory", "Memory", caption, peaks, ["run", "phase", "peak GiB"], 2))
-    charts += [_layer_chart(comparison, place) for place in comparison.tasks]
+    for make in (_strength_chart, _layer_chart):
+        charts += [make(comparison, place) for place in comparison.tasks]
     return [chart for chart in charts if chart is not None]
 
 
@@ -80,10 +81,7 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
 
     def draw(axes: Any) -> None:
         for number, (data, bands) in enumerate(found.items()):
-            steps = np.arange(bands.shape[1])
-            axes.plot(steps, bands[2], marker="", label=_SHOWN + data)
-            for low, high, alpha in ((0, 4, 0.12), (1, 3, 0.2)):
-                axes.fill_between(steps, bands[low], bands[high], color=f"C{number}", alpha=alpha, lw=0)
+            _draw_bands(axes, np.arange(bands.shape[1]), bands, bands[2], data, number)
         axes.set_xlabel("updates so far")
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -96,6 +94,15 @@ def _curve_chart(comparison: Comparison, name: str, title: str, label: str) -> C
     header = ["data", "10%", "25%", "median", "75%", "90%"]
     caption = "Line: median over samples; bands: the middle 50% and 80%."
     return draw_chart(f"curve-{name}", draw, PageTable(title, header, rows, caption))
+
+
+def _draw_bands(
+    axes: Any, places: np.ndarray, bands: np.ndarray, line: np.ndarray, label: str, number: int
+) -> None:
+    """A line, and the bands between the outer and the inner of five quantiles ``(5, places)``."""
+    axes.plot(places, line, marker="", label=_SHOWN + label)
+    for low, high, alpha in ((0, 4, 0.12), (1, 3, 0.2)):
+        axes.fill_between(places, bands[low], bands[high], color=f"C{number}", alpha=alpha, lw=0)
 
 
 def _binned_chart(
@@ -157,6 +164,51 @@ def _score_chart(comparison: Comparison, score: str, title: str, caption: str) -
     # All zeros would be an empty picture; the table says so.
     values = values.loc[:, (values > 0).any()].dropna(how="all")
     return _bar_chart(score, title, caption, values, ["data", "method", heading], 1, errors)
+
+
+def _strength_chart(comparison: Comparison, place: int) -> Chart | None:
+    """What adaptive decoders chose, by token position: mean and quantiles over the samples."""
+    found = {}
+    for variant, answers in comparison.groups[place].items():
+        strengths = pd.DataFrame([record.get("strengths") or [] for record in answers["record"]], dtype=float)
+        # Positions that only a few answers reach would be noise; with few samples they are all there is.
+        reached = strengths.count()
+        strengths = strengths.loc[:, reached >= min(_LEAST_OF_BIN, max(reached, default=1), len(strengths))]
+        if strengths.size:
+            found[variant] = strengths
+    if not found:
+        return None
+    header = ["method", "token", "mean", "10%", "25%", "median", "75%", "90%", "samples"]
+    quantiles = {variant: one.quantile([0.1, 0.25, 0.5, 0.75, 0.9]) for variant, one in found.items()}
+
+    def draw(axes: Any) -> None:
+        for number, (variant, one) in enumerate(found.items()):
+            places = one.columns.to_numpy() + 1
+            _draw_bands(axes, places, quantiles[variant].to_numpy(), one.mean().to_numpy(), variant, number)
+        axes.set_xlabel("token of the answer")
+        axes.set_ylabel("strength")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    rows = [
+        [
+            variant,
+            position + 1,
+            f"{one[position].mean():.4f}",
+            *(f"{value:.4f}" for value in quantiles[variant][position]),
+            int(one[position].count()),
+        ]
+        for variant, one in found.items()
+        for position in one
+    ]
+    data = f", {comparison.datasets[place].label}" if len(comparison.tasks) > 1 else ""
+    caption = (
+        "What the decoder chose, token by token. adacad, adacd: the strength of the contrast; coiecd: the "
+        "probability of the tokens that are contrasted; cocoa: the weight of the context; ck-plug: that of "
+        "the model's own knowledge, where the context made it less sure. Line: mean over samples; bands: the "
+        "middle 50% and 80%."
+    )
+    table = PageTable(f"Strength by token{data}", header, rows, caption)
+    return draw_chart(f"strength-{place}", draw, table)
 
 
 def _layer_chart(comparison: Comparison, place: int) -> Chart | None:

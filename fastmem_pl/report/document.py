@@ -134,7 +134,11 @@ def _run_table(runs: Sequence[ReportRun]) -> PageTable:
     for run in runs:
         about = [run.model, run.identity["data"].get("task", ""), run.answered, run.precision or NONE]
         values = [run.settings.get(name, NONE) for name in _SETTINGS]
-        settings = [f"{value:g}" if isinstance(value, (int, float)) else value for value in values]
+        # What was left open is the decoder's own value.
+        settings = [
+            f"{value:g}" if isinstance(value, (int, float)) else "own" if value is None else value
+            for value in values
+        ]
         rows.append([run.label, *about, *settings])
     header = ["run", "model", "task", "samples", "precision", *(name.replace("_", " ") for name in _SETTINGS)]
     return PageTable("Runs and settings", header, rows, "All settings: config.yaml in each run folder.")

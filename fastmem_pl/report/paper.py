@@ -8,14 +8,11 @@ from typing import Any
 import yaml
 
 from fastmem_pl.base.configs import packaged_configs
-from fastmem_pl.decoding.methods import METHODS
-from fastmem_pl.decoding.settings import DecodingSettings
+from fastmem_pl.decoding import DECODERS, METHODS, DecodingSettings, decoders_using
 from fastmem_pl.memory.settings import MemorizationSettings
 from fastmem_pl.report.runs import ReportRun, flat_settings
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
-# Settings of decoding that only some methods look at.
-_OF_DECODER = {"alpha": ("cd", "cad"), "dola_layers": ("dola",), "relative_top": ("dola",)}
 _NO_MATTER = ("seed", "optimizer_state")
 
 
@@ -31,7 +28,14 @@ def published(run: ReportRun, task: str, method: str, score: str) -> float | Non
     if value is None or method not in METHODS or not run.metrics or changed:
         return None
     wanted = _paper_settings(task, method)
-    return value if all(settings.get(key) == wanted[key] for key in wanted) else None
+    # What is left open is the decoder's own value.
+    own = getattr(DECODERS[METHODS[method].decoder], "defaults", {})
+    return value if all(_filled(settings, own, n) == _filled(wanted, own, n) for n in wanted) else None
+
+
+def _filled(settings: Mapping[str, Any], own: Mapping[str, Any], name: str) -> Any:
+    value = settings.get(name)
+    return own.get(name) if value is None else value
 
 
 def _paper_settings(task: str, method: str) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def _paper_settings(task: str, method: str) -> dict[str, Any]:
     used = {"template": True, "template_kwargs": None, "system_prompt": None}
     used |= {"quantization": None, "max_context_tokens": None}
     defaults = {**vars(DecodingSettings()), "stop": []}
-    used |= {n: v for n, v in defaults.items() if decoder in _OF_DECODER.get(n, (decoder,))}
+    used |= {n: v for n, v in defaults.items() if decoder in (decoders_using(n) or [decoder])}
     used |= vars(MemorizationSettings()) if memory else {}
     for name in _NO_MATTER:
         used.pop(name, None)

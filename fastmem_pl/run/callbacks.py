@@ -3,6 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from subprocess import Popen
 from typing import Any
@@ -14,6 +15,7 @@ from torchmetrics import CatMetric
 from tqdm import tqdm
 
 from fastmem_pl.base.errors import TerminatedError
+from fastmem_pl.base.progress import watched
 from fastmem_pl.decoding import BASELINE
 from fastmem_pl.metrics import SCORES, estimate, paired
 from fastmem_pl.run.folder import RunFolder
@@ -121,14 +123,21 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class SampleProgress(ProgressBar):
-    """Shows samples done, rate and time left; samples of an earlier, killed run count as done."""
+    """Shows samples done, rate and time left; samples of an earlier, killed run count as done.
+
+    Within a batch it advances by parts of samples, as a batch may take minutes: every pass over it, be it
+    memorizing or a method's answers, counts the same.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         # Returns the samples that are done, where other processes do some of them.
         self.count: Callable[[], int] | None = None
         self._bar: tqdm | None = None
+        self._watching = ExitStack()
         self._enabled = True
+        # Of the batch in work: samples done before it, its own, the passes over it, those that have begun.
+        self._before, self._samples, self._passes, self._begun = 0, 0, 0, 0
 
     def disable(self) -> None:
         """Show nothing (Lightning calls this on ranks other than 0)."""
@@ -141,25 +150,51 @@ class SampleProgress(ProgressBar):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         data = trainer.datamodule
+        self._before = self.count() if self.count else len(data.samples) - len(data.remaining)
         self._bar = tqdm(
             total=len(data.samples),
-            initial=self.count() if self.count else len(data.samples) - len(data.remaining),
+            initial=self._before,
             desc=pl_module.mode,
             unit="sample",
             disable=not self._enabled,
             # In a log file, one line now and then.
             mininterval=0.1 if sys.stderr.isatty() else 15,
+            # Else steps that are shorter than the last batch would not be shown.
+            miniters=0,
+            # tqdm's own, without the digits of a part of a sample.
+            bar_format="{l_bar}{bar}| {n:.7g}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
             dynamic_ncols=True,
         )
+        self._watching.enter_context(watched(self._within_batch))
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any
+    ) -> None:
+        """Begin to count the steps of a batch."""
+        # A search has another number of passes for every sample: the bar shows the steps alone then.
+        self._samples, self._passes, self._begun = len(batch), getattr(pl_module, "num_passes", 0), 0
+
+    def _within_batch(self, what: str, done: int, total: int) -> None:
+        self._begun += done == 1
+        # Answers may end early, and a batch that does not fit is tried again in halves.
+        part = min(1.0, (self._begun - 1 + done / total) / self._passes) if self._passes else 0.0
+        self._bar.set_postfix_str(f"{what} {done}/{total}", refresh=False)
+        self._move_to(round(self._before + self._samples * part, 1))
+
+    def _move_to(self, samples: float) -> None:
+        self._bar.update(samples - self._bar.n)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Advance by the samples of the batch."""
-        self._bar.update(self.count() - self._bar.n if self.count else len(batch))
+        self._before = self.count() if self.count else self._before + len(batch)
+        self._bar.set_postfix_str("", refresh=False)
+        self._move_to(self._before)
 
     def on_predict_end(self, *args: Any) -> None:
         """Close the bar; a message stands on its own line then."""
+        self._watching.close()
         if self._bar is not None:
             self._bar.close()
             self._bar = None

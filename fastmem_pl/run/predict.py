@@ -29,6 +29,7 @@ from fastmem_pl.decoding import (
     select_methods,
 )
 from fastmem_pl.memory import MemorizationModule, MemorizationSettings, Memorizer, Memory, MemoryFolder
+from fastmem_pl.memory.advice import warn_of_base_model
 from fastmem_pl.metrics import score_answer
 from fastmem_pl.run import published
 from fastmem_pl.run.batching import MemoryBudget, halved_when_too_large
@@ -45,8 +46,9 @@ class FastMemModule(LightningModule):
 
     Args:
         backbone: the model; its name alone does as well.
-        methods: what to compare on every sample: zero-shot, one-shot, cad, dola, fastmem, fastmem+cd,
-            fastmem+cad, fastmem+dola.
+        methods: what to compare on every sample: zero-shot, one-shot, cad, adacad, coiecd, cocoa, ck-plug,
+            dola, fastmem, fastmem+cd, fastmem+adacd, fastmem+cad, fastmem+adacad, fastmem+coiecd,
+            fastmem+dola.
         memorize: how contexts are memorized.
         decode: how answers are decoded.
         chat: how texts become token sequences.
@@ -121,6 +123,12 @@ class FastMemModule(LightningModule):
                         sample, method, answers[row], encoded[row], seconds, used, row
                     )
         return [records[row, method.name] for row in range(len(batch)) for method in self.methods]
+
+    @property
+    def num_passes(self) -> int:
+        """Passes that a step makes over its batch: memorizing, and an answer by each method."""
+        memorizes = self.mode == "fit" or any(method.memory for method in self.methods)
+        return (memorizes and self.mode != "predict") + (0 if self.mode == "fit" else len(self.methods))
 
     def longest_row(self, batch: Sequence[ContextSample]) -> int:
         """Tokens of a batch's longest row, answer included."""
@@ -296,6 +304,8 @@ class FastMemModule(LightningModule):
         with PhaseMeter(device, calls).detail("load"):
             self.load_backbone(str(trainer.precision), device)
         self.meter.calls = calls
+        if trainer.global_rank == 0 and (self.mode == "fit" or any(method.memory for method in self.methods)):
+            warn_of_base_model(self.backbone)
 
     def load_backbone(self, precision: str, device: torch.device, backbone: Backbone | None = None) -> None:
         """Load the model named in the settings, or keep a given or loaded one that fits.
@@ -315,6 +325,8 @@ class FastMemModule(LightningModule):
                     precision=precision,
                     device=device,
                     num_layers=self.memorization.num_layers,
+                    experts=self.memorization.experts,
+                    max_experts=self.memorization.max_experts,
                     **vars(loading),
                 )
             except (RuntimeError, MemoryError) as error:
@@ -326,6 +338,7 @@ class FastMemModule(LightningModule):
                 ) from error
         # Settings that do not fit the model are refused below, and whoever ends the run clears this.
         self.graphs = GraphPool()
+        backbone = backbone.with_experts(self.memorization.experts, self.memorization.max_experts)
         object.__setattr__(self, "_backbone", backbone.with_chat(self.chat, self.chat_class))
         self.memorizer = Memorizer(self.backbone, self.memorization)
         self.memorizer.module_class = self.memorization_class

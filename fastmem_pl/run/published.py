@@ -7,6 +7,7 @@ place of one part of a :class:`~fastmem_pl.FastMemModule`. Golden traces hold th
 
 from collections import ChainMap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,9 @@ class NormEveryLayer(MemorizationModule):
 
     def hidden(self, batch: MemorizationBatch, deltas: Sequence[Delta], moved: bool) -> Tensor:
         """Hidden states that the losses are computed from, ``(B, T, D)``."""
-        between = self._tail.final_norm if moved else None
-        return self._tail.final_norm(
-            self._tail.residuals(batch.inputs, batch.base, deltas, between=between)[-1]
-        )
+        to_head = partial(self._tail.to_head, inputs=batch.inputs)
+        between = to_head if moved else None
+        return to_head(self._tail.states(batch.inputs, batch.base, deltas, between=between)[-1])
 
 
 class RoundedAdamW(DeltaAdamW):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastmem_pl.base.errors import FastMemError, unknown
 from fastmem_pl.data import TASKS, ContextSample
-from fastmem_pl.decoding import METHODS, Method
+from fastmem_pl.decoding import METHODS, Method, decoders_using
 from fastmem_pl.metrics import METRIC_MODELS, SCORES
 from fastmem_pl.run.predict import FastMemModule
 
@@ -28,8 +28,7 @@ class Axis:
     group: Literal["memorize", "decode"]
     whole: bool = False
     logarithmic: bool = False
-    decoders: tuple[str, ...] = ()  # empty where it concerns all
-    bound: float | None = None  # nothing lies beyond: the best value there asks for no larger search
+    bounds: tuple[float, ...] = ()  # nothing lies beyond: the best value there asks for no larger search
 
     def tidy(self, value: float) -> float:
         """The value in the type that the setting takes."""
@@ -38,14 +37,19 @@ class Axis:
 
 AXES = {
     "learning_rate": Axis("memorize", logarithmic=True),
-    "steps": Axis("memorize", whole=True, logarithmic=True, bound=1),
-    "kl_coeff": Axis("memorize", logarithmic=True, bound=0),
-    "alpha": Axis("decode", decoders=("cd", "cad"), bound=0),
-    "temperature": Axis("decode", bound=0),
-    "top_p": Axis("decode", bound=1),
-    "top_k": Axis("decode", whole=True, bound=0),
+    "steps": Axis("memorize", whole=True, logarithmic=True, bounds=(1,)),
+    "kl_coeff": Axis("memorize", logarithmic=True, bounds=(0,)),
+    "alpha": Axis("decode", bounds=(0,)),
+    "alpha_min": Axis("decode", bounds=(0,)),
+    "temperature": Axis("decode", bounds=(0,)),
+    "top_p": Axis("decode", bounds=(1,)),
+    "top_k": Axis("decode", whole=True, bounds=(0,)),
     "repetition_penalty": Axis("decode"),
-    "relative_top": Axis("decode", decoders=("dola",), bound=1),
+    "relative_top": Axis("decode", bounds=(0, 1)),
+    "entropy_bound": Axis("decode", bounds=(1,)),
+    "renyi_order": Axis("decode"),
+    "gap_weight": Axis("decode", bounds=(0,)),
+    "peak_weight": Axis("decode", bounds=(0,)),
 }
 MEMORY_AXES = tuple(name for name, axis in AXES.items() if axis.group == "memorize")
 
@@ -110,8 +114,9 @@ class SearchSettings:
 
     Args:
         grid: values of each axis; every combination is a point. Axes: learning_rate, steps, kl_coeff, and of
-            the decoder alpha, temperature, top_p, top_k, repetition_penalty, relative_top. What has no axis
-            keeps its value under model.
+            the decoder temperature, top_p, top_k, repetition_penalty and those of its own: alpha, alpha_min,
+            relative_top, entropy_bound, renyi_order, gap_weight, peak_weight. What has no axis keeps its
+            value under model.
         objective: score to judge by: accuracy, contained, exact_match, f1, format_failure, original, rouge1,
             rouge2, rougeL, rougeLsum, bert_precision or factkb.
         every: search on every fifth (5) sample of the data, so that the others remain to test on.
@@ -178,7 +183,7 @@ class SearchSettings:
     def _check_axis(self, name: str, model: FastMemModule, where: str) -> None:
         if name not in AXES:
             raise unknown(where, name, AXES)
-        method, concerned = self.chosen_method(), AXES[name].decoders
+        method, concerned = self.chosen_method(), decoders_using(name)
         if concerned and method.decoder not in concerned:
             raise FastMemError(
                 f"{where}: {method.name!r} does not depend on {name}; leave it out, or set a search.method "

@@ -162,7 +162,7 @@ def _end_warning(
     scale = math.log if ranges and values[2] else float
     share = (scale(best) - scale(low)) / (scale(high) - scale(low))
     bound, end, further = (low, "lower", "smaller") if share < 0.5 else (high, "upper", "larger")
-    if near < share < 1 - near or bound == AXES[name].bound:
+    if near < share < 1 - near or bound in AXES[name].bounds:
         return None
     return (
         f"the best {name}, {best:g}, is at the {end} end; the optimum may lie beyond {bound:g}: search "

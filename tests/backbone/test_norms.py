@@ -55,7 +55,8 @@ def test_bfloat16_is_as_exact_as_the_models_own(make_tiny, family):
     assert errors[0] <= 1.01 * errors[1]
     with torch.no_grad():
         original.weight.add_(70.0)
-    torch.testing.assert_close(fused(original)(x), original(x), rtol=0.01, atol=0.01)
+    # Two steps of bfloat16; one was measured.
+    torch.testing.assert_close(fused(original)(x), original(x), rtol=0.016, atol=0.01)
 
 
 def test_found_whatever_the_default_type_is(make_tiny):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmem_pl import Backbone, FastMemError, Memorizer, answer
 from fastmem_pl.backbone import quantization
-from fastmem_pl.backbone.families import is_quantized
+from fastmem_pl.backbone.anatomy import is_quantized
 from fastmem_pl.export import to_checkpoint, to_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -264,8 +264,9 @@ def test_rows_that_four_bits_would_be_read_wrongly_of_stay_plain(folder, tmp_pat
 
 def test_blocks_that_gradients_run_through_are_plain_where_products_have_none(folder):
     pytest.importorskip("torchao")
-    config = AutoConfig.from_pretrained(folder(hidden_size=128))
-    options = quantization.loading_options("torchao-int4", config, torch.bfloat16, 2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder(hidden_size=128)))
+    options = quantization.loading_options("torchao-int4", model, torch.bfloat16, 2)
     plain = options["quantization_config"].modules_to_not_convert
     attention = {f"model.layers.2.self_attn.{part}_proj" for part in "qkvo"}
     assert attention < set(plain)

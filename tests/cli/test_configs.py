@@ -141,7 +141,7 @@ xsum+cd xsum: {kl_coeff: 1}
 dola cad: {methods: [cad]}
 cad,dola: {methods: [dola]}
 base mine.yaml,xsum: {alpha: 0.25, kl_coeff: 1, steps: 7}
-mine.yaml base: {alpha: 0.5, steps: 10, system_prompt: Hi}
+mine.yaml base: {alpha: null, steps: 10, system_prompt: Hi}
 base,llama3-8b,xsum,fastmem+cd,kl.yaml: {kl_coeff: 0.05}
 --model.memorize.kl_coeff=0.07 base,llama3-8b,xsum,fastmem+cd,kl.yaml: {kl_coeff: 0.07}
 base,./xsum.yaml,fastmem+cd: {task: xsum, kl_coeff: 0.1}

@@ -111,7 +111,7 @@ def test_a_model_with_damaged_weights_is_refused(refused_small, tmp_path):
 
 def test_the_installed_command_says_one_line_too(small, tmp_path):
     command = [FASTMEM, "fit-predict", *small, "--model.memorize.num_layers", "9"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(r"fastmem: error: .*\n", done.stderr)

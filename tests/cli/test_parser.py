@@ -1,5 +1,6 @@
 """Functions as commands: options, flags, lists and words as users write them; help that states the truth."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -114,7 +115,18 @@ def test_help(capsys, command):
     if command in ("fit-predict", "search"):
         others = ("model.methods", "data.task", "run_dir")
         assert out.index("\n  --trainer.devices") > max(out.index(f"\n  --{name}") for name in others)
+        # What people set comes within a screen or two, and what Lightning has for all programs is one line.
+        assert out[: out.index("\n  --model.methods")].count("\n") < 70
+        assert "--trainer.max_epochs" not in out
+        assert re.search(rf"\d+ more options .*: fastmem {command} --help\s+lightning\n$", out)
     assert [word for word in WORDS.get(command, ()) if word not in out] == []
+
+
+def test_help_of_lightning(capsys):
+    assert main(["fit-predict", "--help", "lightning"]) == 0
+    out = capsys.readouterr().out
+    assert "--trainer.max_epochs" in out
+    assert "more options are" not in out
 
 
 def test_help_is_a_command_too(capsys):

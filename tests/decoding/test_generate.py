@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("greedy", {}),
         ("cd", {}),
         ("cd", {"alpha": 3.0}),
+        ("adacd", {"alpha": 20.0, "alpha_min": 0.1}),
         ("dola", {"dola_layers": (0, 2), "relative_top": 0.01}),
     ],
     ids=str,

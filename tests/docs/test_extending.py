@@ -8,8 +8,6 @@ from pathlib import Path
 
 from runs import metrics_of, read
 
-from fastmem_pl.backbone import families
-
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
 
@@ -30,7 +28,7 @@ def test_the_script_runs_its_own_task_method_and_score(tmp_path, tiny_folder):
     options = {"model.backbone": tiny_folder, "model.decode.max_new_tokens": 4, "trainer.accelerator": "cpu"}
     arguments += [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, *arguments, "--run_dir", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = read(tmp_path / "run")
     assert {record["method"] for record in records} == {"zero-shot", "fastmem", "fastmem+pcd"}
@@ -40,15 +38,7 @@ def test_the_script_runs_its_own_task_method_and_score(tmp_path, tiny_folder):
     assert "brief" in metrics_of(tmp_path / "run", "fastmem+pcd")
 
 
-def test_a_family_is_a_row(demo, monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES)
-    (snippet,) = blocks("python")
-    found = {}
-    exec(compile(snippet, "extending.md", "exec"), found)
-    assert found["backbone"].anatomy.family.name == "plain"
-
-
 def test_every_block_is_run():
     titled = re.findall(r"^```\w+ title=\"([^\"]+)\"$", PAGE, re.MULTILINE)
     assert set(titled) == {"my_fastmem.py", "my_tasks.yaml", "letters.jsonl"}
-    assert len(re.findall(r"^```\w+", PAGE, re.MULTILINE)) == len(titled) + 2
+    assert len(re.findall(r"^```\w+", PAGE, re.MULTILINE)) == len(titled) + 1

@@ -259,7 +259,7 @@ def test_generate_uses_a_memory(contexts, precision):
         attached = backbone.model.generate(ids, **options)
     assert not torch.equal(attached, base)
     assert torch.equal(backbone.model.generate(ids, **options), base)
-    for decoder in ("greedy", "cd", "dola"):
+    for decoder in ("greedy", "cd", "adacd", "dola"):
         made = generator(backbone, memory, decoder)
         found = backbone.model.generate(ids, custom_generate=made, **options)
         penalty = {"repetition_penalty": 1.0}

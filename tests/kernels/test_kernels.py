@@ -158,7 +158,7 @@ tiles = {False: {"BLOCK_M": 64, "BLOCK_N": 64}, True: {"BLOCK_M": 1, "BLOCK_N": 
 for state in (b, f):
     for stored, tile in tiles.items():
         for first, last in ((True, False), (False, True)):
-            types = [state, state, f, b, b, b, f, f, *[i] * 5, *[x] * 6]
+            types = [state, state, f, b, b, b, f, f, *[i] * 6, *[x] * 6]
             constants = {"STORED": stored, "FIRST": first, "LAST": last, "GROUP": 4, "BLOCK_T": 32}
             compile(adamw._factored_adamw, types, **constants, **tile)
 compile(gate._forward, [b] * 6 + [i], BLOCK=1024)

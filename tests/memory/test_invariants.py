@@ -59,8 +59,8 @@ def test_deltas_are_nearer_to_float64_than_edited_float32_weights_which_rounded_
         base = tiny.tail().ffns[0].base_weights[name]
         assert torch.equal((base + rounded[name]) - base, rounded[name])
         assert (rounded[name][0] - by_float32).norm() < 0.5 * (ours[name][0] - by_float32).norm()
-        # Measured: 2.1e-6 for gate, less for the others, with one thread as with two.
-        assert ours[name][0].norm().item() == pytest.approx(wanted.norm().item(), rel=3e-6)
+        # Measured, with one thread as with two: 2.1e-6 for gate, less for the others; edited weights 4e-4.
+        assert ours[name][0].norm().item() == pytest.approx(wanted.norm().item(), rel=2e-5)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])

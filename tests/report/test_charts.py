@@ -140,6 +140,24 @@ def test_layers_of_dola_are_shares_of_tokens(charts, two_methods):
     assert rows(found["layers-0"]) == [["dola", "16", "25.0"], ["dola", "18", "75.0"], ["dola", "20", "0.0"]]
 
 
+def test_strengths_have_mean_and_quantiles_by_token(charts, two_methods):
+    for record in two_methods:
+        if record["method"] == "fastmem":
+            # Answers end early, and a step may have chosen nothing.
+            tail = [0.5] if record["index"] < 5 else [None] if record["index"] < 8 else []
+            record |= {"method": "fastmem+adacd", "strengths": [record["index"] / 10, *tail]}
+    found = charts(methods=["zero-shot", "fastmem+adacd"])
+    first, second = rows(found["strength-0"])
+    quantiles = ["0.1100", "0.2750", "0.5500", "0.8250", "0.9900"]
+    assert first == ["fastmem+adacd", "1", "0.5500", *quantiles, "12"]
+    assert second == ["fastmem+adacd", "2", *["0.5000"] * 6, "5"]
+    for record in two_methods:
+        if record["index"] > 2:
+            record.pop("strengths", None)
+    few = rows(charts(name="few", methods=["zero-shot", "fastmem+adacd"])["strength-0"])
+    assert [row[-1] for row in few] == ["3", "3"]
+
+
 def test_pictures_take_the_colours_of_the_page_and_repeat_themselves(charts):
     first = charts()
     again = charts(name="again/run")

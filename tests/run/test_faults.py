@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,29 @@ def jobs(tmp_path, shared_jobs):
 
 
 @pytest.fixture
-def quick_observer(monkeypatch):
-    """Let Lightning look more often whether the processes that it started are alive."""
+def quick_observer(monkeypatch, tmp_path):
+    """Let Lightning look more often whether the processes that it started are alive.
+
+    Gives what waits until it has looked once more, or will not look again.
+    """
+    looks, look = tmp_path / "looks", _ChildProcessObserver._run
+    looks.touch()
+
+    def noted(self):
+        ended = look(self)
+        with open(looks, "a") as file:
+            file.write("!" if ended else ".")
+        return ended
+
     monkeypatch.setattr(_ChildProcessObserver.__init__, "__defaults__", (0.1,))
+    monkeypatch.setattr(_ChildProcessObserver, "_run", noted)
+
+    def looked(job):
+        before = len(looks.read_text())
+        # One look may have begun already.
+        until(lambda: "!" in looks.read_text() or len(looks.read_text()) >= before + 2, job)
+
+    return looked
 
 
 def at_second_batch(jobs, world=1, launcher="torchrun", run_dir="run", **options):
@@ -188,8 +207,7 @@ def test_sigterm_to_the_process_that_started_the_other(jobs, alone, quick_observ
     until(lambda: len(kept(jobs.root / "run")) == METHODS * 3, job)
     if slower == 0:
         until(lambda: not running(child), job)
-    # Several times as long as Lightning takes to notice that a process has ended.
-    time.sleep(0.5)
+    quick_observer(job)
     gate.open(f"{slower}-1")
     finish([job], 143)
     assert not running(child)

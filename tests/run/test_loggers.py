@@ -17,7 +17,7 @@ from fastmem_pl import FastMemError, FastMemTrainer
 from fastmem_pl.memory import MemoryFolder
 from fastmem_pl.run.loggers import RunLogging, select_loggers
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, STEPS = 5, 2
 CURVE = ("cross_entropy", "kl", "grad_norm")
 ROWS = STEPS + 1

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from conftest import SHARED, make_model
-from decodes import END, TEXTS, plain_ids, plain_memorize, plain_prompt, plain_scores
+from decodes import ADAPTIVE, END, TEXTS, plain_ids, plain_memorize, plain_prompt, plain_scores
 from rouge_score.rouge_scorer import RougeScorer
 from runs import ALL_METHODS, QA, RECORDS, ROUGE, SUMMARY_TASKS, TASKS, ids_of, metrics_of, shown
 
@@ -36,6 +36,8 @@ def check_records(records, task, count, n):
         assert all(record["references"])
         assert set(record["scores"]) - {"original"} == scores
         assert all(0 <= value <= 1 for value in record["scores"].values())
+        adaptive = record["method"].split("+")[-1] in ADAPTIVE
+        assert len(record.get("strengths", ())) == adaptive * len(record["token_ids"])
         histogram = record.get("dola_layers", {"none": len(record["token_ids"])})
         assert ("none" not in histogram) == ("dola" in record["method"])
         assert sum(histogram.values()) == len(record["token_ids"])

@@ -17,7 +17,7 @@ from fastmem_pl.base.phases import PhaseCall, PhaseMeter
 from fastmem_pl.report.runs import read_profile
 from fastmem_pl.run.profile import PHASES, Measured, RunProfile, summarize
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, STEPS, NEW_TOKENS = 5, 2, 4
 WORKED = ("trunk", "memorize", "prefill", "decode", "scoring")
 

@@ -96,6 +96,8 @@ def test_fewer_steps_are_a_prefix_of_more(searches: Searches) -> None:
         ("fastmem", {"temperature": [0.0, 1.3], "repetition_penalty": [1.5, 1.0]}, {"seed": 3}),
         ("fastmem", {"top_k": [3, 0], "top_p": [1.0, 0.6]}, {"temperature": 1.5, "seed": 4}),
         ("fastmem+dola", {"relative_top": [0.9, 0.01]}, {}),
+        ("fastmem+adacad", {"alpha": [1.0, 9.0], "alpha_min": [0.0, 2.0]}, {}),
+        ("fastmem+coiecd", {"entropy_bound": [0.9, 0.05], "relative_top": [0.0, 1.0]}, {}),
         ("fastmem+cad", {"alpha": [0.2, 2.0]}, {"num_layers": 2}),
         ("fastmem+cd", {"steps": [6, 3], "alpha": [1.0, 0, 0.5]}, {}),
     ],
@@ -229,7 +231,10 @@ BAD = """
 {top_p: [0]} --model.decode.temperature 1 | top_p | 0
 {top_k: [-1]} --model.decode.temperature 1 | top_k | -1
 {relative_top: [2]} --search.method fastmem+dola | relative_top | 2
-{alpha: [0.5, 1]} --search.method fastmem+dola | alpha | fastmem+dola
+{alpha: [0.5, 1]} --search.method fastmem+dola | alpha | fastmem+dola | one of: cd, cad, adacad, adacd, coiecd
+{alpha_min: [0.1]} --search.method fastmem+cd | alpha_min | fastmem+cd | one of: adacad, adacd
+{renyi_order: [0.4]} --search.method fastmem+adacad | renyi_order | one of: cocoa
+{entropy_bound: [0.5, 0]} --search.method fastmem+coiecd | entropy_bound | 0 | above 0, at most 1
 {steps: [2]} --search.objective acuracy | acuracy | did you mean 'accuracy'
 {steps: [2]} --search.objective rougeL | rougeL | nqswap | accuracy
 {steps: [2]} --search.objective accuracy --data.task summary --data.path articles.jsonl | accuracy | summary | rougeL

@@ -172,6 +172,8 @@ def test_nothing_to_rank_is_told_in_one_line(records):
         ("top_p", [0.9, 1.0], 1.0, None),
         ("top_k", [0, 40], 0, None),
         ("relative_top", [0.1, 1.0], 1.0, None),
+        ("relative_top", [0.0, 0.1], 0.0, None),
+        ("relative_top", [0.1, 0.5], 0.5, "0.5, is at the upper end"),
         ("repetition_penalty", [1.0, 1.2], 1.0, "1, is at the lower end"),
     ],
 )

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import statistics
-import subprocess
-import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -17,7 +13,7 @@ import pytest
 import yaml
 from conftest import make_module
 from ranks import fork_ranks
-from runs import FASTMEM, SUMMARIES, files, options, read, refuse_constant, write
+from runs import SUMMARIES, files, options, read, refuse_constant, run_until_killed, write
 from search_runs import (
     AXES,
     DATA,
@@ -246,15 +242,10 @@ def test_a_killed_search_goes_on(searches: Searches, tmp_path: Path) -> None:
     settings = {"search__every": 1, "max_new_tokens": 12}
     folder = tmp_path / "run"
     given = ["search", *searches.arguments(search__grid=SMALL, **settings), "--run_dir", str(folder)]
-    process = subprocess.Popen([FASTMEM, *given], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run_until_killed(1, given)
     predictions = folder / "predictions.jsonl"
-    while not predictions.exists() or predictions.read_bytes().count(b"\n") < 9:
-        assert process.poll() is None, "the search ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    written = [line for line in predictions.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    assert len(written) < 12 * 9, "killed too late"
+    written = predictions.read_bytes().splitlines(keepends=True)
+    assert 0 < len(written) < 12 * 9
     assert not (folder / "best.yaml").exists()
     searches.search(SMALL, run_dir=folder, **settings)
     assert set(written) <= set(predictions.read_bytes().splitlines(keepends=True))
