@@ -257,6 +257,13 @@ TOWERS = {
         },
         "vision_config": TOWER,
     },
+    "llama4": {
+        "text_config": {**LANGUAGE, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64},
+        "vision_config": {
+            **{**VISION, "image_size": 28, "patch_size": 14, "vision_output_dim": 16},
+            **{"projector_input_dim": 16, "projector_output_dim": 16},
+        },
+    },
     "llava": {
         "text_config": {**LANGUAGE, "model_type": "llama"},
         "vision_config": {**VISION, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},

@@ -150,12 +150,16 @@ llama3-70b --model.backbone.source=x/y: {source: x/y, device_map: auto}
 llama3-70b short.yaml: {source: x/y, device_map: auto}
 llama3-70b long.yaml: {source: x/y, device_map: auto}
 demo: {run_dir: runs/demo, path: demo, limit: null}
+thinking.yaml: {template_kwargs: {enable_thinking: false, reasoning_effort: low}, revision: v1}
+'thinking.yaml --model.chat.template_kwargs={"a":true}': {template_kwargs: {a: true}}
 """
 OWN_FILES = {
     "mine": "model: {decode: {alpha: 0.25}, memorize: {steps: 7, kl_coeff: 5.0}, chat: {system_prompt: Hi}}\n",
     "kl": "model: {memorize: {kl_coeff: 5e-2}}\ndata:\n",
     "xsum": "data: {task: xsum}",
     "short": "model: {backbone: x/y}",
+    "thinking": "model: {chat: {template_kwargs: {enable_thinking: false, reasoning_effort: low}}, "
+    "backbone: {source: x/y, revision: v1}}",
     "long": "model: {backbone: {source: x/y}}",
 }
 
