@@ -6,6 +6,7 @@ settings for the template ask for stay.
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +180,9 @@ def unmarked_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
     source = _source(tokenizer)
+    with suppress(FastMemError):
+        # Tokens that it puts together, such as '<|' + role + '|>'.
+        source += ChatTemplate(tokenizer).render(_USER, _ASSISTANT)
     # A template may write one of a pair only, as DeepSeek R1's opens a thinking part.
     return [t for t in added if _MARKUP.fullmatch(t) and (t in source or t.replace("</", "<", 1) in source)]
 

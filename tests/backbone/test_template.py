@@ -342,6 +342,16 @@ def test_data_is_never_a_control_token(family):
         assert not controls & {*body}
 
 
+def test_unmarked_tokens_that_a_template_puts_together():
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    tokenizer = build(template, unmarked=("<|user|>", "<|assistant|>", "<table>"))
+    user, table = tokenizer.convert_tokens_to_ids(["<|user|>", "<table>"])
+    found = ChatEncoder(tokenizer).prompt("a <|user|> b <table>")
+    assert found.count(user) == 1
+    # What is no markup of the template is text of one token, as in training.
+    assert found.count(table) == 1
+
+
 def test_answers_end_where_a_turn_does(family, tiny):
     tokenizer = tokenizer_of(family)
     backbone = Backbone(tiny.model, tokenizer).with_chat(ChatSettings(template_kwargs=family.kwargs or None))
