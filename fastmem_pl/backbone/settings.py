@@ -25,6 +25,11 @@ class BackboneSettings:
         tp_plan: "auto" shards every matrix of the trunk over the processes of torchrun or trainer.devices,
             which then work on the same batch.
         trust_remote_code: run model code that comes with a checkpoint. Off unless you trust its source.
+        revision: branch, tag or commit of a Hub repository, for its model, config and tokenizer; the newest
+            of its main branch by default. A commit makes a run repeatable.
+        subfolder: folder of a repository, or of a local folder, that holds model, config and tokenizer.
+        attn_implementation: how transformers computes attention: eager, sdpa, flash_attention_2 and others;
+            by default its own choice for the model.
     """
 
     source: str = "demo"
@@ -32,6 +37,9 @@ class BackboneSettings:
     device_map: str | dict[str, str | int] | None = None
     tp_plan: str | None = None
     trust_remote_code: bool = False
+    revision: str | None = None
+    subfolder: str | None = None
+    attn_implementation: str | None = None
 
     @classmethod
     def of(cls, given: Self | str | Mapping[str, Any]) -> Self:

@@ -42,7 +42,9 @@ def converted_folder(gguf_file: Path) -> Path:
     return cache_dir() / f"{gguf_file.stem}-{digest}"
 
 
-def cache_first(source: str, load: Callable[[bool], T]) -> T:
+def cache_first(
+    source: str, load: Callable[[bool], T], revision: str | None = None, subfolder: str = ""
+) -> T:
     """Call ``load(local_files_only)`` for a folder or what is in the Hub's cache, else with the Hub.
 
     Without a network the Hub's client would retry for most of a minute before it gives up; here an OSError
@@ -52,43 +54,48 @@ def cache_first(source: str, load: Callable[[bool], T]) -> T:
 
     if Path(source).is_dir():
         return load(True)
+    shown = f"{source!r}" + (f" (revision {revision!r})" if revision else "")
     state = "is not in the Hub cache"
-    if _in_cache(source):
+    if _in_cache(source, revision, subfolder):
         try:
             return load(True)
         except (OSError, ValueError) as error:
             # Some of its files may be still to be fetched.
             state = f"cannot be loaded from the Hub cache ({one_line(error)})"
     if constants.HF_HUB_OFFLINE:
-        raise OSError(f"{source!r} {state}, and HF_HUB_OFFLINE forbids to fetch it")
+        raise OSError(f"{shown} {state}, and HF_HUB_OFFLINE forbids to fetch it")
     if not _hub_answers():
-        raise OSError(f"{source!r} {state}, and {constants.ENDPOINT} does not answer")
+        raise OSError(f"{shown} {state}, and {constants.ENDPOINT} does not answer")
     return load(False)
 
 
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer from a folder or the Hub; an OSError where there are no files of one."""
+def load_tokenizer(source: str, trust_remote_code: bool = False, **place: str) -> Any:
+    """Load a tokenizer from a folder or the Hub; an OSError where there are no files of one.
+
+    ``place`` may state ``revision`` and ``subfolder`` of a Hub repository.
+    """
     from transformers import AutoTokenizer
 
     def load(local_files_only: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+            source, trust_remote_code=trust_remote_code, local_files_only=local_files_only, **place
         )
         # Without files, transformers makes one up from the model's config, with special tokens and no words.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise OSError(f"{source!r} has no tokenizer files")
         return tokenizer
 
-    return cache_first(source, load)
+    return cache_first(source, load, **place)
 
 
-def _in_cache(source: str) -> bool:
+def _in_cache(source: str, revision: str | None = None, subfolder: str = "") -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    folder = f"{subfolder}/" if subfolder else ""
     try:
         return any(
-            isinstance(try_to_load_from_cache(source, name), str)
+            isinstance(try_to_load_from_cache(source, f"{folder}{name}", revision=revision), str)
             for name in ("config.json", "tokenizer_config.json", "tokenizer.json")
         )
     except HFValidationError as error:

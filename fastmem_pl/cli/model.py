@@ -3,13 +3,13 @@
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
-from fastmem_pl import Backbone, ChatSettings, FastMemModule
+from fastmem_pl import Backbone, BackboneSettings, ChatSettings, FastMemModule
 from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.base.outside import as_text, read_bytes
 from fastmem_pl.cli.configs import read_configs
@@ -30,6 +30,9 @@ class ModelOptions:
             memorized.
         device_map: lay the model out over all GPUs: auto, balanced or sequential.
         trust_remote_code: run code that comes with the checkpoint.
+        revision: branch, tag or commit of a Hub repository.
+        subfolder: folder of the repository, or of a local folder, that holds the model.
+        attn_implementation: eager, sdpa, flash_attention_2 and others; by default transformers' choice.
     """
 
     model: str | None = None
@@ -39,6 +42,9 @@ class ModelOptions:
     quantization: Literal["bnb-4bit", "bnb-8bit", "torchao-int4", "torchao-int8"] | None = None
     device_map: str | None = None
     trust_remote_code: bool = False
+    revision: str | None = None
+    subfolder: str | None = None
+    attn_implementation: str | None = None
 
     @cached_property
     def settings(self) -> Any:
@@ -50,8 +56,9 @@ class ModelOptions:
         found = configs.settings.get("model", {})
         if not self.config:
             found = {"memorize": found["memorize"]}
-        given = {name: getattr(self, name) for name in ("quantization", "device_map", "trust_remote_code")}
-        given = {name: value for name, value in {"source": self.model, **given}.items() if value}
+        names = {field.name for field in fields(BackboneSettings)} & {field.name for field in fields(self)}
+        given = {"source": self.model, **{name: getattr(self, name) for name in names}}
+        given = {name: value for name, value in given.items() if value}
         found["backbone"] = {**found.get("backbone", {}), **given}
         parser = OneLineParser()
         parser.add_class_arguments(FastMemModule, "model")

@@ -64,6 +64,7 @@ def to_lora(
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=backbone.public_name,
+        revision=backbone.revision,
         inference_mode=True,
         r=rank,
         # PEFT scales by alpha / r.

@@ -41,7 +41,8 @@ def _filled(settings: Mapping[str, Any], own: Mapping[str, Any], name: str) -> A
 def _paper_settings(task: str, method: str) -> dict[str, Any]:
     """Settings that a method's answers depend on, as the paper has them."""
     decoder, memory = METHODS[method].decoder, METHODS[method].memory
-    used = {"template": True, "system_prompt": None, "quantization": None, "max_context_tokens": None}
+    used = {"template": True, "template_kwargs": None, "system_prompt": None}
+    used |= {"quantization": None, "max_context_tokens": None}
     defaults = {**vars(DecodingSettings()), "stop": []}
     used |= {n: v for n, v in defaults.items() if decoder in (decoders_using(n) or [decoder])}
     used |= vars(MemorizationSettings()) if memory else {}

@@ -19,7 +19,8 @@ from fastmem_pl.run.profile import FILE, FOLDER
 from fastmem_pl.run.records import Record
 
 _ZERO_SHOT = (
-    *("fingerprint", "quantization", "template", "system_prompt", "max_context_tokens"),
+    *("fingerprint", "quantization", "attn_implementation", "max_context_tokens"),
+    *("template", "template_kwargs", "system_prompt"),
     *("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
     "answer_quirks",
 )

@@ -11,6 +11,8 @@ from fastmem_pl.run.predict import FastMemModule
 
 # What no answer depends on.
 _DATA_FREE = {"batch_size", "max_batch_tokens", "path", "_instantiator"}
+# Of the model's settings, those that its answers depend on.
+_BACKBONE = ("source", "quantization", "revision", "subfolder", "attn_implementation")
 
 
 def settings_of(model: FastMemModule) -> dict[str, Any]:
@@ -43,9 +45,9 @@ def identity_of(
 def model_identity(model: FastMemModule, answers: bool) -> dict[str, Any]:
     """The model's part of :func:`identity_of`."""
     settings: dict[str, Any] = {
-        "backbone": {"source": model.loading.source, "quantization": model.loading.quantization},
+        "backbone": {name: getattr(model.loading, name) for name in _BACKBONE},
         "memorize": _plain(model.memorization),
-        "chat": {"template": model.chat.template},
+        "chat": {"template": model.chat.template, "template_kwargs": model.chat.template_kwargs},
         "published_quirks": model.memory_quirks,
     }
     if answers:

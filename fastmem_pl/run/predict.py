@@ -322,16 +322,12 @@ class FastMemModule(LightningModule):
         ):
             try:
                 backbone = Backbone.load(
-                    loading.source,
-                    precision,
-                    device,
-                    loading.trust_remote_code,
-                    quantization=loading.quantization,
-                    device_map=loading.device_map,
-                    tp_plan=loading.tp_plan,
+                    precision=precision,
+                    device=device,
                     num_layers=self.memorization.num_layers,
                     experts=self.memorization.experts,
                     max_experts=self.memorization.max_experts,
+                    **vars(loading),
                 )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -5,7 +5,7 @@ from conftest import CHATML, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from fastmem_pl.backbone import ChatEncoder, ChatSettings
-from fastmem_pl.backbone.chat import derive_pieces
+from fastmem_pl.backbone.template import derive_pieces
 from fastmem_pl.base.errors import FastMemError
 
 # Templates of this project's own with the control tokens and the layout of the models that they are named
@@ -171,7 +171,7 @@ def test_sequences(tokenizer):
     ],
 )
 def test_a_template_that_fails_or_does_not_end_is_one_line(template, message):
-    with pytest.raises(FastMemError, match=f"chat template fails .*({message}).*another template or none"):
+    with pytest.raises(FastMemError, match=f"chat template cannot be used.*({message}).*template_kwargs"):
         ChatEncoder(make_tokenizer(template))
 
 

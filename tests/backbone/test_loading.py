@@ -7,9 +7,11 @@ import struct
 
 import pytest
 import torch
+from conftest import make_tokenizer, save_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from fastmem_pl import Backbone, BackboneSettings, FastMemError
+from fastmem_pl import Backbone, BackboneSettings, FastMemError, Memorizer, answer
 from fastmem_pl.backbone import loading
 from fastmem_pl.base.hub import converted_folder
 
@@ -205,6 +207,169 @@ def test_remote_code_is_off_by_default(tiny_folder, monkeypatch):
         with pytest.raises(FastMemError, match=r"cannot load .*: stop here"):
             loading.load_model(BackboneSettings(str(tiny_folder), trust_remote_code=wanted))
     assert asked == [False, True]
+
+
+@pytest.fixture
+def hub(tiny_folder, tmp_path, monkeypatch):
+    """A Hub cache of one repository: a branch, a tag, and a model in a subfolder."""
+    repository = tmp_path / "hub" / "models--me--tiny"
+    for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        seed = 1 if revision == "v1" else 0
+        save_model(repository / "snapshots" / commit, seed)
+        save_model(repository / "snapshots" / commit / "step-9", seed + 2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return repository
+
+
+@pytest.mark.parametrize(
+    ("place", "seed"),
+    [
+        ({}, 0),
+        ({"revision": "v1"}, 1),
+        ({"revision": "b" * 40}, 1),
+        ({"subfolder": "step-9"}, 2),
+        ({"subfolder": "step-9", "revision": "v1"}, 3),
+    ],
+)
+def test_revision_and_subfolder_of_a_repository(hub, make_tiny, place, seed):
+    loaded = Backbone.load("me/tiny", **place)
+    assert loaded.fingerprint() == make_tiny(seed=seed).fingerprint()
+    assert loaded.revision == place.get("revision")
+
+
+def test_config_model_and_tokenizer_are_of_one_place(hub, monkeypatch):
+    asked = []
+    for name in ("AutoConfig", "AutoModelForCausalLM"):
+        auto = getattr(loading, name)
+        monkeypatch.setattr(loading, name, noting(auto, asked))
+    monkeypatch.setattr("transformers.AutoTokenizer", noting(AutoTokenizer, asked))
+    Backbone.load("me/tiny", revision="v1", subfolder="step-9")
+    assert asked == [("AutoTokenizer", "v1", "step-9"), ("AutoConfig", "v1", "step-9"),
+                     ("AutoModelForCausalLM", "v1", "step-9")]  # fmt: skip
+
+
+def noting(auto, asked):
+    class Noting:
+        @staticmethod
+        def from_pretrained(*args, **options):
+            asked.append((auto.__name__, options.get("revision"), options.get("subfolder")))
+            return auto.from_pretrained(*args, **options)
+
+    return Noting
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            {"revision": "v2"},
+            r"'me/tiny' \(revision 'v2'\) is not in the Hub cache, and HF_HUB_OFFLINE forbids",
+        ),
+        ({"subfolder": "step-8"}, "'me/tiny' is not in the Hub cache, and HF_HUB_OFFLINE forbids"),
+    ],
+)
+def test_places_that_are_not_in_the_cache(hub, place, message):
+    with pytest.raises(FastMemError, match=message):
+        Backbone.load("me/tiny", **place)
+
+
+def test_subfolder_of_a_local_folder(tmp_path, make_tiny):
+    save_model(tmp_path / "step-9", 2)
+    assert Backbone.load(str(tmp_path), subfolder="step-9").fingerprint() == make_tiny(seed=2).fingerprint()
+    with pytest.raises(FastMemError, match=r"model\.backbone\.subfolder: there is no folder 'step-8' in '/"):
+        Backbone.load(str(tmp_path), subfolder="step-8")
+
+
+def test_what_is_no_repository_has_no_revision(tiny_folder):
+    for source, place in (
+        (str(tiny_folder), "revision"),
+        ("./m.gguf", "revision"),
+        ("./m.gguf", "subfolder"),
+    ):
+        with pytest.raises(
+            FastMemError, match=rf"{place}: '{source}' is no repository of the Hub; leave it out"
+        ):
+            Backbone.load(source, **{place: "v1"})
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_attention_implementation(tiny_folder, tiny, kind):
+    backbone = Backbone.load(str(tiny_folder), attn_implementation=kind)
+    assert backbone.model.config._attn_implementation == kind
+    assert backbone.fingerprint() == tiny.fingerprint()
+
+
+def test_attention_implementation_that_there_is_not(tiny_folder):
+    with pytest.raises(FastMemError, match=r"cannot load .*: .*quick.*eager") as refused:
+        Backbone.load(str(tiny_folder), attn_implementation="quick")
+    assert "\n" not in str(refused.value)
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+LANGUAGE = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{
+        "num_key_value_heads": 2,
+        "vocab_size": 259,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.3,
+    },
+    **{"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257},
+}
+TOWERS = {
+    "gemma3": {
+        "text_config": {**LANGUAGE, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "qwen2_5_vl": {
+        "text_config": {
+            **LANGUAGE,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        "vision_config": TOWER,
+    },
+    "llama4": {
+        "text_config": {**LANGUAGE, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64},
+        "vision_config": {
+            **{**VISION, "image_size": 28, "patch_size": 14, "vision_output_dim": 16},
+            **{"projector_input_dim": 16, "projector_output_dim": 16},
+        },
+    },
+    "llava": {
+        "text_config": {**LANGUAGE, "model_type": "llama"},
+        "vision_config": {**VISION, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_vision_language_model_is_used_through_its_language_model(kind, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **TOWERS[kind])).eval()
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    backbone = Backbone.load(str(tmp_path))
+    assert backbone.num_blocks == 2
+    memory = Memorizer(backbone, learning_rate=3e-3, steps=4)("The tower of Velm is red.")
+    curve = memory.curves[0].cross_entropy
+    assert curve[-1] < curve[0]
+    prompt = backbone.chat.prompt("What is red?")
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :]
+    assert answer(backbone, "What is red?", max_new_tokens=6) == [backbone.chat.decode(expected.tolist())]
+
+
+def test_towers_that_a_language_model_has_not_are_no_fault(altered):
+    more = {
+        "vision_model.layers.0.weight": torch.ones(1),
+        "multi_modal_projector.linear_1.weight": torch.ones(1),
+    }
+    assert Backbone.load(altered(lambda w: w | more)).num_blocks == 3
 
 
 @pytest.mark.demo

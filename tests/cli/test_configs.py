@@ -150,6 +150,8 @@ llama3-70b --model.backbone.source=x/y: {source: x/y, device_map: auto}
 llama3-70b short.yaml: {source: x/y, device_map: auto}
 llama3-70b long.yaml: {source: x/y, device_map: auto}
 demo: {run_dir: runs/demo, path: demo, limit: null}
+thinking.yaml: {template_kwargs: {enable_thinking: false, reasoning_effort: low}, revision: v1}
+'thinking.yaml --model.chat.template_kwargs={"a":true}': {template_kwargs: {a: true}}
 """
 # Each list is nine of the one before.
 BOMB = "a: &a [x, x]\n" + "".join(
@@ -160,6 +162,8 @@ OWN_FILES = {
     "kl": "model: {memorize: {kl_coeff: 5e-2}}\ndata:\n",
     "xsum": "data: {task: xsum}",
     "short": "model: {backbone: x/y}",
+    "thinking": "model: {chat: {template_kwargs: {enable_thinking: false, reasoning_effort: low}}, "
+    "backbone: {source: x/y, revision: v1}}",
     "long": "model: {backbone: {source: x/y}}",
 }
 

@@ -125,6 +125,23 @@ def test_a_memory_serves_whatever_is_asked_of_it(run, data_file):
         run(name="strict", methods=["fastmem"], strict=True)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attn_implementation": "eager"}, r"model\.backbone\.attn_implementation: there None, here 'eager'"),
+        ({"subfolder": "."}, r"model\.backbone\.subfolder: there None, here '\.'"),
+        (
+            {"template_kwargs": {"add_generation": 1}},
+            r"model\.chat\.template_kwargs\.add_generation: there None, here 1",
+        ),
+    ],
+)
+def test_a_run_is_of_one_loading_and_one_template(run, settings, message):
+    run(methods=["zero-shot"])
+    with pytest.raises(FastMemError, match=message):
+        run(methods=["zero-shot"], **settings)
+
+
 def test_settings_of_answers_do_not_shut_a_folder_of_memories(run, tmp_path):
     run("fit", published_quirks=["parse-special-tokens", "round-weights"])
     quirks = ["round-weights", "dola-unlimited", "parse-special-tokens"]
