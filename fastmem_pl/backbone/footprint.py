@@ -46,6 +46,8 @@ class Footprint:
         state = 4 + 8 + size if float32_state else 2 + 2 + 4
         state = state if kernel else 4 + 4 + 8 + size
         decoding = size if device.type == "cuda" else 0  # graphs read the memory from a place of their own
+        # Of routed experts, each sample has those of its own memory, for products and for their decay.
+        state += 2 * size if tail.routed else 0
         kv_cache = num_blocks * trunk_bytes_per_token(tail, config, dtype, kv_shards)[0]
         passes = 8 * size if tail.ffns[0].has_kernel() else 12 * 4
         width, hidden_size = tail.ffns[0].shapes["up"]

@@ -60,6 +60,8 @@ class DecodingSettings:
     peak_weight: float = 5.0
 
     def __post_init__(self) -> None:
+        # Scores divided by less may be infinite.
+        cool = self.temperature == 0
         # What is left open fits.
         penalty, alpha, top = (
             1.0 if value is None else value
@@ -69,7 +71,12 @@ class DecodingSettings:
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
             ("alpha", alpha, 0 <= alpha < math.inf, "0 or above, or null"),
             ("alpha_min", self.alpha_min, 0 <= self.alpha_min < math.inf, "0 or above"),
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or above"),
+            (
+                "temperature",
+                self.temperature,
+                cool or 0.001 <= self.temperature < math.inf,
+                "0, or from 0.001",
+            ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or above"),
             ("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0, or null"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmem_pl import kernels
 from fastmem_pl.backbone import Backbone, Delta
+from fastmem_pl.base.errors import FastMemError
 from fastmem_pl.memory.delta import DeltaAdamW, FFNDelta
 from fastmem_pl.memory.loss import Losses, MemorizationBatch, SoftTargetLoss
 from fastmem_pl.memory.memory import Curve, Memory, joined_settings
@@ -106,6 +107,11 @@ class MemorizationModule(LightningModule):
         """AdamW on the deltas that decays the weights they belong to."""
         weights = [ffn.base_weights for ffn in self._tail.ffns]
         if self._tail.routed:
+            if self._experts is None:
+                raise FastMemError(
+                    "MemorizationModule: the routed experts to train are not chosen; call "
+                    "choose_experts([batch]) before the fit"
+                )
             weights = [self._tail.ffns[0].base_weights(self._experts.squeeze(-1))]
         pairs = [(d[n], base[n]) for d, base in zip(self.deltas, weights, strict=True) for n in d]
         rates, settings = [row.learning_rate for row in self._rows], self.settings

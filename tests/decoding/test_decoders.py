@@ -302,11 +302,14 @@ def test_layers_that_are_none(wanted):
         ("alpha", -1.0, "out of range; allowed: 0 or above, or null"),
         *(
             (name, -1.0, "out of range; allowed: 0 or above")
-            for name in ("alpha_min", "temperature", "gap_weight", "peak_weight")
+            for name in ("alpha_min", "gap_weight", "peak_weight")
         ),
         *(("entropy_bound", value, "out of range; allowed: above 0, at most 1") for value in (0.0, 1.5)),
         *(("renyi_order", value, "out of range; allowed: above 0, below 1") for value in (0.0, 1.0)),
-        ("temperature", float("nan"), "out of range; allowed: 0 or above"),
+        *(
+            ("temperature", value, "out of range; allowed: 0, or from 0.001")
+            for value in (-1.0, 1e-40, float("inf"), float("nan"))
+        ),
         ("seed", -1, "out of range; allowed: 0 or above"),
         *(("top_p", value, "out of range; allowed: above 0, at most 1") for value in (0.0, 1.1)),
         *(("relative_top", value, "out of range; allowed: 0 (all) to 1, or null") for value in (-0.1, 2.0)),
