@@ -173,8 +173,13 @@ class _Middle:
         needed = [
             p for p in signature(self._twin.forward).parameters.values() if p.default is Parameter.empty
         ]
-        self._twin.forward(*(x for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)))
-        return self._seen[0]
+        try:
+            self._twin.forward(*(x for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)))
+            return self._seen[0]
+        finally:
+            # A batch's deltas hang on them.
+            self._given.clear()
+            self._seen.clear()
 
     def callables(self) -> list[Any]:
         """What may be its activation."""

@@ -228,7 +228,10 @@ class Backbone:
         if num_layers not in self._tails:
             self._check_layers(num_layers)
             how = self.compute_dtype, self.device, self._shortcuts, self.max_experts
-            self._tails[num_layers] = Tail(self.anatomy, num_layers, *how)
+            tail = Tail(self.anatomy, num_layers, *how)
+            if num_layers > 1:
+                self._check_deep(tail, num_layers)
+            self._tails[num_layers] = tail
         return self._tails[num_layers]
 
     def run_trunk(
@@ -336,20 +339,36 @@ class Backbone:
     @torch.no_grad()
     def _split(self) -> Shortcuts:
         """See what follows the last FFN, and that both parts together give the model's logits."""
-        ids = torch.arange(8, device=self.device)[None] % self.anatomy.head.weight.shape[0]
-        with self.numerics(), self.autocast():
-            found = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-            expected, cache = found.logits.float(), getattr(found, "past_key_values", None)
-            if isinstance(cache, Cache):
-                self._cache_class = None if type(cache) is DynamicCache else type(cache)
-                self._state_bytes = state_bytes(cache)
-            # Norms as the model has them: on ids that are no text, bfloat16 logits differ by half when one
-            # rounding does, which says nothing about the split.
-            inputs = Trunk(self.anatomy, 1, fuse_norms=False, record=True)(ids)
+        expected, cache = self._own_logits(use_cache=True)
+        if isinstance(cache, Cache):
+            self._cache_class = None if type(cache) is DynamicCache else type(cache)
+            self._state_bytes = state_bytes(cache)
+        inputs = self._probe(1)
         with self.numerics():
             ffn = Tail(self.anatomy, 1, self.compute_dtype, self.device)
             shortcuts = find_shortcuts(self.anatomy, inputs, ffn.base(inputs).output)
-            tail = Tail(self.anatomy, 1, self.compute_dtype, self.device, shortcuts)
+        tail = Tail(self.anatomy, 1, self.compute_dtype, self.device, shortcuts)
+        self._compare(tail, inputs, expected)
+        return shortcuts
+
+    def _own_logits(self, use_cache: bool = False) -> tuple[Tensor, Any]:
+        """The model's logits for a few tokens, and its cache."""
+        ids = torch.arange(8, device=self.device)[None] % self.anatomy.head.weight.shape[0]
+        with self.numerics(), self.autocast():
+            found = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=use_cache)
+            return found.logits.float(), getattr(found, "past_key_values", None)
+
+    def _probe(self, num_layers: int) -> TailInputs:
+        """The trunk's part of the same."""
+        ids = torch.arange(8, device=self.device)[None] % self.anatomy.head.weight.shape[0]
+        with self.numerics(), self.autocast():
+            # Norms as the model has them: on ids that are no text, bfloat16 logits differ by half when one
+            # rounding does, which says nothing about the split.
+            return Trunk(self.anatomy, num_layers, fuse_norms=False, record=True)(ids)
+
+    @torch.no_grad()
+    def _compare(self, tail: Tail, inputs: TailInputs, expected: Tensor) -> None:
+        with self.numerics():
             found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
         error = ((found - expected).norm() / expected.norm()).item()
         # What rounding explains.
@@ -359,4 +378,15 @@ class Backbone:
                 f"feed-forward network changes the logits by {error:.1%}; allowed: models that compute the "
                 "same again from their recorded parts (docs/families.md)"
             )
-        return shortcuts
+
+    def _check_deep(self, tail: Tail, num_layers: int) -> None:
+        """Compare a tail of several trained layers with the model, whose blocks may differ."""
+        try:
+            self._compare(tail, self._probe(num_layers), self._own_logits()[0])
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise FastMemError(
+                f"model.memorize.num_layers: {num_layers} does not fit {type(self.model).__name__} "
+                f"({one_line(error)}); lower it"
+            ) from error

@@ -126,7 +126,11 @@ def cache_rows(cache: Cache, index: Tensor, position: Tensor, rows: int) -> Cach
 
     twin = copying.deepcopy(cache)
     for part in (twin, *twin.layers):
+        # (3, B, T) there, of rotary angles in three dimensions.
+        places = getattr(part, "indexer_position_ids", None)
         vars(part).update(tree_map_only(Tensor, pick, vars(part)))
+        if places is not None:
+            part.indexer_position_ids = places.index_select(1, index.to(places.device))
     return twin
 
 

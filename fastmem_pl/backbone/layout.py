@@ -5,7 +5,7 @@ operation is watched: an FFN is where linear maps of one input come together, po
 linear map back to that input's width. Attention mixes positions on the way and so does not count.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -294,19 +294,14 @@ class _Consequences(_Flow):
         self.watch(self._source, after=lambda given, found: self.put(found, frozenset({_OUTPUT})))
         self.run(model)
         around = [path for path in self._reached if source == path or source.startswith(f"{path}.")]
-        outer = [path for path in self._reached if path.rpartition(".")[0] in {"", *around, *_lists(paths)}]
-        outer = [path for path in outer if path not in around]
+        # Modules whose parents are not called, but used by their methods, are among them.
+        outer = [path for path in self._reached if path not in around]
         inside = lambda path: any(path.startswith(f"{other}.") for other in outer)  # noqa: E731
         outer = [path for path in outer if not inside(path)]
         return tuple(p for p in outer if not self._reached[p]), tuple(p for p in outer if self._reached[p])
 
     def _note(self, path: str, given: Any, found: Any) -> None:
         self._reached[path] = self._reached.get(path, False) or _OUTPUT in self.of(given)
-
-
-def _lists(paths: Mapping[nn.Module, str]) -> set[str]:
-    """Names of what holds modules and is not called itself."""
-    return {path for module, path in paths.items() if isinstance(module, nn.ModuleList | nn.ModuleDict)}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -324,7 +319,11 @@ def is_quantized(weight: Tensor | None) -> bool:
 
 def is_routed(module: nn.Module) -> bool:
     """Whether a module holds experts behind the interface that transformers has for them."""
-    return is_experts(module) and hasattr(module, "_apply_gate")
+    return (
+        is_experts(module)
+        and hasattr(module, "_apply_gate")
+        and not getattr(module, "has_post_expert_norm", False)
+    )
 
 
 def is_experts(module: nn.Module) -> bool:

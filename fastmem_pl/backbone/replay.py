@@ -67,7 +67,9 @@ class Replay:
         last = f"{layout.blocks}.{len(anatomy.blocks) - 1}."
         self.fixed = [path.removeprefix(last) for path in layout.fixed if path.startswith(last)]
         self.outside = [path for path in layout.fixed if not path.startswith(f"{layout.blocks}.")]
-        self.after = {p.removeprefix(last): self._own(p) for p in layout.dependent if p.startswith(last)}
+        own = f"{layout.blocks}.{layer}."
+        within = [p.removeprefix(last) for p in layout.dependent if p.startswith(last)]
+        self.after = {path: self._own(own + path) for path in within}
         self.above = {
             path: self._own(path) for path in layout.dependent if not path.startswith(f"{layout.blocks}.")
         }
@@ -92,7 +94,7 @@ class Replay:
         args = [cache if value is CACHE else value for value in args]
         kwargs = {name: cache if value is CACHE else value for name, value in kwargs.items()}
         found = block(*args, **kwargs)
-        return found if isinstance(found, Tensor) else found[0]
+        return (found if isinstance(found, Tensor) else found[0]).float()
 
     def top(self, state: Tensor, record: Record) -> Tensor:
         """The head's input for what the last block gives."""
@@ -103,7 +105,7 @@ class Replay:
             return hidden
 
         self._run(record, state, see)
-        return seen[0]
+        return seen[0].float()
 
     def logits(self, raw: Tensor, record: Record, state: Tensor) -> Tensor:
         """What the model makes of the head's output."""

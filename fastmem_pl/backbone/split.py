@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from fastmem_pl.backbone.anatomy import Anatomy, with_ffn
 from fastmem_pl.backbone.experts import RoutedFFN, Routing
 from fastmem_pl.backbone.ffn import FFN, BaseActivations, Delta
-from fastmem_pl.backbone.modules import replaced, with_forward
+from fastmem_pl.backbone.modules import float_copy, replaced, with_forward
 from fastmem_pl.backbone.norms import with_fused_norms
 from fastmem_pl.backbone.replay import CACHE, Record, Replay, recorded
 from fastmem_pl.base.errors import FastMemError
@@ -69,7 +69,7 @@ class TailInputs:
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Common forms of what follows the last FFN, for which nothing has to be replayed.
+    """Common forms of what follows an FFN, for which nothing is replayed, with the names of their norms.
 
     ``block``: a block returns ``residual + scale * post_norm(output)``; ``top``: the head's input is
     ``scale * norm(state)``. ``None`` where the model does something else. Logits are
@@ -77,8 +77,8 @@ class Shortcuts:
     after its FFN where a convolution or a recurrence follows, whose state then depends on the memory.
     """
 
-    block: tuple[float, nn.Module] | None
-    top: tuple[float, nn.Module] | None
+    block: tuple[float, str | None] | None
+    top: tuple[float, str | None] | None
     logit_scale: float = 1.0
     softcap: float | None = None
     mixes: bool = False
@@ -149,6 +149,9 @@ class Trunk:
         try:
             self.model(input_ids=input_ids, use_cache=cache is not None, **given)
             residual = seen.residual
+            if residual.ndim > 3:
+                # Several streams, which only the model's own code reads.
+                residual = seen.ffn_input[0].reshape(*input_ids.shape, -1)
             shape = *input_ids.shape, -1
             early = {number: hidden.to(residual.device) for number, hidden in seen.early.items()}
             ffn_input, *routing = (tensor.reshape(shape) for tensor in seen.ffn_input)
@@ -167,7 +170,7 @@ class _Seen:
 
     def clear(self) -> None:
         """Forget all."""
-        self.ffn_input = self.residual = self.record = None
+        self.ffn_input = self.residual = self.record = self.beside = None
         self.early: dict[int, Tensor] = {}
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -188,9 +191,10 @@ def _probe(
     return block.forward(hidden_states, *args, **kwargs)
 
 
-def _note_call(seen: _Seen, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _note_call(seen: _Seen, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     seen.calls.append((args, kwargs))
-    return hidden_states
+    # As a block of this model returns it.
+    return hidden_states if seen.beside is None else (hidden_states, *seen.beside)
 
 
 def _tapped(block: nn.Module, anatomy: Anatomy, seen: _Seen, record: bool) -> nn.Module:
@@ -212,11 +216,12 @@ def _tapped(block: nn.Module, anatomy: Anatomy, seen: _Seen, record: bool) -> nn
     def forward(*args: Any, **kwargs: Any) -> Any:
         found = twin.forward(*args, **kwargs)
         seen.residual = found if isinstance(found, Tensor) else found[0]
+        seen.beside = None if isinstance(found, Tensor) else tuple(found[1:])
         if record:
             # What is run again has a cache of its own, if it needs one.
             kept = {name: CACHE if isinstance(value, Cache) else value for name, value in kwargs.items()}
             seen.record.call = tuple(CACHE if isinstance(value, Cache) else value for value in args), kept
-            seen.record.beside = None if isinstance(found, Tensor) else tuple(found[1:])
+            seen.record.beside = seen.beside
         return found
 
     return with_forward(block, forward)
@@ -242,9 +247,11 @@ class Tail:
         else:
             self.ffns = [FFN(anatomy.projections(i), anatomy.form(i), dtype) for i in self.layers]
         # Of a model without weights, only shapes are asked for.
-        self.shortcuts = shortcuts or Shortcuts((1.0, nn.Identity()), (1.0, nn.Identity()))
+        self.shortcuts = shortcuts or Shortcuts((1.0, None), (1.0, None))
         needed = None in (self.shortcuts.block, self.shortcuts.top)
         self._replay = Replay(anatomy, self.layers[0], device) if needed else None
+        self._post_norm = _norm(anatomy.blocks[self.layers[0]], self.shortcuts.block, device)
+        self._final_norm = _norm(anatomy.model, self.shortcuts.top, device)
         # Of the upper FFNs in the call in progress, lowest first.
         self._upper_deltas: list[Delta | None] = [None] * (num_layers - 1)
         self._upper = []
@@ -324,16 +331,14 @@ class Tail:
         if self.shortcuts.top is None:
             hidden, scale = self._replay.top(state, inputs.record), 1.0
         else:
-            scale, norm = self.shortcuts.top
-            hidden = norm(state)
+            hidden, scale = self._final_norm(state), self.shortcuts.top[0]
         scale *= self.shortcuts.logit_scale
         return hidden if scale == 1 else hidden * scale
 
     def _after_ffn(self, output: Tensor, inputs: TailInputs, cache: Cache | None) -> Tensor:
         if self.shortcuts.block is None:
             return self._replay.block(output, inputs.record, cache)
-        scale, norm = self.shortcuts.block
-        change = norm(output)
+        scale, change = self.shortcuts.block[0], self._post_norm(output)
         return inputs.residual.float() + (change if scale == 1 else scale * change)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
@@ -369,7 +374,7 @@ def find_shortcuts(anatomy: Anatomy, inputs: TailInputs, output: Tensor) -> Shor
     other = torch.randn(output.shape, generator=generator, device="cpu").to(output) * output.std()
     zero, *states = (replay.block(value, record) for value in (torch.zeros_like(output), output, other))
     changes = [state - zero for state in states]
-    norms = [nn.Identity(), *replay.after.values()]
+    norms = {None: nn.Identity(), **replay.after}
     block = next(_scales(norms, [output, other], changes), None) if zero.shape == output.shape else None
     heads = [replay.top(state, record) for state in states]
     moved = output.clone()
@@ -377,7 +382,7 @@ def find_shortcuts(anatomy: Anatomy, inputs: TailInputs, output: Tensor) -> Shor
     later = [head[:, 1:] for head in (heads[0], replay.top(replay.block(moved, record), record))]
     mixes = not torch.allclose(*later, rtol=1e-4, atol=1e-5 * later[0].abs().max().item())
     block = None if mixes else block
-    top = next(_scales([nn.Identity(), *replay.above.values()], states, heads), None)
+    top = next(_scales({None: nn.Identity(), **replay.above}, states, heads), None)
     probe = torch.linspace(-3, 3, anatomy.head.weight.shape[0], device=output.device).expand(
         *record.ids.shape, -1
     )
@@ -398,10 +403,10 @@ def find_shortcuts(anatomy: Anatomy, inputs: TailInputs, output: Tensor) -> Shor
 
 
 def _scales(
-    norms: Sequence[nn.Module], given: Sequence[Tensor], wanted: Sequence[Tensor]
-) -> Iterator[tuple[float, nn.Module]]:
+    norms: Mapping[str | None, nn.Module], given: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> Iterator[tuple[float, str | None]]:
     """Modules that take what is given to what is wanted, up to a factor, and leave zero what it is."""
-    for norm in norms:
+    for path, norm in norms.items():
         try:
             found = [norm(value) for value in given]
             rest = norm(torch.zeros_like(given[0])).abs().max()
@@ -412,7 +417,13 @@ def _scales(
         scale = ((found[0] * wanted[0]).sum() / found[0].square().sum()).item()
         errors = [(scale * f - w).norm() / w.norm() for f, w in zip(found, wanted, strict=True)]
         if max(errors) < 1e-5 and rest == 0:
-            yield _rounded(scale), norm
+            yield _rounded(scale), path
+
+
+def _norm(root: nn.Module, shortcut: tuple[float, str | None] | None, device: torch.device) -> nn.Module:
+    """A float32 copy of the norm that a shortcut names."""
+    path = shortcut and shortcut[1]
+    return float_copy(root.get_submodule(path), device) if path else nn.Identity()
 
 
 def _rounded(value: float) -> float:

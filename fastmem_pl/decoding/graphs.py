@@ -118,7 +118,8 @@ class GraphPool:
         """Copy a memory, which belongs to the caller, to the pool's tensors."""
         if deltas is None:
             return None
-        if self._deltas is None or len(self._deltas) != len(deltas):
+        shapes = [[t.shape for t in layer.values()] for layer in deltas]
+        if self._deltas is None or [[t.shape for t in layer.values()] for layer in self._deltas] != shapes:
             self._deltas = [{name: torch.empty_like(t) for name, t in layer.items()} for layer in deltas]
         for own, given in zip(self._deltas, deltas, strict=True):
             for name, tensor in given.items():

@@ -196,7 +196,8 @@ class Decoding:
         rooms = tuple(sequences.mask.shape[1] for sequences in state.sequences)
         early, without_memory = tuple(state.sequences[0].early), state.views.deltas is None
         # The tail is one of its backbone's, for one number of trained layers.
-        key = (id(state.views.tail), self._name, self._settings, rooms, early, without_memory)
+        experts = None if without_memory else state.views.deltas[0]["down"].shape
+        key = (id(state.views.tail), self._name, self._settings, rooms, early, without_memory, experts)
         return self._graphs.take(key, state)
 
     def _drop_ended_rows(self) -> None:

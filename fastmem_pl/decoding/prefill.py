@@ -139,7 +139,8 @@ class SequenceState:
             first = self.position.new_zeros(len(prefill))
             # To see which rows agree, the host of a GPU would have to wait for each token. Blocks above a
             # trained FFN keep keys and values by row.
-            if self.backbone.device.type == "cpu" and not self.backbone.tail(self.num_layers).keeps_states:
+            tail = self.backbone.tail(self.num_layers)
+            if self.backbone.device.type == "cpu" and not (tail.keeps_states or tail.replays):
                 self.branch = first
             else:
                 self._select(first)

@@ -67,7 +67,7 @@ class DocumentFit:
                 if memory.status[0] != "ok":
                     return
                 self._earlier.append(memory.curve)
-            parts = [memorizer.prepare(group)] if len(group) == 1 else self._parts(group)
+            parts = [memorizer.prepare(group, memory)] if len(group) == 1 else self._parts(group)
             self._module = memorizer.module_class(
                 memorizer.backbone, 1, memorizer.settings, start=memory, dense_gradients=len(parts) > 1
             )

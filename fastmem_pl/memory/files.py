@@ -157,8 +157,10 @@ def read(
         if digest(tensors, file.metadata()) != file.metadata().get("digest"):
             raise ValueError("its digest is not that of its content")
         deltas = [{p: unpack(f"{i}.{p}", tensors, form) for p in parts} for i, parts in enumerate(shapes)]
-        if EXPERTS in deltas[0] and not (deltas[0][EXPERTS] >= -1).all():
-            raise ValueError("its numbers of experts are none")
+        if EXPERTS in deltas[0]:
+            total = 1 << 20 if anatomy is None else len(anatomy.experts(-1).down_proj)
+            if not ((deltas[0][EXPERTS] >= -1) & (deltas[0][EXPERTS] < total)).all():
+                raise ValueError("its numbers of experts are none")
         if not all(delta.isfinite().all() for parts in deltas for delta in parts.values()):
             raise ValueError("it holds values that are not finite")
     return values, deltas

@@ -133,18 +133,21 @@ class Memorizer:
                     mask = torch.ones_like(labels, dtype=torch.bool)
             yield inputs, labels, mask
 
-    def prepare(self, encoded: Sequence[EncodedContext]) -> MemorizationBatch:
-        """Run the trunk once and compute all that stays constant over the steps."""
-        return self.prepare_read(*self.with_experts([self.read(encoded)])[0])
+    def prepare(self, encoded: Sequence[EncodedContext], start: Memory | None = None) -> MemorizationBatch:
+        """Run the trunk once and compute all that stays constant over the steps, from ``start`` on."""
+        return self.prepare_read(*self.with_experts([self.read(encoded)], start)[0])
 
     def with_experts(
-        self, passes: Sequence[tuple[TailInputs, Tensor, Tensor]]
+        self, passes: Sequence[tuple[TailInputs, Tensor, Tensor]], start: Memory | None = None
     ) -> list[tuple[TailInputs, Tensor, Tensor]]:
         """What :meth:`read` gave, with the routed experts, if there are any, that its memory will hold."""
         tail = self.backbone.tail(self.settings.num_layers)
         if not tail.routed:
             return list(passes)
-        chosen = tail.ffns[0].choose([(inputs.routing, mask) for inputs, _, mask in passes])
+        if start is None:
+            chosen = tail.ffns[0].choose([(inputs.routing, mask) for inputs, _, mask in passes])
+        else:
+            chosen = start.deltas[0]["experts"].squeeze(-1).to(self.backbone.device)
         return [
             (replace(inputs, routing=replace(inputs.routing, chosen=chosen)), labels, mask)
             for inputs, labels, mask in passes

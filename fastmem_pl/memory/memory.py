@@ -134,6 +134,12 @@ class Memory:
             values = sorted({getattr(memory, what) for memory in memories})
             if len(values) > 1:
                 raise FastMemError(f"Memory.stack: {what}: {values} differ; a batch has one")
+        shapes = [[{n: t.shape[1:] for n, t in d.items()} for d in memory.deltas] for memory in memories]
+        if any(found != shapes[0] for found in shapes):
+            raise FastMemError(
+                "Memory.stack: the memories are of different experts, or of different numbers of them; "
+                "memorize with the same model.memorize.experts and max_experts"
+            )
         deltas = [
             {name: torch.cat([layer[name] for layer in layers]) for name in layers[0]}
             for layers in zip(*(memory.deltas for memory in memories), strict=True)

@@ -51,6 +51,11 @@ class MemorizationModule(LightningModule):
         dtype = torch.bfloat16 if compact else torch.float32
         self._moved = start is not None
         started = start.deltas if start else [None] * len(self._tail.ffns)
+        if start and self._tail.routed and start.deltas[0]["experts"].shape[1] != self._tail.ffns[0].count:
+            raise FastMemError(
+                f"start: the memory holds {start.deltas[0]['experts'].shape[1]} experts, the settings "
+                f"{self._tail.ffns[0].count}; set model.memorize.max_experts to as many"
+            )
         with backbone.numerics(grad=True):
             self.deltas = nn.ModuleList(
                 FFNDelta(ffn.shapes, num_samples, backbone.device, dtype, factored, values)
@@ -59,7 +64,9 @@ class MemorizationModule(LightningModule):
             # Not a buffer: precision plugins would round it.
             self.kl_coeff = torch.tensor([row.kl_coeff for row in self._rows], device=backbone.device)
         # Of routed experts, which the deltas are of, (B, K): the first batch decides it.
-        self._experts = start.deltas[0].get("experts") if start else None
+        self._experts = (
+            start.deltas[0]["experts"].to(backbone.device) if start and self._tail.routed else None
+        )
         # Of every step: the values of a curve, (4, B).
         self._history: list[Tensor] = []
         # (2, B) of the step in progress; several where a text is too long for one batch.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import importlib
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -17,11 +19,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONTEXTS, assert_untouched, make_tokenizer, snapshot
-from memories import OTHER, QUESTIONS, TEXT, assert_deltas, cut_at_end, generated, labels_of, log_probs
+from memories import (
+    OTHER,
+    QUESTIONS,
+    TEXT,
+    assert_deltas,
+    cut_at_end,
+    generated,
+    labels_of,
+    log_probs,
+    loss_of,
+)
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from fastmem_pl import Backbone, FastMemError, Memorizer, Memory, answer, generator
+from fastmem_pl import (
+    Backbone,
+    FastMemError,
+    MemorizationModule,
+    MemorizationSettings,
+    Memorizer,
+    Memory,
+    answer,
+    generator,
+)
 from fastmem_pl.export import to_checkpoint
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -485,3 +506,54 @@ def test_rows_that_leave_a_batch_change_no_others(kind: str, decoder: str) -> No
     stop, cut = max(cuts.items(), key=lambda item: len({len(text) for text in item[1]}))
     assert len({len(text) for text in cut}) > 1, "all rows end together"
     assert answer(backbone, questions, None, memory, stop=(stop,), **settings) == cut
+
+
+def test_going_on_from_a_routed_memory_trains_its_experts() -> None:
+    backbone = backbone_of("mixtral")
+    memorizer = Memorizer(backbone, **STRONG, max_experts=2)
+    first = memorizer([TEXT])
+    # One that uses others, or in another order.
+    experts = first.deltas[0]["experts"]
+    texts = [*CONTEXTS, *QUESTIONS, "aaaa", "Zz 9", "..."]
+    other = next(text for text in texts if not torch.equal(memorizer(text).deltas[0]["experts"], experts))
+    encoded = [memorizer.encode(other)]
+    module = MemorizationModule(memorizer.backbone, 1, memorizer.settings, start=first)
+    with torch.no_grad(), first.attached(backbone.model):
+        expected = loss_of(backbone.model, *encoded)
+    loss = module.losses(memorizer.prepare(encoded, first)).cross_entropy.item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(FastMemError, match="start: the memory holds 2 experts, the settings 4"):
+        MemorizationModule(Memorizer(backbone, max_experts=4).backbone, 1, memorizer.settings, start=first)
+    with pytest.raises(FastMemError, match=r"Memory\.stack: .* of different numbers of them"):
+        Memory.stack([first, Memorizer(backbone, **STRONG, max_experts=3)([OTHER])])
+    module = MemorizationModule(memorizer.backbone, 1, memorizer.settings)
+    with pytest.raises(FastMemError, match=r"call choose_experts\(\[batch\]\) before the fit"):
+        module.configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    "kind", ["gemma2", "gemma3_text", "olmo2", "glm4", "openai-gpt", "qwen2_moe", "bloom"]
+)
+def test_each_layer_has_norms_of_its_own(kind: str) -> None:
+    model = families.tiny_model(kind, make_tokenizer(), num_hidden_layers=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    backbone, ids = Backbone(model, make_tokenizer()), torch.randint(3, 250, (2, 12))
+    for num_layers in (1, 2):
+        tail, inputs = backbone.tail(num_layers), backbone.run_trunk(num_layers, ids)
+        with backbone.numerics():
+            found = tail.finish_logits(tail.raw_logits(tail.hidden(inputs, tail.base(inputs))))
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sparse_middle_keeps_nothing_of_a_batch() -> None:
+    backbone = backbone_of("deepseek_v4")
+    module = MemorizationModule(backbone, 1, MemorizationSettings())
+    deltas = [weakref.ref(delta) for delta in module.deltas.parameters()]
+    memorizer = Memorizer(backbone)
+    module.losses(memorizer.prepare([memorizer.encode(TEXT)])).total.sum().backward()
+    del module
+    gc.collect()
+    assert [delta() for delta in deltas] == [None] * len(deltas)
