@@ -1,6 +1,5 @@
 """The parts of a causal language model that memories act on, as modules, and what its last FFNs compute."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastmem_pl.backbone.layout import Layout, Site, find_layout, is_linear, is_quantized
-from fastmem_pl.backbone.modules import float_copy, replaced, with_forward
+from fastmem_pl.backbone.modules import float_copy, replaced, stand_in
 from fastmem_pl.base.errors import FastMemError
 
 Combine = Callable[[Mapping[str, Tensor]], Tensor]
@@ -197,13 +196,9 @@ class _Middle:
             self._seen.append(hidden)
             return hidden.new_zeros(*hidden.shape[:-1], self._width)
 
-        stand_ins = {
-            p: with_forward(self.module.get_submodule(p), give(i)) for i, p in enumerate(self._entries)
-        }
-        stand_ins[self._exit] = with_forward(self.module.get_submodule(self._exit), see)
-        for stand_in in stand_ins.values():
-            # Those of the model itself, as of a memory that is attached to it, are not for this.
-            stand_in._forward_hooks, stand_in._forward_pre_hooks = OrderedDict(), OrderedDict()
+        inner = {path: self.module.get_submodule(path) for path in (*self._entries, self._exit)}
+        stand_ins = {path: stand_in(inner[path], give(i)) for i, path in enumerate(self._entries)}
+        stand_ins[self._exit] = stand_in(inner[self._exit], see)
         kept = {
             path: float_copy(m)
             for path, m in self.module.named_children()
@@ -249,7 +244,7 @@ def with_ffn(block: nn.Module, site: Site, compute: Callable[..., Tensor]) -> nn
     """
     if not site.entries or site.whole is not None:
         path = site.whole or site.exit
-        return replaced(block, {path: with_forward(block.get_submodule(path), compute)})
+        return replaced(block, {path: stand_in(block.get_submodule(path), compute)})
     seen: list[Tensor] = []
 
     def enter(width: int, x: Tensor) -> Tensor:
@@ -262,8 +257,8 @@ def with_ffn(block: nn.Module, site: Site, compute: Callable[..., Tensor]) -> nn
         return compute(x)
 
     inner = {path: block.get_submodule(path) for path in (*site.entries, site.exit)}
-    parts = {path: with_forward(inner[path], partial(enter, _width(inner[path]))) for path in site.entries}
-    return replaced(block, {**parts, site.exit: with_forward(inner[site.exit], leave)})
+    parts = {path: stand_in(inner[path], partial(enter, _width(inner[path]))) for path in site.entries}
+    return replaced(block, {**parts, site.exit: stand_in(inner[site.exit], leave)})
 
 
 def check_plain(what: str, module: nn.Module) -> None:

@@ -114,6 +114,9 @@ def _find(model: nn.Module, experts: str) -> Layout:
     inner = dict(last.named_modules())
     fixed, dependent = _Consequences(inner[site.exit], blocks).parts_of(model)
     dependent = tuple(path for path in dependent if not f"{names[head]}.".startswith(f"{path}."))
+    # The FFN's own first part gives nothing that a replay needs.
+    entries = [f"{names[last]}.{path}." for path in site.entries]
+    fixed = tuple(path for path in fixed if not any(entry.startswith(f"{path}.") for entry in entries))
     return Layout(names[blocks], names[head], site, fixed, dependent)
 
 

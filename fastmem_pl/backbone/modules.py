@@ -1,6 +1,7 @@
 """Copies of modules that share parameters and run other code in places."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -30,6 +31,13 @@ def with_forward(module: nn.Module, forward: Callable) -> nn.Module:
     """A copy that runs other code; a model still finds attributes and hooks on it."""
     twin = shallow_copy(module)
     twin.forward = forward
+    return twin
+
+
+def stand_in(module: nn.Module, forward: Callable) -> nn.Module:
+    """The same without the module's hooks, such as those of a memory that is attached to its model."""
+    twin = with_forward(module, forward)
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
     return twin
 
 

@@ -38,7 +38,7 @@ def test_it_measures_and_shows_what_it_measured(large, tmp_path, monkeypatch, ca
 
 
 def test_the_cpu_takes_what_the_card_has_no_room_for(large, monkeypatch):
-    config = LlamaConfig(**large.SHAPES["70b"][0])
+    config = LlamaConfig(**large.SHAPES["70b"][1])
     model = large.empty_model(config, "bf16-true")
     card, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr("fastmem_pl.kernels.usable", lambda *_: True)

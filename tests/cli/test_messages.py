@@ -92,7 +92,6 @@ def test_a_bad_command_and_options_of_others_are_refused(refused_small, command,
 @pytest.mark.parametrize(
     ("family", "own"),
     [
-        ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}),
         ("mamba", {}),
         ("bert", {"is_decoder": True}),
     ],

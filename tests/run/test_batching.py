@@ -92,12 +92,14 @@ def alone(tiny, tmp_path_factory):
 
 
 def assert_same(found, expected, but=("seconds",)):
-    """The same records in the same order, curves up to rounding."""
+    """The same records in the same order, curves and strengths up to rounding."""
     places = [[(r["index"], r["method"]) for r in records] for records in (found, expected)]
     assert places[0] == places[1]
     for ours, other in zip(found, expected, strict=True):
         assert ours.keys() == other.keys()
-        for field in ours.keys() - {"curve", *but}:
+        strengths = [[v or 0.0 for v in r.get("strengths") or []] for r in (ours, other)]
+        assert strengths[0] == pytest.approx(strengths[1], rel=1e-4, abs=1e-5)
+        for field in ours.keys() - {"curve", "strengths", *but}:
             assert ours[field] == other[field], (field, ours["index"], ours["method"])
         if "curve" not in but:
             assert_same_curve(ours["curve"], other["curve"])

@@ -164,6 +164,8 @@ def test_memories_that_were_half_written_are_made_anew(jobs, alone, monkeypatch)
     [*((mode, signal.SIGTERM) for mode in ("fit_predict", "fit", "predict")), ("fit_predict", signal.SIGHUP)],
 )
 def test_sigterm_and_a_closed_terminal_finish_the_batch(jobs, alone, mode, number):
+    # What started the tests may ignore it, as nohup does, and jobs would as well.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     (job,), gate = at_second_batch(jobs, mode=mode)
     folder = jobs.root / "run"
     job.send(number)
