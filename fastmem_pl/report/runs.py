@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmem_pl.base.errors import FastMemError
-from fastmem_pl.base.outside import as_text, parse_yaml, read_bytes, read_json
+from fastmem_pl.base.outside import as_text, fit, parse_yaml, read_bytes, read_json
 from fastmem_pl.data import ContextSample, read_samples
 from fastmem_pl.data.reader import data_file, file_hash
 from fastmem_pl.metrics import count_of
@@ -85,7 +85,8 @@ def read_run(path: Path, label: str = "") -> ReportRun:
         raise FastMemError(f"{path / 'run.json'} is damaged (no settings in it)")
     if "search" in identity or (path / "search.json").is_file():
         raise FastMemError(f"{path} is a search; its report is {path / 'search.md'}")
-    folder = RunFolder(path, identity, identity["model"].get("methods") or [])
+    methods = fit(identity["model"].get("methods") or [], list[str], f"{path / 'run.json'}: methods")
+    folder = RunFolder(path, identity, methods)
     folder.check()
     records = folder.records()
     if not records:
