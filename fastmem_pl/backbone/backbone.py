@@ -27,7 +27,8 @@ from fastmem_pl.backbone.settings import (
     normalize_precision,
 )
 from fastmem_pl.backbone.sharding import Shards, is_sharded, trained_part
-from fastmem_pl.backbone.split import Shortcuts, Tail, TailInputs, Trunk, find_shortcuts
+from fastmem_pl.backbone.shortcuts import Shortcuts, find_shortcuts
+from fastmem_pl.backbone.split import Tail, TailInputs, Trunk
 from fastmem_pl.base.errors import FastMemError, one_line
 from fastmem_pl.base.phases import is_out_of_memory
 
@@ -346,7 +347,7 @@ class Backbone:
         inputs = self._probe(1)
         with self.numerics():
             ffn = Tail(self.anatomy, 1, self.compute_dtype, self.device)
-            shortcuts = find_shortcuts(self.anatomy, inputs, ffn.base(inputs).output)
+            shortcuts = find_shortcuts(self.anatomy, inputs.record, ffn.base(inputs).output)
         tail = Tail(self.anatomy, 1, self.compute_dtype, self.device, shortcuts)
         self._compare(tail, inputs, expected)
         return shortcuts
