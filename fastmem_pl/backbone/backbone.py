@@ -352,20 +352,23 @@ class Backbone:
         self._compare(tail, inputs, expected)
         return shortcuts
 
+    @property
+    def _few_ids(self) -> Tensor:
+        return torch.arange(8, device=self.device)[None] % self.anatomy.head.weight.shape[0]
+
     def _own_logits(self, use_cache: bool = False) -> tuple[Tensor, Any]:
         """The model's logits for a few tokens, and its cache."""
-        ids = torch.arange(8, device=self.device)[None] % self.anatomy.head.weight.shape[0]
+        ids = self._few_ids
         with self.numerics(), self.autocast():
             found = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=use_cache)
             return found.logits.float(), getattr(found, "past_key_values", None)
 
     def _probe(self, num_layers: int) -> TailInputs:
         """The trunk's part of the same."""
-        ids = torch.arange(8, device=self.device)[None] % self.anatomy.head.weight.shape[0]
         with self.numerics(), self.autocast():
             # Norms as the model has them: on ids that are no text, bfloat16 logits differ by half when one
             # rounding does, which says nothing about the split.
-            return Trunk(self.anatomy, num_layers, fuse_norms=False, record=True)(ids)
+            return Trunk(self.anatomy, num_layers, fuse_norms=False, record=True)(self._few_ids)
 
     @torch.no_grad()
     def _compare(self, tail: Tail, inputs: TailInputs, expected: Tensor) -> None:

@@ -67,6 +67,7 @@ class MemorizationModule(LightningModule):
         self._experts = (
             start.deltas[0]["experts"].to(backbone.device) if start and self._tail.routed else None
         )
+        self._expert_weights: dict[str, Tensor] = {}
         # Of every step: the values of a curve, (4, B).
         self._history: list[Tensor] = []
         # (2, B) of the step in progress; several where a text is too long for one batch.
@@ -101,6 +102,10 @@ class MemorizationModule(LightningModule):
         shape = len(self._rows), self._tail.ffns[0].count
         none = torch.full(shape, -1, device=self._backbone.device)
         self._experts = (parts[0].inputs.routing.chosen if parts else none)[..., None]
+        # Gathered for the products already; the decay needs them as they are stored.
+        weights = parts[0].base.of_rows[0] if parts else {}
+        stored = self._backbone.anatomy.head.weight.dtype
+        self._expert_weights = weights if all(w.dtype is stored for w in weights.values()) else {}
 
     def _current(self) -> list[Delta]:
         deltas = [dict(delta.items()) for delta in self.deltas]
@@ -119,7 +124,8 @@ class MemorizationModule(LightningModule):
                     "MemorizationModule: the routed experts to train are not chosen; call "
                     "choose_experts([batch]) before the fit"
                 )
-            weights = [self._tail.ffns[0].base_weights(self._experts.squeeze(-1))]
+            gathered = self._expert_weights or self._tail.ffns[0].base_weights(self._experts.squeeze(-1))
+            weights = [gathered]
         pairs = [(d[n], base[n]) for d, base in zip(self.deltas, weights, strict=True) for n in d]
         rates, settings = [row.learning_rate for row in self._rows], self.settings
         moments = {"last_step": settings.steps, "from_zero": not self._moved}
