@@ -26,7 +26,7 @@ from fastmem_pl.run.ranks import Ranks
 ALL = "all"
 
 
-class MetricAggregation:
+class MetricAggregation(Callback):
     """Feeds torchmetrics by group (all samples, and each task of a mixed file), method and score."""
 
     def __init__(self) -> None:
@@ -36,6 +36,12 @@ class MetricAggregation:
         )
         self._pairs: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
         self._tasks: set[str] = set()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Feed the records of a batch."""
+        self.feed(outputs)
 
     def feed(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add records; all methods of one sample must come together."""

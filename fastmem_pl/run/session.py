@@ -73,7 +73,10 @@ class RunSession:
         self._logging = RunLogging(trainer.chosen_loggers if first else [], run.path, config)
         together = self._ranks if datamodule.whole else None
         writer = None if mode == "fit" else PredictionWriter(run, together)
-        callbacks = (profile, writer, self._logging)
+        # Of several processes, the first feeds one with the records of all at the end.
+        alone = self._ranks.count == 1 and mode != "fit"
+        self._aggregation = MetricAggregation() if alone else None
+        callbacks = (profile, self._aggregation, writer, self._logging)
         self.callbacks: list[Callback] = [one for one in callbacks if one is not None]
         model.meter.calls = profile.calls if profile else None
         self._new = 0
@@ -123,6 +126,8 @@ class RunSession:
             # The log and the metrics begin with what earlier sessions did.
             self._logging.open()
             self._logging.add(_curves(headers) if self._mode == "fit" else records)
+            if self._aggregation is not None:
+                self._aggregation.feed(records)
         return done
 
     def _count_done(self) -> int:
@@ -171,8 +176,11 @@ class RunSession:
             added = score_records(run, self._model, self._data, self._trainer.device_of(self._model))
         records = [record for record in run.records() if record["index"] in self._wanted]
         written = self._metrics()
-        aggregation = MetricAggregation()
-        aggregation.feed(records)
+        aggregation = self._aggregation
+        if aggregation is None or added or not new:
+            # Other processes answered too, scores came afterwards, or nothing was answered now.
+            aggregation = MetricAggregation()
+            aggregation.feed(records)
         groups = aggregation.compute()
         if written and not new:
             # What was measured while answering stays.
