@@ -1,8 +1,8 @@
-"""The progress bar: what it shows while a batch is in work."""
+"""The progress bar within a batch, and metrics that grow with each."""
 
 import pytest
 
-from fastmem_pl.run.callbacks import SampleProgress
+from fastmem_pl.run.callbacks import MetricAggregation, SampleProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,3 +39,14 @@ def test_every_mode_fills_its_batches(tiny_run, moves, mode, first):
     tiny_run(mode, enable_progress_bar=True)
     assert moves[0] == first
     assert moves[-1] == (5, "")
+
+
+def test_metrics_are_aggregated_batch_by_batch(tiny_run, monkeypatch):
+    fed = []
+    feed = MetricAggregation.feed
+    monkeypatch.setattr(
+        MetricAggregation, "feed", lambda self, records: (fed.append(len(records)), feed(self, records))
+    )
+    tiny_run()
+    # What an earlier session did (nothing), then batches of two samples by three methods.
+    assert fed == [0, 6, 6, 3]
