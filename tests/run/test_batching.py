@@ -98,7 +98,7 @@ def assert_same(found, expected, but=("seconds",)):
     for ours, other in zip(found, expected, strict=True):
         assert ours.keys() == other.keys()
         strengths = [[v or 0.0 for v in r.get("strengths") or []] for r in (ours, other)]
-        assert strengths[0] == pytest.approx(strengths[1], rel=1e-4, abs=1e-5)
+        assert strengths[0] == pytest.approx(strengths[1], rel=2e-5, abs=2e-6)
         for field in ours.keys() - {"curve", "strengths", *but}:
             assert ours[field] == other[field], (field, ours["index"], ours["method"])
         if "curve" not in but:
